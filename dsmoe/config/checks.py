@@ -1,0 +1,332 @@
+"""What must hold between keys that are each right by themselves: arithmetic on the config, on any machine.
+
+Every message names the keys, their values and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from dsmoe.config.deepspeed import OWNED_KEYS
+from dsmoe.config.schema import Config, Source
+
+Problem = tuple[str, str]
+"""The dotted key that a problem is about, for its place in the file, and the message."""
+
+_ROW_ALIGNMENT = 8
+"""grouped_mm reads rows in pieces of 16 bytes: 8 numbers in bf16."""
+_BYTES_VOCABULARY = 257
+"""256 byte values and the end-of-document token."""
+
+
+def cross_field_problems(config: Config) -> list[Problem]:
+    """Return every contradiction between keys of a config whose keys are valid one by one."""
+    return [problem for check in _CHECKS for problem in check(config)]
+
+
+def world_size(config: Config) -> int:
+    """Return the number of ranks: one for each device."""
+    return config.cluster.nodes * config.cluster.devices_per_node
+
+
+def _tensor_layout(config: Config) -> Iterator[Problem]:
+    for key, degree in (("tensor", config.parallel.tensor), ("expert_tensor", config.parallel.expert_tensor)):
+        if degree > 1:
+            yield (
+                f"parallel.{key}",
+                f"parallel.{key} ({degree}): this version trains with {key}: 1 only; set parallel.{key}: 1",
+            )
+    tensor, world = config.parallel.tensor, world_size(config)
+    if world % tensor:
+        nearest = _nearest(tensor, _divisors(world))
+        yield (
+            "parallel.tensor",
+            f"parallel.tensor ({tensor}) must divide the number of devices ({_world(config)}); nearest: {nearest}",
+        )
+
+
+def _expert_layout(config: Config) -> Iterator[Problem]:
+    key, expert, inner = "parallel.expert", config.parallel.expert, config.parallel.expert_tensor
+    world = world_size(config)
+    fitting = [degree for degree in _divisors(world) if world % (degree * inner) == 0]
+    if config.moe is None:
+        if expert > 1:
+            yield key, f"parallel.expert ({expert}) needs experts, but moe is null; set parallel.expert: 1 or give moe"
+    elif config.moe.num_experts % expert:
+        num_experts = config.moe.num_experts
+        divisors = _divisors(num_experts)
+        message = f"parallel.expert ({expert}) must divide moe.num_experts ({num_experts})"
+        yield key, f"{message}; nearest: {_nearest(expert, divisors)}{_also_fits(expert, divisors, fitting, world)}"
+    if world % (expert * inner):
+        product = f"{expert} * {inner} = {expert * inner}"
+        remedy = f"nearest parallel.expert: {_nearest(expert, fitting)}" if fitting else "lower parallel.expert_tensor"
+        yield (
+            key,
+            f"parallel.expert * parallel.expert_tensor ({product}) must divide the number of devices "
+            f"({_world(config)}); {remedy}",
+        )
+
+
+def _experts(config: Config) -> Iterator[Problem]:
+    model, moe = config.model, config.moe
+    if moe is None:
+        return
+    if moe.top_k > moe.num_experts:
+        yield "moe.top_k", f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})"
+    if moe.top_k == 1 and moe.router.normalize_weights:
+        yield (
+            "moe.router.normalize_weights",
+            "moe.router.normalize_weights (true) with moe.top_k (1) makes every weight 1, so the loss gives the router "
+            "no gradient; set moe.router.normalize_weights: false",
+        )
+    for key, size in (("model.hidden_size", model.hidden_size), ("moe.expert_ffn_size", moe.expert_ffn_size)):
+        if size % _ROW_ALIGNMENT:
+            nearest = _nearest_multiples(size, _ROW_ALIGNMENT)
+            yield key, f"{key} ({size}) must be a multiple of {_ROW_ALIGNMENT} for grouped_mm; nearest: {nearest}"
+
+
+def _attention(config: Config) -> Iterator[Problem]:
+    model = config.model
+    num_kv_heads = model.num_kv_heads or model.num_heads
+    if model.num_heads % num_kv_heads:
+        yield (
+            "model.num_kv_heads",
+            f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({model.num_heads}); "
+            f"nearest: {_nearest(num_kv_heads, _divisors(model.num_heads))}",
+        )
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        yield (
+            "model.num_heads",
+            f"model.num_heads ({model.num_heads}) must divide model.hidden_size ({model.hidden_size}); "
+            f"nearest: {_nearest(model.num_heads, _divisors(model.hidden_size))}, or set model.head_dim",
+        )
+    elif model.head_dim is None and model.hidden_size // model.num_heads % 2:
+        width = f"{model.hidden_size} / {model.num_heads} = {model.hidden_size // model.num_heads}"
+        yield (
+            "model.num_heads",
+            f"model.hidden_size / model.num_heads ({width}) must be even, because rotary positions turn pairs; "
+            "change one of them or set model.head_dim",
+        )
+    elif model.head_dim is not None and model.head_dim % 2:
+        yield (
+            "model.head_dim",
+            f"model.head_dim ({model.head_dim}) must be even, because rotary positions turn pairs; "
+            f"nearest: {_nearest_multiples(model.head_dim, 2)}",
+        )
+
+
+def _layers(config: Config) -> Iterator[Problem]:
+    model = config.model
+    num_moe_layers = 0
+    if config.moe is not None:
+        # Layer i is an MoE layer if i >= dense_layers and (i - dense_layers + 1) % moe_every == 0.
+        num_moe_layers = max(0, model.num_layers - model.dense_layers) // model.moe_every
+        if num_moe_layers == 0:
+            yield (
+                "model",
+                f"model.num_layers ({model.num_layers}), model.dense_layers ({model.dense_layers}) and model.moe_every "
+                f"({model.moe_every}) leave no MoE layer; dense_layers + moe_every must be at most num_layers, "
+                "or set moe: null",
+            )
+    num_dense_layers = model.num_layers - num_moe_layers
+    if num_dense_layers and model.ffn_size is None:
+        yield (
+            "model",
+            f"model.ffn_size is missing: {num_dense_layers} of {model.num_layers} layers are dense; "
+            "set it to their inner width",
+        )
+    if not num_dense_layers and model.ffn_size is not None:
+        yield (
+            "model.ffn_size",
+            f"model.ffn_size ({model.ffn_size}) would be unused: all {model.num_layers} layers are MoE layers, whose "
+            "width is moe.expert_ffn_size; remove it",
+        )
+
+
+def _length(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if train.sequence_length > config.model.max_sequence_length:
+        yield (
+            "train.sequence_length",
+            f"train.sequence_length ({train.sequence_length}) must be at most model.max_sequence_length "
+            f"({config.model.max_sequence_length}); lower the one or raise the other",
+        )
+    if train.steps is None and train.tokens is None:
+        yield "train", "train.steps or train.tokens must say how long to train; set one of them"
+    if train.steps is not None and train.tokens is not None:
+        yield (
+            "train.tokens",
+            f"train.steps ({train.steps}) and train.tokens ({train.tokens}) are both set; "
+            "remove one, or set it to null if it is included",
+        )
+    if train.tokens is not None and train.tokens < train.batch_tokens:
+        yield (
+            "train.tokens",
+            f"train.tokens ({train.tokens}) must be at least train.batch_tokens ({train.batch_tokens}), one step",
+        )
+
+
+def _batch(config: Config) -> Iterator[Problem]:
+    train = config.train
+    data_degree, rest = divmod(world_size(config), config.parallel.tensor)
+    if rest:  # there is no data degree then, and that is reported
+        return
+    unit = data_degree * train.micro_batch_size * train.sequence_length
+    if train.batch_tokens % unit:
+        yield (
+            "train.batch_tokens",
+            f"train.batch_tokens ({train.batch_tokens}) must be a multiple of data ranks * train.micro_batch_size * "
+            f"train.sequence_length ({data_degree} * {train.micro_batch_size} * {train.sequence_length} = {unit}); "
+            f"nearest: {_nearest_multiples(train.batch_tokens, unit)}",
+        )
+
+
+def _learning_rate(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        yield (
+            "optimizer.min_lr",
+            f"optimizer.min_lr ({optimizer.min_lr:g}) must be at most optimizer.lr ({optimizer.lr:g})",
+        )
+    if optimizer.decay_steps is not None and optimizer.schedule != "wsd":
+        yield (
+            "optimizer.decay_steps",
+            f"optimizer.decay_steps ({optimizer.decay_steps}) would be unused: optimizer.schedule is "
+            f"{optimizer.schedule}; remove it or set optimizer.schedule: wsd",
+        )
+    yield from _schedule(config)
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    """Check the parts of the schedule against the length of the run, where that is known."""
+    optimizer, train = config.optimizer, config.train
+    if (train.steps is None) == (train.tokens is None):
+        return
+    steps = train.steps or (train.tokens or 0) // train.batch_tokens
+    if steps == 0:
+        return
+    total = f"{steps}, from train.steps" if train.steps else f"{steps} = train.tokens // train.batch_tokens"
+    warmup = optimizer.warmup_steps
+    if warmup >= steps:
+        yield (
+            "optimizer.warmup_steps",
+            f"optimizer.warmup_steps ({warmup}) must be less than the number of steps ({total})",
+        )
+    elif optimizer.schedule == "wsd":
+        decay = optimizer.decay_steps or steps // 5
+        origin = "" if optimizer.decay_steps else ", a fifth of the steps"
+        if warmup + decay > steps:
+            yield (
+                "optimizer.decay_steps" if optimizer.decay_steps else "optimizer.warmup_steps",
+                f"optimizer.warmup_steps ({warmup}) + optimizer.decay_steps ({decay}{origin}) must be at most the "
+                f"number of steps ({total}); with this warm-up, decay_steps can be up to {steps - warmup}",
+            )
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    names: set[str] = set()
+    for index, source in enumerate(config.data.sources):
+        key = f"data.sources.{index}"
+        yield from _source(key, source)
+        if source.name in names:
+            yield f"{key}.name", f'{key}.name ("{source.name}") is taken by an earlier source; give it another name'
+        names.add(source.name)
+    vocab_size = config.model.vocab_size
+    if config.data.tokenizer == "bytes" and vocab_size < _BYTES_VOCABULARY:
+        yield (
+            "model.vocab_size",
+            f"model.vocab_size ({vocab_size}) must be at least {_BYTES_VOCABULARY} for data.tokenizer: bytes "
+            "(256 byte values and the end of a document)",
+        )
+
+
+def _source(key: str, source: Source) -> Iterator[Problem]:
+    if source.path is None and source.hub is None:
+        yield key, f"{key}.path or {key}.hub must say where the text is; set one of them"
+    if source.path is not None and source.hub is not None:
+        yield f"{key}.hub", f'{key}.path ("{source.path}") and {key}.hub ("{source.hub}") are both set; remove one'
+    elif source.hub is not None and source.format != "text":
+        yield (
+            f"{key}.format",
+            f"{key}.format ({source.format}) is for files, and this source is a hub data set; remove it",
+        )
+    elif source.path is not None and source.split != "train":
+        yield (
+            f"{key}.split",
+            f'{key}.split ("{source.split}") is for hub data sets, and this source is a path; remove it',
+        )
+
+
+def _deepspeed(config: Config) -> Iterator[Problem]:
+    for key, ours in OWNED_KEYS.items():
+        holder: object = config.deepspeed
+        *sections, name = key.split(".")
+        for section in sections:
+            holder = holder.get(section, {}) if isinstance(holder, dict) else {}
+        if isinstance(holder, dict) and name in holder:
+            remedy = f"remove it and use {ours}" if ours else "remove it"
+            yield f"deepspeed.{key}", f"deepspeed.{key} is set by dsmoe; {remedy}"
+    if not isinstance(config.deepspeed.get("zero_optimization", {}), dict):
+        yield "deepspeed.zero_optimization", "deepspeed.zero_optimization must be a mapping, it is merged into ours"
+
+
+def _observe(config: Config) -> Iterator[Problem]:
+    detail, every = config.observe.layer_detail_every, config.observe.log_every
+    if detail is not None and detail % every:
+        yield (
+            "observe.layer_detail_every",
+            f"observe.layer_detail_every ({detail}) must be a multiple of observe.log_every ({every}); "
+            f"nearest: {_nearest_multiples(detail, every)}",
+        )
+
+
+_CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
+    _tensor_layout,
+    _expert_layout,
+    _attention,
+    _layers,
+    _experts,
+    _data,
+    _learning_rate,
+    _length,
+    _batch,
+    _observe,
+    _deepspeed,
+)
+
+
+def _world(config: Config) -> str:
+    cluster = config.cluster
+    return f"{cluster.nodes} nodes x {cluster.devices_per_node} = {world_size(config)}"
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _neighbours(value: int, valid: list[int]) -> list[int]:
+    """Return the valid values next to an invalid one, below and above."""
+    return [n for n in valid if n < value][-1:] + [n for n in valid if n > value][:1]
+
+
+def _either(values: Iterable[int]) -> str:
+    return " or ".join(map(str, values))
+
+
+def _nearest(value: int, valid: list[int]) -> str:
+    return _either(_neighbours(value, valid))
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return _either(n for n in (below, below + unit) if n)
+
+
+def _also_fits(expert: int, divisors: list[int], fitting: list[int], world: int) -> str:
+    """Name a degree that suits the devices too, where the nearest divisors of num_experts do not."""
+    both = [degree for degree in divisors if degree in fitting]
+    if not both or set(both) & set(_neighbours(expert, divisors)):
+        return ""
+    best = min(both, key=lambda degree: abs(degree - expert))
+    return f" ({best} divides the {world} devices as well)"

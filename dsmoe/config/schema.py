@@ -1,0 +1,287 @@
+"""Every key a dsmoe YAML file may have, with its type, default and unit.
+
+A key is here only when something reads it. Values that follow from others (data degree, accumulation
+steps, tokens per step) are properties in `dsmoe.plan`, never keys.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _whole_number(value: object) -> object:
+    """Let `1e9` stand for an integer (YAML reads it as a float), and keep `true` from standing for 1."""
+    if isinstance(value, bool):
+        raise ValueError("a bool is not a number")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
+NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A frozen mapping that refuses keys it does not know; numbers are not accepted as strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Device(Section):
+    """An accelerator that is not in `dsmoe.plan.devices`, described by its data sheet."""
+
+    memory_gib: PositiveFloat
+    """Usable device memory in GiB."""
+    peak_tflops: PositiveFloat
+    """Dense bf16 matrix rate in TFLOP/s, without sparsity; the denominator of MFU."""
+
+
+class Cluster(Section):
+    """The machines: how many, and what is in them."""
+
+    nodes: PositiveInt = 1
+    """Machines."""
+    devices_per_node: PositiveInt = 1
+    """Devices in each machine; one process drives one device."""
+    device: str | Device | None = None
+    """A name known to `dsmoe.plan.devices` (`cpu` trains over gloo), a description, or null: any CUDA device, without
+    MFU."""
+    collective_timeout_seconds: PositiveInt = 1800
+    """How long a collective may wait, in every process group, before the run is stopped."""
+
+
+class Parallel(Section):
+    """How the model is laid over the devices. The data degrees are derived."""
+
+    tensor: PositiveInt = 1
+    """Devices that share one copy of the dense weights, each holding a slice of every matrix."""
+    expert: PositiveInt = 1
+    """Devices over which the experts of a layer are spread; divides `moe.num_experts`."""
+    expert_tensor: PositiveInt = 1
+    """Devices that share one expert, each holding a slice of its matrices."""
+    zero_stage: Annotated[Literal[0, 1, 2], BeforeValidator(_whole_number)] = 1
+    """What DeepSpeed shards over the data group: nothing, optimizer states (1), gradients as well (2)."""
+
+
+class Model(Section):
+    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: PositiveInt
+    """Rows of the embedding; at least as many as the tokenizer has tokens."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_layers: PositiveInt
+    """Transformer blocks, dense and MoE together."""
+    num_heads: PositiveInt
+    """Query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Key/value heads; null means as many as `num_heads`."""
+    head_dim: PositiveInt | None = None
+    """Width of one head; null means hidden_size / num_heads."""
+    ffn_size: PositiveInt | None = None
+    """Inner width of the dense SwiGLU blocks; needed only when some layer is dense."""
+    dense_layers: NonNegativeInt = 0
+    """The first n layers stay dense."""
+    moe_every: PositiveInt = 1
+    """After the dense layers, every n-th layer is an MoE layer (the last of each n)."""
+    max_sequence_length: PositiveInt
+    """The longest sequence the model is made for, in tokens."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head (Qwen3)."""
+    tie_embeddings: bool = False
+    """The output layer uses the embedding's weights."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+
+class Router(Section):
+    """Softmax scores in fp32, the k best experts per token."""
+
+    normalize_weights: bool = True
+    """Divide the k chosen scores by their sum (Mixtral, Qwen3); false keeps the softmax scores (Switch)."""
+
+
+class Balance(Section):
+    """Losses that keep the experts evenly used; 0 switches one off."""
+
+    aux_loss: NonNegativeFloat = 0.01
+    """Coefficient of the Switch/GShard load-balancing loss."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the ST-MoE router z-loss."""
+
+
+class Capacity(Section):
+    """How many assignments an expert accepts from one rank's micro-batch."""
+
+    factor: PositiveFloat | None = None
+    """C = max(minimum, ceil(tokens * top_k / num_experts * factor)); null is dropless."""
+    eval_factor: PositiveFloat | None = None
+    """The same in evaluation; null evaluates dropless."""
+    minimum: PositiveInt = 4
+    """The smallest C, for micro-batches with few tokens."""
+    drop_policy: Literal["probability", "position"] = "probability"
+    """Which assignments stay: the highest router weights, or the first in sequence order."""
+    pad: bool = True
+    """Exchange full [E, C, D] buffers (static shapes, no host read) instead of only what is kept."""
+
+
+class Moe(Section):
+    """The expert layers; `moe: null` trains the dense model."""
+
+    num_experts: Annotated[int, Field(ge=2), BeforeValidator(_whole_number)]
+    """Experts in each MoE layer, over the whole cluster."""
+    top_k: PositiveInt = 2
+    """Experts that each token visits."""
+    expert_ffn_size: PositiveInt
+    """Inner width of one expert."""
+    router: Router = Router()
+    """How a token chooses its experts."""
+    balance: Balance = Balance()
+    """What keeps the experts evenly used."""
+    capacity: Capacity = Capacity()
+    """How much an expert accepts."""
+
+
+class Source(Section):
+    """One corpus. Its name labels its own validation loss."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Label of the source in metrics and in the cache."""
+    path: str | None = None
+    """A file, a folder, a glob, or `builtin:shakespeare` / `builtin:python`."""
+    hub: str | None = None
+    """A data set on the Hugging Face hub, instead of `path`."""
+    split: str = "train"
+    """The hub data set's split."""
+    format: Literal["text", "jsonl", "parquet"] = "text"
+    """How the files at `path` are read; with `text` a file is one document."""
+    text_field: str = "text"
+    """The field that holds the text (jsonl, parquet, hub)."""
+    weight: PositiveFloat = 1.0
+    """Share of the training sequences, relative to the other sources'."""
+
+
+class Data(Section):
+    """What is read, how it becomes tokens, and where they are kept."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]  # not strict: YAML has lists, no tuples
+    """The corpora, mixed by weight."""
+    tokenizer: str = "bytes"
+    """`bytes` (256 byte values and an end-of-document token), or a `tokenizers` JSON file."""
+    cache_dir: str = ".cache/dsmoe"
+    """Folder of the tokenized corpora; runs with the same data share it."""
+    validation_fraction: Fraction = 0.05
+    """Part of each source's bytes held out, whole documents at a time."""
+    seed: NonNegativeInt = 0
+    """Decides the split and the order of the training sequences."""
+
+
+class Optimizer(Section):
+    """AdamW with decoupled weight decay on matrices only, and the learning-rate schedule."""
+
+    lr: PositiveFloat
+    """The highest learning rate, reached after the warm-up."""
+    min_lr: NonNegativeFloat = 0.0
+    """The learning rate at the end of the decay."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    """Decay of Adam's running mean of the gradient and of its square."""
+    eps: PositiveFloat = 1e-8
+    """Added to Adam's denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Part of a weight removed per step, times the learning rate."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm over all parameters, experts included; 0 does not clip."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up; `wsd` stays high and decays at the end."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises linearly from 0."""
+    decay_steps: PositiveInt | None = None
+    """`wsd` only: length of the final decay; null means a fifth of the steps."""
+
+
+class Train(Section):
+    """How long, how much at once, in which precision."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps; give `steps` or `tokens`, not both."""
+    tokens: PositiveInt | None = None
+    """Training tokens; the last step is the last full batch of them."""
+    batch_tokens: PositiveInt
+    """Tokens per optimizer step over the whole cluster."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per device per forward pass."""
+    sequence_length: PositiveInt
+    """Tokens in one training sequence."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the forward and backward pass; `bf16` keeps fp32 master weights in the optimizer."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps only each block's input for the backward pass and computes the block again."""
+    seed: NonNegativeInt = 0
+    """Decides the initial weights."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations; null evaluates only before the first and after the last step."""
+    eval_batches: PositiveInt = 16
+    """Micro-batches per source in an evaluation, over all devices: the same text however many there are."""
+
+
+class Checkpoint(Section):
+    """When the run is saved, and what a new start does with what it finds."""
+
+    every: PositiveInt | None = None
+    """Steps between checkpoints; null saves only after the last step."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """`auto` continues the run folder's newest checkpoint if there is one, `always` insists on one, `never` refuses
+    a folder that has one; anything else is the path of a checkpoint."""
+
+
+class Observe(Section):
+    """What is written down while training."""
+
+    log_every: PositiveInt = 1
+    """Steps between lines on the console and in `metrics.jsonl`."""
+    layer_detail_every: PositiveInt | None = None
+    """Steps between per-layer metrics (`moe/layer_003/...`), a multiple of `log_every`; null never."""
+    tensorboard: bool = True
+    """Write the metrics as TensorBoard events as well."""
+
+
+class Config(Section):
+    """One run: the root of the YAML file (`include` is resolved while loading and is not part of it)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """The run's name, and the name of its folder."""
+    runs_dir: str = "runs"
+    """The run folder is `runs_dir/name`."""
+    cluster: Cluster = Cluster()
+    """The machines."""
+    parallel: Parallel = Parallel()
+    """The layout over them."""
+    model: Model
+    """The transformer around the experts."""
+    moe: Moe | None = None
+    """The experts; null trains a dense model."""
+    data: Data
+    """The corpora and the tokenizer."""
+    optimizer: Optimizer
+    """AdamW and the learning-rate schedule."""
+    train: Train
+    """Length, batch and precision."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving and resuming."""
+    observe: Observe = Observe()
+    """Metrics."""
+    deepspeed: dict[str, Any] = {}
+    """Merged into the generated DeepSpeed config; a key that dsmoe owns is refused."""

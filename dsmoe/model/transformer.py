@@ -1,0 +1,156 @@
+"""The decoder: embedding, blocks of attention and feed-forward, final norm, output head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dsmoe.config.schema import Config, Model
+from dsmoe.model.attention import Attention, Rotary
+from dsmoe.model.init import initialise
+from dsmoe.model.loss import token_losses
+from dsmoe.moe.layer import MoE
+from dsmoe.parallel.groups import ExpertGroup, Groups
+from dsmoe.plan.layers import head_dim, is_moe_layer
+
+
+class Transformer(nn.Module):
+    """A causal language model, dense or Mixture-of-Experts.
+
+    Args:
+        config: `model`, `moe` and `train.recompute` are read.
+        expert_group: the ranks that share the experts.
+    """
+
+    def __init__(self, config: Config, expert_group: ExpertGroup) -> None:
+        super().__init__()
+        model = config.model
+        self.recompute = config.train.recompute == "full"
+        self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.rotary = Rotary(head_dim(model), model.rope_theta)
+        self.blocks = nn.ModuleList(Block(config, index, expert_group) for index in range(model.num_layers))
+        self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        if model.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Next-token cross entropy of [B, S + 1] int64 tokens: [B, S] fp32, in nats."""
+        hidden_BSD = self.hidden_states(tokens[:, :-1])
+        targets_BS = tokens[:, 1:]
+        losses_N = token_losses(hidden_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten())
+        return losses_N.view(targets_BS.shape)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, S] int64 tokens -> [B, S, V] scores of the next token."""
+        return self.head(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, S] int64 tokens -> [B, S, D], after the final norm."""
+        x_BSD = self.embedding(tokens)
+        rotary = self.rotary(tokens.shape[1])
+        for block in cast("Iterable[Block]", self.blocks):
+            if self.recompute and self.training:
+                x_BSD = checkpoint(block, x_BSD, rotary, use_reentrant=False, context_fn=block.recompute_contexts)
+            else:
+                x_BSD = block(x_BSD, rotary)
+        return self.norm(x_BSD)
+
+    def moe_layers(self) -> list[tuple[int, MoE]]:
+        """The MoE layers with the index of their block."""
+        return [(i, block.ffn) for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: Config, index: int, expert_group: ExpertGroup) -> None:
+        super().__init__()
+        model = config.model
+        self.attention_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.attention = Attention(model)
+        self.ffn_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.ffn: MoE | SwiGLU
+        if is_moe_layer(config, index):
+            self.ffn = _moe_layer(config, expert_group)
+        else:
+            self.ffn = SwiGLU(model)
+
+    def forward(self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
+        out = self.ffn(self.ffn_norm(x_BSD))
+        return x_BSD + (out[0] if isinstance(out, tuple) else out)
+
+    def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For `torch.utils.checkpoint`: the second forward pass of a micro-batch must not be counted again."""
+        return nullcontext(), self._recomputing()
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        if isinstance(self.ffn, MoE):
+            self.ffn.recomputing = True
+        try:
+            yield
+        finally:
+            if isinstance(self.ffn, MoE):
+                self.ffn.recomputing = False
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward block, W2 (silu(W1 x) * W3 x) (Shazeer 2020)."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        assert model.ffn_size is not None, "checked when the config is loaded"
+        self.gate_up = nn.Linear(model.hidden_size, 2 * model.ffn_size, bias=False)
+        self.down = nn.Linear(model.ffn_size, model.hidden_size, bias=False)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        gate, up = self.gate_up(x_BSD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def build_model(config: Config, groups: Groups | None = None, device: torch.device | str = "cpu") -> Transformer:
+    """The config's model on `device` in fp32, with weights that depend on `train.seed` and not on the layout.
+
+    Args:
+        config: the run.
+        groups: this rank's groups; None builds the whole model for one process.
+        device: where to make it.
+    """
+    expert_group = groups.expert_group() if groups is not None else ExpertGroup.alone()
+    with torch.device(device):
+        model = Transformer(config, expert_group)
+    initialise(model, config)
+    return model
+
+
+def _moe_layer(config: Config, expert_group: ExpertGroup) -> MoE:
+    moe = config.moe
+    assert moe is not None
+    layer = MoE(
+        config.model.hidden_size,
+        num_experts=moe.num_experts,
+        ep_size=expert_group.size,
+        k=moe.top_k,
+        capacity_factor=moe.capacity.factor,
+        eval_capacity_factor=moe.capacity.eval_factor,
+        min_capacity=moe.capacity.minimum,
+        expert_ffn_size=moe.expert_ffn_size,
+        normalize_weights=moe.router.normalize_weights,
+        drop_policy=moe.capacity.drop_policy,
+        pad=moe.capacity.pad,
+        aux_loss=moe.balance.aux_loss,
+        z_loss=moe.balance.z_loss,
+        seed=0,  # `initialise` draws the weights, by layer
+    )
+    layer.set_expert_group(expert_group)
+    return layer

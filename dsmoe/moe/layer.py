@@ -1,0 +1,258 @@
+"""`dsmoe.MoE`: a drop-in `deepspeed.moe.layer.MoE` whose routing, dropping, dispatch and experts are dsmoe's."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.utils import groups as deepspeed_groups
+from torch import nn
+
+from dsmoe.moe.balance import attach_loss, count_experts, load_balancing_loss, router_z_loss
+from dsmoe.moe.capacity import DROP_POLICIES, expert_capacity, limit
+from dsmoe.moe.dispatch import Dispatch, choose_dispatch
+from dsmoe.moe.experts import ModuleExperts, SwiGLUExperts, mark_expert_parameters
+from dsmoe.moe.router import Router, Routing
+from dsmoe.moe.stats import RoutingStatistics
+from dsmoe.parallel.groups import ExpertGroup
+
+logger = logging.getLogger(__name__)
+
+
+class MoE(DeepSpeedMoE):
+    """A Mixture-of-Experts layer that DeepSpeed's engine recognises as its own.
+
+    Takes every argument of `deepspeed.moe.layer.MoE` with its meaning and default; changing the import is enough.
+    On purpose it differs in this: evaluation is deterministic, experts start different from each other (drawn by
+    their global id), every k has one semantics, and what is dropped is exact (`drop_policy`), never random:
+    `use_rts`, `use_tutel` and `top2_2nd_expert_sampling` are accepted and change nothing.
+
+    Args:
+        hidden_size: D, the width of a token.
+        expert: a module that maps [n, D] to [n, D]; L copies of it are made. None makes SwiGLU experts of inner width
+            `expert_ffn_size` in stacked weights, which is the fast way.
+        num_experts: E, over all ranks.
+        ep_size: R, the ranks that share one copy of all experts.
+        k: experts per token.
+        capacity_factor: see `dsmoe.moe.capacity.expert_capacity`; None is dropless.
+        eval_capacity_factor: the same in evaluation.
+        min_capacity: the least capacity.
+        use_residual: add a dense MLP (a copy of the expert) with a learned mix (PR-MoE, arXiv 2201.05596).
+        noisy_gate_policy: None, 'Jitter' or 'RSample', in training only.
+        drop_tokens: False is dropless, whatever the factors say.
+        use_rts: no effect.
+        use_tutel: no effect.
+        enable_expert_tensor_parallelism: must be False in this version.
+        top2_2nd_expert_sampling: no effect.
+        expert_ffn_size: I, where `expert` is None.
+        normalize_weights: divide the chosen scores by their sum; None means for k > 1, as DeepSpeed does.
+        drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order.
+        pad: with a capacity, exchange full static buffers (every rank must bring as many tokens) rather than only
+            what is kept.
+        aux_loss: coefficient of the load-balancing loss that flows by itself with the output's gradient. 0 leaves it
+            to the caller, who adds the returned loss as with DeepSpeed.
+        z_loss: coefficient of the router z-loss, which always flows by itself.
+        seed: what the experts are drawn from; None draws one from torch's generator.
+
+    Attributes:
+        loss_scale: what the attached losses are multiplied by; `dsmoe.initialize` sets it to 1 / accumulation steps,
+            as the engine does with the model's loss.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert: nn.Module | None = None,
+        num_experts: int = 1,
+        ep_size: int = 1,
+        k: int = 1,
+        capacity_factor: float | None = 1.0,
+        eval_capacity_factor: float | None = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool = False,
+        noisy_gate_policy: str | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        use_tutel: bool = False,
+        enable_expert_tensor_parallelism: bool = False,
+        top2_2nd_expert_sampling: bool = True,
+        *,
+        expert_ffn_size: int | None = None,
+        normalize_weights: bool | None = None,
+        drop_policy: str = "probability",
+        pad: bool = True,
+        aux_loss: float = 0.0,
+        z_loss: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
+        nn.Module.__init__(self)
+        _check_arguments(expert, expert_ffn_size, num_experts, ep_size, drop_policy, enable_expert_tensor_parallelism)
+        if use_tutel:
+            warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=2)
+        self.use_residual = use_residual
+        self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
+        self.ep_size = ep_size
+        self.expert_group_name = f"ep_size_{ep_size}"
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // ep_size
+        self.k = k
+        self.capacity_factor = capacity_factor if drop_tokens else None
+        self.eval_capacity_factor = eval_capacity_factor if drop_tokens else None
+        self.min_capacity = min_capacity
+        self.drop_policy = drop_policy
+        self.pad = pad
+        self.aux_loss_coefficient = aux_loss
+        self.z_loss_coefficient = z_loss
+        self.loss_scale = 1.0
+        self.recomputing = False
+        normalize = k > 1 if normalize_weights is None else normalize_weights
+        self.router = Router(hidden_size, num_experts, k, normalize, noisy_gate_policy)
+        self.experts: SwiGLUExperts | ModuleExperts
+        if expert is None:
+            assert expert_ffn_size is not None
+            self.experts = SwiGLUExperts(hidden_size, expert_ffn_size, self.num_local_experts)
+        else:
+            self.experts = ModuleExperts(expert, self.num_local_experts)
+        mark_expert_parameters(self.experts, self.expert_group_name)
+        if use_residual:
+            self.mlp = expert if expert is not None else _ResidualSwiGLU(hidden_size, expert_ffn_size or 0)
+            self.coefficient = nn.Linear(hidden_size, 2)
+        self.statistics = RoutingStatistics(num_experts)
+        self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
+        self._expert_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
+        self.reset_experts()
+        self._dispatches: dict[bool, Dispatch] = {}
+        if ep_size == 1:
+            self.set_expert_group(ExpertGroup.alone())
+
+    def reset_experts(self, std: float = 0.02, down_std: float = 0.02, seed: int | None = None) -> None:
+        """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
+        self._seed = self._seed if seed is None else seed
+        first = self._expert_rank * self.num_local_experts
+        if isinstance(self.experts, SwiGLUExperts):
+            self.experts.initialise(self._seed, first, std, down_std)
+        else:
+            self.experts.initialise(self._seed, first)
+
+    def set_expert_group(self, group: ExpertGroup) -> None:
+        """Exchange tokens over `group` from now on; experts are drawn anew if this rank's place was assumed wrongly."""
+        assert group.size == self.ep_size, f"expert group of {group.size} for ep_size {self.ep_size}"
+        if group.rank != self._expert_rank:
+            self._expert_rank = group.rank
+            self.reset_experts()
+        self._dispatches = {padded: choose_dispatch(group, padded) for padded in (False, True)}
+
+    def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by DeepSpeed's engine: find the registered expert group, or have DeepSpeed make it."""
+        if self._dispatches and self.ep_size > 1:
+            return
+        if self.expert_group_name not in deepspeed_groups._get_expert_parallel_group_dict():
+            deepspeed_groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+        if self.ep_size > 1:
+            self.set_expert_group(ExpertGroup.registered(self.expert_group_name))
+
+    def forward(
+        self, hidden_states: torch.Tensor, used_token: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route, limit, dispatch, compute, combine, count.
+
+        Args:
+            hidden_states: [..., D].
+            used_token: [T] or [...], 0 or False where a token is padding: it is not routed, not counted, and its
+                output is zero.
+
+        Returns:
+            The output [..., D]; the load-balancing loss, unweighted (detached where `aux_loss` > 0, since it then
+            flows by itself); and the assignments per expert before dropping, [E] int64.
+        """
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = self.router(x_TD, used_token)
+        assigned_E = count_experts(routing.experts_TK, self.num_experts)
+        balance_loss, z_loss = load_balancing_loss(routing, assigned_E), router_z_loss(routing)
+
+        assignments = limit(routing, assigned_E, self._capacity(len(x_TD)), self.drop_policy)
+        exchange = self._exchange(assignments.capacity)
+        dispatched = exchange.dispatch(x_TD, assignments)
+        rows_ND = self.experts(dispatched)
+        y_TD = exchange.combine(rows_ND, dispatched, routing.weights_TK)
+
+        if self.training:
+            y_TD = self._attach_losses(y_TD, balance_loss, z_loss)
+            if not self.recomputing:
+                self.statistics.count(routing, assignments, balance_loss, z_loss)
+        output = y_TD.view(hidden_states.shape)
+        if self.use_residual:
+            output = self._mix_residual(hidden_states, output, routing)
+        return output, balance_loss.detach() if self.aux_loss_coefficient else balance_loss, assigned_E
+
+    def take_traffic(self) -> tuple[float, float]:
+        """Bytes sent over (intra-node, inter-node) links since the last call, backward passes included."""
+        taken = [dispatch.traffic.take() for dispatch in self._dispatches.values()]
+        return sum(intra for intra, _ in taken), sum(inter for _, inter in taken)
+
+    def _capacity(self, num_tokens: int) -> int | None:
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        return expert_capacity(num_tokens, self.k, self.num_experts, factor, self.min_capacity)
+
+    def _exchange(self, capacity: int | None) -> Dispatch:
+        if not self._dispatches:
+            raise RuntimeError(
+                f"this MoE layer has ep_size {self.ep_size} and no expert group yet: pass the model to "
+                f"deepspeed.initialize or dsmoe.initialize first, or call set_expert_group"
+            )
+        return self._dispatches[capacity is not None and self.pad]
+
+    def _attach_losses(self, y_TD: torch.Tensor, balance_loss: torch.Tensor, z_loss: torch.Tensor) -> torch.Tensor:
+        if self.aux_loss_coefficient:
+            y_TD = attach_loss(y_TD, balance_loss, self.aux_loss_coefficient * self.loss_scale)
+        if self.z_loss_coefficient:
+            y_TD = attach_loss(y_TD, z_loss, self.z_loss_coefficient * self.loss_scale)
+        return y_TD
+
+    def _mix_residual(self, x: torch.Tensor, output: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Mix the experts' output with the dense MLP's by learned, per-token coefficients (PR-MoE)."""
+        dense = self.mlp(x)
+        dense = dense[0] if isinstance(dense, tuple) else dense
+        mix = self.coefficient(x).softmax(dim=-1)
+        mixed = output * mix[..., 0:1] + dense * mix[..., 1:]
+        if routing.mask_T is None:
+            return mixed
+        return mixed * routing.mask_T.view(*x.shape[:-1], 1)
+
+
+class _ResidualSwiGLU(nn.Module):
+    """The dense half of a residual MoE with SwiGLU experts."""
+
+    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(gate) * up)
+
+
+def _check_arguments(
+    expert: nn.Module | None,
+    expert_ffn_size: int | None,
+    num_experts: int,
+    ep_size: int,
+    drop_policy: str,
+    enable_expert_tensor_parallelism: bool,
+) -> None:
+    """Raise ValueError for arguments that make no layer."""
+    if num_experts % ep_size:
+        raise ValueError(f"ep_size ({ep_size}) must divide num_experts ({num_experts})")
+    if (expert is None) == (expert_ffn_size is None):
+        raise ValueError("give either expert (a module of yours) or expert_ffn_size (SwiGLU experts), and not both")
+    if drop_policy not in DROP_POLICIES:
+        raise ValueError(f"drop_policy must be one of {DROP_POLICIES}, not {drop_policy!r}")
+    if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:
+        raise ValueError("enable_expert_tensor_parallelism is not supported in this version; set it to False")

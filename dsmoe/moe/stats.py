@@ -1,0 +1,100 @@
+"""Step 7, count: what the router did, summed on the device until somebody asks.
+
+Everything is a sum over tokens, micro-batches and ranks, so one vector per layer and one all-reduce give the global
+figures, whatever the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dsmoe.moe.balance import mean_over_tokens
+from dsmoe.moe.capacity import Assignments
+from dsmoe.moe.router import Routing
+
+_SCALARS = ("weight", "dropped_weight", "balance_loss", "z_loss", "tokens", "micro_batches", "slots")
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer's sums since they were cleared.
+
+    `assigned_E`, `kept_E` count assignments before and after dropping; `score_E` sums the router's scores over
+    tokens; `weight` and `dropped_weight` sum router weights; the losses are summed over micro-batches (unweighted);
+    `slots` counts the rows that the capacity provides (assignments themselves where dropless).
+    """
+
+    assigned_E: torch.Tensor
+    kept_E: torch.Tensor
+    score_E: torch.Tensor
+    weight: float
+    dropped_weight: float
+    balance_loss: float
+    z_loss: float
+    tokens: float
+    micro_batches: float
+    slots: float
+
+
+class RoutingStatistics(nn.Module):
+    """The running sums of one MoE layer, a float64 buffer [3 E + 7] that is not part of checkpoints."""
+
+    sums: torch.Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.register_buffer(
+            "sums", torch.zeros(3 * num_experts + len(_SCALARS), dtype=torch.float64), persistent=False
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RoutingStatistics:
+        """Move with the model, but stay float64: after `model.bfloat16()` a count of 257 would be 256."""
+        exact = self.sums
+        super()._apply(fn, recurse)
+        if self.sums.dtype != exact.dtype:
+            self.sums = exact.to(self.sums.device)
+        return self
+
+    @torch.no_grad()
+    def count(
+        self, routing: Routing, assignments: Assignments, balance_loss: torch.Tensor, z_loss: torch.Tensor
+    ) -> None:
+        """Add one micro-batch; nothing is read back to the host."""
+        weights_A = routing.weights_TK.reshape(-1)
+        dropped_A = (assignments.expert_A < self.num_experts) & ~assignments.kept_A
+        num_tokens = weights_A.new_tensor(len(routing.weights_TK)) if routing.mask_T is None else routing.mask_T.sum()
+        slots = assignments.assigned_E.sum()
+        if assignments.capacity is not None:
+            slots = slots.new_tensor(assignments.capacity * self.num_experts)
+        scalars = [
+            weights_A.sum(),
+            (weights_A[assignments.order_A] * dropped_A).sum(),
+            balance_loss,
+            z_loss,
+            num_tokens,
+            torch.ones_like(balance_loss),
+            slots,
+        ]
+        self.sums += torch.cat(
+            [
+                assignments.assigned_E.double(),
+                assignments.kept_E.double(),
+                mean_over_tokens(routing.scores_TE, routing.mask_T).double() * num_tokens,
+                torch.stack([value.double() for value in scalars]),
+            ]
+        )
+
+    def clear(self) -> None:
+        """Start again from zero."""
+        self.sums.zero_()
+
+
+def read_statistics(sums: torch.Tensor, num_experts: int) -> LayerStatistics:
+    """The figures in a vector of sums (already reduced over ranks and on the CPU)."""
+    assigned_E, kept_E, score_E, scalars = sums.split([num_experts, num_experts, num_experts, len(_SCALARS)])
+    return LayerStatistics(assigned_E, kept_E, score_E, **dict(zip(_SCALARS, scalars.tolist(), strict=True)))

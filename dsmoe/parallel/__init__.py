@@ -1,0 +1,6 @@
+"""Live process groups, and collectives that autograd understands."""
+
+from dsmoe.parallel.distributed import Rank, join_processes, leave_processes
+from dsmoe.parallel.groups import ExpertGroup, Groups
+
+__all__ = ["ExpertGroup", "Groups", "Rank", "join_processes", "leave_processes"]

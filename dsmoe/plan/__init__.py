@@ -1,0 +1,27 @@
+"""What a run will be, as arithmetic on its config: topology, batch, parameters, FLOPs, devices; no torch."""
+
+from dsmoe.plan.batch import Batch
+from dsmoe.plan.devices import KNOWN_DEVICES, DeviceFacts, resolve_device
+from dsmoe.plan.flops import Flops, flops_per_token
+from dsmoe.plan.layers import head_dim, is_moe_layer, num_kv_heads, num_moe_layers
+from dsmoe.plan.parameters import DeviceParameters, ParameterCounts, count_parameters
+from dsmoe.plan.topology import AXES, Axis, Topology
+
+__all__ = [
+    "AXES",
+    "KNOWN_DEVICES",
+    "Axis",
+    "Batch",
+    "DeviceFacts",
+    "DeviceParameters",
+    "Flops",
+    "ParameterCounts",
+    "Topology",
+    "count_parameters",
+    "flops_per_token",
+    "head_dim",
+    "is_moe_layer",
+    "num_kv_heads",
+    "num_moe_layers",
+    "resolve_device",
+]

@@ -1,0 +1,95 @@
+"""How many parameters the model has, by part, counted from the config alone.
+
+Legend: V vocabulary, D hidden, H query heads, KV key/value heads, hd head width, F dense inner width, E experts,
+K experts per token, I expert inner width. No layer has a bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsmoe.config.schema import Config
+from dsmoe.plan.layers import head_dim, num_kv_heads, num_moe_layers
+from dsmoe.plan.topology import Topology
+
+
+@dataclass(frozen=True)
+class DeviceParameters:
+    """What one rank holds, split by where its optimizer state is sharded under ZeRO."""
+
+    shared: int
+    """Everything but the experts: the same on all ranks of a data group."""
+    experts: int
+    """The rank's own experts: the same on all ranks of an expert_data group."""
+
+    @property
+    def total(self) -> int:
+        """All parameters on the device."""
+        return self.shared + self.experts
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """The parameters of the whole model, each counted once."""
+
+    embedding: int
+    """[V, D]."""
+    output_head: int
+    """[V, D], or 0 where it is the embedding."""
+    attention: int
+    """The query, key, value and output projections of all layers."""
+    dense_ffn: int
+    """The SwiGLU blocks of the layers that are not MoE layers."""
+    router: int
+    """[E, D] per MoE layer."""
+    experts: int
+    """All experts of all MoE layers."""
+    active_experts: int
+    """The K experts per MoE layer that one token uses."""
+    norms: int
+    """The RMSNorm weights, those over query and key heads included."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self._without_experts + self.experts
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses, the way model cards count: all but the experts it is not sent to."""
+        return self._without_experts + self.active_experts
+
+    @property
+    def _without_experts(self) -> int:
+        return self.embedding + self.output_head + self.attention + self.dense_ffn + self.router + self.norms
+
+    def per_device(self, topology: Topology) -> DeviceParameters:
+        """Count what one rank holds: matrices cut by tensor, experts by expert x expert_tensor, the rest whole."""
+        cut_by_tensor = self.embedding + self.output_head + self.attention + self.dense_ffn
+        return DeviceParameters(
+            shared=cut_by_tensor // topology.tensor + self.router + self.norms,
+            experts=self.experts // (topology.expert * topology.expert_tensor),
+        )
+
+
+def count_parameters(config: Config) -> ParameterCounts:
+    """Count the parameters of the model that `config`, checked by `load_config`, describes."""
+    model, moe = config.model, config.moe
+    D, hd = model.hidden_size, head_dim(model)
+    query_width, kv_width = model.num_heads * hd, num_kv_heads(model) * hd
+    moe_layers = num_moe_layers(config)
+    dense_layers = model.num_layers - moe_layers
+    assert model.ffn_size or not dense_layers, "load_config refuses dense layers without a width"
+    table = model.vocab_size * D
+    expert = 3 * D * moe.expert_ffn_size if moe else 0  # gate, up, down
+    layer_norms = 2 * D + (2 * hd if model.qk_norm else 0)
+    return ParameterCounts(
+        embedding=table,
+        output_head=0 if model.tie_embeddings else table,
+        attention=model.num_layers * 2 * D * (query_width + kv_width),  # query and output; key and value
+        dense_ffn=dense_layers * 3 * D * (model.ffn_size or 0),
+        router=moe_layers * moe.num_experts * D if moe else 0,
+        experts=moe_layers * moe.num_experts * expert if moe else 0,
+        active_experts=moe_layers * moe.top_k * expert if moe else 0,
+        norms=model.num_layers * layer_norms + D,
+    )

@@ -1,0 +1,19 @@
+"""How the planner writes numbers: short counts with a unit, and counts with their noun."""
+
+from __future__ import annotations
+
+_UNITS = (("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12))
+
+
+def readable_count(count: int) -> str:
+    """Write a count with one decimal and a unit: `1.2 M`, `46.7 B`; below a thousand exactly."""
+    if count < 1000:
+        return str(count)
+    # The unit is chosen after rounding: 999,960 is "1.0 M", never "1000.0 K".
+    unit, size = next((u for u in _UNITS if round(count / u[1], 1) < 1000), _UNITS[-1])
+    return f"{count / size:,.1f} {unit}"
+
+
+def quantity(count: int, noun: str) -> str:
+    """Write a count with its noun, in the plural unless it is one: `1 step`, `4,096 tokens`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

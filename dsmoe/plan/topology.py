@@ -1,0 +1,162 @@
+"""Which ranks work together: every process group of a run as plain integers, for 8 devices or 100,000.
+
+Rank order (Megatron-Core's parallel folding, arXiv:2504.14960): the dense layers see a grid with tensor fastest, then
+data; the expert layers see the SAME ranks as another grid with expert_tensor fastest, then expert, then expert_data.
+A group is an arithmetic progression of ranks, so nothing here searches:
+
+    axis           stride                   degree
+    tensor         1                        tensor
+    data           tensor                   world / tensor
+    expert_tensor  1                        expert_tensor
+    expert         expert_tensor            expert
+    expert_data    expert_tensor * expert   world / (expert_tensor * expert)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+
+Axis = Literal["tensor", "data", "expert_tensor", "expert", "expert_data"]
+
+AXES: tuple[Axis, ...] = get_args(Axis)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How the ranks of a run are laid out; rank r is device `r % devices_per_node` of node `r // devices_per_node`.
+
+    Raises:
+        UserError: a degree does not divide the number of devices; every such degree is named with its nearest valid
+            values.
+    """
+
+    nodes: int
+    devices_per_node: int
+    tensor: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    def __post_init__(self) -> None:
+        problems = self._too_small() or self._not_dividing()
+        if problems:
+            raise UserError("\n".join(problems))
+
+    @classmethod
+    def from_config(cls, config: Config) -> Topology:
+        """Lay `config.parallel` over the devices of `config.cluster`."""
+        return cls(
+            nodes=config.cluster.nodes,
+            devices_per_node=config.cluster.devices_per_node,
+            tensor=config.parallel.tensor,
+            expert=config.parallel.expert,
+            expert_tensor=config.parallel.expert_tensor,
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Number of devices, and of ranks."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different data and hold the same dense parameters."""
+        return self.world_size // self.tensor
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world_size // (self.expert * self.expert_tensor)
+
+    def degree(self, axis: Axis) -> int:
+        """Return the number of ranks in each of the axis' groups."""
+        degree: int = getattr(self, axis)
+        return degree
+
+    def groups(self, axis: Axis) -> tuple[tuple[int, ...], ...]:
+        """Return every group of the axis: ranks ascending, groups in order of their first rank."""
+        stride, degree = self._stride(axis), self.degree(axis)
+        span = stride * degree
+        return tuple(
+            tuple(range(first, first + span, stride))
+            for block in range(0, self.world_size, span)
+            for first in range(block, block + stride)
+        )
+
+    def group_of(self, axis: Axis, rank: int) -> tuple[int, ...]:
+        """Return the axis' group that `rank` is in, ranks ascending."""
+        stride, degree = self._stride(axis), self.degree(axis)
+        first = rank - self.coordinate(axis, rank) * stride
+        return tuple(range(first, first + stride * degree, stride))
+
+    def coordinate(self, axis: Axis, rank: int) -> int:
+        """Return the place of `rank` in its group: `group_of(axis, rank)[coordinate] == rank`."""
+        return self._checked(rank) // self._stride(axis) % self.degree(axis)
+
+    def node_of(self, rank: int) -> int:
+        """Return the node that `rank` runs on."""
+        return self._checked(rank) // self.devices_per_node
+
+    def local_rank(self, rank: int) -> int:
+        """Return the place of `rank` on its node, which is also the index of its device."""
+        return self._checked(rank) % self.devices_per_node
+
+    def crosses_nodes(self, axis: Axis) -> bool:
+        """Return whether some group of the axis has ranks on two nodes."""
+        # Blocks of `span` consecutive ranks hold whole groups, and some group of a block has ranks on both sides of
+        # every cut inside it. So no group crosses exactly when no node boundary falls inside a block.
+        span = self._stride(axis) * self.degree(axis)
+        return self.nodes > 1 and self.degree(axis) > 1 and self.devices_per_node % span != 0
+
+    def _stride(self, axis: Axis) -> int:
+        """Return the distance between neighbours in a group."""
+        strides = {"data": self.tensor, "expert": self.expert_tensor, "expert_data": self.expert_tensor * self.expert}
+        return strides.get(axis, 1)
+
+    def _checked(self, rank: int) -> int:
+        if not 0 <= rank < self.world_size:
+            raise IndexError(f"rank {rank} is not among the {self.world_size} ranks of {self}")
+        return rank
+
+    def _too_small(self) -> list[str]:
+        sizes = {
+            "cluster.nodes": self.nodes,
+            "cluster.devices_per_node": self.devices_per_node,
+            "parallel.tensor": self.tensor,
+            "parallel.expert": self.expert,
+            "parallel.expert_tensor": self.expert_tensor,
+        }
+        return [f"{key} ({size}) must be at least 1" for key, size in sizes.items() if size < 1]
+
+    def _not_dividing(self) -> list[str]:
+        devices = f"{self.nodes} x {self.devices_per_node}"
+        divisions = [
+            ("tensor", self.tensor, "cluster.nodes x cluster.devices_per_node", devices, self.world_size),
+            ("expert_tensor", self.expert_tensor, "cluster.nodes x cluster.devices_per_node", devices, self.world_size),
+        ]
+        if self.world_size % self.expert_tensor == 0:  # otherwise `expert` has nothing to divide yet
+            divisions.append(
+                (
+                    "expert",
+                    self.expert,
+                    "cluster.nodes x cluster.devices_per_node / parallel.expert_tensor",
+                    f"{devices} / {self.expert_tensor}",
+                    self.world_size // self.expert_tensor,
+                )
+            )
+        return [
+            f"parallel.{key} ({degree}) must divide {keys} ({values} = {total}); "
+            f"nearest: {_nearest_divisors(degree, total)}"
+            for key, degree, keys, values, total in divisions
+            if total % degree
+        ]
+
+
+def _nearest_divisors(value: int, total: int) -> str:
+    """Name the divisors of `total` next to `value`, which is none: `2 or 4`."""
+    below = next((n for n in range(min(value - 1, total), 0, -1) if total % n == 0), None)
+    above = next((n for n in range(value + 1, total + 1) if total % n == 0), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)

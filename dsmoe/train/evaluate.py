@@ -1,0 +1,65 @@
+"""Held-out loss: every rank takes part, nothing is random, nothing depends on the layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsmoe.data import PreparedSource, ValidationLoader, bigram_nats
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One source's held-out text and this rank's part of it."""
+
+    source: PreparedSource
+    loader: ValidationLoader
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, held_out: Sequence[HeldOut], device: torch.device) -> dict[str, float]:
+    """Mean loss and bits per byte of each source and of all together; collective over all ranks.
+
+    `eval/loss` is the summed cross entropy in nats over the number of tokens; bits per byte are the same sum in bits
+    over the bytes of text that those tokens stand for, so that tokenizers can be compared.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(len(held_out), 2, dtype=torch.float64, device=device)
+    for row, part in zip(sums, held_out, strict=True):
+        for tokens, weight in part.loader:
+            losses_BS = model(tokens.to(device))
+            row[0] += (losses_BS.double().sum(dim=1) * weight.to(device)).sum()
+            row[1] += weight.to(device).sum() * losses_BS.shape[1]
+    model.train(was_training)
+    dist.all_reduce(sums)
+    return _metrics([part.source for part in held_out], sums.tolist())
+
+
+def evaluate_bigram_model(held_out: Sequence[HeldOut], vocab_size: int) -> dict[str, float]:
+    """The same metrics of a bigram model of each source's tokens, on the very same sequences; no rank needs another."""
+    sums = []
+    for part in held_out:
+        sequences = part.loader.sequences()
+        nats = bigram_nats(part.source, vocab_size, sequences)
+        sums.append([nats, float(sequences[:, 1:].size)])
+    return _metrics([part.source for part in held_out], sums)
+
+
+def _metrics(sources: Sequence[PreparedSource], sums: list[list[float]]) -> dict[str, float]:
+    """Name the figures of each source's (nats, tokens)."""
+    metrics: dict[str, float] = {}
+    total_nats = total_tokens = total_bytes = 0.0
+    for source, (nats, tokens) in zip(sources, sums, strict=True):
+        num_bytes = tokens * source.validation_bytes_per_token
+        metrics[f"eval/{source.name}/loss"] = nats / tokens
+        metrics[f"eval/{source.name}/bits_per_byte"] = nats / math.log(2) / num_bytes
+        total_nats, total_tokens, total_bytes = total_nats + nats, total_tokens + tokens, total_bytes + num_bytes
+    metrics["eval/loss"] = total_nats / total_tokens
+    metrics["eval/bits_per_byte"] = total_nats / math.log(2) / total_bytes
+    return metrics

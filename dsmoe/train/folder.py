@@ -1,0 +1,140 @@
+"""The run folder: whose it is, and what is written there besides metrics and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dsmoe.config import load_config
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+from dsmoe.config.show import dump_config
+from dsmoe.plan.batch import Batch
+from dsmoe.train.checkpoint import find_checkpoint
+
+# What may change when a run goes on: how long, how often, where. Everything else is the run's identity.
+_CHANGEABLE = (
+    "runs_dir",
+    "cluster",
+    "parallel",
+    "checkpoint",
+    "observe",
+    "deepspeed",
+    "data.cache_dir",
+    "train.steps",
+    "train.tokens",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.recompute",
+)
+_PACKAGES = ("dsmoe", "torch", "deepspeed", "datasets", "tokenizers", "numpy", "pydantic")
+_ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "SLURM_", "OMP_", "MASTER_", "DS_", "DEEPSPEED_")
+
+
+def run_folder(config: Config) -> Path:
+    """`runs_dir/name`."""
+    return Path(config.runs_dir) / config.name
+
+
+def open_run_folder(config: Config) -> Path | None:
+    """Check that the folder is this config's, write `config.yaml`, and return the checkpoint to resume from.
+
+    Raises:
+        UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
+            Nothing has been written then.
+    """
+    folder = run_folder(config)
+    existing = folder / "config.yaml"
+    if existing.exists():
+        differing = _differences(load_config(existing), config)
+        if differing:
+            raise UserError(
+                f"{folder} belongs to another config: {'; '.join(differing)}. Give this run another name "
+                f"(name=...), or remove the folder"
+            )
+    checkpoint = _checkpoint_to_resume(config, folder / "checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace_text(existing, dump_config(config))
+    return checkpoint
+
+
+def write_environment(folder: Path, ds_config: Mapping[str, Any], world_size: int) -> None:
+    """Write `ds_config.json` and `environment.json`: what somebody needs to know to run this again."""
+    _replace_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    environment = {
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "world_size": world_size,
+        "git_commit": _git_commit(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
+    }
+    _replace_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _checkpoint_to_resume(config: Config, checkpoints: Path) -> Path | None:
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "always", "never"):
+        return Path(resume)
+    found = find_checkpoint(checkpoints)
+    if resume == "always" and found is None:
+        raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {checkpoints}")
+    if resume == "never" and found is not None:
+        raise UserError(
+            f"checkpoint.resume is 'never' and {found} is there; set checkpoint.resume: auto to go on from it, "
+            f"or give this run another name"
+        )
+    steps = Batch.from_config(config).steps
+    if found is not None and int(found.name.removeprefix("step_")) > steps:
+        raise UserError(
+            f"{found} is past this config's last step, {steps}; raise train.steps, or give this run another name"
+        )
+    return found
+
+
+def _differences(there: Config, here: Config) -> list[str]:
+    """Each key outside `_CHANGEABLE` whose values differ, as text."""
+    old, new = _flatten(there.model_dump()), _flatten(here.model_dump())
+    keys = [key for key in {**old, **new} if not any(key == free or key.startswith(free + ".") for free in _CHANGEABLE)]
+    return [f"{key} is {old.get(key)} there and {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

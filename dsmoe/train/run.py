@@ -1,0 +1,158 @@
+"""From the command line to a finished run: `deepspeed launch/pretrain.py --config CONFIG [section.key=value ...]`.
+
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+
+from dsmoe.config import load_config
+from dsmoe.config.deepspeed import to_deepspeed
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+from dsmoe.observe import JsonLines, Sink, TensorBoard
+from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
+from dsmoe.parallel.distributed import on_first_rank
+from dsmoe.plan.batch import Batch
+from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.parameters import count_parameters
+from dsmoe.plan.topology import Topology
+from dsmoe.train.evaluate import evaluate_bigram_model
+from dsmoe.train.folder import open_run_folder, run_folder, write_environment
+from dsmoe.train.summary import BITS_PER_BYTE, summary
+from dsmoe.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what the command line describes; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pretrain a language model from one YAML file.")
+    parser.add_argument("--config", required=True, help="the YAML file")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        pretrain(config)
+    except UserError as error:
+        _explain(str(error))
+        return 2
+    except Exception:
+        _explain(traceback.format_exc())
+        return 1
+    leave_processes()
+    return 0
+
+
+def pretrain(config: Config) -> None:
+    """Train `config` on the ranks that the launcher started."""
+    topology, batch = Topology.from_config(config), Batch.from_config(config)
+    facts = resolve_device(config.cluster.device)
+    timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
+    rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda", timeout)
+    deepspeed_logger.setLevel(logging.WARNING)
+    _log_to_console(rank)
+    groups = Groups(topology, timeout)
+    checkpoint = on_first_rank(lambda: open_run_folder(config))
+    folder = run_folder(config)
+    if rank.is_first:
+        logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
+        write_environment(folder, to_deepspeed(config, batch.accumulation_steps), rank.world_size)
+        _introduce(config, batch)
+    trainer = Trainer(config, groups, rank, folder / "checkpoints")
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        logger.info("continuing from %s", checkpoint)
+    trainer.sinks = _sinks(config, folder, trainer.step_index) if rank.is_first else []
+    _train_and_tell(trainer, folder)
+    for sink in trainer.sinks:
+        sink.close()
+
+
+def _train_and_tell(trainer: Trainer, folder: Path) -> None:
+    """Evaluate, train, and say what was learnt."""
+    bigram = on_first_rank(lambda: evaluate_bigram_model(trainer.held_out, trainer.config.model.vocab_size))
+    logger.info("a bigram model of the same tokens reaches %.3f bits/byte on the held-out text", bigram[BITS_PER_BYTE])
+    if trainer.step_index == 0:
+        trainer.evaluate()
+    trainer.run()
+    if trainer.rank.is_first:
+        logger.info("%s", summary(folder, bigram))
+
+
+def _introduce(config: Config, batch: Batch) -> None:
+    """Say what is about to be trained, with the arithmetic."""
+    counts, topology = count_parameters(config), batch.topology
+    logger.info("run %s in %s", config.name, run_folder(config))
+    logger.info("parameters: %s total, %s active per token", f"{counts.total:,}", f"{counts.active:,}")
+    logger.info(
+        "ranks: %d = %d data x %d tensor; experts: %d expert x %d expert-data; ZeRO stage %d",
+        topology.world_size,
+        topology.data,
+        topology.tensor,
+        topology.expert,
+        topology.expert_data,
+        config.parallel.zero_stage,
+    )
+    logger.info("batch: %s", batch.explain())
+
+
+def _sinks(config: Config, folder: Path, resume_step: int) -> list[Sink]:
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+    if config.observe.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+    return sinks
+
+
+def _log_to_console(rank: Rank) -> None:
+    """Let rank 0 speak on standard output; the others only of trouble."""
+    package = logging.getLogger("dsmoe")
+    package.setLevel(logging.INFO if rank.is_first else logging.ERROR)
+    package.propagate = False
+    package.addHandler(_handler(logging.StreamHandler(sys.stdout)))
+
+
+def _handler(handler: logging.Handler) -> logging.Handler:
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    return handler
+
+
+def _explain(text: str) -> None:
+    """Print why this process ends, once for the whole run.
+
+    The rank that fails first prints; the others, which then lose their connection to it, only say so: their own
+    tracebacks would bury the cause.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if not dist.is_initialized():
+        # Wrong input is wrong on every rank alike. The launcher ends all ranks as soon as one has ended, so the
+        # others give the first one time to speak.
+        if rank == 0:
+            print(text.rstrip(), file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)
+        return
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        first = store.compare_set("dsmoe/failed", "", str(rank)).decode()
+    except Exception:
+        first = "0"  # the store is rank 0's: it is gone
+    if first == str(rank):
+        who = f"[rank {rank}] " if dist.get_world_size() > 1 else ""
+        print(who + text.rstrip(), file=sys.stderr, flush=True)
+    else:
+        print(f"[rank {rank}] stopped because rank {first} did", file=sys.stderr, flush=True)
+        time.sleep(5)

@@ -1,0 +1,46 @@
+"""What a finished run says: what was learnt, against what a bigram model knows, and what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+BITS_PER_BYTE = "eval/bits_per_byte"
+
+
+def summary(folder: Path, bigram: Mapping[str, float]) -> str:
+    """The table of bits per byte at the start, at the end and of the bigram model, and commands to go on with.
+
+    Args:
+        folder: the run folder; its `metrics.jsonl` has the evaluations.
+        bigram: the bigram model's metrics, under the same names.
+    """
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if BITS_PER_BYTE in line]
+    first, last = evaluations[0], evaluations[-1]
+    keys = [key for key in last if key.endswith("/bits_per_byte")]
+    names = {key: key.removeprefix("eval/").removesuffix("/bits_per_byte") for key in keys}
+    names[BITS_PER_BYTE] = "all"
+    width = max(len(name) for name in [*names.values(), "source"])
+    start, end = f"step {first['step']}", f"step {last['step']}"
+    table = [
+        "held-out bits per byte (lower is better)",
+        f"  {'source':<{width}}  {start:>12}  {end:>12}  {'bigram model':>12}",
+        *(f"  {names[k]:<{width}}  {first[k]:>12.3f}  {last[k]:>12.3f}  {bigram[k]:>12.3f}" for k in keys),
+    ]
+    gained = bigram[BITS_PER_BYTE] - last[BITS_PER_BYTE]
+    verdict = f"{abs(gained):.2f} bits per byte {'better' if gained > 0 else 'worse'} than the bigram model"
+    table.append(f"the model is {verdict} on text that neither has seen")
+    return "\n".join([*table, "", "what to run next", *_next_steps(folder, last["step"])])
+
+
+def _next_steps(folder: Path, steps_done: int) -> list[str]:
+    config = folder / "config.yaml"
+    commands = {
+        f"tensorboard --logdir {folder / 'tensorboard'}": "loss, load balance, dropped tokens, throughput",
+        f"dsmoe config show {config}": "every setting of this run",
+        f"deepspeed launch/pretrain.py --config {config} train.steps={2 * steps_done}": "train on from here",
+    }
+    width = max(map(len, commands))
+    return [f"  {command:<{width}}   # {what}" for command, what in commands.items()]

@@ -1,0 +1,160 @@
+"""The training loop: one step that reads top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dsmoe.config.schema import Config
+from dsmoe.data import ValidationLoader, prepare
+from dsmoe.model import build_model
+from dsmoe.observe import Meter, Sink, console_line
+from dsmoe.observe.meter import Constants
+from dsmoe.parallel.distributed import Rank
+from dsmoe.parallel.groups import Groups
+from dsmoe.plan.batch import Batch
+from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.flops import flops_per_token
+from dsmoe.train.checkpoint import load_checkpoint, save_checkpoint
+from dsmoe.train.engine import clip_gradients, initialize
+from dsmoe.train.evaluate import HeldOut, evaluate
+from dsmoe.train.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Trainer:
+    """One run on this rank: model, data, engine, and the step.
+
+    Making it is collective, and so are all its methods.
+
+    Args:
+        config: the run.
+        groups: this rank's process groups.
+        rank: who this process is.
+        checkpoint_folder: where checkpoints are saved.
+    """
+
+    def __init__(self, config: Config, groups: Groups, rank: Rank, checkpoint_folder: Path) -> None:
+        self.config = config
+        self.groups = groups
+        self.rank = rank
+        self.batch = Batch.from_config(config)
+        self.step_index = 0
+        """Optimizer steps done."""
+        self._checkpoint_folder = checkpoint_folder
+        self.sinks: Sequence[Sink] = ()
+        """Where rank 0 writes metrics."""
+        model = build_model(config, groups, rank.device)
+        self.model = model
+        self.engine, _, self.loader, self.scheduler = initialize(model=model, config=config, groups=groups)
+        self.sources = prepare(config)
+        data_rank, data_degree = groups.coordinate("data"), groups.topology.data
+        self.held_out = [
+            HeldOut(source, ValidationLoader(source, config, data_rank, data_degree)) for source in self.sources
+        ]
+        flops = flops_per_token(config, config.train.sequence_length)
+        self._device_facts = resolve_device(config.cluster.device)
+        constants = Constants(self.batch, flops, self._device_facts)
+        self.meter = Meter(constants, model.moe_layers(), rank.device)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint of the same layout."""
+        self.step_index = load_checkpoint(checkpoint, self.engine, self.config)
+
+    def run(self) -> None:
+        """Train to the last step, with evaluations and checkpoints on the way."""
+        train, save_every = self.config.train, self.config.checkpoint.every
+        self.meter.restart_clock()
+        while self.step_index < self.batch.steps:
+            grad_norm = self.step()
+            last = self.step_index == self.batch.steps
+            if last or self.step_index % self.config.observe.log_every == 0:
+                self.log(grad_norm)
+            if last or (train.eval_every and self.step_index % train.eval_every == 0):
+                self.evaluate()
+            if last or (save_every and self.step_index % save_every == 0):
+                self.save()
+
+    def step(self) -> torch.Tensor | float:
+        """One optimizer step; returns the gradient norm before clipping, on the device where it is there."""
+        self.meter.begin_step()
+        clipped_norm: torch.Tensor | None = None
+        waits: list[float] = []
+        for tokens in timed(self.loader.micro_batches(self.step_index), waits):
+            losses_BS = self.engine(tokens.to(self.rank.device, non_blocking=True))
+            self.engine.backward(losses_BS.mean())
+            if self.engine.is_gradient_accumulation_boundary() and self.config.parallel.zero_stage == 0:
+                clipped_norm = clip_gradients(self.model, self.groups, self.config.optimizer.grad_clip)
+            self.engine.step()
+            self.meter.add_micro_batch(losses_BS)
+        self.meter.end_step(sum(waits))
+        self.step_index += 1
+        return clipped_norm if clipped_norm is not None else self.engine.get_global_grad_norm()
+
+    def log(self, grad_norm: torch.Tensor | float) -> None:
+        """Reduce the step's figures over all ranks and write them down."""
+        detail_every = self.config.observe.layer_detail_every
+        metrics = self.meter.read(layer_detail=bool(detail_every) and self.step_index % (detail_every or 1) == 0)
+        metrics["optim/grad_norm"] = float(grad_norm)
+        metrics["optim/lr"] = learning_rate(self.config.optimizer, self.batch.steps, self.step_index - 1)
+        metrics["optim/skipped_steps"] = float(self.engine.skipped_steps)
+        metrics["progress/tokens"] = float(self.step_index * self.batch.tokens_per_step)
+        metrics["progress/percent"] = 100.0 * self.step_index / self.batch.steps
+        self._write(metrics)
+        memory_gib = self._device_facts.memory_gib if self._device_facts else None
+        logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
+        if not math.isfinite(metrics["train/loss"]):
+            raise TrainingDivergedError(
+                f"the loss is {metrics['train/loss']} at step {self.step_index}; lower optimizer.lr, lengthen "
+                f"optimizer.warmup_steps, or look at the last steps of metrics.jsonl"
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out losses of every source, written down."""
+        metrics = evaluate(self.model, self.held_out, self.rank.device)
+        self._write(metrics)
+        each = "  ".join(f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.sources)
+        logger.info(
+            "eval %d loss %.4f bits/byte %.3f (%s)",
+            self.step_index,
+            metrics["eval/loss"],
+            metrics["eval/bits_per_byte"],
+            each,
+        )
+        self.meter.restart_clock()
+        return metrics
+
+    def save(self) -> Path:
+        """Save a checkpoint of this step."""
+        begun = time.perf_counter()
+        path = save_checkpoint(self._checkpoint_folder, self.step_index, self.engine, self.config)
+        seconds = time.perf_counter() - begun
+        logger.info("saved %s in %.1f s", path, seconds)
+        self.meter.restart_clock()
+        self.meter.add_stall(seconds)
+        return path
+
+    def _write(self, metrics: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.write(self.step_index, metrics)
+
+
+def timed(items: Iterator[torch.Tensor], waits: list[float]) -> Iterator[torch.Tensor]:
+    """Pass the items on, and append to `waits` the seconds that each took to come."""
+    while True:
+        begun = time.perf_counter()
+        item = next(items, None)
+        waits.append(time.perf_counter() - begun)
+        if item is None:
+            return
+        yield item

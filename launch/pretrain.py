@@ -1,0 +1,15 @@
+"""Pretrain a language model: `deepspeed launch/pretrain.py --config CONFIG.yaml [section.key=value ...]`.
+
+The same under `torchrun --nproc-per-node N launch/pretrain.py ...`, and `python launch/pretrain.py ...` for one rank.
+"""
+
+import os
+import sys
+
+from dsmoe.train.run import main
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # Not sys.exit: after a failure, destroying process groups whose peers are gone can wait for their timeout.
+    os._exit(code) if code else sys.exit(code)

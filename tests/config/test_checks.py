@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmoe.config import Config
+from dsmoe.config.checks import cross_field_problems, world_size
+from dsmoe.config.deepspeed import OWNED_KEYS
+
+from .recipes import load, problems
+
+
+def check(folder: Path, *overrides: str) -> list[str]:
+    """Return the problems under these overrides without their places."""
+    suffixes = (" (command line)", " (x.yaml")
+    found = problems(folder, *overrides)
+    assert all(any(suffix in problem for suffix in suffixes) for problem in found)
+    return [problem.rsplit(" (", 1)[0] for problem in found]
+
+
+def test_the_valid_config_has_no_problem_and_eight_ranks(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert cross_field_problems(config) == []
+    assert world_size(config) == 8
+
+
+def test_a_config_made_in_python_is_checked_as_well(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    tree: dict[str, Any] = config.model_dump()
+    tree["moe"]["top_k"] = 9
+    found = cross_field_problems(Config.model_validate(tree))
+    assert found == [("moe.top_k", "moe.top_k (9) must be at most moe.num_experts (8)")]
+
+
+# Layout
+
+WORLD = "the number of devices (2 nodes x 4 = 8)"
+
+
+@pytest.mark.parametrize("key", ["tensor", "expert_tensor"])
+def test_tensor_parallelism_is_refused(tmp_path: Path, key: str) -> None:
+    assert check(tmp_path, f"parallel.{key}=2") == [
+        f"parallel.{key} (2): this version trains with {key}: 1 only; set parallel.{key}: 1"
+    ]
+
+
+def test_tensor_must_divide_the_devices_and_the_batch_is_not_judged_then(tmp_path: Path) -> None:
+    assert check(tmp_path, "parallel.tensor=3", "train.batch_tokens=1000") == [
+        "parallel.tensor (3): this version trains with tensor: 1 only; set parallel.tensor: 1",
+        f"parallel.tensor (3) must divide {WORLD}; nearest: 2 or 4",
+    ]
+
+
+def test_expert_must_divide_num_experts(tmp_path: Path) -> None:
+    overrides = "cluster.nodes=30", "parallel.expert=8", "moe.num_experts=60", "train.batch_tokens=61440"
+    assert check(tmp_path, *overrides) == ["parallel.expert (8) must divide moe.num_experts (60); nearest: 6 or 10"]
+
+
+def test_a_degree_that_fits_the_devices_too_is_named_where_the_nearest_do_not(tmp_path: Path) -> None:
+    assert check(tmp_path, "parallel.expert=8", "moe.num_experts=60") == [
+        "parallel.expert (8) must divide moe.num_experts (60); nearest: 6 or 10 (4 divides the 8 devices as well)"
+    ]
+
+
+def test_expert_above_num_experts_has_one_neighbour(tmp_path: Path) -> None:
+    assert check(tmp_path, "parallel.expert=8", "moe.num_experts=4") == [
+        "parallel.expert (8) must divide moe.num_experts (4); nearest: 4"
+    ]
+
+
+def test_expert_must_divide_the_devices(tmp_path: Path) -> None:
+    assert check(tmp_path, "parallel.expert=6", "moe.num_experts=12") == [
+        f"parallel.expert * parallel.expert_tensor (6 * 1 = 6) must divide {WORLD}; nearest parallel.expert: 4 or 8"
+    ]
+
+
+def test_expert_times_expert_tensor_must_divide_the_devices(tmp_path: Path) -> None:
+    assert check(tmp_path, "parallel.expert=8", "parallel.expert_tensor=2")[1:] == [
+        f"parallel.expert * parallel.expert_tensor (8 * 2 = 16) must divide {WORLD}; nearest parallel.expert: 4"
+    ]
+
+
+def test_no_expert_degree_fits_beside_an_expert_tensor_degree_that_does_not(tmp_path: Path) -> None:
+    assert check(tmp_path, "parallel.expert_tensor=3")[1:] == [
+        f"parallel.expert * parallel.expert_tensor (4 * 3 = 12) must divide {WORLD}; lower parallel.expert_tensor"
+    ]
+
+
+def test_expert_parallelism_needs_experts(tmp_path: Path) -> None:
+    assert check(tmp_path, "moe=null", "model.ffn_size=128") == [
+        "parallel.expert (4) needs experts, but moe is null; set parallel.expert: 1 or give moe"
+    ]
+
+
+# Experts and layers
+
+
+def test_top_k_is_at_most_num_experts(tmp_path: Path) -> None:
+    assert check(tmp_path, "moe.top_k=9") == ["moe.top_k (9) must be at most moe.num_experts (8)"]
+    assert load(tmp_path, "moe.top_k=8")
+
+
+def test_top_1_with_normalized_weights_would_not_train_the_router(tmp_path: Path) -> None:
+    assert check(tmp_path, "moe.top_k=1") == [
+        "moe.router.normalize_weights (true) with moe.top_k (1) makes every weight 1, so the loss gives the router no "
+        "gradient; set moe.router.normalize_weights: false"
+    ]
+    assert load(tmp_path, "moe.top_k=1", "moe.router.normalize_weights=false")
+
+
+def test_widths_suit_grouped_mm(tmp_path: Path) -> None:
+    assert check(tmp_path, "model.hidden_size=60", "model.num_heads=2", "moe.expert_ffn_size=4") == [
+        "model.hidden_size (60) must be a multiple of 8 for grouped_mm; nearest: 56 or 64",
+        "moe.expert_ffn_size (4) must be a multiple of 8 for grouped_mm; nearest: 8",
+    ]
+
+
+def test_a_dense_model_may_have_any_width(tmp_path: Path) -> None:
+    assert load(
+        tmp_path, "moe=null", "parallel.expert=1", "model.ffn_size=100", "model.hidden_size=100", "model.num_heads=5"
+    )
+
+
+def test_kv_heads_divide_heads(tmp_path: Path) -> None:
+    assert check(tmp_path, "model.num_kv_heads=3") == [
+        "model.num_kv_heads (3) must divide model.num_heads (4); nearest: 2 or 4"
+    ]
+    assert load(tmp_path, "model.num_kv_heads=2")
+
+
+def test_heads_divide_the_width_unless_head_dim_is_given(tmp_path: Path) -> None:
+    assert check(tmp_path, "model.num_heads=5") == [
+        "model.num_heads (5) must divide model.hidden_size (64); nearest: 4 or 8, or set model.head_dim"
+    ]
+    assert load(tmp_path, "model.num_heads=5", "model.head_dim=16")
+
+
+def test_head_dim_is_even(tmp_path: Path) -> None:
+    reason = "must be even, because rotary positions turn pairs"
+    assert check(tmp_path, "model.head_dim=15") == [f"model.head_dim (15) {reason}; nearest: 14 or 16"]
+    assert check(tmp_path, "model.num_heads=64") == [
+        f"model.hidden_size / model.num_heads (64 / 64 = 1) {reason}; change one of them or set model.head_dim"
+    ]
+
+
+NO_MOE_LAYER = "leave no MoE layer; dense_layers + moe_every must be at most num_layers, or set moe: null"
+
+
+@pytest.mark.parametrize(("dense", "every"), [(4, 1), (0, 5), (3, 2), (9, 1)])
+def test_some_layer_is_an_moe_layer(tmp_path: Path, dense: int, every: int) -> None:
+    overrides = f"model.dense_layers={dense}", f"model.moe_every={every}", "model.ffn_size=128"
+    assert check(tmp_path, *overrides) == [
+        f"model.num_layers (4), model.dense_layers ({dense}) and model.moe_every ({every}) {NO_MOE_LAYER}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_dense"),
+    [
+        (("model.dense_layers=1",), 1),
+        (("model.moe_every=2",), 2),
+        (("model.dense_layers=1", "model.moe_every=2"), 3),
+        (("model.dense_layers=3",), 3),
+        (("moe=null", "parallel.expert=1"), 4),
+    ],
+)
+def test_dense_layers_need_ffn_size(tmp_path: Path, overrides: tuple[str, ...], num_dense: int) -> None:
+    assert check(tmp_path, *overrides) == [
+        f"model.ffn_size is missing: {num_dense} of 4 layers are dense; set it to their inner width"
+    ]
+    assert load(tmp_path, *overrides, "model.ffn_size=128")
+
+
+def test_ffn_size_without_a_dense_layer_would_be_unused(tmp_path: Path) -> None:
+    assert check(tmp_path, "model.ffn_size=128") == [
+        "model.ffn_size (128) would be unused: all 4 layers are MoE layers, whose width is moe.expert_ffn_size; "
+        "remove it"
+    ]
+
+
+# Length and batch
+
+
+def test_sequences_fit_the_model(tmp_path: Path) -> None:
+    assert check(tmp_path, "train.sequence_length=512") == [
+        "train.sequence_length (512) must be at most model.max_sequence_length (256); lower the one or raise the other"
+    ]
+
+
+def test_neither_steps_nor_tokens(tmp_path: Path) -> None:
+    assert check(tmp_path, "train.steps=null") == [
+        "train.steps or train.tokens must say how long to train; set one of them"
+    ]
+
+
+def test_both_steps_and_tokens(tmp_path: Path) -> None:
+    assert check(tmp_path, "train.tokens=1e6") == [
+        "train.steps (100) and train.tokens (1000000) are both set; remove one, or set it to null if it is included"
+    ]
+
+
+def test_tokens_for_at_least_one_step(tmp_path: Path) -> None:
+    assert check(tmp_path, "train.steps=null", "train.tokens=8191") == [
+        "train.tokens (8191) must be at least train.batch_tokens (8192), one step"
+    ]
+    assert load(tmp_path, "train.steps=null", "train.tokens=8192")
+
+
+@pytest.mark.parametrize(("tokens", "nearest"), [(1000, "4096"), (8191, "4096 or 8192"), (10_000, "8192 or 12288")])
+def test_the_batch_is_a_whole_number_of_passes(tmp_path: Path, tokens: int, nearest: str) -> None:
+    assert check(tmp_path, f"train.batch_tokens={tokens}") == [
+        f"train.batch_tokens ({tokens}) must be a multiple of data ranks * train.micro_batch_size * "
+        f"train.sequence_length (8 * 2 * 256 = 4096); nearest: {nearest}"
+    ]
+
+
+def test_the_data_degree_is_the_devices_over_the_tensor_degree(tmp_path: Path) -> None:
+    (_, problem) = check(tmp_path, "parallel.tensor=2", "train.batch_tokens=1000")
+    assert "(4 * 2 * 256 = 2048); nearest: 2048" in problem
+
+
+# Learning rate
+
+
+def test_min_lr_is_at_most_lr(tmp_path: Path) -> None:
+    assert check(tmp_path, "optimizer.min_lr=0.01") == ["optimizer.min_lr (0.01) must be at most optimizer.lr (0.001)"]
+    assert load(tmp_path, "optimizer.min_lr=0.001")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_decay_steps_belong_to_wsd(tmp_path: Path, schedule: str) -> None:
+    assert check(tmp_path, f"optimizer.schedule={schedule}", "optimizer.decay_steps=10") == [
+        f"optimizer.decay_steps (10) would be unused: optimizer.schedule is {schedule}; remove it or set "
+        "optimizer.schedule: wsd"
+    ]
+
+
+def test_warmup_is_shorter_than_the_run(tmp_path: Path) -> None:
+    assert check(tmp_path, "optimizer.warmup_steps=100") == [
+        "optimizer.warmup_steps (100) must be less than the number of steps (100, from train.steps)"
+    ]
+    assert load(tmp_path, "optimizer.warmup_steps=99")
+
+
+def test_the_steps_may_come_from_tokens(tmp_path: Path) -> None:
+    overrides = "train.steps=null", "train.tokens=90000", "optimizer.warmup_steps=10"
+    assert check(tmp_path, *overrides) == [
+        "optimizer.warmup_steps (10) must be less than the number of steps (10 = train.tokens // train.batch_tokens)"
+    ]
+
+
+def test_warmup_and_decay_fit_the_run(tmp_path: Path) -> None:
+    wsd = "optimizer.schedule=wsd", "optimizer.warmup_steps=60"
+    assert check(tmp_path, *wsd, "optimizer.decay_steps=41") == [
+        "optimizer.warmup_steps (60) + optimizer.decay_steps (41) must be at most the number of steps (100, from "
+        "train.steps); with this warm-up, decay_steps can be up to 40"
+    ]
+    assert load(tmp_path, *wsd, "optimizer.decay_steps=40")
+
+
+def test_warmup_and_the_default_decay_fit_the_run(tmp_path: Path) -> None:
+    assert check(tmp_path, "optimizer.schedule=wsd", "optimizer.warmup_steps=81") == [
+        "optimizer.warmup_steps (81) + optimizer.decay_steps (20, a fifth of the steps) must be at most the number of "
+        "steps (100, from train.steps); with this warm-up, decay_steps can be up to 19"
+    ]
+    assert load(tmp_path, "optimizer.schedule=wsd", "optimizer.warmup_steps=80")
+
+
+# Data
+
+
+def test_a_source_needs_a_place(tmp_path: Path) -> None:
+    assert check(tmp_path, "data.sources.1.path=null") == [
+        "data.sources.1.path or data.sources.1.hub must say where the text is; set one of them"
+    ]
+
+
+def test_a_source_has_one_place(tmp_path: Path) -> None:
+    assert check(tmp_path, "data.sources.0.hub=org/set") == [
+        'data.sources.0.path ("builtin:shakespeare") and data.sources.0.hub ("org/set") are both set; remove one'
+    ]
+
+
+def test_format_is_for_files(tmp_path: Path) -> None:
+    hub = "data.sources=[{name: a, hub: org/set, split: test}]"
+    assert load(tmp_path, hub)
+    assert check(tmp_path, hub, "data.sources.0.format=parquet") == [
+        "data.sources.0.format (parquet) is for files, and this source is a hub data set; remove it"
+    ]
+
+
+def test_split_is_for_hub_data_sets(tmp_path: Path) -> None:
+    assert check(tmp_path, "data.sources.0.split=test") == [
+        'data.sources.0.split ("test") is for hub data sets, and this source is a path; remove it'
+    ]
+
+
+def test_source_names_are_unique(tmp_path: Path) -> None:
+    assert check(tmp_path, "data.sources.1.name=plays") == [
+        'data.sources.1.name ("plays") is taken by an earlier source; give it another name'
+    ]
+
+
+def test_bytes_need_257_rows(tmp_path: Path) -> None:
+    assert check(tmp_path, "model.vocab_size=256") == [
+        "model.vocab_size (256) must be at least 257 for data.tokenizer: bytes (256 byte values and the end of a "
+        "document)"
+    ]
+    assert load(tmp_path, "model.vocab_size=256", "data.tokenizer=tokenizer.json")
+
+
+# Observe and DeepSpeed
+
+
+def test_layer_detail_falls_on_logged_steps(tmp_path: Path) -> None:
+    assert check(tmp_path, "observe.log_every=10", "observe.layer_detail_every=25") == [
+        "observe.layer_detail_every (25) must be a multiple of observe.log_every (10); nearest: 20 or 30"
+    ]
+    assert load(tmp_path, "observe.log_every=10", "observe.layer_detail_every=30")
+
+
+@pytest.mark.parametrize(("key", "ours"), OWNED_KEYS.items())
+def test_keys_that_dsmoe_sets_are_refused(tmp_path: Path, key: str, ours: str | None) -> None:
+    remedy = f"remove it and use {ours}" if ours else "remove it"
+    assert check(tmp_path, f"deepspeed.{key}=1") == [f"deepspeed.{key} is set by dsmoe; {remedy}"]
+
+
+def test_every_key_named_as_a_remedy_exists(tmp_path: Path) -> None:
+    tree = load(tmp_path).model_dump()
+    for ours in filter(None, OWNED_KEYS.values()):
+        section, _, key = ours.removeprefix("the ").removesuffix(" section").partition(".")
+        assert not key or key in tree[section]
+        assert section in tree
+
+
+def test_zero_optimization_is_a_mapping(tmp_path: Path) -> None:
+    assert check(tmp_path, "deepspeed.zero_optimization=true") == [
+        "deepspeed.zero_optimization must be a mapping, it is merged into ours"
+    ]
+
+
+def test_other_deepspeed_keys_pass(tmp_path: Path) -> None:
+    config = load(tmp_path, "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}, comms_logger: {}}")
+    assert config.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "comms_logger": {}}
+
+
+def test_all_problems_come_together(tmp_path: Path) -> None:
+    overrides = "parallel.expert=3", "moe.top_k=9", "train.batch_tokens=1", "deepspeed.fp16={}", "model.num_kv_heads=3"
+    assert [problem.split(" ", 1)[0] for problem in check(tmp_path, *overrides)] == [
+        "parallel.expert",
+        "parallel.expert",
+        "model.num_kv_heads",
+        "moe.top_k",
+        "train.batch_tokens",
+        "deepspeed.fp16",
+    ]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsmoe.config.deepspeed import OWNED_KEYS, to_deepspeed
+
+from .recipes import load
+
+
+def test_the_generated_config_in_full(tmp_path: Path) -> None:
+    assert to_deepspeed(load(tmp_path), accumulation_steps=2) == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": 1,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": True,
+        },
+        "gradient_clipping": 1.0,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def test_fp32_switches_bf16_off(tmp_path: Path) -> None:
+    assert to_deepspeed(load(tmp_path, "train.precision=fp32"), 1)["bf16"] == {"enabled": False}
+
+
+def test_without_zero_deepspeed_neither_shards_nor_clips(tmp_path: Path) -> None:
+    generated = to_deepspeed(load(tmp_path, "parallel.zero_stage=0", "optimizer.grad_clip=0.5"), 1)
+    assert generated["zero_optimization"] == {"stage": 0}
+    assert generated["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_with_zero_deepspeed_clips(tmp_path: Path, stage: int) -> None:
+    generated = to_deepspeed(load(tmp_path, f"parallel.zero_stage={stage}", "optimizer.grad_clip=0.5"), 1)
+    assert generated["zero_optimization"]["stage"] == stage
+    assert generated["gradient_clipping"] == 0.5
+
+
+def test_nothing_overlaps_on_the_cpu(tmp_path: Path) -> None:
+    assert to_deepspeed(load(tmp_path, "cluster.device=cpu"), 1)["zero_optimization"]["overlap_comm"] is False
+
+
+def test_the_users_keys_are_merged_mapping_by_mapping(tmp_path: Path) -> None:
+    section = "{zero_optimization: {overlap_comm: false, reduce_bucket_size: 1e6}, wall_clock_breakdown: true, a: [1]}"
+    generated = to_deepspeed(load(tmp_path, f"deepspeed={section}"), 1)
+    assert generated["zero_optimization"] == {
+        "stage": 1,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "overlap_comm": False,
+        "reduce_bucket_size": 1e6,
+    }
+    assert generated["wall_clock_breakdown"] is True
+    assert generated["a"] == [1]
+
+
+def test_the_result_shares_nothing_with_the_config(tmp_path: Path) -> None:
+    config = load(tmp_path, "deepspeed={a: {b: [1]}}")
+    to_deepspeed(config, 1)["a"]["b"].append(2)
+    assert config.deepspeed == {"a": {"b": [1]}}
+
+
+def test_every_generated_key_that_decides_the_training_is_owned(tmp_path: Path) -> None:
+    free = {"wall_clock_breakdown", "zero_optimization"}
+    assert set(to_deepspeed(load(tmp_path), 1)) - free <= set(OWNED_KEYS)
+
+
+def test_deepspeed_accepts_it(tmp_path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig  # slow to import, and only this test needs it
+
+    accepted = DeepSpeedConfig(to_deepspeed(load(tmp_path, "optimizer.grad_clip=0.5"), 3))
+    assert accepted.steps_per_print is None
+    assert accepted.bfloat16_config.enabled
+    assert (accepted.zero_config.stage, accepted.zero_config.overlap_comm) == (1, True)
+    assert (accepted.gradient_clipping, accepted.gradient_accumulation_steps) == (0.5, 3)
+    assert accepted.train_batch_size == 2 * 3  # one rank here

@@ -1,0 +1,258 @@
+import json
+import logging
+import multiprocessing
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+from dsmoe.data import PreparedSource, cache, packing, prepare
+from tests.data.conftest import MakeConfig
+from tests.data.test_tokenizer import train_bpe
+
+EOD = 256
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Forty documents of different length, some with characters of several bytes."""
+    path = tmp_path / "corpus.jsonl"
+    write_corpus(path, [f"{n}: " + "wörd " * (n % 7 + 3) for n in range(40)])
+    return path
+
+
+def write_corpus(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def read_corpus(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def spec(path: Path, **keys: object) -> dict:
+    return {"name": "corpus", "path": str(path), "format": "jsonl", **keys}
+
+
+def decode(tokens: np.ndarray) -> list[str]:
+    """Documents of a byte-token file, each of which ends with the end-of-document token."""
+    parts = np.split(tokens, np.flatnonzero(tokens == EOD) + 1)
+    assert len(parts[-1]) == 0
+    return [bytes(part[:-1].tolist()).decode("utf-8") for part in parts[:-1]]
+
+
+def prepare_one(config: Config) -> PreparedSource:
+    (source,) = prepare(config)
+    return source
+
+
+def folders(config: Config) -> list[str]:
+    return sorted(os.listdir(config.data.cache_dir))
+
+
+def test_round_trip_and_no_document_on_both_sides(corpus: Path, make_config: MakeConfig) -> None:
+    texts = read_corpus(corpus)
+    source = prepare_one(make_config(spec(corpus), data={"validation_fraction": 0.2}))
+    train, validation = decode(source.train), decode(source.validation)
+    assert sorted(train + validation) == sorted(texts)
+    assert train == [text for text in texts if text in set(train)]  # corpus order
+    assert validation == [text for text in texts if text in set(validation)]
+    assert not set(train) & set(validation)
+    total = sum(len(text.encode()) for text in texts)
+    longest = max(len(text.encode()) for text in texts)
+    assert 0.2 * total <= source.validation_bytes < 0.2 * total + longest
+
+
+def test_counts(corpus: Path, make_config: MakeConfig) -> None:
+    source = prepare_one(make_config(spec(corpus, weight=3.0)))
+    assert (source.name, source.weight, source.dtype) == ("corpus", 3.0, np.dtype("<u2"))
+    assert len(source.train) == source.train_tokens
+    assert len(source.validation) == source.validation_tokens
+    assert source.train_bytes == sum(len(text.encode()) for text in decode(source.train))
+    assert source.validation_bytes == sum(len(text.encode()) for text in decode(source.validation))
+    assert source.validation_bytes_per_token == source.validation_bytes / source.validation_tokens
+    meta = json.loads((source.folder / "meta.json").read_text())
+    assert meta["train"]["documents"] + meta["validation"]["documents"] == 40
+    with pytest.raises(ValueError, match="read-only"):
+        source.train[0] = 1
+
+
+def test_equal_texts_stay_on_one_side(tmp_path: Path, make_config: MakeConfig) -> None:
+    write_corpus(tmp_path / "a.jsonl", [f"document number {n % 10}" for n in range(100)])
+    source = prepare_one(make_config(spec(tmp_path / "a.jsonl"), data={"validation_fraction": 0.15}))
+    train, validation = decode(source.train), decode(source.validation)
+    assert len(validation) == 20
+    assert not set(train) & set(validation)
+
+
+def test_a_single_document_is_cut(tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    text = "".join(f"line {n} ü\n" for n in range(500))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    with caplog.at_level(logging.INFO):
+        source = prepare_one(make_config(spec(tmp_path / "a.txt", format="text")))
+    (train,), (validation,) = decode(source.train), decode(source.validation)
+    assert train + validation == text
+    assert train.endswith("\n")
+    assert 0.05 * len(text.encode()) <= source.validation_bytes < 0.06 * len(text.encode())
+    assert "corpus is a single document: its last 0.05 is held out" in caplog.text
+
+
+def test_tokenizer_file_without_separator_and_uint32(tmp_path: Path, corpus: Path, make_config: MakeConfig) -> None:
+    from tokenizers import Tokenizer
+
+    path = train_bpe(tmp_path / "tokenizer.json", None)
+    config = make_config(spec(corpus), data={"tokenizer": str(path)}, vocab_size=300)
+    source = prepare_one(config)
+    decoded = Tokenizer.from_file(str(path)).decode(source.train.tolist())
+    validation = Tokenizer.from_file(str(path)).decode(source.validation.tolist())
+    assert len(decoded.encode()) == source.train_bytes
+    assert sorted(decoded + validation) == sorted("".join(read_corpus(corpus)))
+
+    large = json.loads(path.read_text())
+    large["model"]["vocab"]["never"] = 70_000
+    path.write_text(json.dumps(large))
+    wide = prepare_one(make_config(spec(corpus), data={"tokenizer": str(path)}, vocab_size=70_001))
+    assert wide.dtype == np.dtype("<u4")
+    assert np.array_equal(wide.train, source.train)
+
+
+def test_batches_and_copies_in_pieces_change_nothing(
+    corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare_one(make_config(spec(corpus), data={"cache_dir": str(corpus.parent / "whole")}))
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(packing, "COPY_BYTES", 7)
+    pieces = prepare_one(make_config(spec(corpus)))
+    assert np.array_equal(whole.train, pieces.train)
+    assert np.array_equal(whole.validation, pieces.validation)
+
+
+def test_reuse_reads_no_text(corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(spec(corpus))
+    first = prepare_one(config)
+
+    def fail(*args: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(cache, "documents", fail)
+    assert prepare_one(config) == first
+    reweighted = prepare_one(make_config(spec(corpus, weight=2.0), train={"sequence_length": 16}))
+    assert (reweighted.folder, reweighted.weight) == (first.folder, 2.0)
+
+
+def test_whatever_decides_the_content_makes_a_new_folder(corpus: Path, make_config: MakeConfig) -> None:
+    made = [
+        prepare_one(make_config(spec(corpus))),
+        prepare_one(make_config(spec(corpus), data={"seed": 1})),
+        prepare_one(make_config(spec(corpus), data={"validation_fraction": 0.1})),
+        prepare_one(make_config(spec(corpus, name="other"))),
+    ]
+    write_corpus(corpus, [*read_corpus(corpus), "one more"])
+    made.append(prepare_one(make_config(spec(corpus))))
+    os.utime(corpus, ns=(0, 0))  # touched, with the same size
+    made.append(prepare_one(make_config(spec(corpus))))
+    assert len({source.folder for source in made}) == len(made)
+    assert decode(made[0].validation) != decode(made[1].validation)
+    assert "one more" in decode(made[4].train) + decode(made[4].validation)
+
+
+@pytest.mark.parametrize("moment", ["pack", "copy_documents", "_publish"])
+def test_a_failure_in_the_middle_leaves_nothing(
+    moment: str, corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(spec(corpus))
+
+    def fail(*args: object, **keys: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, moment, fail)
+        with pytest.raises(OSError, match="disk full"):
+            prepare(config)
+    assert folders(config) == []
+    assert len(decode(prepare_one(config).train)) > 30
+
+
+def test_a_killed_run_does_no_harm(corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(spec(corpus))
+    monkeypatch.setattr(cache, "_publish", lambda *args: os._exit(9))
+    process = multiprocessing.get_context("fork").Process(target=prepare, args=(config,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    (left_over,) = folders(config)
+    assert re.fullmatch(r"\.corpus-[0-9a-f]{16}\.[0-9a-f]{32}\.partial", left_over)
+    monkeypatch.undo()
+    source = prepare_one(config)
+    assert len(decode(source.train)) > 30
+    assert folders(config) == [left_over, source.folder.name]
+
+
+def test_racing_processes_share_one_folder(
+    corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(spec(corpus))
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    publish = cache._publish
+
+    def publish_together(partial: Path, folder: Path) -> None:
+        barrier.wait(timeout=60)  # all have built before any renames
+        publish(partial, folder)
+
+    monkeypatch.setattr(cache, "_publish", publish_together)
+    processes = [context.Process(target=prepare, args=(config,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    source = prepare_one(config)
+    assert folders(config) == [source.folder.name]
+    assert len(decode(source.train)) > 30
+
+
+@pytest.mark.parametrize("damage", ["train.bin", "meta.json", "remove"])
+def test_a_damaged_folder_is_named(damage: str, corpus: Path, make_config: MakeConfig) -> None:
+    config = make_config(spec(corpus))
+    source = prepare_one(config)
+    if damage == "remove":
+        (source.folder / "validation.bin").unlink()
+    else:
+        (source.folder / damage).write_bytes(b"{")
+    with pytest.raises(UserError, match=rf"data.cache_dir: {source.folder} is damaged .*; delete that folder"):
+        prepare(config)
+
+
+def test_parts_shorter_than_a_sequence_are_all_reported(tmp_path: Path, make_config: MakeConfig) -> None:
+    write_corpus(tmp_path / "a.jsonl", ["short", "shorter"])
+    config = make_config(spec(tmp_path / "a.jsonl"), train={"sequence_length": 16})
+    with pytest.raises(UserError) as caught:
+        prepare(config)
+    training, validation = str(caught.value).splitlines()
+    assert re.match(
+        r"data.sources\[corpus\]: the training part has [68] tokens, but train.sequence_length \(16\) \+ 1 = 17 are "
+        r"needed; give it more text, or lower train.sequence_length",
+        training,
+    )
+    assert re.match(r"data.sources\[corpus\]: the validation part has [68] tokens, .*validation_fraction", validation)
+
+
+def test_copies_of_one_text_cannot_be_split(tmp_path: Path, make_config: MakeConfig) -> None:
+    write_corpus(tmp_path / "a.jsonl", ["the same text"] * 10)
+    with pytest.raises(UserError, match=r"the validation part has 0 tokens, .*more than one distinct document"):
+        prepare(make_config(spec(tmp_path / "a.jsonl")))
+
+
+def test_progress_is_logged(
+    corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packing, "PROGRESS_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        source = prepare_one(make_config(spec(corpus)))
+    tokens = source.train_tokens + source.validation_tokens
+    assert re.search(rf"corpus: 40 documents, {tokens:,} tokens so far, [0-9.]+ MB/s", caplog.text)
+    assert f"train {source.train_tokens:,} tokens of" in caplog.text

@@ -1,0 +1,229 @@
+"""`dsmoe.MoE` on one rank is the reference loop: outputs, gradients, losses and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import dsmoe
+from dsmoe.moe import read_statistics
+
+from .reference import Expected, capacity_of, run_reference, swiglu_expert
+
+D, I = 8, 8  # noqa: E741
+FP32_RESOLUTION = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """The layer's settings."""
+
+    num_experts: int
+    top_k: int
+    factor: float | None = None
+    minimum: int = 1
+    drop_policy: str = "probability"
+    normalize: bool = True
+    aux_loss: float = 0.0
+    z_loss: float = 0.0
+
+    def layer(self) -> dsmoe.MoE:
+        layer = dsmoe.MoE(
+            D,
+            num_experts=self.num_experts,
+            k=self.top_k,
+            capacity_factor=self.factor,
+            min_capacity=self.minimum,
+            expert_ffn_size=I,
+            normalize_weights=self.normalize,
+            drop_policy=self.drop_policy,
+            aux_loss=self.aux_loss,
+            z_loss=self.z_loss,
+        )
+        with torch.no_grad():  # large enough for clear decisions and visible gradients
+            layer.router.weight.normal_()
+            layer.experts.gate_up.normal_(std=0.5)
+            layer.experts.down.normal_(std=0.5)
+        return layer
+
+
+def assert_equals_reference(
+    case: Case, layer: dsmoe.MoE, x: torch.Tensor, used: torch.Tensor | None = None, loss_scale: float = 1.0
+) -> Expected:
+    """Run both forward and backward on [T, D] `x`, compare everything, and return what the reference says."""
+    layer.loss_scale = loss_scale
+    x = x.detach().requires_grad_()
+    actual = {"x": x, "router": layer.router.weight, "gate_up": layer.experts.gate_up, "down": layer.experts.down}
+    exact = {name: value.detach().double().requires_grad_() for name, value in actual.items()}
+    expected = run_reference(
+        exact["x"],
+        exact["router"],
+        [swiglu_expert(gate_up, down) for gate_up, down in zip(exact["gate_up"], exact["down"], strict=True)],
+        top_k=case.top_k,
+        normalize=case.normalize,
+        capacity=capacity_of(len(x), case.top_k, case.num_experts, case.factor, case.minimum),
+        drop_policy=case.drop_policy,
+        used=None if used is None else used.tolist(),
+    )
+    assume(expected.closest_call > FP32_RESOLUTION)
+    output, aux_loss, counts = layer(x, used)
+    cotangent = torch.randn_like(output)
+    (output * cotangent).sum().backward()
+    losses = loss_scale * (case.aux_loss * expected.aux_loss + case.z_loss * expected.z_loss)
+    ((expected.output * cotangent).sum() + losses).backward()
+
+    torch.testing.assert_close(output, expected.output.float(), rtol=1e-4, atol=1e-5)
+    for name, value in actual.items():
+        grad = exact[name].grad
+        wanted = torch.zeros_like(value) if grad is None else grad.float()
+        torch.testing.assert_close(value.grad, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}.grad: {m}")
+    assert counts.tolist() == expected.assigned
+    assert float(aux_loss) == pytest.approx(float(expected.aux_loss), rel=1e-5)
+    counted = read_statistics(layer.statistics.sums, case.num_experts)
+    assert counted.assigned_E.tolist() == expected.assigned
+    assert counted.kept_E.tolist() == expected.kept
+    assert counted.z_loss == pytest.approx(float(expected.z_loss), rel=1e-5)
+    assert counted.weight == pytest.approx(expected.weight, rel=1e-5)
+    assert counted.dropped_weight == pytest.approx(expected.dropped_weight, rel=1e-5, abs=1e-6)
+    return expected
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("factor", [None, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("drop_policy", ["probability", "position"])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+class TestEverySetting:
+    def test_plain(self, top_k: int, drop_policy: str, factor: float | None, normalize: bool) -> None:
+        case = Case(6, top_k, factor, 1, drop_policy, normalize)
+        expected = assert_equals_reference(case, case.layer(), torch.randn(12, D))
+        assert (expected.kept != expected.assigned) == (factor in (0.5, 1.0)), "the case is to show drops, or none"
+
+    def test_masked_tokens(self, top_k: int, drop_policy: str, factor: float | None, normalize: bool) -> None:
+        case = Case(6, top_k, factor, 1, drop_policy, normalize)
+        used = torch.arange(12) % 3 != 1
+        expected = assert_equals_reference(case, case.layer(), torch.randn(12, D), used)
+        assert sum(expected.assigned) == 8 * top_k
+        assert not expected.output[~used].any()
+
+    def test_experts_that_nobody_chooses(
+        self, top_k: int, drop_policy: str, factor: float | None, normalize: bool
+    ) -> None:
+        case = Case(6, top_k, factor, 1, drop_policy, normalize)
+        layer, x, starved = case.layer(), torch.randn(12, D), [0, 4]
+        x[:, 0] = 4.0
+        with torch.no_grad():
+            layer.router.weight[starved, 0] = -4.0
+        expected = assert_equals_reference(case, layer, x)
+        assert [expected.assigned[e] for e in starved] == [0, 0]
+        assert not layer.experts.gate_up.grad[starved].any()
+        assert not layer.experts.down.grad[starved].any()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("factor", [None, 0.5])
+def test_one_token(top_k: int, factor: float | None) -> None:
+    case = Case(3, top_k, factor)
+    assert_equals_reference(case, case.layer(), torch.randn(1, D))
+
+
+@pytest.mark.parametrize("drop_policy", ["probability", "position"])
+def test_among_equals_the_first_stay(drop_policy: str) -> None:
+    case = Case(4, 2, 0.5, 1, drop_policy)
+    x = torch.randn(1, D).repeat(12, 1)
+    expected = assert_equals_reference(case, case.layer(), x)
+    assert sorted(expected.kept) == [0, 0, 3, 3]
+    assert expected.output[:3].any(dim=1).all()
+    assert not expected.output[3:].any()
+
+
+def test_the_heavier_stay_though_they_come_last() -> None:
+    """The two policies differ: tokens of growing router weight, of which an expert takes half."""
+    direction = torch.randn(D)
+    x = direction * torch.linspace(0.2, 1.5, 8)[:, None]
+    kept = {}
+    for drop_policy in ("probability", "position"):
+        case = Case(2, 1, 1.0, 1, drop_policy, normalize=False)
+        kept[drop_policy] = assert_equals_reference(case, case.layer(), x).output.any(dim=1).tolist()
+    assert kept["position"] == [True] * 4 + [False] * 4
+    assert kept["probability"] == [False] * 4 + [True] * 4
+
+
+def test_the_smallest_capacity_is_honoured() -> None:
+    case = Case(6, 1, factor=0.5, minimum=3)
+    expected = assert_equals_reference(case, case.layer(), torch.randn(12, D))
+    assert max(expected.kept) == 3
+    assert max(expected.assigned) > 3
+
+
+@pytest.mark.parametrize("factor", [None, 0.5])
+@pytest.mark.parametrize(("aux_loss", "z_loss"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
+@pytest.mark.parametrize("loss_scale", [1.0, 0.25])
+def test_attached_losses_flow_as_if_they_were_added(
+    factor: float | None, aux_loss: float, z_loss: float, loss_scale: float
+) -> None:
+    case = Case(4, 2, factor, aux_loss=aux_loss, z_loss=z_loss)
+    used = torch.arange(10) != 7
+    assert_equals_reference(case, case.layer(), torch.randn(10, D), used, loss_scale)
+
+
+@pytest.mark.parametrize("aux_loss", [0.0, 0.3])
+def test_the_returned_loss_is_the_callers_to_add_only_where_it_does_not_flow_by_itself(aux_loss: float) -> None:
+    layer = Case(4, 2, aux_loss=aux_loss).layer()
+    _, returned, _ = layer(torch.randn(10, D))
+    assert returned.requires_grad == (aux_loss == 0)
+
+
+def test_evaluation_attaches_no_loss() -> None:
+    layer = Case(4, 2, aux_loss=0.3, z_loss=0.2).layer().eval()
+    output, _, _ = layer(torch.randn(10, D))
+    (0.0 * output).sum().backward()
+    assert not layer.router.weight.grad.any()
+
+
+@given(
+    num_tokens=st.integers(1, 9),
+    num_experts=st.integers(1, 5),
+    top_k=st.integers(1, 4),
+    factor=st.sampled_from([None, 0.25, 0.5, 1.0, 1.25, 4.0]),
+    minimum=st.integers(1, 4),
+    drop_policy=st.sampled_from(["probability", "position"]),
+    normalize=st.booleans(),
+    copies=st.booleans(),
+    used=st.none() | st.lists(st.booleans(), min_size=9, max_size=9),
+    losses=st.sampled_from([(0.0, 0.0), (0.5, 0.25)]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_small_case(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    factor: float | None,
+    minimum: int,
+    drop_policy: str,
+    normalize: bool,
+    copies: bool,
+    used: list[bool] | None,
+    losses: tuple[float, float],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    case = Case(num_experts, min(top_k, num_experts), factor, minimum, drop_policy, normalize, *losses)
+    layer = case.layer()
+    x = torch.randn(num_tokens, D)
+    if copies:
+        x = x[torch.randint(num_tokens, (num_tokens,))]
+    # Eighths: their products add up exactly in fp32, so that copies of a token tie exactly.
+    x = (x * 8).round() / 8
+    with torch.no_grad():
+        layer.router.weight.copy_((layer.router.weight * 8).round() / 8)
+    assert_equals_reference(case, layer, x, None if used is None else torch.tensor(used[:num_tokens]))

@@ -1,0 +1,43 @@
+"""The device table, and what an unknown name is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Device
+from dsmoe.plan import KNOWN_DEVICES, DeviceFacts, resolve_device
+
+
+def test_a_known_name() -> None:
+    assert resolve_device("h100-sxm") == DeviceFacts("h100-sxm", memory_gib=79.1, peak_tflops=989.5)
+
+
+def test_the_cpu_has_no_peak_and_so_no_mfu() -> None:
+    assert resolve_device("cpu") == DeviceFacts("cpu", memory_gib=None, peak_tflops=None)
+
+
+def test_nothing_said_is_nothing_known() -> None:
+    assert resolve_device(None) is None
+
+
+def test_a_description_is_taken_as_it_is() -> None:
+    facts = resolve_device(Device(memory_gib=31.5, peak_tflops=100.0))
+    assert facts is not None
+    assert (facts.memory_gib, facts.peak_tflops) == (31.5, 100.0)
+
+
+@pytest.mark.parametrize(("name", "similar"), [("h100_sxm", "h100-sxm"), ("H200", "h200"), ("a100-80", "a100-80gb")])
+def test_an_unknown_name_is_told_the_similar_one_and_all_others(name: str, similar: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{similar}'") as caught:
+        resolve_device(name)
+    assert f"cluster.device ({name!r})" in str(caught.value)
+    for known in KNOWN_DEVICES:
+        assert known in str(caught.value)
+
+
+def test_a_name_like_no_other_gets_the_list_without_a_guess() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_device("trainium")
+    assert "did you mean" not in str(caught.value)
+    assert "known: a100-40gb" in str(caught.value)

@@ -1,0 +1,96 @@
+"""Every recipe under configs/ loads, plans and fits; the numbers its comments state are these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dsmoe.config.load import load_config
+from dsmoe.plan import Batch, Topology, count_parameters, flops_per_token, resolve_device
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@dataclass(frozen=True)
+class Expected:
+    total: int
+    active: int
+    devices: int
+    accumulation_steps: int
+    held_gib: float
+    """bf16 weights and gradients, and the rank's share of the fp32 optimizer state."""
+
+
+EXPECTED = {
+    "mixtral_8x7b": Expected(46_702_792_704, 12_879_925_248, 64, 8, 35.1),
+    "qwen3_30b_a3b": Expected(30_532_122_624, 3_353_032_704, 64, 8, 24.6),
+    "small_8gpu": Expected(1_756_662_784, 347_376_640, 8, 4, 3.7),
+    "switch_top1": Expected(1_893_550_848, 109_923_072, 8, 2, 3.8),
+    "tiny_cpu": Expected(3_429_504, 1_070_208, 2, 1, 0.0),
+    "tiny_cpu_dense": Expected(1_066_112, 1_066_112, 2, 1, 0.0),
+    "trillion": Expected(1_025_656_598_784, 32_109_867_264, 2048, 8, 76.0),
+}
+
+
+def test_every_recipe_is_expected() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(EXPECTED)
+
+
+def test_every_shared_piece_is_included_by_some_recipe() -> None:
+    recipes = "".join(path.read_text() for path in CONFIGS.glob("*.yaml"))
+    pieces = [str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml")]
+    assert pieces
+    assert [piece for piece in pieces if piece not in recipes] == []
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_recipe_plans_and_fits(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", [])
+    expected = EXPECTED[name]
+    topology, batch, counts = Topology.from_config(config), Batch.from_config(config), count_parameters(config)
+    assert config.name == name
+    assert (counts.total, counts.active) == (expected.total, expected.active)
+    assert topology.world_size == expected.devices
+    assert batch.accumulation_steps == expected.accumulation_steps
+    assert batch.tokens_per_step == config.train.batch_tokens
+    assert (
+        flops_per_token(config, config.train.sequence_length).training > 6 * (counts.active - counts.embedding) * 0.99
+    )
+
+    held = counts.per_device(topology)
+    optimizer_bytes = 12 * (held.shared / topology.data + held.experts / topology.expert_data)
+    held_gib = (4 * held.total + optimizer_bytes) / 2**30
+    assert round(held_gib, 1) == expected.held_gib
+    device = resolve_device(config.cluster.device)
+    assert device is not None
+    if device.memory_gib is not None:
+        assert held_gib < 0.6 * device.memory_gib  # the rest is for activations
+
+
+def test_the_dense_twin_does_the_same_work_per_token() -> None:
+    sparse = load_config(CONFIGS / "tiny_cpu.yaml", [])
+    dense = load_config(CONFIGS / "tiny_cpu_dense.yaml", [])
+    sparse_counts, dense_counts = count_parameters(sparse), count_parameters(dense)
+    assert dense.moe is None
+    assert sparse_counts.active - sparse_counts.router == dense_counts.active
+    same = {"name", "parallel", "model", "moe"}
+    assert sparse.model_dump(exclude=same) == dense.model_dump(exclude=same)
+
+
+def test_trillion_states_its_memory() -> None:
+    """The arithmetic in the recipe's first comment, in GB (1e9 bytes) as written there."""
+    config = load_config(CONFIGS / "trillion.yaml", [])
+    topology, counts = Topology.from_config(config), count_parameters(config)
+    held = counts.per_device(topology)
+    assert (round(held.shared / 1e9, 2), round(held.experts / 1e9, 2)) == (10.97, 7.93)
+    assert round(counts.experts / 1e9, 1) == 1014.7
+    assert (round(4 * held.shared / 1e9, 1), round(4 * held.experts / 1e9, 1)) == (43.9, 31.7)
+    assert round(12 * held.shared / topology.data / 1e9, 1) == 0.1
+    assert round(12 * held.experts / topology.expert_data / 1e9, 1) == 5.9
+    assert round(2 * held.total / 1e9, 1) == 37.8
+    train, model = config.train, config.model
+    tokens = train.micro_batch_size * train.sequence_length
+    assert round(tokens * model.hidden_size * 2 * model.num_layers / 1e9, 1) == 3.6
+    assert round(tokens * model.vocab_size * (2 + 4 + 4) / 1e9, 1) == 6.7

@@ -1,0 +1,29 @@
+"""How the planner writes numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsmoe.plan.text import quantity, readable_count
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.0 K"),
+        (999_949, "999.9 K"),
+        (999_951, "1.0 M"),
+        (1_228_800, "1.2 M"),
+        (46_702_792_704, "46.7 B"),
+        (15_000_000_000_000, "15.0 T"),
+        (2_500_000_000_000_000, "2,500.0 T"),
+    ],
+)
+def test_readable_count(count: int, text: str) -> None:
+    assert readable_count(count) == text
+
+
+def test_quantity_is_plural_unless_one() -> None:
+    assert [quantity(count, "step") for count in (0, 1, 4096)] == ["0 steps", "1 step", "4,096 steps"]

@@ -1,0 +1,205 @@
+"""Every group of every small topology, against nested loops; the arithmetic at 16,384 ranks; the errors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+from dsmoe.config.errors import UserError
+from dsmoe.plan import AXES, Axis, Topology
+
+from .configs import make_config
+
+Groups = tuple[tuple[int, ...], ...]
+WORLDS = range(1, 65)
+
+
+@cache
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def topologies(world: int) -> Iterator[Topology]:
+    """Every valid topology of `world` ranks."""
+    for devices_per_node, tensor, expert_tensor in itertools.product(divisors(world), repeat=3):
+        for expert in divisors(world // expert_tensor):
+            yield Topology(world // devices_per_node, devices_per_node, tensor, expert, expert_tensor)
+
+
+def grid_groups(sizes: dict[Axis, int]) -> dict[Axis, Groups]:
+    """Give the cells of a grid their ranks in nested loops, first axis fastest; return its lines along every axis."""
+    ranks: dict[tuple[int, ...], int] = {}
+    for place in itertools.product(*(range(size) for size in reversed(sizes.values()))):  # the last range runs fastest
+        ranks[place[::-1]] = len(ranks)
+    lines: dict[Axis, Groups] = {}
+    for position, axis in enumerate(sizes):
+        by_other_places: dict[tuple[int, ...], list[int]] = {}
+        for place, rank in ranks.items():
+            by_other_places.setdefault(place[:position] + place[position + 1 :], []).append(rank)
+        lines[axis] = tuple(sorted(tuple(sorted(line)) for line in by_other_places.values()))
+    return lines
+
+
+@cache
+def brute_force(world: int, tensor: int, expert: int, expert_tensor: int) -> dict[Axis, Groups]:
+    experts = expert * expert_tensor
+    return {
+        **grid_groups({"tensor": tensor, "data": world // tensor}),
+        **grid_groups({"expert_tensor": expert_tensor, "expert": expert, "expert_data": world // experts}),
+    }
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_groups_equal_nested_loops(world: int) -> None:
+    for topology in topologies(world):
+        expected = brute_force(world, topology.tensor, topology.expert, topology.expert_tensor)
+        assert topology.world_size == world
+        for axis in AXES:
+            assert topology.groups(axis) == expected[axis], (topology, axis)
+    brute_force.cache_clear()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_crosses_nodes_equals_looking_at_every_group(world: int) -> None:
+    for topology in topologies(world):
+        for axis in AXES:
+            nodes = [{rank // topology.devices_per_node for rank in group} for group in topology.groups(axis)]
+            assert topology.crosses_nodes(axis) == any(len(on) > 1 for on in nodes), (topology, axis)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_groups_partition_the_ranks_and_agree_with_group_of(world: int) -> None:
+    for topology in topologies(world):
+        if topology.nodes > 1:
+            continue  # groups do not depend on the nodes, as the comparison with nested loops shows
+        for axis in AXES:
+            groups = topology.groups(axis)
+            assert sorted(itertools.chain(*groups)) == list(range(world))
+            assert {len(group) for group in groups} == {topology.degree(axis)}
+            for group in groups:
+                for place, rank in enumerate(group):
+                    assert topology.group_of(axis, rank) == group
+                    assert topology.coordinate(axis, rank) == place
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_axes_of_a_grid_are_orthogonal(world: int) -> None:
+    for topology in topologies(world):
+        if topology.nodes > 1:
+            continue
+        for grid in (("tensor", "data"), ("expert_tensor", "expert", "expert_data")):
+            places = {tuple(topology.coordinate(axis, rank) for axis in grid) for rank in range(world)}
+            sizes = [topology.degree(axis) for axis in grid]
+            # every combination of places is one rank: a group of each axis meets the others' in exactly that one
+            assert places == set(itertools.product(*(range(size) for size in sizes)))
+        for one, other in itertools.product(topology.groups("tensor"), topology.groups("data")):
+            assert len(set(one) & set(other)) == 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_experts_lie_on_consecutive_ranks_inside_a_node_where_they_fit(world: int) -> None:
+    for topology in topologies(world):
+        run = topology.expert * topology.expert_tensor
+        for start in range(0, world, run):
+            ranks = {
+                rank for offset in range(topology.expert_tensor) for rank in topology.group_of("expert", start + offset)
+            }
+            assert ranks == set(range(start, start + run))
+        if topology.devices_per_node % run == 0:
+            assert not topology.crosses_nodes("expert")
+            assert not topology.crosses_nodes("expert_tensor")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_node_and_local_rank_number_the_devices_of_each_node_in_turn(world: int) -> None:
+    for devices_per_node in divisors(world):
+        topology = Topology(world // devices_per_node, devices_per_node)
+        devices = [(node, local) for node in range(topology.nodes) for local in range(devices_per_node)]
+        assert [(topology.node_of(rank), topology.local_rank(rank)) for rank in range(world)] == devices
+
+
+def test_deepspeed_example() -> None:
+    """The layout in the docstring of `deepspeed.utils.groups._create_expert_and_data_parallel`: 16 ranks, ep 2."""
+    topology = Topology(nodes=2, devices_per_node=8, expert=2)
+    assert topology.groups("expert") == tuple((first, first + 1) for first in range(0, 16, 2))
+    assert topology.groups("expert_data") == (tuple(range(0, 16, 2)), tuple(range(1, 16, 2)))
+    assert topology.groups("data") == (tuple(range(16)),)
+
+
+def test_experts_are_laid_over_tensor_ranks() -> None:
+    """Parallel folding: the expert degree may exceed the data degree."""
+    topology = Topology(nodes=1, devices_per_node=8, tensor=4, expert=8)
+    assert (topology.data, topology.expert_data) == (2, 1)
+    assert topology.groups("tensor") == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert topology.groups("data") == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert topology.groups("expert") == (tuple(range(8)),)
+
+
+def test_sixteen_thousand_ranks() -> None:
+    topology = Topology(nodes=2048, devices_per_node=8, tensor=4, expert=64, expert_tensor=2)
+    assert topology.world_size == 16_384
+    for axis in AXES:
+        groups = topology.groups(axis)
+        assert len(groups) * topology.degree(axis) == topology.world_size
+        assert groups[-1] == topology.group_of(axis, 16_383)
+        for rank in range(topology.world_size):
+            assert topology.coordinate(axis, rank) < topology.degree(axis)
+    assert topology.crosses_nodes("expert")
+    assert not topology.crosses_nodes("tensor")
+    assert topology.group_of("expert", 16_383) == tuple(range(16_384 - 127, 16_384, 2))
+
+
+def test_from_config_reads_cluster_and_parallel() -> None:
+    config = make_config(
+        cluster={"nodes": 4, "devices_per_node": 6}, parallel={"tensor": 2, "expert": 3, "expert_tensor": 4}
+    )
+    assert Topology.from_config(config) == Topology(4, 6, tensor=2, expert=3, expert_tensor=4)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        (
+            {"tensor": 3},
+            "parallel.tensor (3) must divide cluster.nodes x cluster.devices_per_node (2 x 8 = 16); nearest: 2 or 4",
+        ),
+        (
+            {"expert": 64},
+            "parallel.expert (64) must divide cluster.nodes x cluster.devices_per_node / parallel.expert_tensor "
+            "(2 x 8 / 1 = 16); nearest: 16",
+        ),
+        (
+            {"expert": 6, "expert_tensor": 2},
+            "parallel.expert (6) must divide cluster.nodes x cluster.devices_per_node / parallel.expert_tensor "
+            "(2 x 8 / 2 = 8); nearest: 4 or 8",
+        ),
+        (
+            {"expert_tensor": 5},
+            "parallel.expert_tensor (5) must divide cluster.nodes x cluster.devices_per_node (2 x 8 = 16); "
+            "nearest: 4 or 8",
+        ),
+        ({"tensor": 0}, "parallel.tensor (0) must be at least 1"),
+    ],
+)
+def test_a_degree_that_does_not_divide_is_named_with_its_remedy(degrees: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Topology(nodes=2, devices_per_node=8, **degrees)
+    assert str(caught.value) == message
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        Topology(nodes=2, devices_per_node=8, tensor=3, expert=5)
+    assert "parallel.tensor (3)" in str(caught.value)
+    assert "parallel.expert (5)" in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [-1, 16])
+def test_a_rank_outside_the_world_is_refused(rank: int) -> None:
+    topology = Topology(nodes=2, devices_per_node=8)
+    for ask in (topology.node_of, topology.local_rank, lambda r: topology.group_of("data", r)):
+        with pytest.raises(IndexError, match=f"rank {rank} is not among the 16 ranks"):
+            ask(rank)

@@ -1,0 +1,78 @@
+"""Run a function on N gloo ranks of this machine and get what each returned.
+
+Rendezvous is a file, so tests need no ports. The ranks are forked from a server that has imported torch and DeepSpeed
+once. If a rank fails, its traceback fails the test; if they do not end in time, all are killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["dsmoe.train.run"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """`[function(*arguments) on rank 0, on rank 1, ...]`, with `torch.distributed` started and one thread per rank.
+
+    `function` must be defined at the top of a module. What it returns is carried by `torch.save`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            CONTEXT.Process(target=_rank_main, args=(folder, rank, world_size, function, arguments), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        _wait(processes, Path(folder), timeout)
+        return [torch.load(Path(folder) / f"result_{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes):
+        failed = any(process.exitcode not in (None, 0) for process in processes)
+        if failed or time.monotonic() > deadline:
+            time.sleep(0.5)  # let the other ranks write their tracebacks too
+            for process in processes:
+                process.kill()
+            break
+        time.sleep(0.02)
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        errors = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime)
+        text = "\n".join(f"--- rank {path.name.removeprefix('error_')}\n{path.read_text()}" for path in errors)
+        raise AssertionError(text or f"ranks did not end within {timeout} s")
+
+
+def _rank_main(
+    folder: str, rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+        )
+        from dsmoe.parallel.distributed import join_processes
+
+        join_processes("cpu")
+        torch.save(function(*arguments), Path(folder) / f"result_{rank}")
+    except BaseException:
+        (Path(folder) / f"error_{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+    torch.distributed.barrier()
+    os._exit(0)  # nothing is left to do, and tearing gloo down races with the other ranks

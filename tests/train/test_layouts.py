@@ -1,0 +1,81 @@
+"""The same run on every layout: losses, gradient norms, held-out loss and weights of one rank are those of N."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.train.layouts import small_config, train
+
+STEPS = 10
+LAYOUTS = [  # ranks, expert degree, ZeRO stage
+    (1, 1, 0),
+    (1, 1, 2),
+    (2, 1, 0),
+    (2, 2, 0),
+    (2, 2, 1),
+    (2, 1, 2),
+    (4, 1, 1),
+    (4, 2, 0),
+    (4, 2, 1),
+    (4, 2, 2),
+    (4, 4, 0),
+    (4, 4, 1),
+    (4, 4, 2),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> dict[str, Any]:
+    """One rank, ZeRO stage 1."""
+    return run_ranks(1, train, small_config(folder), STEPS)[0]
+
+
+@pytest.mark.parametrize(("ranks", "expert", "zero_stage"), LAYOUTS)
+def test_every_layout_trains_the_same_model(
+    ranks: int, expert: int, zero_stage: int, folder: Path, reference: dict[str, Any]
+) -> None:
+    results = run_ranks(ranks, train, small_config(folder, ranks=ranks, expert=expert, zero_stage=zero_stage), STEPS)
+    assert_same_training(results, reference)
+
+
+def test_clipping_was_active_and_training_moved(reference: dict[str, Any]) -> None:
+    assert min(reference["norms"]) > 0.5, "the other tests would not see a wrong clip"
+    assert reference["losses"][-1] < 0.8 * reference["losses"][0]
+
+
+def test_static_padded_exchange_without_drops_is_the_same(folder: Path, reference: dict[str, Any]) -> None:
+    """A capacity that nothing can exceed, padded and not: the other two dispatches, the same numbers."""
+    for pad in (True, False):
+        moe = {"capacity": {"factor": 2.0, "eval_factor": 2.0, "minimum": 32, "pad": pad}}
+        results = run_ranks(2, train, small_config(folder, ranks=2, expert=2, moe=moe), STEPS)
+        assert_same_training(results, reference)
+
+
+def test_recompute_changes_nothing(folder: Path, reference: dict[str, Any]) -> None:
+    results = run_ranks(2, train, small_config(folder, ranks=2, expert=2, train={"recompute": "full"}), STEPS)
+    assert_same_training(results, reference)
+
+
+def assert_same_training(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    for result in results:
+        assert result["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+        assert result["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+        assert result["held_out"] == pytest.approx(reference["held_out"], rel=1e-5)
+    seen = set()
+    for result in results:
+        for name, weight in result["weights"].items():
+            seen.add(name)
+            torch.testing.assert_close(
+                weight, reference["weights"][name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    assert seen == set(reference["weights"])
