@@ -6,6 +6,9 @@ The same under `torchrun --nproc-per-node N launch/pretrain.py ...`, and `python
 import os
 import sys
 
+# When a rank dies, torch's C++ side warns about every closed socket with a page of stack frames. dsmoe says it once.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from dsmoe.train.run import main
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def _switch_off_shared_memory_op() -> None:
 def on_first_rank(action: Callable[[], T]) -> T:
     """Let rank 0 do `action` while the others wait, and give every rank its result, or raise its error on every rank.
 
-    The result and the error must be picklable.
+    The result and the error must be picklable. The error says of itself that all ranks have it: `is_shared(error)`.
     """
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
@@ -114,5 +114,21 @@ def on_first_rank(action: Callable[[], T]) -> T:
             outcome[1] = error
     torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].shared_by_all_ranks = True
         raise outcome[1]
     return cast(T, outcome[0])
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every rank has the same error, so that one of them may speak for all."""
+    return getattr(error, "shared_by_all_ranks", False)
+
+
+def first_failed_rank() -> int:
+    """Say that this rank has failed, and learn which one was the first to say so (rank 0, if nobody can be asked)."""
+    rank = str(torch.distributed.get_rank())
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return int(store.compare_set("dsmoe/failed", "", rank).decode())
+    except Exception:
+        return 0  # the store lives in rank 0, which is gone

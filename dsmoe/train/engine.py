@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.schema import Config
-from dsmoe.data import TrainLoader, prepare
+from dsmoe.data import PreparedSource, TrainLoader, prepare
 from dsmoe.moe.layer import MoE
 from dsmoe.parallel.distributed import on_first_rank, set_timeout_everywhere
 from dsmoe.parallel.groups import Groups
@@ -37,8 +38,7 @@ def initialize(
     Returns:
         DeepSpeed's engine; its optimizer; the training data; the learning-rate scheduler, which the engine steps.
     """
-    on_first_rank(lambda: len(prepare(config)))
-    loader = TrainLoader(prepare(config), config, groups.coordinate("data"), groups.topology.data)
+    loader = TrainLoader(prepare_once(config), config, groups.coordinate("data"), groups.topology.data)
     batch = Batch.from_config(config)
     for module in model.modules():
         if isinstance(module, MoE):
@@ -58,6 +58,18 @@ def initialize(
     )
     set_timeout_everywhere(timedelta(seconds=config.cluster.collective_timeout_seconds))
     return engine, optimizer, loader, scheduler
+
+
+def prepare_once(config: Config) -> list[PreparedSource]:
+    """The prepared data of `config`, tokenised by one rank while the others wait; collective.
+
+    Where nodes do not share `data.cache_dir`, the first rank of each node makes its own.
+    """
+    on_first_rank(lambda: len(prepare(config)))
+    if os.environ["LOCAL_RANK"] == "0":
+        prepare(config)
+    dist.barrier()
+    return prepare(config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

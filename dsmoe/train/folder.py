@@ -43,26 +43,28 @@ def run_folder(config: Config) -> Path:
     return Path(config.runs_dir) / config.name
 
 
-def open_run_folder(config: Config) -> Path | None:
-    """Check that the folder is this config's, write `config.yaml`, and return the checkpoint to resume from.
+def check_run_folder(config: Config) -> Path | None:
+    """Check that the folder is this config's, and return the checkpoint to resume from; writes nothing.
 
     Raises:
         UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
-            Nothing has been written then.
     """
     folder = run_folder(config)
-    existing = folder / "config.yaml"
-    if existing.exists():
-        differing = _differences(load_config(existing), config)
+    if (folder / "config.yaml").exists():
+        differing = _differences(load_config(folder / "config.yaml"), config)
         if differing:
             raise UserError(
                 f"{folder} belongs to another config: {'; '.join(differing)}. Give this run another name "
                 f"(name=...), or remove the folder"
             )
-    checkpoint = _checkpoint_to_resume(config, folder / "checkpoints")
+    return _checkpoint_to_resume(config, folder / "checkpoints")
+
+
+def make_run_folder(config: Config) -> None:
+    """Make the folder and write `config.yaml`, the resolved config."""
+    folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_text(existing, dump_config(config))
-    return checkpoint
+    _replace_text(folder / "config.yaml", dump_config(config))
 
 
 def write_environment(folder: Path, ds_config: Mapping[str, Any], world_size: int) -> None:
@@ -104,17 +106,24 @@ def _checkpoint_to_resume(config: Config, checkpoints: Path) -> Path | None:
 def _differences(there: Config, here: Config) -> list[str]:
     """Each key outside `_CHANGEABLE` whose values differ, as text."""
     old, new = _flatten(there.model_dump()), _flatten(here.model_dump())
-    keys = [key for key in {**old, **new} if not any(key == free or key.startswith(free + ".") for free in _CHANGEABLE)]
-    return [f"{key} is {old.get(key)} there and {new.get(key)} here" for key in keys if old.get(key) != new.get(key)]
+    return [
+        f"{key} is {old.get(key, 'absent')} there and {new.get(key, 'absent')} here"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in _CHANGEABLE))
+    ]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf under its dotted key, as overrides write it: `data.sources.0.path`."""
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, list | tuple) and any(isinstance(item, Mapping) for item in tree):
+        items = list(enumerate(tree))
+    else:
+        return {prefix: tree}
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
+    for key, value in items:
+        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
 

@@ -24,17 +24,20 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import on_first_rank
+from dsmoe.parallel.distributed import first_failed_rank, is_shared, on_first_rank
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.parameters import count_parameters
 from dsmoe.plan.topology import Topology
+from dsmoe.train.engine import prepare_once
 from dsmoe.train.evaluate import evaluate_bigram_model
-from dsmoe.train.folder import open_run_folder, run_folder, write_environment
+from dsmoe.train.folder import check_run_folder, make_run_folder, run_folder, write_environment
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+LINGER_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         pretrain(config)
     except UserError as error:
-        _explain(str(error))
+        explain_end(error, str(error))
         return 2
-    except Exception:
-        _explain(traceback.format_exc())
+    except Exception as error:
+        explain_end(error, traceback.format_exc())
         return 1
     leave_processes()
     return 0
@@ -66,9 +69,11 @@ def pretrain(config: Config) -> None:
     deepspeed_logger.setLevel(logging.WARNING)
     _log_to_console(rank)
     groups = Groups(topology, timeout)
-    checkpoint = on_first_rank(lambda: open_run_folder(config))
+    checkpoint = on_first_rank(lambda: check_run_folder(config))
+    prepare_once(config)
     folder = run_folder(config)
     if rank.is_first:
+        make_run_folder(config)
         logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
         write_environment(folder, to_deepspeed(config, batch.accumulation_steps), rank.world_size)
         _introduce(config, batch)
@@ -130,29 +135,21 @@ def _handler(handler: logging.Handler) -> logging.Handler:
     return handler
 
 
-def _explain(text: str) -> None:
+def explain_end(error: Exception, text: str) -> None:
     """Print why this process ends, once for the whole run.
 
-    The rank that fails first prints; the others, which then lose their connection to it, only say so: their own
-    tracebacks would bury the cause.
+    The rank that fails first prints. The others, which then lose their connection to it, only say so: their own
+    tracebacks would bury the cause. Whoever is not the speaker lingers, because launchers end every rank as soon as
+    one has ended.
     """
     rank = int(os.environ.get("RANK", "0"))
-    if not dist.is_initialized():
-        # Wrong input is wrong on every rank alike. The launcher ends all ranks as soon as one has ended, so the
-        # others give the first one time to speak.
-        if rank == 0:
-            print(text.rstrip(), file=sys.stderr, flush=True)
-        else:
-            time.sleep(10)
-        return
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        first = store.compare_set("dsmoe/failed", "", str(rank)).decode()
-    except Exception:
-        first = "0"  # the store is rank 0's: it is gone
-    if first == str(rank):
-        who = f"[rank {rank}] " if dist.get_world_size() > 1 else ""
+    # Before the processes have joined, what is wrong is wrong on every rank alike: the config, the command line.
+    everywhere = is_shared(error) or not dist.is_initialized()
+    speaker = 0 if everywhere else first_failed_rank()
+    if rank == speaker:
+        who = "" if everywhere else f"[rank {rank}] "
         print(who + text.rstrip(), file=sys.stderr, flush=True)
-    else:
-        print(f"[rank {rank}] stopped because rank {first} did", file=sys.stderr, flush=True)
-        time.sleep(5)
+        return
+    if not everywhere:
+        print(f"[rank {rank}] stopped because rank {speaker} did", file=sys.stderr, flush=True)
+    time.sleep(LINGER_SECONDS)

@@ -20,8 +20,8 @@ Expert = Callable[[torch.Tensor], torch.Tensor]
 class Expected:
     """What the layer should return and count.
 
-    `closest_call` is the smallest difference, among those that are not exact ties, that decided which expert is
-    chosen or which assignment is dropped: far below fp32's resolution, a float32 layer may rightly decide otherwise.
+    `closest_call` is the smallest relative difference that decided which expert is chosen or (exact ties apart) which
+    assignment is dropped: below fp32's resolution, a float32 layer may rightly decide otherwise.
     """
 
     output: torch.Tensor
@@ -61,9 +61,9 @@ def run_reference(
         exponentials = [torch.dot(x[token], row).exp() for row in router]
         total = torch.stack(exponentials).sum()
         scores = [exponential / total for exponential in exponentials]
-        best = sorted(range(len(experts)), key=lambda e: -float(scores[e]))
+        best = sorted(range(len(experts)), key=lambda e: -scores[e].item())
         if top_k < len(experts):
-            calls.append(float(scores[best[top_k - 1]] - scores[best[top_k]]))
+            calls.append(1 - scores[best[top_k]].item() / scores[best[top_k - 1]].item())
         best = best[:top_k]
         divisor = torch.stack([scores[e] for e in best]).sum() if normalize else 1.0
         for e in best:
@@ -71,17 +71,17 @@ def run_reference(
         score_sums = [old + score for old, score in zip(score_sums, scores, strict=True)]
         square_logsumexps = square_logsumexps + total.log() ** 2
 
-    output = [torch.zeros_like(x[0]) for _ in x]
+    output = [0.0 * token for token in x]
     dropped_weight = 0.0
     for expert, queue in zip(experts, queues, strict=True):
         if drop_policy == "probability":
-            queue.sort(key=lambda item: -float(item[0]))  # Python's sort is stable: ties stay in sequence order
-            ranked = [float(weight) for weight, _ in queue]
+            queue.sort(key=lambda item: -item[0].item())  # Python's sort is stable: ties stay in sequence order
+            ranked = [weight.item() for weight, _ in queue]
             if capacity < len(queue) and ranked[capacity - 1] != ranked[capacity]:
-                calls.append(ranked[capacity - 1] - ranked[capacity])
+                calls.append(1 - ranked[capacity] / ranked[capacity - 1])
         for weight, token in queue[:capacity]:
             output[token] = output[token] + weight * expert(x[token])
-        dropped_weight += sum(float(weight) for weight, _ in queue[capacity:])
+        dropped_weight += sum(weight.item() for weight, _ in queue[capacity:])
 
     assigned = [len(queue) for queue in queues]
     shares = [count / max(sum(assigned), 1) for count in assigned]
@@ -96,7 +96,7 @@ def run_reference(
         z_loss=square_logsumexps / num_tokens,
         assigned=assigned,
         kept=[min(count, capacity) for count in assigned],
-        weight=sum(float(weight) for queue in queues for weight, _ in queue),
+        weight=sum(weight.item() for queue in queues for weight, _ in queue),
         dropped_weight=dropped_weight,
         closest_call=min(calls),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 import dsmoe
@@ -15,7 +15,11 @@ from dsmoe.moe import read_statistics
 from .reference import Expected, capacity_of, run_reference, swiglu_expert
 
 D, I = 8, 8  # noqa: E741
-FP32_RESOLUTION = 1e-6
+FP32_RESOLUTION = 1e-5
+
+
+class CloseCallError(Exception):
+    """The case turns on a difference that fp32 cannot see."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def assert_equals_reference(
         drop_policy=case.drop_policy,
         used=None if used is None else used.tolist(),
     )
-    assume(expected.closest_call > FP32_RESOLUTION)
+    if expected.closest_call < FP32_RESOLUTION:
+        raise CloseCallError
     output, aux_loss, counts = layer(x, used)
     cotangent = torch.randn_like(output)
     (output * cotangent).sum().backward()
@@ -82,11 +87,11 @@ def assert_equals_reference(
         wanted = torch.zeros_like(value) if grad is None else grad.float()
         torch.testing.assert_close(value.grad, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}.grad: {m}")
     assert counts.tolist() == expected.assigned
-    assert float(aux_loss) == pytest.approx(float(expected.aux_loss), rel=1e-5)
+    assert aux_loss.item() == pytest.approx(expected.aux_loss.item(), rel=1e-5)
     counted = read_statistics(layer.statistics.sums, case.num_experts)
     assert counted.assigned_E.tolist() == expected.assigned
     assert counted.kept_E.tolist() == expected.kept
-    assert counted.z_loss == pytest.approx(float(expected.z_loss), rel=1e-5)
+    assert counted.z_loss == pytest.approx(expected.z_loss.item(), rel=1e-5)
     assert counted.weight == pytest.approx(expected.weight, rel=1e-5)
     assert counted.dropped_weight == pytest.approx(expected.dropped_weight, rel=1e-5, abs=1e-6)
     return expected
@@ -121,6 +126,7 @@ class TestEverySetting:
         layer, x, starved = case.layer(), torch.randn(12, D), [0, 4]
         x[:, 0] = 4.0
         with torch.no_grad():
+            layer.router.weight[:, 0] = 0.0
             layer.router.weight[starved, 0] = -4.0
         expected = assert_equals_reference(case, layer, x)
         assert [expected.assigned[e] for e in starved] == [0, 0]
@@ -202,7 +208,7 @@ def test_evaluation_attaches_no_loss() -> None:
     losses=st.sampled_from([(0.0, 0.0), (0.5, 0.25)]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=500, deadline=None, derandomize=True)
 def test_any_small_case(
     num_tokens: int,
     num_experts: int,
@@ -226,4 +232,7 @@ def test_any_small_case(
     x = (x * 8).round() / 8
     with torch.no_grad():
         layer.router.weight.copy_((layer.router.weight * 8).round() / 8)
-    assert_equals_reference(case, layer, x, None if used is None else torch.tensor(used[:num_tokens]))
+    try:
+        assert_equals_reference(case, layer, x, None if used is None else torch.tensor(used[:num_tokens]))
+    except CloseCallError:
+        reject()

@@ -1,0 +1,269 @@
+"""The command that users type: what it trains, writes and says, and how it refuses wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dsmoe.config import dump_config, load_config
+from tests.ranks import CONTEXT
+from tests.train.layouts import small_config
+
+REPOSITORY = Path(__file__).parents[2]
+
+PROMISED = {
+    "optim/grad_norm",
+    "optim/lr",
+    "optim/skipped_steps",
+    "throughput/tokens_per_second",
+    "throughput/step_seconds",
+    "throughput/tokens_per_second_per_device",
+    "throughput/data_wait_seconds",
+    "throughput/tflops_per_device",
+    "memory/peak_gib",
+    "progress/tokens",
+    "progress/percent",
+    "moe/balance_loss",
+    "moe/z_loss",
+    "moe/load_max_over_mean",
+    "moe/load_cv",
+    "moe/dead_expert_percent",
+    "moe/routing_entropy_normalized",
+    "moe/dropped_percent",
+    "moe/dropped_weight_percent",
+    "moe/capacity_used_percent",
+    "moe/all_to_all_gib/intra",
+    "moe/all_to_all_gib/inter",
+}
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def _main_in_child(folder: str, arguments: list[str], streams: str) -> None:
+    os.chdir(folder)
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{streams}/{name}", os.O_CREAT | os.O_WRONLY), descriptor)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    from dsmoe.train.run import main
+
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def pretrain(folder: Path, *arguments: str) -> Outcome:
+    """`python launch/pretrain.py ARGUMENTS` in `folder`, in a forked child that has torch already."""
+    with tempfile.TemporaryDirectory() as streams:
+        process = CONTEXT.Process(target=_main_in_child, args=(str(folder), list(arguments), streams))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, "did not end"
+        return Outcome(process.exitcode, (Path(streams) / "out").read_text(), (Path(streams) / "err").read_text())
+
+
+def launch(folder: Path, *command: str, timeout: float = 200) -> Outcome:
+    """A real launcher in `folder`."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MASTER_PORT": "29817",
+    }
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def write_config(folder: Path, **options: object) -> Path:
+    """A config that trains in a second."""
+    config = small_config(folder, **options)  # type: ignore[arg-type]
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config))
+    return path
+
+
+def test_one_rank_trains_and_leaves_the_whole_run_folder(tmp_path: Path) -> None:
+    train = {"steps": 6, "eval_every": 4}
+    observe = {"log_every": 2, "layer_detail_every": 4, "tensorboard": True}
+    config = write_config(tmp_path, train=train, observe=observe, checkpoint={"every": 4}, runs_dir="runs")
+    outcome = pretrain(tmp_path, "--config", str(config))
+    assert outcome.code == 0, outcome.err
+
+    run = tmp_path / "runs" / "small"
+    assert load_config(run / "config.yaml") == load_config(config)
+    assert json.loads((run / "ds_config.json").read_text())["gradient_accumulation_steps"] == 8
+    assert json.loads((run / "environment.json").read_text())["packages"]["torch"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == [2, 4, 6]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 4, 6]
+    assert lines[-1]["eval/loss"] < lines[0]["eval/loss"]
+    assert all(set(line) >= PROMISED for line in training)
+    assert [line["step"] for line in training if "moe/layer_001/load_cv" in line] == [4]
+    assert "checkpoint/stall_seconds" in training[2]
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("train/loss")] == [
+        (line["step"], line["train/loss"]) for line in training
+    ]
+    for text in (outcome.out, (run / "train.log").read_text()):
+        assert "step 6/6 100.0% loss" in text
+        assert "held-out bits per byte" in text
+        assert "what to run next" in text
+
+
+def test_going_on_appends_and_a_finished_run_says_its_result_again(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, train={"steps": 4}, checkpoint={"every": 2}, runs_dir="runs"))
+    assert pretrain(tmp_path, "--config", config).code == 0
+    assert "continuing from" in pretrain(tmp_path, "--config", config, "train.steps=6").out
+    lines = [json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    again = pretrain(tmp_path, "--config", config, "train.steps=6")
+    assert again.code == 0
+    assert "held-out bits per byte" in again.out
+
+
+def test_a_dense_model_trains(tmp_path: Path) -> None:
+    config = write_config(tmp_path, moe=None, train={"steps": 2}, model={"dense_layers": 0}, runs_dir="runs")
+    outcome = pretrain(tmp_path, "--config", str(config))
+    assert outcome.code == 0, outcome.err
+    assert "bal " not in outcome.out
+
+
+WRONG = {
+    "unknown key": (["moe.num_gates=4"], "moe.num_gates: unknown key"),
+    "misspelt key": (["moe.num_expert=4"], "did you mean 'num_experts'"),
+    "wrong type": (["optimizer.lr=fast"], 'optimizer.lr: expected a number > 0, got "fast"'),
+    "negative steps": (["train.steps=-1"], "train.steps: expected a whole number >= 1"),
+    "expert degree": (
+        ["parallel.expert=3", "cluster.devices_per_node=3", "train.batch_tokens=288"],
+        "parallel.expert (3) must divide moe.num_experts (4)",
+    ),
+    "world size": (["cluster.devices_per_node=2"], "but the launcher started 1"),
+    "missing path": (["data.sources.0.path=/nowhere/text"], "/nowhere/text"),
+    "empty corpus": (["data.sources.0.path=empty.txt"], "empty.txt"),
+    "bad jsonl line": (["data.sources.0.path=bad.jsonl", "data.sources.0.format=jsonl"], "bad.jsonl:2"),
+    "missing tokenizer": (["data.tokenizer=none.json"], "none.json"),
+    "sequence too long": (
+        ["train.sequence_length=16384", "model.max_sequence_length=16384", "train.batch_tokens=16384"],
+        "16385",
+    ),
+    "nothing to resume": (["checkpoint.resume=always"], "checkpoint.resume is 'always'"),
+    "unknown device": (["cluster.device=h1000"], "cluster.device"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_message_and_leaves_nothing(case: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, runs_dir="runs")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": bad}\n')
+    overrides, message = WRONG[case]
+    refused(pretrain(tmp_path, "--config", str(config), *overrides), message)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "duplicate"),
+        ("name: [a\n", "config.yaml"),
+        ("- just\n- a list\n", "config.yaml"),
+        ("", "config.yaml"),
+    ],
+)
+def test_a_file_that_is_no_config(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    refused(pretrain(tmp_path, "--config", "config.yaml"), message)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {f"w{i}": i for i in range(300)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(tmp_path / "large.json"))
+    config = write_config(tmp_path, runs_dir="runs")
+    outcome = pretrain(tmp_path, "--config", str(config), "data.tokenizer=large.json")
+    refused(outcome, "300")
+    assert "264" in outcome.err
+
+
+def test_a_folder_of_another_config_is_left_alone(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, train={"steps": 2}, runs_dir="runs"))
+    assert pretrain(tmp_path, "--config", config).code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    outcome = pretrain(tmp_path, "--config", config, "moe.top_k=1", "moe.router.normalize_weights=false")
+    refused(outcome, "moe.top_k is 2 there and 1 here")
+    refused(pretrain(tmp_path, "--config", config, "checkpoint.resume=never"), "checkpoint.resume is 'never'")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+
+
+def refused(outcome: Outcome, message: str) -> None:
+    assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
+    assert message in outcome.err
+    assert "Traceback" not in outcome.out + outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("deepspeed", "--num_gpus", "2", "--master_port", "29817"),
+        ("torchrun", "--nproc-per-node", "2", "--master-port", "29818"),
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_two_ranks_under_a_launcher(launcher: tuple[str, ...], tmp_path: Path) -> None:
+    config = write_config(tmp_path, ranks=2, expert=2, train={"steps": 3}, runs_dir="runs")
+    script = str(REPOSITORY / "launch" / "pretrain.py")
+    outcome = launch(tmp_path, *launcher, script, "--config", str(config))
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("step 3/3") == 1
+    wrong = launch(tmp_path, *launcher, script, "--config", str(config), "name=wrong", "data.sources.0.path=/nowhere")
+    assert wrong.code == (2 if launcher[0] == "deepspeed" else 1)  # torchrun reports every failure as 1
+    assert wrong.err.count("there is no file or folder /nowhere") == 1
+    assert "dsmoe" not in "".join(line for line in wrong.err.splitlines() if line.startswith("  File"))
+    assert not (tmp_path / "runs" / "wrong").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_takes_the_others_down_and_only_it_explains(tmp_path: Path) -> None:
+    config = write_config(tmp_path, ranks=2, expert=2, runs_dir="runs")
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys\n"
+        "from dsmoe.train import run, Trainer\n"
+        "step = Trainer.step\n"
+        "def failing(self):\n"
+        "    if self.rank.rank == 1 and self.step_index == 2:\n"
+        "        raise RuntimeError('the disk is on fire')\n"
+        "    return step(self)\n"
+        "Trainer.step = failing\n"
+        "os._exit(run.main())\n"
+    )
+    command = ("deepspeed", "--num_gpus", "2", "--master_port", "29817", str(script), "--config", str(config))
+    outcome = launch(tmp_path, *command, timeout=100)
+    assert outcome.code == 1
+    everything = outcome.out + outcome.err
+    assert everything.count("RuntimeError: the disk is on fire") == 1
+    assert everything.count("Traceback (most recent call last)") == 1
+    assert "[rank 1] Traceback" in everything
