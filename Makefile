@@ -12,7 +12,7 @@ install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	$(BIN)/dsmoe prepare $(CONFIG)
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config $(CONFIG)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

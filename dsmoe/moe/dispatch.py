@@ -19,7 +19,7 @@ from deepspeed import comm
 from torch.autograd.function import once_differentiable
 
 from dsmoe.moe.capacity import Assignments
-from dsmoe.parallel.collectives import Traffic, all_to_all
+from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all
 from dsmoe.parallel.groups import ExpertGroup
 
 
@@ -95,7 +95,7 @@ class PaddedDispatch:
         first_E = torch.arange(num_experts, device=x_TD.device) * capacity
         row_map = _map_rows(assignments, first_E, num_experts * capacity)
         sent_ND = _gather(x_TD, row_map)
-        received_ND = all_to_all(sent_ND, self.group, self.traffic)
+        received_ND = all_to_all(sent_ND, Exchange(self.group, self.traffic))
         rows_ND = _swap_leading(received_ND, ranks, per_rank, capacity)
         ends_L = torch.arange(1, per_rank + 1, dtype=torch.int32, device=x_TD.device) * (ranks * capacity)
         return Dispatched(rows_ND, ends_L, [ranks * capacity] * per_rank, row_map)
@@ -105,7 +105,7 @@ class PaddedDispatch:
         per_rank = len(dispatched.ends_L)
         capacity = rows_ND.shape[0] // (per_rank * self.group.size)
         by_rank_ND = _swap_leading(rows_ND, per_rank, self.group.size, capacity)
-        returned_ND = all_to_all(by_rank_ND, self.group, self.traffic)
+        returned_ND = all_to_all(by_rank_ND, Exchange(self.group, self.traffic))
         return _Combine.apply(returned_ND, weights_TK, dispatched.home)
 
 
@@ -123,18 +123,19 @@ class VariableDispatch:
         first_E = assignments.kept_E.cumsum(0) - assignments.kept_E
         row_map = _map_rows(assignments, first_E, sum(send_R))
         sent_ND = _gather(x_TD, row_map)
-        received_ND = all_to_all(sent_ND, self.group, self.traffic, send_R, receive_R)
+        exchange = Exchange(self.group, self.traffic, send_R, receive_R)
+        received_ND = all_to_all(sent_ND, exchange)
         to_expert_N, to_source_N = _regroup(receive_RL, x_TD.device)
         counts_L = [sum(column) for column in zip(*receive_RL, strict=True)]
         ends_L = torch.tensor(counts_L, device=x_TD.device).cumsum(0).int()
         rows_ND = _Permute.apply(received_ND, to_expert_N, to_source_N)
-        return Dispatched(rows_ND, ends_L, counts_L, (row_map, send_R, receive_R, to_expert_N, to_source_N))
+        return Dispatched(rows_ND, ends_L, counts_L, (row_map, exchange, to_expert_N, to_source_N))
 
     def combine(self, rows_ND: torch.Tensor, dispatched: Dispatched, weights_TK: torch.Tensor) -> torch.Tensor:
         """See `Dispatch.combine`."""
-        row_map, send_R, receive_R, to_expert_N, to_source_N = dispatched.home
+        row_map, exchange, to_expert_N, to_source_N = dispatched.home
         rows_ND = _Permute.apply(rows_ND, to_source_N, to_expert_N)
-        returned_ND = all_to_all(rows_ND, self.group, self.traffic, receive_R, send_R)
+        returned_ND = all_to_all(rows_ND, exchange.reversed())
         return _Combine.apply(returned_ND, weights_TK, row_map)
 
     def _exchange_counts(self, kept_E: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
@@ -176,8 +177,10 @@ def _token_rows(x_TD: torch.Tensor, row_map: RowMap) -> torch.Tensor:
     token_N = row_map.assignment_N // num_choices
     if row_map.complete:
         return x_TD.index_select(0, token_N)
+    if x_TD.shape[0] == 0:
+        return x_TD.new_zeros((token_N.numel(), x_TD.shape[1]))
     present_N = token_N < x_TD.shape[0]
-    return x_TD.index_select(0, token_N.clamp(max=max(x_TD.shape[0] - 1, 0))) * present_N[:, None]
+    return x_TD.index_select(0, token_N.clamp(max=x_TD.shape[0] - 1)) * present_N[:, None]
 
 
 def _choice_rows(rows_ND: torch.Tensor, row_map: RowMap, choice: int) -> torch.Tensor:

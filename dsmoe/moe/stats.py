@@ -67,10 +67,10 @@ class RoutingStatistics(nn.Module):
         """Add one micro-batch; nothing is read back to the host."""
         weights_A = routing.weights_TK.reshape(-1)
         dropped_A = (assignments.expert_A < self.num_experts) & ~assignments.kept_A
-        num_tokens = weights_A.new_tensor(len(routing.weights_TK)) if routing.mask_T is None else routing.mask_T.sum()
         slots = assignments.assigned_E.sum()
+        num_tokens = routing.mask_T.sum() if routing.mask_T is not None else slots.new_full((), len(routing.weights_TK))
         if assignments.capacity is not None:
-            slots = slots.new_tensor(assignments.capacity * self.num_experts)
+            slots = slots.new_full((), assignments.capacity * self.num_experts)
         scalars = [
             weights_A.sum(),
             (weights_A[assignments.order_A] * dropped_A).sum(),

@@ -39,62 +39,57 @@ class Traffic:
                 self.inter += size
 
 
-def all_to_all(
-    rows_ND: torch.Tensor,
-    group: ExpertGroup,
-    traffic: Traffic,
-    send_counts: Sequence[int] | None = None,
-    receive_counts: Sequence[int] | None = None,
-) -> torch.Tensor:
-    """Exchange rows with every rank of `group`; its gradient is the exchange in the other direction.
+@dataclass(frozen=True)
+class Exchange:
+    """An exchange of rows among the ranks of a group.
+
+    `send_counts[r]` rows go to rank r and `receive_counts[r]` come from it; None for both exchanges equal parts.
+    """
+
+    group: ExpertGroup
+    traffic: Traffic
+    send_counts: Sequence[int] | None = None
+    receive_counts: Sequence[int] | None = None
+
+    def reversed(self) -> Exchange:
+        """The exchange that takes the rows back."""
+        return Exchange(self.group, self.traffic, self.receive_counts, self.send_counts)
+
+    def run(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        """Exchange, without a gradient."""
+        num_received = rows_ND.shape[0] if self.receive_counts is None else sum(self.receive_counts)
+        received = rows_ND.new_empty((num_received, *rows_ND.shape[1:]))
+        comm.all_to_all_single(
+            received,
+            rows_ND.contiguous(),
+            output_split_sizes=None if self.receive_counts is None else list(self.receive_counts),
+            input_split_sizes=None if self.send_counts is None else list(self.send_counts),
+            group=self.group.handle,
+        )
+        self.traffic.add(self.group, rows_ND, self.send_counts)
+        return received
+
+
+def all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """Exchange rows with every rank of the group; the gradient is the exchange in the other direction.
 
     Args:
         rows_ND: [N, D] rows ordered by destination rank.
-        group: the ranks that take part, each with its own N.
-        traffic: counts the bytes sent, those of the backward pass too.
-        send_counts: rows for each rank; None sends N / size to each.
-        receive_counts: rows from each rank; None where `send_counts` is None.
+        exchange: who takes part and how many rows go where.
 
     Returns:
-        [sum(receive_counts), D] rows ordered by source rank.
+        [rows received, D], ordered by source rank.
     """
-    return _AllToAll.apply(rows_ND, group, traffic, send_counts, receive_counts)
+    return _AllToAll.apply(rows_ND, exchange)
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows_ND: torch.Tensor,
-        group: ExpertGroup,
-        traffic: Traffic,
-        send_counts: Sequence[int] | None,
-        receive_counts: Sequence[int] | None,
-    ) -> torch.Tensor:
-        ctx.arguments = group, traffic, receive_counts, send_counts
-        return _exchange(rows_ND, group, traffic, send_counts, receive_counts)
+    def forward(ctx: Any, rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        ctx.exchange = exchange
+        return exchange.run(rows_ND)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        return _exchange(grad_ND, *ctx.arguments), None, None, None, None
-
-
-def _exchange(
-    rows_ND: torch.Tensor,
-    group: ExpertGroup,
-    traffic: Traffic,
-    send_counts: Sequence[int] | None,
-    receive_counts: Sequence[int] | None,
-) -> torch.Tensor:
-    num_received = rows_ND.shape[0] if receive_counts is None else sum(receive_counts)
-    received = rows_ND.new_empty((num_received, *rows_ND.shape[1:]))
-    comm.all_to_all_single(
-        received,
-        rows_ND.contiguous(),
-        output_split_sizes=None if receive_counts is None else list(receive_counts),
-        input_split_sizes=None if send_counts is None else list(send_counts),
-        group=group.handle,
-    )
-    traffic.add(group, rows_ND, send_counts)
-    return received
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.exchange.reversed().run(grad_ND), None

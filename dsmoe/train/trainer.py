@@ -91,7 +91,7 @@ class Trainer:
         clipped_norm: torch.Tensor | None = None
         waits: list[float] = []
         for tokens in timed(self.loader.micro_batches(self.step_index), waits):
-            losses_BS = self.engine(tokens.to(self.rank.device, non_blocking=True))
+            losses_BS = self.engine(self._on_device(tokens))
             self.engine.backward(losses_BS.mean())
             if self.engine.is_gradient_accumulation_boundary() and self.config.parallel.zero_stage == 0:
                 clipped_norm = clip_gradients(self.model, self.groups, self.config.optimizer.grad_clip)
@@ -143,6 +143,12 @@ class Trainer:
         self.meter.restart_clock()
         self.meter.add_stall(seconds)
         return path
+
+    def _on_device(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Copy to the device without stopping the host: only pinned memory allows that."""
+        if self.rank.device.type == "cpu":
+            return tokens
+        return tokens.pin_memory().to(self.rank.device, non_blocking=True)
 
     def _write(self, metrics: Mapping[str, float]) -> None:
         for sink in self.sinks:

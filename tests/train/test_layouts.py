@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def test_every_layout_trains_the_same_model(
 def test_clipping_was_active_and_training_moved(reference: dict[str, Any]) -> None:
     assert min(reference["norms"]) > 0.5, "the other tests would not see a wrong clip"
     assert reference["losses"][-1] < 0.8 * reference["losses"][0]
+
+
+def test_losses_are_those_of_the_golden_file(reference: dict[str, Any]) -> None:
+    """The numbers of another day: a change that moves them is either a bug or belongs in its commit's message."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "small.json").read_text())
+    assert {name: reference[name] for name in golden} == {
+        name: pytest.approx(value, rel=1e-4) for name, value in golden.items()
+    }
 
 
 def test_static_padded_exchange_without_drops_is_the_same(folder: Path, reference: dict[str, Any]) -> None:

@@ -1,0 +1,33 @@
+"""A key that nothing reads is a promise that nobody keeps."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+import dsmoe
+from dsmoe.config import schema
+
+SECTIONS = [s for s in vars(schema).values() if isinstance(s, type) and issubclass(s, schema.Section)]
+PACKAGE = Path(dsmoe.__file__).parent
+
+
+def attributes_read() -> set[str]:
+    """Every attribute that some module loads, outside of what handles every key alike."""
+    names: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name in ("schema.py", "explain.py", "load.py", "show.py"):
+            continue
+        names |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    return names
+
+
+READ = attributes_read()
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_key_of_the_section_is_read(section: type[BaseModel]) -> None:
+    assert set(section.model_fields) <= READ

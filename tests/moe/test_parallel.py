@@ -1,0 +1,223 @@
+"""The layer on N ranks is the layer on one: outputs, gradients, counts, and the bytes that travel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
+from torch import nn
+
+import dsmoe
+from dsmoe.moe.dispatch import LocalDispatch, PaddedDispatch, VariableDispatch
+from dsmoe.parallel import Groups
+from dsmoe.plan import Topology
+from tests.ranks import run_ranks
+
+D, E = 16, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """`tokens` of each rank; experts in `starved` are chosen by nobody; every third token of `masked` is padding."""
+
+    name: str
+    tokens: tuple[int, ...]
+    factor: float | None = None
+    pad: bool = True
+    top_k: int = 2
+    drop_policy: str = "probability"
+    aux_loss: float = 0.0
+    starved: tuple[int, ...] = ()
+    masked: bool = False
+    users: bool = False
+
+    def layer(self, ep_size: int) -> dsmoe.MoE:
+        torch.manual_seed(0)
+        expert = nn.Sequential(nn.Linear(D, 8), nn.GELU(), nn.Linear(8, D)) if self.users else None
+        layer = dsmoe.MoE(
+            D,
+            expert,
+            E,
+            ep_size,
+            self.top_k,
+            capacity_factor=self.factor,
+            min_capacity=1,
+            expert_ffn_size=None if self.users else 8,
+            pad=self.pad,
+            drop_policy=self.drop_policy,
+            aux_loss=self.aux_loss,
+            z_loss=self.aux_loss,
+            seed=7,
+        )
+        layer.reset_experts(0.3, 0.3)
+        nn.init.normal_(layer.router.weight)
+        with torch.no_grad():
+            layer.router.weight[:, 0] = 0.0
+            layer.router.weight[list(self.starved), 0] = -9.0
+        return layer
+
+    def inputs(self) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        """Tokens, mask and cotangent of every rank."""
+        torch.manual_seed(1)
+        each = []
+        for count in self.tokens:
+            x = torch.randn(count, D)
+            x[:, 0] = 2.0
+            used = torch.arange(count) % 3 != 1 if self.masked else None
+            each.append((x.requires_grad_(), used, torch.randn(count, D)))
+        return each
+
+
+def cases(ranks: int) -> list[Case]:
+    """Every dispatch, with the tokens for `ranks` ranks."""
+    equal, unequal = (12,) * ranks, tuple(range(9, 9 - ranks, -1))
+    return [
+        Case("dropless", equal),
+        Case("dropless, one choice", equal, top_k=1),
+        Case("dropless, every expert", equal, top_k=4),
+        Case("dropless, unequal token counts", unequal),
+        Case("dropless, the last rank without tokens", (*unequal[:-1], 0)),
+        Case("dropless, the last rank without rows", equal, starved=(E - 1, E - 2), aux_loss=0.1),
+        Case("dropless, masked", unequal, masked=True, aux_loss=0.1),
+        Case("padded, nothing dropped", equal, factor=4.0),
+        Case("padded", equal, factor=0.5, aux_loss=0.1),
+        Case("padded, by position", equal, factor=0.5, drop_policy="position"),
+        Case("padded, masked", equal, factor=0.5, masked=True),
+        Case("padded, the last rank without rows", equal, factor=1.0, starved=(E - 1, E - 2)),
+        Case("padded, no tokens anywhere", (0,) * ranks, factor=1.0),
+        Case("only what is kept", equal, factor=0.5, pad=False, aux_loss=0.1),
+        Case("only what is kept, unequal token counts", unequal, factor=0.5, pad=False, masked=True),
+        Case("only what is kept, by position", unequal, factor=0.5, pad=False, drop_policy="position"),
+        Case("user's module, dropless", unequal, users=True),
+        Case("user's module, padded", equal, factor=0.5, users=True),
+        Case("user's module, the last rank without rows", equal, starved=(E - 1, E - 2), users=True),
+    ]
+
+
+def expert_gradients(layer: dsmoe.MoE) -> dict[str, torch.Tensor]:
+    """[L, ...] per kind of parameter, zeros where there is none."""
+    if not layer.experts.__class__.__name__.startswith("Module"):
+        return {name: parameter.grad for name, parameter in layer.experts.named_parameters()}
+    each = [dict(expert.named_parameters()) for expert in layer.experts.experts]
+    return {name: torch.stack([parameters[name].grad for parameters in each]) for name in each[0]}
+
+
+def check_case(case: Case, layer: dsmoe.MoE, groups: Groups) -> None:
+    """Compare this rank's part of `layer` with the whole layer applied to the tokens of each rank in turn."""
+    whole = case.layer(ep_size=1)
+    expected = []
+    for x, used, cotangent in case.inputs():
+        output, aux_loss, counts = whole(x, used)
+        (output * cotangent).sum().backward()
+        expected.append((output, aux_loss, counts, x.grad))
+
+    x, used, cotangent = case.inputs()[dist.get_rank()]
+    output, aux_loss, counts = layer(x, used)
+    (output * cotangent).sum().backward()
+
+    def same(what: str, actual: torch.Tensor, wanted: torch.Tensor) -> None:
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6, msg=lambda m: f"{case.name}: {what}: {m}")
+
+    mine = expected[dist.get_rank()]
+    for what, actual, wanted in zip(("output", "loss", "counts", "x.grad"), (output, aux_loss, counts, x.grad), mine):  # noqa: B905
+        same(what, actual, wanted)
+    dist.all_reduce(layer.router.weight.grad)
+    same("router.grad", layer.router.weight.grad, whole.router.weight.grad)
+    dist.all_reduce(layer.statistics.sums)
+    same("statistics", layer.statistics.sums, whole.statistics.sums)
+    first = groups.coordinate("expert") * layer.num_local_experts
+    for (name, actual), wanted in zip(expert_gradients(layer).items(), expert_gradients(whole).values(), strict=True):
+        dist.all_reduce(actual, group=groups.handle("expert_data"))
+        same(f"{name}.grad", actual, wanted[first : first + layer.num_local_experts])
+
+    if case.factor is None and not case.aux_loss and not case.masked:
+        together, _, _ = whole(torch.cat([x for x, _, _ in case.inputs()]))
+        same("all tokens at once", output, together.split(case.tokens)[dist.get_rank()])
+
+
+def check_all_cases(expert: int) -> set[str]:
+    """The dispatches that were used."""
+    groups = Groups(Topology(1, dist.get_world_size(), expert=expert))
+    kinds = set()
+    for case in cases(dist.get_world_size()):
+        layer = case.layer(expert)
+        layer.set_expert_group(groups.expert_group())
+        check_case(case, layer, groups)
+        kinds.add(type(layer._exchange(case.factor)).__name__)
+    return kinds
+
+
+@pytest.mark.parametrize(("ranks", "expert"), [(2, 1), (2, 2), (4, 2), (4, 4)])
+def test_every_dispatch_equals_one_rank(ranks: int, expert: int) -> None:
+    exchanges = {LocalDispatch} if expert == 1 else {PaddedDispatch, VariableDispatch}
+    assert run_ranks(ranks, check_all_cases, expert) == [{kind.__name__ for kind in exchanges}] * ranks
+
+
+def check_deepspeeds_groups(data_first: bool) -> list[int]:
+    """The layer over groups that DeepSpeed makes, as its engine asks for; returns the expert group's ranks."""
+    case = Case("DeepSpeed's groups", (5, 6, 7, 8))
+    layer = case.layer(ep_size=2)
+    layer.set_deepspeed_parallelism(use_data_before_expert_parallel_=data_first)
+    if data_first:  # the layer drew its experts anew, with the default spread
+        layer.reset_experts(0.3, 0.3)
+    whole = case.layer(ep_size=1)
+    x, _, _ = case.inputs()[dist.get_rank()]
+    torch.testing.assert_close(layer(x)[0], whole(x)[0])
+    return dist.get_process_group_ranks(deepspeed_groups._get_expert_parallel_group("ep_size_2"))
+
+
+@pytest.mark.parametrize(
+    ("data_first", "expected"), [(False, [[0, 1], [0, 1], [2, 3], [2, 3]]), (True, [[0, 2], [1, 3], [0, 2], [1, 3]])]
+)
+def test_groups_that_deepspeed_makes_serve_as_well(data_first: bool, expected: list[list[int]]) -> None:
+    assert run_ranks(4, check_deepspeeds_groups, data_first) == expected
+
+
+# SENT[r][p] tokens of rank r choose the expert of rank p. Ranks 0 and 1 are one node, 2 and 3 the other.
+SENT = [[2, 1, 0, 3], [1, 1, 2, 0], [0, 4, 0, 1], [2, 0, 0, 3]]
+
+
+def measure_traffic(factor: float | None, pad: bool) -> dict[str, Any]:
+    """Bytes over (intra, inter) after the forward pass, and those that the backward pass adds."""
+    groups = Groups(Topology(nodes=2, devices_per_node=2, expert=4))
+    layer = dsmoe.MoE(
+        D, num_experts=4, ep_size=4, capacity_factor=factor, min_capacity=1, pad=pad, expert_ffn_size=8, seed=0
+    )
+    layer.set_expert_group(groups.expert_group())
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(4, D))
+    choices = torch.arange(4).repeat_interleave(torch.tensor(SENT[dist.get_rank()]))
+    if pad:
+        choices = torch.arange(8) % 4
+    output, _, counts = layer(nn.functional.one_hot(choices, D).float().requires_grad_())
+    forward = layer.take_traffic()
+    output.sum().backward()
+    return {
+        "counts": counts.tolist(),
+        "forward": forward,
+        "backward": layer.take_traffic(),
+        "then": layer.take_traffic(),
+    }
+
+
+def test_variable_exchange_sends_what_was_chosen() -> None:
+    """A row goes out to its expert and its result comes back; in the backward pass both gradients do."""
+    row_bytes = D * 4
+    for rank, measured in enumerate(run_ranks(4, measure_traffic, None, False)):
+        assert measured["counts"] == SENT[rank]
+        node = rank // 2
+        near = [peer for peer in (2 * node, 2 * node + 1) if peer != rank]
+        far = [2 - 2 * node, 3 - 2 * node]
+        rows = [sum(SENT[rank][peer] + SENT[peer][rank] for peer in peers) for peers in (near, far)]
+        assert measured["forward"] == measured["backward"] == (rows[0] * row_bytes, rows[1] * row_bytes)
+        assert measured["then"] == (0, 0)
+
+
+def test_padded_exchange_sends_full_buffers() -> None:
+    """8 tokens over 4 experts at factor 1.5: 3 rows to each of one near and two far ranks, and 3 back."""
+    for measured in run_ranks(4, measure_traffic, 1.5, True):
+        assert measured["forward"] == measured["backward"] == (2 * 3 * D * 4, 2 * 2 * 3 * D * 4)

@@ -1,0 +1,58 @@
+"""The exchange of rows and its gradient, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsmoe.parallel import Groups
+from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all
+from dsmoe.plan import Topology
+from tests.ranks import run_ranks
+
+
+def exchange_uneven() -> dict[str, Any]:
+    """Rank 0 keeps 1 row and sends 2; rank 1 sends 3 and keeps none. Row values are 10 * rank + index."""
+    rank = dist.get_rank()
+    group = Groups(Topology(1, 2, expert=2)).expert_group()
+    send, receive = ([1, 2], [1, 3]) if rank == 0 else ([3, 0], [2, 0])
+    rows = (10 * rank + torch.arange(3.0))[:, None].repeat(1, 2).requires_grad_()
+    traffic = Traffic()
+    received = all_to_all(rows, Exchange(group, traffic, send, receive))
+    received.backward(100.0 * (rank + 1) + torch.arange(float(len(received)))[:, None].repeat(1, 2))
+    return {"received": received[:, 0].tolist(), "gradient": rows.grad[:, 1].tolist(), "traffic": traffic.take()}
+
+
+def test_uneven_exchange_and_its_gradient() -> None:
+    first, second = run_ranks(2, exchange_uneven)
+    assert first["received"] == [0, 10, 11, 12]
+    assert second["received"] == [1, 2]
+    # Gradients are 100 + place on rank 0 and 200 + place on rank 1, and go back to where the row came from.
+    assert first["gradient"] == [100, 200, 201]
+    assert second["gradient"] == [101, 102, 103]
+    row_bytes = 2 * 4
+    assert first["traffic"] == (row_bytes * (2 + 3), 0), "2 rows forward, 3 gradients back; what stays is no traffic"
+    assert second["traffic"] == (row_bytes * (3 + 2), 0)
+
+
+def exchange_equal() -> dict[str, Any]:
+    rank = dist.get_rank()
+    group = Groups(Topology(nodes=3, devices_per_node=1, expert=3)).expert_group()
+    rows = (10.0 * rank + torch.arange(6.0))[:, None].to(torch.bfloat16).requires_grad_()
+    traffic = Traffic()
+    received = all_to_all(rows, Exchange(group, traffic))
+    (received * (rank + 1)).sum().backward()
+    return {
+        "received": received.flatten().tolist(),
+        "gradient": rows.grad.flatten().tolist(),
+        "traffic": traffic.take(),
+    }
+
+
+def test_equal_exchange_and_its_gradient() -> None:
+    for rank, result in enumerate(run_ranks(3, exchange_equal)):
+        assert result["received"] == [10 * source + 2 * rank + i for source in range(3) for i in range(2)]
+        assert result["gradient"] == [1, 1, 2, 2, 3, 3]
+        assert result["traffic"] == (0, 2 * 2 * 2 * 2), "2 peers x 2 rows x 2 bytes, there and back, between nodes"

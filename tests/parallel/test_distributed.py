@@ -1,0 +1,79 @@
+"""Joining the processes of a run, and letting the first rank speak for all."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dsmoe.config.errors import UserError
+from dsmoe.parallel import join_processes, leave_processes
+from dsmoe.parallel.distributed import on_first_rank
+from tests.ranks import CONTEXT, run_ranks
+
+
+def test_cuda_without_a_device_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match=r"cluster\.device: cpu"):
+        join_processes("cuda")
+
+
+def join_alone(result: Path) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    rank = join_processes("cpu")
+    again = join_processes("cpu")
+    assert rank == again
+    assert rank.is_first
+    assert (rank.rank, rank.world_size, rank.device) == (0, 1, torch.device("cpu"))
+    dist.all_reduce(torch.ones(1))
+    leave_processes()
+    leave_processes()
+    assert not dist.is_initialized()
+    result.write_text("joined and left")
+
+
+def test_a_single_process_needs_no_launcher(tmp_path: Path) -> None:
+    process = CONTEXT.Process(target=join_alone, args=(tmp_path / "result",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert (tmp_path / "result").read_text() == "joined and left"
+
+
+def test_every_rank_knows_who_it_is() -> None:
+    ranks = run_ranks(2, join_processes, "cpu")
+    assert [(rank.rank, rank.local_rank, rank.world_size, rank.is_first) for rank in ranks] == [
+        (0, 0, 2, True),
+        (1, 1, 2, False),
+    ]
+
+
+def ask_first_rank(folder: Path) -> tuple[object, str, str]:
+    def act() -> dict[str, int]:
+        time.sleep(0.2)  # the others must wait
+        with (folder / "calls").open("a") as file:
+            file.write(f"rank {dist.get_rank()}\n")
+        return {"answer": 42}
+
+    def fail() -> None:
+        raise UserError("train.steps is missing")
+
+    value = on_first_rank(act)
+    seen = (folder / "calls").read_text()
+    with pytest.raises(UserError) as error:
+        on_first_rank(fail)
+    return value, seen, str(error.value)
+
+
+def test_result_and_error_of_the_first_rank_reach_every_rank(tmp_path: Path) -> None:
+    for value, seen, error in run_ranks(3, ask_first_rank, tmp_path):
+        assert value == {"answer": 42}
+        assert seen == "rank 0\n"
+        assert error == "train.steps is missing"
