@@ -35,7 +35,7 @@ def console_line(metrics: Mapping[str, float], step: int, steps: int, memory_gib
 def _thousands(value: float) -> str:
     """412300 -> 412.3k."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
+        if value >= 0.99995 * limit:  # 999,960 is 1.0M, not 1000.0k
             return f"{value / limit:.1f}{unit}"
     return f"{value:.0f}"
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -66,7 +67,6 @@ def pretrain(config: Config) -> None:
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
     rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda", timeout)
-    deepspeed_logger.setLevel(logging.WARNING)
     _log_to_console(rank)
     groups = Groups(topology, timeout)
     checkpoint = on_first_rank(lambda: check_run_folder(config))
@@ -124,6 +124,9 @@ def _sinks(config: Config, folder: Path, resume_step: int) -> list[Sink]:
 
 def _log_to_console(rank: Rank) -> None:
     """Let rank 0 speak on standard output; the others only of trouble."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls a name that torch 2.13 has renamed; the user can do nothing about it.
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated")
     package = logging.getLogger("dsmoe")
     package.setLevel(logging.INFO if rank.is_first else logging.ERROR)
     package.propagate = False

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,3 +268,64 @@ def test_a_rank_that_fails_takes_the_others_down_and_only_it_explains(tmp_path: 
     assert everything.count("RuntimeError: the disk is on fire") == 1
     assert everything.count("Traceback (most recent call last)") == 1
     assert "[rank 1] Traceback" in everything
+
+
+@pytest.mark.slow
+def test_two_nodes_without_ssh(tmp_path: Path) -> None:
+    """Two launchers with a node rank each, as a job script starts them (here on one machine)."""
+    cluster = {"nodes": 2, "devices_per_node": 1}
+    config = write_config(tmp_path, cluster=cluster, expert=2, train={"steps": 3}, runs_dir="runs")
+    (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
+    script = str(REPOSITORY / "launch" / "pretrain.py")
+    shared = ["deepspeed", "--hostfile", "hostfile", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", "29819"]
+    with ThreadPoolExecutor(2) as nodes:
+        started = [
+            nodes.submit(launch, tmp_path, *shared, "--node_rank", str(node), script, "--config", str(config))
+            for node in range(2)
+        ]
+        first, second = (node.result() for node in started)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "step 3/3" in first.out
+    metrics = [json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    assert metrics[1]["moe/all_to_all_gib/inter"] > 0
+    assert metrics[1]["moe/all_to_all_gib/intra"] == 0
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
+    cluster = {"collective_timeout_seconds": 10}
+    config = write_config(tmp_path, ranks=2, expert=2, cluster=cluster, runs_dir="runs")
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import os, time\n"
+        "from dsmoe.train import run, Trainer\n"
+        "step = Trainer.step\n"
+        "def hanging(self):\n"
+        "    if self.rank.rank == 1 and self.step_index == 2:\n"
+        "        time.sleep(300)\n"
+        "    return step(self)\n"
+        "Trainer.step = hanging\n"
+        "os._exit(run.main())\n"
+    )
+    command = ("deepspeed", "--num_gpus", "2", "--master_port", "29820", str(script), "--config", str(config))
+    outcome = launch(tmp_path, *command, timeout=90)  # subprocess.TimeoutExpired is the failure
+    assert outcome.code == 1
+    assert "10000ms" in outcome.out + outcome.err
+
+
+def test_no_lock_of_a_dead_run_is_waited_for_and_nothing_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed would build an op under TORCH_EXTENSIONS_DIR, and wait for ever for whoever died holding its lock."""
+    extensions = tmp_path / "extensions"
+    lock = extensions / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    config = write_config(tmp_path, train={"steps": 1}, runs_dir="runs")
+    command = (sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "--config", str(config))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+    monkeypatch.setenv("CC", "/bin/false")
+    monkeypatch.setenv("CXX", "/bin/false")
+    outcome = launch(tmp_path, *command, timeout=90)
+    assert outcome.code == 0, outcome.err
+    assert [path for path in extensions.rglob("*") if path.is_file()] == [lock]
