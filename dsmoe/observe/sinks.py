@@ -26,7 +26,7 @@ class JsonLines:
     Args:
         path: the file, appended to.
         resume_step: lines of later steps are removed: they are of a run that ended after its last checkpoint, and
-            those steps are about to be done again.
+            those steps are about to be done again. -1 removes them all.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -52,7 +52,7 @@ class TensorBoard:
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one scalar per metric."""

@@ -81,7 +81,7 @@ def pretrain(config: Config) -> None:
     if checkpoint is not None:
         trainer.resume(checkpoint)
         logger.info("continuing from %s", checkpoint)
-    trainer.sinks = _sinks(config, folder, trainer.step_index) if rank.is_first else []
+    trainer.sinks = _sinks(config, folder, trainer.step_index if checkpoint else -1) if rank.is_first else []
     _train_and_tell(trainer, folder)
     for sink in trainer.sinks:
         sink.close()

@@ -1,0 +1,108 @@
+"""The README tells the truth: its commands parse and run, its configs load, its numbers are counted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dsmoe import cli, load_config
+from dsmoe.plan import Topology, count_parameters
+from dsmoe.plan.text import readable_count
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+TRAINING = [line for line in COMMANDS if "launch/pretrain.py" in line]
+DSMOE = [line for line in COMMANDS if line.startswith("dsmoe ")]
+MAKE = [line for line in COMMANDS if line.startswith("make ")]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_the_commands_are_found() -> None:
+    assert len(TRAINING) >= 4
+    assert len(DSMOE) >= 4
+    assert len(MAKE) >= 4
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_a_training_command_names_a_launcher_script_and_config_that_exist(command: str) -> None:
+    words = shlex.split(command)
+    assert words[0] in ("deepspeed", "torchrun", "python")
+    script = words.index("launch/pretrain.py")
+    assert Path(words[script]).is_file()
+    assert words[script + 1] == "--config"
+    load_config(words[script + 2], words[script + 3 :])
+
+
+@pytest.mark.parametrize("command", DSMOE)
+def test_a_dsmoe_command_runs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command.split(">")[0])[1:]
+    if words[0] == "prepare":  # its corpus is the reader's
+        load_config(words[1], words[2:])
+        return
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_a_make_target_exists(command: str) -> None:
+    environment = {**os.environ, "MAKEFLAGS": ""}
+    subprocess.run([*shlex.split(command), "--dry-run"], check=True, capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_a_python_block_runs(text: str) -> None:
+    exec(compile(text, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_a_yaml_block_loads(text: str, tmp_path: Path) -> None:
+    """A whole config as it stands, a fragment on top of the recipe for one node."""
+    if "include:" not in text:
+        text = f"name: fragment\ninclude: [configs/small_8gpu.yaml]\n{text}"
+    path = tmp_path / "block.yaml"
+    path.write_text(text.replace("configs/", f"{REPOSITORY}/configs/"))
+    load_config(path)
+
+
+def test_the_wrong_command_is_answered_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    (shown,) = [block for block in blocks("text") if block.startswith("$ dsmoe config check")]
+    command, _, answer = shown.partition("\n")
+    assert cli.main(shlex.split(command)[2:]) == 2
+    assert capsys.readouterr().err == answer
+
+
+def test_the_table_of_recipes_is_what_the_configs_say() -> None:
+    rows = re.findall(r"^\| `(configs/\w+\.yaml)` \| (.*?) \| (.*?) \| (\d+) x (\d+) (\S+) \| (\d+) \|$", README, re.M)
+    assert {Path(name) for name, *_ in rows} == {
+        path.relative_to(REPOSITORY) for path in REPOSITORY.glob("configs/*.yaml")
+    }
+    for name, total, active, nodes, devices, device, expert in rows:
+        config = load_config(name)
+        counts, topology = count_parameters(config), Topology.from_config(config)
+        assert (total, active) == (readable_count(counts.total), readable_count(counts.active))
+        assert (int(nodes), int(devices), int(expert)) == (topology.nodes, topology.devices_per_node, topology.expert)
+        assert device == config.cluster.device
+
+
+def test_the_shown_run_is_the_recipe_that_make_train_runs() -> None:
+    (shown,) = [block for block in blocks("text") if "run tiny_cpu" in block]
+    config = load_config("configs/tiny_cpu.yaml")
+    counts = count_parameters(config)
+    assert f"parameters: {counts.total:,} total, {counts.active:,} active" in shown
+    assert f"step {config.train.steps}/{config.train.steps} 100.0%" in shown
