@@ -95,7 +95,7 @@ def _train_and_tell(trainer: Trainer, folder: Path) -> None:
         trainer.evaluate()
     trainer.run()
     if trainer.rank.is_first:
-        logger.info("%s", summary(folder, bigram))
+        logger.info("%s", summary(folder, bigram, trainer.config.cluster.devices_per_node))
 
 
 def _introduce(config: Config, batch: Batch) -> None:
