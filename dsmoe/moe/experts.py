@@ -113,7 +113,8 @@ class ModuleExperts(nn.Module):
         A module of the user's without one keeps the values it was copied with.
         """
         for local, expert in enumerate(self.experts):
-            with torch.random.fork_rng():
+            devices = {p.device for p in expert.parameters() if p.device.type == "cuda"}
+            with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed_of(seed, first_expert + local))
                 for module in expert.modules():
                     reset = getattr(module, "reset_parameters", None)

@@ -38,7 +38,8 @@ class MoE(DeepSpeedMoE):
         ep_size: R, the ranks that share one copy of all experts.
         k: experts per token.
         capacity_factor: see `dsmoe.moe.capacity.expert_capacity`; None is dropless.
-        eval_capacity_factor: the same in evaluation.
+        eval_capacity_factor: the same in evaluation, on its own: a layer that trains dropless with
+            `capacity_factor=None` still drops in evaluation at the default of 1.0.
         min_capacity: the least capacity.
         use_residual: add a dense MLP (a copy of the expert) with a learned mix (PR-MoE, arXiv 2201.05596).
         noisy_gate_policy: None, 'Jitter' or 'RSample', in training only.
@@ -50,8 +51,8 @@ class MoE(DeepSpeedMoE):
         expert_ffn_size: I, where `expert` is None.
         normalize_weights: divide the chosen scores by their sum; None means for k > 1, as DeepSpeed does.
         drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order.
-        pad: with a capacity, exchange full static buffers (every rank must bring as many tokens) rather than only
-            what is kept.
+        pad: with a capacity, exchange full static buffers rather than only what is kept. Every rank of the group must
+            then bring equally many tokens; where they may differ, say False.
         aux_loss: coefficient of the load-balancing loss that flows by itself with the output's gradient. 0 leaves it
             to the caller, who adds the returned loss as with DeepSpeed.
         z_loss: coefficient of the router z-loss, which always flows by itself.
@@ -90,6 +91,9 @@ class MoE(DeepSpeedMoE):
     ) -> None:
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if factor is not None and factor <= 0:
+                raise ValueError(f"{name} must be > 0, or None for no limit; got {factor}")
         _check_arguments(expert, expert_ffn_size, num_experts, ep_size, drop_policy, enable_expert_tensor_parallelism)
         if use_tutel:
             warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=2)
@@ -132,6 +136,7 @@ class MoE(DeepSpeedMoE):
     def reset_experts(self, std: float = 0.02, down_std: float = 0.02, seed: int | None = None) -> None:
         """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
         self._seed = self._seed if seed is None else seed
+        self._stds = (std, down_std)
         first = self._expert_rank * self.num_local_experts
         if isinstance(self.experts, SwiGLUExperts):
             self.experts.initialise(self._seed, first, std, down_std)
@@ -143,7 +148,7 @@ class MoE(DeepSpeedMoE):
         assert group.size == self.ep_size, f"expert group of {group.size} for ep_size {self.ep_size}"
         if group.rank != self._expert_rank:
             self._expert_rank = group.rank
-            self.reset_experts()
+            self.reset_experts(*self._stds)
         self._dispatches = {padded: choose_dispatch(group, padded) for padded in (False, True)}
 
     def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
@@ -248,7 +253,7 @@ def _check_arguments(
     enable_expert_tensor_parallelism: bool,
 ) -> None:
     """Raise ValueError for arguments that make no layer."""
-    if num_experts % ep_size:
+    if ep_size < 1 or num_experts % ep_size:
         raise ValueError(f"ep_size ({ep_size}) must divide num_experts ({num_experts})")
     if (expert is None) == (expert_ffn_size is None):
         raise ValueError("give either expert (a module of yours) or expert_ffn_size (SwiGLU experts), and not both")

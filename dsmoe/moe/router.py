@@ -21,8 +21,9 @@ JITTER = 1e-2
 class Routing:
     """The router's decision for T tokens.
 
-    `weights_TK` (fp32, differentiable) and `experts_TK` (int64) are in order of falling score. Tokens that are masked
-    out have expert E, which does not exist, and weight 0. `logits_TE` and `scores_TE` (fp32) are before any noise.
+    `weights_TK` (fp32, differentiable) and `experts_TK` (int64) are in order of falling score, of the noisy one where
+    `RSample` chooses. Tokens that are masked out have expert E, which does not exist, and weight 0. `logits_TE` and
+    `scores_TE` (fp32) are without Gumbel noise; jitter is in them, as it is in the router's input.
     """
 
     logits_TE: torch.Tensor

@@ -46,10 +46,10 @@ def join_processes(device: str = "cuda", timeout: timedelta = timedelta(minutes=
     Raises:
         UserError: no CUDA device where one is asked for.
     """
+    _choose_accelerator(device)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    _choose_accelerator(device)
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     if not comm.is_initialized():

@@ -163,6 +163,14 @@ class TestAttention:
         x, rotary = torch.randn(2, 6, 32), Rotary(8, 10_000.0)(6)
         torch.testing.assert_close(grouped(x, rotary), full(x, rotary))
 
+    def test_positions_count_and_only_relative_to_each_other(self) -> None:
+        attention, x = self.attention(), torch.randn(1, 6, 32)
+        everywhere = Rotary(8, 10_000.0)(20)
+        first, shifted = (tuple(part[start : start + 6] for part in everywhere) for start in (0, 9))
+        torch.testing.assert_close(attention(x, shifted), attention(x, first), rtol=1e-4, atol=1e-5)
+        swapped = x[:, [1, 0, 2, 3, 4, 5]]
+        assert (attention(swapped, first) - attention(x, first))[0, 5].abs().max() > 1e-3
+
     def test_qk_norm_makes_the_scale_of_queries_and_keys_irrelevant(self) -> None:
         x, rotary = torch.randn(2, 6, 32), Rotary(8, 10_000.0)(6)
         change = {}

@@ -48,6 +48,7 @@ def describe_groups(topology: Topology) -> dict[str, Any]:
         summed = torch.tensor([dist.get_rank()])
         dist.all_reduce(summed, group=groups.handle(axis))
         assert summed.item() == sum(result[axis]), "the group communicates"
+    assert deepspeed_groups._get_data_parallel_group() is groups.handle("data")
     result["data"] = dist.get_process_group_ranks(deepspeed_groups._get_data_parallel_group())
     result["tensor"] = dist.get_process_group_ranks(groups.handle("tensor"))
     group = groups.expert_group()
