@@ -145,6 +145,8 @@ class Moe(Section):
     """Experts that each token visits."""
     expert_ffn_size: PositiveInt
     """Inner width of one expert."""
+    activation: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
+    """The experts' activation: gated (SwiGLU, GEGLU: three matrices each) or not (GELU, squared ReLU: two)."""
     router: Router = Router()
     """How a token chooses its experts."""
     balance: Balance = Balance()

@@ -145,6 +145,7 @@ def _moe_layer(config: Config, expert_group: ExpertGroup) -> MoE:
         eval_capacity_factor=moe.capacity.eval_factor,
         min_capacity=moe.capacity.minimum,
         expert_ffn_size=moe.expert_ffn_size,
+        activation=moe.activation,
         normalize_weights=moe.router.normalize_weights,
         drop_policy=moe.capacity.drop_policy,
         pad=moe.capacity.pad,

@@ -1,4 +1,4 @@
-"""Step 5, compute: every local expert over its rows, as grouped products over stacked weights.
+"""Step 5, compute: every local expert over its rows.
 
 Shape suffixes: see `dsmoe.moe.router`.
 """
@@ -9,10 +9,11 @@ import copy
 import hashlib
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dsmoe.moe.dispatch import Dispatched
+from dsmoe.moe.ffn import ACTIVATIONS, expert_ffn
+from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
 
 
 def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
@@ -41,35 +42,43 @@ def normal_from(seed: int, tensor: torch.Tensor, std: float) -> None:
         tensor.copy_(torch.empty_like(tensor, dtype=torch.float32).normal_(0.0, std, generator=generator))
 
 
-class SwiGLUExperts(nn.Module):
-    """L SwiGLU experts, W2 (silu(W1 x) * W3 x) each, in two stacked weights and two grouped products.
+class StackedExperts(nn.Module):
+    """L feed-forward experts in two stacked weights, computed together.
 
-    `gate_up` [L, 2I, D] holds W1 over W3, `down` [L, D, I] holds W2. Rows of a grouped product must start at
-    multiples of 16 bytes, so D and I must be multiples of 8.
+    `gate_up` [L, Z, D] and `down` [L, D, I]. A gated activation has Z = 2 I, the gate's rows before the others, and
+    computes down (act(gate x) * up x); otherwise Z = I, and there is no gate in `gate_up`. Rows of a grouped product
+    must start at multiples of 16 bytes, so D and I must be multiples of 8.
 
     Args:
         hidden_size: D.
         ffn_size: I.
         num_local_experts: L.
+        activation: a name in `dsmoe.moe.ffn.ACTIVATIONS`.
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int, num_local_experts: int) -> None:
+    def __init__(self, hidden_size: int, ffn_size: int, num_local_experts: int, activation: str = "swiglu") -> None:
         super().__init__()
         if hidden_size % 8 or ffn_size % 8:
             raise ValueError(f"hidden_size ({hidden_size}) and expert_ffn_size ({ffn_size}) must be multiples of 8")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         self.num_local_experts = num_local_experts
-        self.gate_up = nn.Parameter(torch.empty(num_local_experts, 2 * ffn_size, hidden_size))
+        self.activation = ACTIVATIONS[activation]
+        width = 2 * ffn_size if self.activation.gated else ffn_size
+        self.gate_up = nn.Parameter(torch.empty(num_local_experts, width, hidden_size))
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_size))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
-        """[N, D] -> [N, D]; rows past the last end are left undefined."""
-        rows_ND, ends_L = dispatched.rows_ND, dispatched.ends_L
-        if rows_ND.shape[0] == 0:
-            # A grouped product over no rows is undefined; this keeps the parameters in the graph with zero gradients.
-            return rows_ND + 0.0 * (self.gate_up.sum() + self.down.sum())
-        gate_up_NI = F.grouped_mm(rows_ND, self.gate_up.transpose(-2, -1), offs=ends_L)
-        gate_NI, up_NI = gate_up_NI.chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate_NI) * up_NI, self.down.transpose(-2, -1), offs=ends_L)
+        """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
+        return expert_ffn(
+            dispatched.source_SD,
+            dispatched.weights_SK,
+            self.gate_up,
+            self.down,
+            dispatched.row_map,
+            dispatched.ends_L,
+            self.activation,
+        )
 
     def initialise(self, seed: int, first_expert: int, std: float, down_std: float) -> None:
         """Fill each expert from N(0, std^2) (`down`: down_std) by *global* id: the layout does not matter."""
@@ -81,7 +90,7 @@ class SwiGLUExperts(nn.Module):
 class ModuleExperts(nn.Module):
     """L copies of a user's own module, each over its own rows.
 
-    A Python loop that knows its row counts on the host: `SwiGLUExperts` is the fast way.
+    A Python loop that knows its row counts on the host: `StackedExperts` is the fast way.
 
     Args:
         expert: maps [n, D] to [n, D], or to a tuple whose first element is that.
@@ -94,18 +103,19 @@ class ModuleExperts(nn.Module):
         self.experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_local_experts))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
-        """[N, D] -> [N, D]; rows past the last end are zero."""
-        ends = dispatched.ends_L.tolist() if dispatched.counts_L is None else None
-        counts = dispatched.counts_L if ends is None else [b - a for a, b in zip([0, *ends], ends, strict=False)]
-        assert counts is not None
+        """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
+        row_map = dispatched.row_map
+        rows_ND = gather_rows(dispatched.source_SD, row_map)
+        ends = dispatched.ends_L.tolist()
+        counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
         outputs = []
-        for expert, rows in zip(self.experts, dispatched.rows_ND[: sum(counts)].split(counts), strict=True):
+        for expert, rows in zip(self.experts, rows_ND[: ends[-1]].split(counts), strict=True):
             output = expert(rows)
             outputs.append(output[0] if isinstance(output, tuple) else output)
-        num_undefined = dispatched.rows_ND.shape[0] - sum(counts)
-        if num_undefined:
-            outputs.append(dispatched.rows_ND.new_zeros((num_undefined, dispatched.rows_ND.shape[1])))
-        return torch.cat(outputs)
+        outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))
+        weight_N1 = gather_weights(dispatched.weights_SK, row_map)[:, None]
+        out_ND = torch.cat(outputs)
+        return sum_rows((out_ND * weight_N1).to(out_ND.dtype), row_map)
 
     def initialise(self, seed: int, first_expert: int) -> None:
         """Draw each copy anew by its *global* id, through the `reset_parameters` that torch's modules have.

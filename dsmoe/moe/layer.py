@@ -14,7 +14,7 @@ from torch import nn
 from dsmoe.moe.balance import attach_loss, count_experts, load_balancing_loss, router_z_loss
 from dsmoe.moe.capacity import DROP_POLICIES, expert_capacity, limit
 from dsmoe.moe.dispatch import Dispatch, choose_dispatch
-from dsmoe.moe.experts import ModuleExperts, SwiGLUExperts, mark_expert_parameters
+from dsmoe.moe.experts import ModuleExperts, StackedExperts, mark_expert_parameters
 from dsmoe.moe.router import Router, Routing
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup
@@ -32,7 +32,7 @@ class MoE(DeepSpeedMoE):
 
     Args:
         hidden_size: D, the width of a token.
-        expert: a module that maps [n, D] to [n, D]; L copies of it are made. None makes SwiGLU experts of inner width
+        expert: a module that maps [n, D] to [n, D]; L copies of it are made. None makes experts of inner width
             `expert_ffn_size` in stacked weights, which is the fast way.
         num_experts: E, over all ranks.
         ep_size: R, the ranks that share one copy of all experts.
@@ -49,6 +49,7 @@ class MoE(DeepSpeedMoE):
         enable_expert_tensor_parallelism: must be False in this version.
         top2_2nd_expert_sampling: no effect.
         expert_ffn_size: I, where `expert` is None.
+        activation: of those experts: swiglu, geglu, gelu or relu2 (`dsmoe.moe.ffn.ACTIVATIONS`).
         normalize_weights: divide the chosen scores by their sum; None means for k > 1, as DeepSpeed does.
         drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order.
         pad: with a capacity, exchange full static buffers rather than only what is kept. Every rank of the group must
@@ -82,6 +83,7 @@ class MoE(DeepSpeedMoE):
         top2_2nd_expert_sampling: bool = True,
         *,
         expert_ffn_size: int | None = None,
+        activation: str = "swiglu",
         normalize_weights: bool | None = None,
         drop_policy: str = "probability",
         pad: bool = True,
@@ -115,10 +117,10 @@ class MoE(DeepSpeedMoE):
         self.recomputing = False
         normalize = k > 1 if normalize_weights is None else normalize_weights
         self.router = Router(hidden_size, num_experts, k, normalize, noisy_gate_policy)
-        self.experts: SwiGLUExperts | ModuleExperts
+        self.experts: StackedExperts | ModuleExperts
         if expert is None:
             assert expert_ffn_size is not None
-            self.experts = SwiGLUExperts(hidden_size, expert_ffn_size, self.num_local_experts)
+            self.experts = StackedExperts(hidden_size, expert_ffn_size, self.num_local_experts, activation)
         else:
             self.experts = ModuleExperts(expert, self.num_local_experts)
         mark_expert_parameters(self.experts, self.expert_group_name)
@@ -138,7 +140,7 @@ class MoE(DeepSpeedMoE):
         self._seed = self._seed if seed is None else seed
         self._stds = (std, down_std)
         first = self._expert_rank * self.num_local_experts
-        if isinstance(self.experts, SwiGLUExperts):
+        if isinstance(self.experts, StackedExperts):
             self.experts.initialise(self._seed, first, std, down_std)
         else:
             self.experts.initialise(self._seed, first)
@@ -183,9 +185,9 @@ class MoE(DeepSpeedMoE):
 
         assignments = limit(routing, assigned_E, self._capacity(len(x_TD)), self.drop_policy)
         exchange = self._exchange(assignments.capacity)
-        dispatched = exchange.dispatch(x_TD, assignments)
-        rows_ND = self.experts(dispatched)
-        y_TD = exchange.combine(rows_ND, dispatched, routing.weights_TK)
+        dispatched = exchange.dispatch(x_TD, routing.weights_TK, assignments)
+        output_SD = self.experts(dispatched)
+        y_TD = exchange.combine(output_SD, dispatched)
 
         if self.training:
             y_TD = self._attach_losses(y_TD, balance_loss, z_loss)
@@ -256,7 +258,7 @@ def _check_arguments(
     if ep_size < 1 or num_experts % ep_size:
         raise ValueError(f"ep_size ({ep_size}) must divide num_experts ({num_experts})")
     if (expert is None) == (expert_ffn_size is None):
-        raise ValueError("give either expert (a module of yours) or expert_ffn_size (SwiGLU experts), and not both")
+        raise ValueError("give either expert (a module of yours) or expert_ffn_size (stacked experts), and not both")
     if drop_policy not in DROP_POLICIES:
         raise ValueError(f"drop_policy must be one of {DROP_POLICIES}, not {drop_policy!r}")
     if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:

@@ -72,6 +72,9 @@ class ParameterCounts:
         )
 
 
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+
+
 def count_parameters(config: Config) -> ParameterCounts:
     """Count the parameters of the model that `config`, checked by `load_config`, describes."""
     model, moe = config.model, config.moe
@@ -81,7 +84,8 @@ def count_parameters(config: Config) -> ParameterCounts:
     dense_layers = model.num_layers - moe_layers
     assert model.ffn_size or not dense_layers, "load_config refuses dense layers without a width"
     table = model.vocab_size * D
-    expert = 3 * D * moe.expert_ffn_size if moe else 0  # gate, up, down
+    matrices = 3 if moe and moe.activation in GATED_ACTIVATIONS else 2  # gate, up, down
+    expert = matrices * D * moe.expert_ffn_size if moe else 0
     layer_norms = 2 * D + (2 * hd if model.qk_norm else 0)
     return ParameterCounts(
         embedding=table,

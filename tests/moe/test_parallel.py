@@ -205,19 +205,25 @@ def measure_traffic(factor: float | None, pad: bool) -> dict[str, Any]:
 
 
 def test_variable_exchange_sends_what_was_chosen() -> None:
-    """A row goes out to its expert and its result comes back; in the backward pass both gradients do."""
-    row_bytes = D * 4
+    """A row goes out with its fp32 weight and its result comes back; in the backward pass the gradients of all three.
+
+    What goes out is `SENT[rank][peer]` rows, what comes back here goes out there: `SENT[peer][rank]`.
+    """
+    row_bytes, weight_bytes = D * 4, 4
     for rank, measured in enumerate(run_ranks(4, measure_traffic, None, False)):
         assert measured["counts"] == SENT[rank]
         node = rank // 2
         near = [peer for peer in (2 * node, 2 * node + 1) if peer != rank]
         far = [2 - 2 * node, 3 - 2 * node]
-        rows = [sum(SENT[rank][peer] + SENT[peer][rank] for peer in peers) for peers in (near, far)]
-        assert measured["forward"] == measured["backward"] == (rows[0] * row_bytes, rows[1] * row_bytes)
+        for peers, link in ((near, 0), (far, 1)):
+            out, back = (sum(pairs) for pairs in zip(*((SENT[rank][p], SENT[p][rank]) for p in peers), strict=True))
+            assert measured["forward"][link] == (out + back) * row_bytes + out * weight_bytes
+            assert measured["backward"][link] == (out + back) * row_bytes + back * weight_bytes
         assert measured["then"] == (0, 0)
 
 
 def test_padded_exchange_sends_full_buffers() -> None:
-    """8 tokens over 4 experts at factor 1.5: 3 rows to each of one near and two far ranks, and 3 back."""
+    """8 tokens over 4 experts at factor 1.5: 3 rows and weights to each of one near and two far ranks, 3 rows back."""
+    to_one = 2 * 3 * D * 4 + 3 * 4
     for measured in run_ranks(4, measure_traffic, 1.5, True):
-        assert measured["forward"] == measured["backward"] == (2 * 3 * D * 4, 2 * 2 * 3 * D * 4)
+        assert measured["forward"] == measured["backward"] == (to_one, 2 * to_one)

@@ -1,0 +1,128 @@
+"""The experts' autograd function: both ways against plain autograd, in every activation, with gaps in the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsmoe.moe.capacity import limit
+from dsmoe.moe.ffn import ACTIVATIONS, _Grouped, _Looped, expert_ffn
+from dsmoe.moe.router import Routing
+from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
+
+T, D, E, K = 13, 16, 5, 2
+INNER = 8
+FORMULAS = {
+    "swiglu": lambda z: F.silu(z[..., :INNER]) * z[..., INNER:],
+    "geglu": lambda z: F.gelu(z[..., :INNER]) * z[..., INNER:],
+    "gelu": F.gelu,
+    "relu2": lambda z: F.relu(z) ** 2,
+}
+
+
+class Case:
+    """Thirteen tokens; expert 3 is nobody's choice; `capacity` drops and `masked` leaves tokens out."""
+
+    def __init__(self, activation: str, capacity: int | None, masked: bool, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(1)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+        self.activation = activation
+        width = 2 * INNER if ACTIVATIONS[activation].gated else INNER
+        self.inputs = [normal(T, D), normal(T, K), normal(E, width, D), normal(E, D, INNER)]
+        scores_TE = torch.rand(T, E, generator=generator)
+        scores_TE[:, 3] = -1
+        experts_TK = scores_TE.topk(K).indices
+        mask_T = torch.arange(T) % 4 != 1 if masked else None
+        if mask_T is not None:
+            experts_TK[~mask_T] = E
+        routing = Routing(scores_TE, scores_TE, self.inputs[1], experts_TK, mask_T)
+        assigned_E = torch.bincount(experts_TK.flatten(), minlength=E + 1)[:E]
+        self.experts_TK = experts_TK
+        self.assignments = limit(routing, assigned_E, capacity, "position")
+        ends_L = self.assignments.kept_E.cumsum(0)
+        self.row_map = RowMap.of(self.assignments, ends_L - self.assignments.kept_E, T * K)
+        self.ends_L = ends_L.int()
+
+    def run(self, way: type[torch.autograd.Function]) -> torch.Tensor:
+        return way.apply(*self.inputs, self.row_map, self.ends_L, ACTIVATIONS[self.activation])
+
+    def plain(self) -> torch.Tensor:
+        """A loop over the assignments that were kept."""
+        x_TD, weights_TK, gate_up, down = self.inputs
+        out = [torch.zeros(D, dtype=x_TD.dtype) for _ in range(T)]
+        kept = self.assignments.order_A[self.assignments.kept_A].tolist()
+        for choice in kept:
+            token, k = divmod(choice, K)
+            expert = int(self.experts_TK[token, k])
+            hidden = FORMULAS[self.activation](gate_up[expert] @ x_TD[token])
+            out[token] = out[token] + weights_TK[token, k] * (down[expert] @ hidden)
+        return torch.stack(out)
+
+    def gradients(self, output: torch.Tensor) -> list[torch.Tensor]:
+        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+        return list(torch.autograd.grad(output, self.inputs, weight))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("way", "dtype"), [(_Looped, torch.float64), (_Looped, torch.float32), (_Grouped, torch.float32)]
+)
+def test_both_ways_equal_a_loop_over_the_assignments(
+    way: type[torch.autograd.Function], dtype: torch.dtype, activation: str, capacity: int | None, masked: bool
+) -> None:
+    case = Case(activation, capacity, masked, dtype)
+    output, expected = case.run(way), case.plain()
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(case.gradients(output), case.gradients(expected), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert not case.gradients(case.run(way))[2][3].any(), "an expert without rows has exactly no gradient"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_those_of_finite_differences(activation: str) -> None:
+    case = Case(activation, 4, True, torch.float64)
+    arguments = (case.row_map, case.ends_L, ACTIVATIONS[activation])
+    assert torch.autograd.gradcheck(lambda *inputs: _Looped.apply(*inputs, *arguments), case.inputs)
+
+
+@pytest.mark.parametrize("way", [_Looped, _Grouped])
+def test_bf16_is_near_fp32(way: type[torch.autograd.Function]) -> None:
+    case = Case("swiglu", None, False, torch.float32)
+    low = Case("swiglu", None, False, torch.float32)
+    low.inputs = [p.detach().bfloat16().requires_grad_() for p in low.inputs]
+    low.inputs[1] = case.inputs[1]  # router weights stay fp32
+    exact, rounded = case.run(way), low.run(way)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=1.0)
+    for mine, theirs in zip(low.gradients(rounded), case.gradients(exact), strict=True):
+        assert (mine.float() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_what_is_kept_for_the_backward_pass_is_the_source_and_the_preactivation() -> None:
+    case = Case("swiglu", None, False, torch.float32)
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        expert_ffn(*case.inputs, case.row_map, case.ends_L, ACTIVATIONS["swiglu"])
+    inputs = {tensor.data_ptr() for tensor in case.inputs}
+    (extra,) = [tensor for tensor in saved if tensor.data_ptr() not in inputs]
+    assert extra.shape == (T * K, 2 * INNER)
+
+
+def test_gathering_and_summing_are_transposes() -> None:
+    case = Case("swiglu", 4, True, torch.float64)
+    x_TD, weights_TK = case.inputs[:2]
+    rows_ND = torch.randn(T * K, D, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, case.row_map), x_TD)
+    assert torch.autograd.gradcheck(lambda rows: sum_rows(rows, case.row_map), rows_ND)
+    assert torch.autograd.gradcheck(lambda weights: gather_weights(weights, case.row_map), weights_TK)
