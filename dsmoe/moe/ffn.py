@@ -42,15 +42,29 @@ class Activation:
         gate_NI, up_NI = z_NZ.chunk(2, dim=-1)
         return self.act(gate_NI).mul_(up_NI)
 
-    def backward(self, grad_NI: torch.Tensor, z_NZ: torch.Tensor, out_NZ: torch.Tensor) -> None:
-        """Write the gradient of z into `out_NZ`, given the activation's."""
-        if not self.gated:
-            out_NZ.copy_(self.slope(grad_NI, z_NZ))
-            return
-        gate_NI, up_NI = z_NZ.chunk(2, dim=-1)
-        grad_gate_NI, grad_up_NI = out_NZ.chunk(2, dim=-1)
-        grad_gate_NI.copy_(self.slope(grad_NI * up_NI, gate_NI))
-        torch.mul(self.act(gate_NI), grad_NI, out=grad_up_NI)
+    def backward(
+        self, grad_NI: torch.Tensor, z_NZ: torch.Tensor, weight_N1: torch.Tensor, grad_z_NZ: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backward pass of weight * forward(z), which is computed again on the way.
+
+        Overwrites `grad_NI`, the gradient of the weighted activation, and writes z's gradient into `grad_z_NZ`.
+
+        Returns:
+            The weighted activation [N, I], and the gradient of the weight [N], summed in fp32 at least.
+        """
+        gate_NI, up_NI = z_NZ.chunk(2, dim=-1) if self.gated else (z_NZ, None)
+        act_NI = self.act(gate_NI)
+        hidden_NI = act_NI if up_NI is None else act_NI * up_NI
+        wide = torch.promote_types(grad_NI.dtype, torch.float32)
+        grad_weight_N = (grad_NI * hidden_NI).sum(-1, dtype=wide)
+        grad_NI.mul_(weight_N1)
+        if up_NI is None:
+            grad_z_NZ.copy_(self.slope(grad_NI, gate_NI))
+        else:
+            grad_gate_NI, grad_up_NI = grad_z_NZ.chunk(2, dim=-1)
+            torch.mul(grad_NI, act_NI, out=grad_up_NI)
+            grad_gate_NI.copy_(self.slope(grad_NI.mul_(up_NI), gate_NI))
+        return hidden_NI.mul_(weight_N1), grad_weight_N
 
 
 ACTIVATIONS = {
@@ -114,14 +128,12 @@ class _Grouped(torch.autograd.Function):
         weight_N1 = row_map.gather_weights(weights_SK)[:, None].to(z_NZ.dtype)
         grad_ND = row_map.gather(grad_SD)
         grad_hidden_NI = F.grouped_mm(grad_ND, down_LDI, offs=ends_L)
-        hidden_NI = ctx.activation.forward(z_NZ)
-        grad_weight_N = (grad_hidden_NI * hidden_NI).sum(-1, dtype=weights_SK.dtype)
-        grad_down_LDI = F.grouped_mm(grad_ND.t(), hidden_NI.mul_(weight_N1), offs=ends_L)
         grad_z_NZ = torch.empty_like(z_NZ)
-        ctx.activation.backward(grad_hidden_NI.mul_(weight_N1), z_NZ, grad_z_NZ)
+        hidden_NI, grad_weight_N = ctx.activation.backward(grad_hidden_NI, z_NZ, weight_N1, grad_z_NZ)
+        grad_down_LDI = F.grouped_mm(grad_ND.t(), hidden_NI, offs=ends_L)
         grad_up_LZD = F.grouped_mm(grad_z_NZ.t(), row_map.gather(source_SD), offs=ends_L)
         grad_source_SD = row_map.sum(F.grouped_mm(grad_z_NZ, up_LZD, offs=ends_L))
-        grad_weights_SK = row_map.sum_weights(grad_weight_N)
+        grad_weights_SK = row_map.sum_weights(grad_weight_N.to(weights_SK.dtype))
         return grad_source_SD, grad_weights_SK, grad_up_LZD, grad_down_LDI, None, None, None
 
 
@@ -178,11 +190,9 @@ class _Looped(torch.autograd.Function):
             rows, grad_rows = rows_MD[:count], grad_rows_MD[:count]
             torch.index_select(grad_SD, 0, source_N[part], out=grad_rows)
             grad_hidden = torch.mm(grad_rows, down_LDI[expert], out=grad_hidden_MI[:count])
-            hidden = ctx.activation.forward(z_NZ[part])
-            grad_weight_N[part] = (grad_hidden * hidden).sum(-1, dtype=weights_SK.dtype)
-            torch.mm(grad_rows.t(), hidden.mul_(weight_N1[part]), out=grad_down_LDI[expert])
             grad_z = grad_z_MZ[:count]
-            ctx.activation.backward(grad_hidden.mul_(weight_N1[part]), z_NZ[part], grad_z)
+            hidden, grad_weight_N[part] = ctx.activation.backward(grad_hidden, z_NZ[part], weight_N1[part], grad_z)
+            torch.mm(grad_rows.t(), hidden, out=grad_down_LDI[expert])
             torch.index_select(source_SD, 0, source_N[part], out=rows)
             torch.mm(grad_z.t(), rows, out=grad_up_LZD[expert])
             torch.mm(grad_z, up_LZD[expert], out=grad_source_ND[part])
