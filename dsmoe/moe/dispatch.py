@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from deepspeed import comm
 
 from dsmoe.moe.capacity import Assignments
 from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
-from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all
+from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all, exchange_counts
 from dsmoe.parallel.groups import ExpertGroup
 
 
@@ -115,25 +114,19 @@ class VariableDispatch:
 
     def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Dispatched:
         """See `Dispatch.dispatch`; S = N is what the ranks of the group send here."""
-        send_RL, receive_RL = self._exchange_counts(assignments.kept_E)
-        send_R, receive_R = [sum(row) for row in send_RL], [sum(row) for row in receive_RL]
-        first_E = assignments.kept_E.cumsum(0) - assignments.kept_E
-        sent = RowMap.of(assignments, first_E, sum(send_R))
+        sent_E, ranks = assignments.kept_E, self.group.size
+        received_E = exchange_counts(sent_E, self.group)
+        # The one host read of this dispatch: how many rows to send to, and to expect from, each rank.
+        send_R, receive_R = torch.stack([sent_E, received_E]).view(2, ranks, -1).sum(-1).tolist()
+        sent = RowMap.of(assignments, sent_E.cumsum(0) - sent_E, sum(send_R))
         home = WayHome(sent, Exchange(self.group, self.traffic, send_R, receive_R))
-        counts_L = [sum(column) for column in zip(*receive_RL, strict=True)]
-        ends_L = torch.tensor(counts_L).cumsum(0).int().to(x_TD.device, non_blocking=True)
-        return _send(x_TD, weights_TK, home, _regroup(receive_RL, x_TD.device), ends_L)
+        counts_RL = received_E.view(ranks, -1)
+        ends_L = counts_RL.sum(0).cumsum(0).int()
+        return _send(x_TD, weights_TK, home, _regroup(counts_RL, sum(receive_R)), ends_L)
 
     def combine(self, output_SD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """See `Dispatch.combine`."""
         return _bring_home(output_SD, dispatched)
-
-    def _exchange_counts(self, kept_E: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows for each (rank, local expert), sent and received, on the host: the one host read of this dispatch."""
-        received_E = torch.empty_like(kept_E)
-        comm.all_to_all_single(received_E, kept_E.contiguous(), group=self.group.handle)
-        both = torch.stack([kept_E, received_E]).view(2, self.group.size, -1).tolist()
-        return both[0], both[1]
 
 
 def choose_dispatch(group: ExpertGroup, padded: bool) -> Dispatch:
@@ -158,11 +151,13 @@ def _bring_home(output_SD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor
     return sum_rows(all_to_all(output_SD, home.exchange.reversed()), home.sent)
 
 
-def _regroup(receive_RL: list[list[int]], device: torch.device) -> RowMap:
-    """The order that takes rows sorted by (source rank, expert) to (expert, source rank)."""
-    counts_RL = torch.tensor(receive_RL)
-    num_ranks, num_experts = counts_RL.shape
-    expert_S = torch.arange(num_experts).repeat(num_ranks).repeat_interleave(counts_RL.flatten())
-    order_N = expert_S.argsort(stable=True)
-    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel()))
-    return RowMap.permutation(order_N.to(device, non_blocking=True), inverse_N.to(device, non_blocking=True))
+def _regroup(counts_RL: torch.Tensor, num_rows: int) -> RowMap:
+    """The order that takes rows sorted by (source rank, expert) to (expert, source rank), without sorting."""
+    counts_LR = counts_RL.t()
+    first_RL = counts_RL.flatten().cumsum(0).view_as(counts_RL) - counts_RL
+    target_LR = counts_LR.flatten().cumsum(0).view_as(counts_LR) - counts_LR
+    # Each block of rows moves as a whole, from where it arrived to where its expert wants it.
+    shift_N = (target_LR.t() - first_RL).flatten().repeat_interleave(counts_RL.flatten(), output_size=num_rows)
+    place_N = torch.arange(num_rows, device=counts_RL.device)
+    inverse_N = place_N + shift_N
+    return RowMap.permutation(torch.empty_like(place_N).scatter_(0, inverse_N, place_N), inverse_N)

@@ -70,11 +70,15 @@ class StackedExperts(nn.Module):
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
+        source_SD = dispatched.source_SD
+        device, dtype = source_SD.device.type, source_SD.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return expert_ffn(
-            dispatched.source_SD,
+            source_SD.to(dtype),
             dispatched.weights_SK,
-            self.gate_up,
-            self.down,
+            self.gate_up.to(dtype),
+            self.down.to(dtype),
             dispatched.row_map,
             dispatched.ends_L,
             self.activation,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,6 @@ from dsmoe.moe.experts import ModuleExperts, StackedExperts, mark_expert_paramet
 from dsmoe.moe.router import Router, Routing
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup
-
-logger = logging.getLogger(__name__)
 
 
 class MoE(DeepSpeedMoE):
@@ -54,6 +53,9 @@ class MoE(DeepSpeedMoE):
         drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order.
         pad: with a capacity, exchange full static buffers rather than only what is kept. Every rank of the group must
             then bring equally many tokens; where they may differ, say False.
+        redraw_experts: draw each copy of `expert` anew, by its global id, through the `reset_parameters` of its
+            modules, so that experts start different. False keeps the weights that `expert` came with in every copy,
+            as DeepSpeed does (for pretrained or specially initialised ones).
         aux_loss: coefficient of the load-balancing loss that flows by itself with the output's gradient. 0 leaves it
             to the caller, who adds the returned loss as with DeepSpeed.
         z_loss: coefficient of the router z-loss, which always flows by itself.
@@ -87,6 +89,7 @@ class MoE(DeepSpeedMoE):
         normalize_weights: bool | None = None,
         drop_policy: str = "probability",
         pad: bool = True,
+        redraw_experts: bool = True,
         aux_loss: float = 0.0,
         z_loss: float = 0.0,
         seed: int | None = None,
@@ -128,6 +131,7 @@ class MoE(DeepSpeedMoE):
             self.mlp = expert if expert is not None else _ResidualSwiGLU(hidden_size, expert_ffn_size or 0)
             self.coefficient = nn.Linear(hidden_size, 2)
         self.statistics = RoutingStatistics(num_experts)
+        self._redraw = expert is None or redraw_experts
         self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
         self._expert_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
         self.reset_experts()
@@ -139,19 +143,45 @@ class MoE(DeepSpeedMoE):
         """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
         self._seed = self._seed if seed is None else seed
         self._stds = (std, down_std)
-        first = self._expert_rank * self.num_local_experts
-        if isinstance(self.experts, StackedExperts):
-            self.experts.initialise(self._seed, first, std, down_std)
-        else:
-            self.experts.initialise(self._seed, first)
+        self._draw(self.experts)
 
     def set_expert_group(self, group: ExpertGroup) -> None:
-        """Exchange tokens over `group` from now on; experts are drawn anew if this rank's place was assumed wrongly."""
+        """Exchange tokens over `group` from now on.
+
+        If this rank's place in it is not the one that was assumed when the layer was made, its experts are drawn anew.
+
+        Raises:
+            RuntimeError: they would have to be, but have been changed since.
+        """
         assert group.size == self.ep_size, f"expert group of {group.size} for ep_size {self.ep_size}"
+        mark_expert_parameters(self.experts, self.expert_group_name)
         if group.rank != self._expert_rank:
+            if self._redraw and not self._are_as_drawn():
+                raise RuntimeError(
+                    f"rank {group.rank} of the expert group was made as if it were rank {self._expert_rank}, and its "
+                    f"experts have been changed since: make the MoE layer after the processes have joined "
+                    f"(torch.distributed is initialised), and load weights after that"
+                )
             self._expert_rank = group.rank
-            self.reset_experts(*self._stds)
+            self._draw(self.experts)
         self._dispatches = {padded: choose_dispatch(group, padded) for padded in (False, True)}
+
+    def _draw(self, experts: StackedExperts | ModuleExperts) -> None:
+        first = self._expert_rank * self.num_local_experts
+        if isinstance(experts, StackedExperts):
+            experts.initialise(self._seed, first, *self._stds)
+        elif self._redraw:
+            experts.initialise(self._seed, first)
+
+    def _are_as_drawn(self) -> bool:
+        fresh = copy.deepcopy(self.experts)
+        self._draw(fresh)
+        return all(map(torch.equal, fresh.parameters(), self.experts.parameters()))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After copying or unpickling: parameters lose the attributes by which DeepSpeed knows expert ones."""
+        super().__setstate__(state)
+        mark_expert_parameters(self.experts, self.expert_group_name)
 
     def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed's engine: find the registered expert group, or have DeepSpeed make it."""

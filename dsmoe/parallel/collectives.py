@@ -70,6 +70,13 @@ class Exchange:
         return received
 
 
+def exchange_counts(counts_E: torch.Tensor, group: ExpertGroup) -> torch.Tensor:
+    """Tell every rank how many rows it will get: [R * L] sent, by (rank, local expert) -> [R * L] received."""
+    received = torch.empty_like(counts_E)
+    comm.all_to_all_single(received, counts_E.contiguous(), group=group.handle)
+    return received
+
+
 def all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     """Exchange rows with every rank of the group; the gradient is the exchange in the other direction.
 

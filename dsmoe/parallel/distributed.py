@@ -6,7 +6,10 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for the last they are fille
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,7 +58,13 @@ def join_processes(device: str = "cuda", timeout: timedelta = timedelta(minutes=
     if not comm.is_initialized():
         _switch_off_shared_memory_op()
         backend = "nccl" if device == "cuda" else "gloo"
-        comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        try:
+            comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ.get("MASTER_PORT")
+            raise UserError(f"port {port} is in use on this machine; give the launcher another --master_port") from None
     where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return Rank(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), where)
 
@@ -64,6 +73,15 @@ def leave_processes() -> None:
     """Destroy every process group, so that the process ends without warnings."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def quiet_deepspeed() -> None:
+    """Keep off the console what DeepSpeed reports, and makes torch warn of, that a user can do nothing about."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls a name that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated")
 
 
 def set_timeout_everywhere(timeout: timedelta) -> None:
@@ -84,10 +102,11 @@ def _choose_accelerator(device: str) -> None:
         )
     from deepspeed.accelerator import get_accelerator, set_accelerator
 
-    if device == "cpu" and get_accelerator().device_name() != "cpu":
+    if get_accelerator().device_name() != device:
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+        from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-        set_accelerator(CPU_Accelerator())
+        set_accelerator(CPU_Accelerator() if device == "cpu" else CUDA_Accelerator())
 
 
 def _switch_off_shared_memory_op() -> None:
@@ -104,19 +123,49 @@ def _switch_off_shared_memory_op() -> None:
 def on_first_rank(action: Callable[[], T]) -> T:
     """Let rank 0 do `action` while the others wait, and give every rank its result, or raise its error on every rank.
 
+    The others wait without a timeout: what only one rank does (tokenising) may take longer than a collective may.
     The result and the error must be picklable. The error says of itself that all ranks have it: `is_shared(error)`.
     """
     outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            outcome[1] = error
+    store = torch.distributed.distributed_c10d._get_default_store()
+    rank = torch.distributed.get_rank()
+    # Every rank counts its own calls, so that all of them mean the same one.
+    done = f"dsmoe/first/{store.add(f'dsmoe/first/calls/{rank}', 1)}"
+    if rank == 0:
+        outcome = _outcome_of(action)
+        store.set(done, "")
+    else:
+        while not store.check([done]):
+            time.sleep(0.02)
     torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        outcome[1].shared_by_all_ranks = True
-        raise outcome[1]
-    return cast(T, outcome[0])
+    return cast(T, _result_of([outcome])[0])
+
+
+def on_every_rank(action: Callable[[], T]) -> list[T]:
+    """Let every rank do `action`, and give all of them all results by rank, or raise the first rank's error on all.
+
+    A rank that fails alone would leave the others waiting in the next collective.
+    """
+    outcomes: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(outcomes, _outcome_of(action))
+    return _result_of(outcomes)
+
+
+def _outcome_of(action: Callable[[], Any]) -> list[Any]:
+    """[result, None], or [None, error]."""
+    try:
+        return [action(), None]
+    except Exception as error:
+        return [None, error]
+
+
+def _result_of(outcomes: list[list[Any]]) -> list[Any]:
+    """All results, or the first error, which every rank raises alike."""
+    for _, error in outcomes:
+        if error is not None:
+            error.shared_by_all_ranks = True
+            raise error
+    return [result for result, _ in outcomes]
 
 
 def is_shared(error: BaseException) -> bool:

@@ -10,10 +10,12 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
+from dsmoe.parallel.distributed import join_processes
 from dsmoe.plan.topology import AXES, Axis, Topology
 
 
@@ -53,7 +55,8 @@ class ExpertGroup:
 class Groups:
     """One process group per axis of the topology, for this rank.
 
-    Making it is collective: every rank of the world must do so, in the same order as its other group-making calls.
+    Making it is collective: every rank of the world must do so, in the same order as its other group-making calls. A
+    process that has not joined the others yet does so first (`join_processes`, on CUDA where there is a device).
 
     Args:
         topology: the intent; its `world_size` must be the number of processes that were started.
@@ -64,6 +67,8 @@ class Groups:
     """
 
     def __init__(self, topology: Topology, timeout: timedelta = timedelta(minutes=30)) -> None:
+        if not dist.is_initialized():
+            join_processes("cuda" if torch.cuda.is_available() else "cpu", timeout)
         if topology.world_size != dist.get_world_size():
             raise UserError(
                 f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "

@@ -1,28 +1,31 @@
 """Save and resume a run on the same layout, exactly.
 
 A checkpoint is a folder `step_00000100/` with one file per rank (its weights, fp32 masters, optimizer moments and
-random states) and `checkpoint.json`. It is written under another name and renamed when every rank's file is on the
-disk, so that it exists whole or not at all. Files hold tensors and numbers only; loading executes nothing.
+random states) and `checkpoint.json`, the manifest. It is written under another name and renamed when every rank's file
+is on the disk, so that it exists whole or not at all. Files hold tensors and numbers only; loading executes nothing,
+and nothing is loaded whose checksum is not the manifest's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.parallel.distributed import on_first_rank
+from dsmoe.parallel.distributed import on_every_rank, on_first_rank
+from dsmoe.train.engine import inner_optimizer, master_weights
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 MANIFEST = "checkpoint.json"
 
 
@@ -30,17 +33,24 @@ def save_checkpoint(folder: Path, step: int, engine: DeepSpeedEngine, config: Co
     """Write the state after `step` optimizer steps to `folder/step_XXXXXXXX`, and remove what is older than `keep`.
 
     Collective. Replaces a checkpoint of the same step.
+
+    Raises:
+        UserError: some rank could not write (disk full, no permission); the earlier checkpoints are untouched.
     """
     final = folder / f"step_{step:08d}"
     partial = folder / f".{final.name}.partial"
     on_first_rank(lambda: _make_empty(partial))
     file = partial / _rank_file(dist.get_rank())
-    with file.open("wb") as stream:
-        torch.save(_state_of(engine), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    dist.barrier()
-    on_first_rank(lambda: _finish(partial, final, step, config))
+    written = on_every_rank(lambda: _write(file, _state_of(engine)))
+    manifest = {
+        "step": step,
+        "skipped_steps": engine.skipped_steps,
+        "scheduler_step": engine.lr_scheduler.last_epoch,
+        "layout": _layout(config),
+        "model": _model(config),
+        "files": {_rank_file(rank): facts for rank, facts in enumerate(written)},
+    }
+    on_first_rank(lambda: _finish(partial, final, manifest, config.checkpoint.keep))
     return final
 
 
@@ -48,24 +58,27 @@ def load_checkpoint(checkpoint: Path, engine: DeepSpeedEngine, config: Config) -
     """Put the checkpoint's state into `engine` and return its step.
 
     Raises:
-        UserError: the checkpoint is incomplete or was written by another layout.
+        UserError: the checkpoint is incomplete, damaged, of another model, or was written by another layout.
     """
-    manifest = on_first_rank(lambda: _checked_manifest(checkpoint, config))
-    state = torch.load(checkpoint / _rank_file(dist.get_rank()), map_location="cpu", weights_only=True)
+    manifest = on_first_rank(lambda: read_manifest(checkpoint))
+    _check_fits(checkpoint, manifest, config)
+    name = _rank_file(dist.get_rank())
+    on_every_rank(lambda: _check_file(checkpoint / name, manifest["files"].get(name)))
+    state = torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     engine.module.load_state_dict(state["model"])
-    _inner_optimizer(engine).load_state_dict(state["optimizer"])
+    inner_optimizer(engine).load_state_dict(state["optimizer"])
     with torch.no_grad():
-        for master, saved in zip(_masters(engine), state["masters"], strict=True):
+        for master, saved in zip(master_weights(engine), state["masters"], strict=True):
             master.copy_(saved)
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
-    step = int(manifest["step"])
-    engine.global_steps = step
-    scheduler = engine.lr_scheduler
-    scheduler.last_epoch = step - 1
-    scheduler.step()
-    return step
+    engine.global_steps = int(manifest["step"])
+    engine.skipped_steps = int(manifest["skipped_steps"])
+    # A skipped step does not advance the schedule: its place is not always the step's.
+    engine.lr_scheduler.last_epoch = int(manifest["scheduler_step"]) - 1
+    engine.lr_scheduler.step()
+    return engine.global_steps
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -74,80 +87,104 @@ def find_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What `checkpoint.json` says.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{checkpoint} is not a whole checkpoint: it has no {MANIFEST}")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        missing = {"step", "skipped_steps", "scheduler_step", "layout", "model", "files"} - manifest.keys()
+    except (ValueError, AttributeError):
+        missing = {"everything"}
+    if missing:
+        raise UserError(f"{path} is damaged; remove {checkpoint} to resume from the one before it")
+    return manifest
+
+
 def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.pt"
 
 
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}") from None
 
 
-def _finish(partial: Path, final: Path, step: int, config: Config) -> None:
-    files = {file.name: file.stat().st_size for file in sorted(partial.glob("rank_*.pt"))}
-    manifest = {"step": step, "layout": _layout(config), "files": files}
+def _write(file: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Save, force it onto the disk, and return the size and checksum of what should be there."""
+    try:
+        with file.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return {"bytes": file.stat().st_size, "sha256": _checksum(file)}
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when its stream stops short
+        raise UserError(f"cannot save {file}: {error}; the earlier checkpoints are untouched") from None
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _finish(partial: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    for old in sorted(final.parent.glob("step_*"))[: -config.checkpoint.keep]:
+    for old in sorted(final.parent.glob("step_*"))[:-keep]:
         shutil.rmtree(old)
 
 
 def _layout(config: Config) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be read."""
-    return {
-        "ranks": config.cluster.nodes * config.cluster.devices_per_node,
-        **config.parallel.model_dump(),
-        "precision": config.train.precision,
-    }
+    """What must be the same for a checkpoint's files to be read."""
+    ranks = config.cluster.nodes * config.cluster.devices_per_node
+    return {"ranks": ranks, **config.parallel.model_dump(), "precision": config.train.precision}
 
 
-def _checked_manifest(checkpoint: Path, config: Config) -> dict[str, Any]:
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{checkpoint} is not a whole checkpoint: it has no {MANIFEST}")
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    here = _layout(config)
-    differing = [
-        f"{key}: saved {saved}, now {here.get(key)}"
-        for key, saved in manifest["layout"].items()
-        if here.get(key) != saved
-    ]
-    if differing:
-        raise UserError(
-            f"{checkpoint} was saved by another layout ({'; '.join(differing)}); "
-            f"this version resumes on the same layout only"
-        )
-    for name, size in manifest["files"].items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
+def _model(config: Config) -> dict[str, Any]:
+    """What decides the shapes of the weights."""
+    moe = config.moe.model_dump(include={"num_experts", "expert_ffn_size", "activation"}) if config.moe else {}
+    return {**config.model.model_dump(), **moe}
+
+
+def _check_fits(checkpoint: Path, manifest: dict[str, Any], config: Config) -> None:
+    for what, here in (("another layout", _layout(config)), ("another model", _model(config))):
+        saved = manifest["layout" if what == "another layout" else "model"]
+        keys = {**saved, **here}
+        differing = [f"{k}: saved {saved.get(k)}, now {here.get(k)}" for k in keys if saved.get(k) != here.get(k)]
+        if differing:
             raise UserError(
-                f"{file} is missing or not of the {size} bytes that were written; the checkpoint is damaged"
+                f"{checkpoint} is of {what} ({'; '.join(differing)}); this version resumes the same model on the "
+                f"same layout only"
             )
-    return manifest
+
+
+def _check_file(file: Path, facts: dict[str, Any] | None) -> None:
+    if (
+        facts is None
+        or not file.is_file()
+        or file.stat().st_size != facts["bytes"]
+        or _checksum(file) != facts["sha256"]
+    ):
+        raise UserError(
+            f"{file} is missing or not what was written; remove {file.parent} to resume from the one before it"
+        )
 
 
 def _state_of(engine: DeepSpeedEngine) -> dict[str, Any]:
     return {
         "model": engine.module.state_dict(),
-        "optimizer": _inner_optimizer(engine).state_dict(),
-        "masters": [master.detach() for master in _masters(engine)],
+        "optimizer": inner_optimizer(engine).state_dict(),
+        "masters": [master.detach() for master in master_weights(engine)],
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if engine.device.type == "cuda" else None,
     }
-
-
-def _inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """Torch's AdamW, which ZeRO and the mixed-precision wrapper keep as `.optimizer`."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def _masters(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """This rank's fp32 master weights where the optimizer has some apart from the model's, in a fixed order."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2: this rank's flat shard of each group
-        return list(optimizer.single_partition_of_fp32_groups)
-    if hasattr(optimizer, "fp32_groups"):  # bf16 at stage 0
-        return [master for group in optimizer.fp32_groups for master in group]
-    return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dsmoe.config.deepspeed import to_deepspeed
+from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
 from dsmoe.moe.layer import MoE
@@ -57,6 +57,10 @@ def initialize(
         dist_init_required=False,
     )
     set_timeout_everywhere(timedelta(seconds=config.cluster.collective_timeout_seconds))
+    master_weights(engine)  # refuses now what a checkpoint could not save
+    if config.parallel.zero_stage == 0:
+        _forget_the_dry_step(engine)
+        _clip_before_each_step(engine, groups, options.grad_clip)
     return engine, optimizer, loader, scheduler
 
 
@@ -66,7 +70,7 @@ def prepare_once(config: Config) -> list[PreparedSource]:
     Where nodes do not share `data.cache_dir`, the first rank of each node makes its own.
     """
     on_first_rank(lambda: len(prepare(config)))
-    if os.environ["LOCAL_RANK"] == "0":
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         prepare(config)
     dist.barrier()
     return prepare(config)
@@ -95,24 +99,87 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def clip_gradients(model: nn.Module, groups: Groups, max_norm: float) -> torch.Tensor:
+def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: float) -> torch.Tensor:
     """Scale the reduced gradients so that their global norm is at most `max_norm`; for ZeRO stage 0.
 
     DeepSpeed's own stage-0 clip averages each rank's norm instead of adding up the experts', so that the same model
     is clipped differently at every expert degree.
 
+    Args:
+        optimizer: its groups are those of `parameter_groups`.
+        groups: the experts' norms are added up over the expert group.
+        max_norm: 0 does not clip.
+
     Returns:
         The norm before clipping, a scalar on the device; 0-d float32. Nothing is read back to the host.
     """
-    dense = [p.grad for p in model.parameters() if p.grad is not None and not hasattr(p, "group_name")]
-    expert = [p.grad for p in model.parameters() if p.grad is not None and hasattr(p, "group_name")]
+    dense, expert = (
+        [
+            p.grad
+            for group in optimizer.param_groups
+            if group["moe"] == moe
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        for moe in (False, True)
+    )
     square = _square_norm(expert, dense[0].device)
     if groups.topology.expert > 1:
         dist.all_reduce(square, group=groups.handle("expert"))
     norm = (square + _square_norm(dense, dense[0].device)).sqrt()
-    if max_norm > 0 and math.isfinite(max_norm):
+    if max_norm > 0:
         torch._foreach_mul_(dense + expert, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
     return norm.float()
+
+
+def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    """Torch's AdamW, which ZeRO and the mixed-precision wrappers keep as `.optimizer`."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def master_weights(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
+    """This rank's fp32 master weights where the optimizer has some apart from the model's, in a fixed order.
+
+    Raises:
+        UserError: a wrapper that dsmoe does not know, whose weights a checkpoint would silently miss.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):  # fp32 without ZeRO: the model's own weights
+        return []
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2: this rank's flat shard of each group
+        return list(optimizer.single_partition_of_fp32_groups)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 with fp32 accumulation at stage 1
+        return list(optimizer.fp32_groups_flat_partition)
+    if hasattr(optimizer, "fp32_groups"):  # bf16 at stage 0
+        return [master for group in optimizer.fp32_groups for master in group]
+    raise UserError(
+        f"the deepspeed section makes DeepSpeed use {type(optimizer).__name__}, whose state dsmoe cannot save; "
+        f"remove the settings that choose it"
+    )
+
+
+def _clip_before_each_step(engine: deepspeed.DeepSpeedEngine, groups: Groups, max_norm: float) -> None:
+    """At ZeRO stage 0, clip when the engine steps, and tell the engine the norm."""
+
+    def clip(adam: torch.optim.Optimizer, *_: Any) -> None:
+        engine.optimizer._global_grad_norm = clip_gradients(adam, groups, max_norm)
+
+    inner_optimizer(engine).register_step_pre_hook(clip)
+
+
+def _forget_the_dry_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Undo the step on zero gradients by which DeepSpeed's stage-0 bf16 wrapper makes Adam's state.
+
+    It counts as a step in Adam's bias correction, and decays the master weights.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "fp32_groups"):
+        return
+    inner_optimizer(engine).state.clear()
+    with torch.no_grad():
+        for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.copy_(weight)
 
 
 def _square_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +20,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config
 from dsmoe.plan.batch import Batch
-from dsmoe.train.checkpoint import find_checkpoint
+from dsmoe.train.checkpoint import find_checkpoint, read_manifest
 
 # What may change when a run goes on: how long, how often, where. Everything else is the run's identity.
 _CHANGEABLE = (
@@ -34,6 +37,7 @@ _CHANGEABLE = (
     "train.eval_batches",
     "train.recompute",
 )
+LOCK, TOKEN = ".lock", ".token"
 _PACKAGES = ("dsmoe", "torch", "deepspeed", "datasets", "tokenizers", "numpy", "pydantic")
 _ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "SLURM_", "OMP_", "MASTER_", "DS_", "DEEPSPEED_")
 
@@ -60,11 +64,51 @@ def check_run_folder(config: Config) -> Path | None:
     return _checkpoint_to_resume(config, folder / "checkpoints")
 
 
-def make_run_folder(config: Config) -> None:
-    """Make the folder and write `config.yaml`, the resolved config."""
+def make_run_folder(config: Config) -> str:
+    """Make the folder, take it for this process, write `config.yaml`, and return a token that `check_shared` wants.
+
+    Raises:
+        UserError: another process is training in it, or it cannot be written.
+    """
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace_text(folder / "config.yaml", dump_config(config))
+    token = uuid.uuid4().hex
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _take(folder / LOCK)
+        _replace_text(folder / "config.yaml", dump_config(config))
+        _replace_text(folder / TOKEN, token)
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder.absolute()}: {error.strerror}; see runs_dir") from None
+    return token
+
+
+def check_shared(folder: Path, token: str) -> None:
+    """Check that this rank sees the very folder that rank 0 made: checkpoints need one for all nodes.
+
+    Raises:
+        UserError: it does not.
+    """
+    file = folder / TOKEN
+    for _ in range(50):  # a network file system may show a new file late
+        if file.exists() and file.read_text() == token:
+            return
+        time.sleep(0.2)
+    raise UserError(
+        f"on {platform.node()}, {folder.absolute()} is not the folder that rank 0 made; runs_dir must be on storage "
+        f"that all nodes share"
+    )
+
+
+def _take(lock: Path) -> None:
+    """Hold `lock` for as long as this process lives; the system lets go of it however the process ends."""
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is training in {lock.parent}; wait for it, or give this run another name (name=...)"
+        ) from None
 
 
 def write_environment(folder: Path, ds_config: Mapping[str, Any], world_size: int) -> None:
@@ -84,10 +128,7 @@ def write_environment(folder: Path, ds_config: Mapping[str, Any], world_size: in
 
 
 def _checkpoint_to_resume(config: Config, checkpoints: Path) -> Path | None:
-    resume = config.checkpoint.resume
-    if resume not in ("auto", "always", "never"):
-        return Path(resume)
-    found = find_checkpoint(checkpoints)
+    resume, found = config.checkpoint.resume, find_checkpoint(checkpoints)
     if resume == "always" and found is None:
         raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {checkpoints}")
     if resume == "never" and found is not None:
@@ -95,12 +136,25 @@ def _checkpoint_to_resume(config: Config, checkpoints: Path) -> Path | None:
             f"checkpoint.resume is 'never' and {found} is there; set checkpoint.resume: auto to go on from it, "
             f"or give this run another name"
         )
-    steps = Batch.from_config(config).steps
-    if found is not None and int(found.name.removeprefix("step_")) > steps:
-        raise UserError(
-            f"{found} is past this config's last step, {steps}; raise train.steps, or give this run another name"
-        )
+    if resume not in ("auto", "always", "never"):
+        step = int(read_manifest(Path(resume))["step"])
+        if found is not None and _step_of(found) > step:
+            raise UserError(
+                f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {found}: it would be taken "
+                f"for the newest afterwards. Remove it to go back, or give this run another name"
+            )
+        found = Path(resume)
+    if found is not None:
+        step, steps = int(read_manifest(found)["step"]), Batch.from_config(config).steps
+        if step > steps:
+            raise UserError(
+                f"{found} is past this config's last step, {steps}; raise train.steps, or take another name"
+            )
     return found
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _differences(there: Config, here: Config) -> list[str]:

@@ -11,13 +11,11 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from deepspeed.utils import logger as deepspeed_logger
 
 from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
@@ -25,14 +23,14 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import first_failed_rank, is_shared, on_first_rank
+from dsmoe.parallel.distributed import first_failed_rank, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.parameters import count_parameters
 from dsmoe.plan.topology import Topology
 from dsmoe.train.engine import prepare_once
 from dsmoe.train.evaluate import evaluate_bigram_model
-from dsmoe.train.folder import check_run_folder, make_run_folder, run_folder, write_environment
+from dsmoe.train.folder import check_run_folder, check_shared, make_run_folder, run_folder, write_environment
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer
 
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         pretrain(config)
     except UserError as error:
-        explain_end(error, str(error))
+        explain_end(error, f"error: {error}")
         return 2
     except Exception as error:
         explain_end(error, traceback.format_exc())
@@ -67,13 +65,15 @@ def pretrain(config: Config) -> None:
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
     rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda", timeout)
+    quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(topology, timeout)
     checkpoint = on_first_rank(lambda: check_run_folder(config))
     prepare_once(config)
     folder = run_folder(config)
+    token = on_first_rank(lambda: make_run_folder(config))
+    on_every_rank(lambda: check_shared(folder, token))
     if rank.is_first:
-        make_run_folder(config)
         logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
         write_environment(folder, to_deepspeed(config, batch.accumulation_steps), rank.world_size)
         _introduce(config, batch)
@@ -95,7 +95,7 @@ def _train_and_tell(trainer: Trainer, folder: Path) -> None:
         trainer.evaluate()
     trainer.run()
     if trainer.rank.is_first:
-        logger.info("%s", summary(folder, bigram, trainer.config.cluster.devices_per_node))
+        logger.info("%s", summary(folder, bigram, trainer.config))
 
 
 def _introduce(config: Config, batch: Batch) -> None:
@@ -124,9 +124,6 @@ def _sinks(config: Config, folder: Path, resume_step: int) -> list[Sink]:
 
 def _log_to_console(rank: Rank) -> None:
     """Let rank 0 speak on standard output; the others only of trouble."""
-    deepspeed_logger.setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls a name that torch 2.13 has renamed; the user can do nothing about it.
-    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*deprecated")
     package = logging.getLogger("dsmoe")
     package.setLevel(logging.INFO if rank.is_first else logging.ERROR)
     package.propagate = False

@@ -6,16 +6,18 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from dsmoe.config.schema import Config
+
 BITS_PER_BYTE = "eval/bits_per_byte"
 
 
-def summary(folder: Path, bigram: Mapping[str, float], devices_per_node: int) -> str:
+def summary(folder: Path, bigram: Mapping[str, float], config: Config) -> str:
     """The table of bits per byte at the start, at the end and of the bigram model, and commands to go on with.
 
     Args:
         folder: the run folder; its `metrics.jsonl` has the evaluations.
         bigram: the bigram model's metrics, under the same names.
-        devices_per_node: how many processes the command that goes on must start.
+        config: the run's.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if BITS_PER_BYTE in line]
@@ -33,16 +35,17 @@ def summary(folder: Path, bigram: Mapping[str, float], devices_per_node: int) ->
     gained = bigram[BITS_PER_BYTE] - last[BITS_PER_BYTE]
     verdict = f"{abs(gained):.2f} bits per byte {'better' if gained > 0 else 'worse'} than the bigram model"
     table.append(f"the model is {verdict} on text that neither has seen")
-    return "\n".join([*table, "", "what to run next", *_next_steps(folder, last["step"], devices_per_node)])
+    return "\n".join([*table, "", "what to run next", *_next_steps(folder, config)])
 
 
-def _next_steps(folder: Path, steps_done: int, devices_per_node: int) -> list[str]:
-    config = folder / "config.yaml"
-    launcher = f"deepspeed --num_gpus {devices_per_node} launch/pretrain.py"
+def _next_steps(folder: Path, config: Config) -> list[str]:
+    file, train = folder / "config.yaml", config.train
+    longer = f"train.steps={2 * train.steps}" if train.steps else f"train.tokens={2 * (train.tokens or 0)}"
+    launcher = f"deepspeed --num_gpus {config.cluster.devices_per_node} launch/pretrain.py"
     commands = {
         f"tensorboard --logdir {folder / 'tensorboard'}": "loss, load balance, dropped tokens, throughput",
-        f"dsmoe config show {config}": "every setting of this run",
-        f"{launcher} --config {config} train.steps={2 * steps_done}": "train on from here",
+        f"dsmoe config show {file}": "every setting of this run",
+        f"{launcher} --config {file} {longer}": "train on from here",
     }
     width = max(map(len, commands))
     return [f"  {command:<{width}}   # {what}" for command, what in commands.items()]

@@ -21,15 +21,18 @@ from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
 from dsmoe.train.checkpoint import load_checkpoint, save_checkpoint
-from dsmoe.train.engine import clip_gradients, initialize
+from dsmoe.train.engine import initialize
 from dsmoe.train.evaluate import HeldOut, evaluate
-from dsmoe.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
 
+MAX_SKIPPED_IN_A_ROW = 20
+"""DeepSpeed skips a step whose gradients are not finite; a run that only skips is over."""
+
+
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss is no longer a number, or no step is taken any more."""
 
 
 class Trainer:
@@ -52,6 +55,9 @@ class Trainer:
         self.step_index = 0
         """Optimizer steps done."""
         self._checkpoint_folder = checkpoint_folder
+        self.used_learning_rate = 0.0
+        """That of the last step."""
+        self._skipped_in_a_row = 0
         self.sinks: Sequence[Sink] = ()
         """Where rank 0 writes metrics."""
         model = build_model(config, groups, rank.device)
@@ -88,35 +94,35 @@ class Trainer:
     def step(self) -> torch.Tensor | float:
         """One optimizer step; returns the gradient norm before clipping, on the device where it is there."""
         self.meter.begin_step()
-        clipped_norm: torch.Tensor | None = None
         waits: list[float] = []
         for tokens in timed(self.loader.micro_batches(self.step_index), waits):
             losses_BS = self.engine(self._on_device(tokens))
             self.engine.backward(losses_BS.mean())
-            if self.engine.is_gradient_accumulation_boundary() and self.config.parallel.zero_stage == 0:
-                clipped_norm = clip_gradients(self.model, self.groups, self.config.optimizer.grad_clip)
+            self.used_learning_rate = self.engine.get_lr()[0]
             self.engine.step()
             self.meter.add_micro_batch(losses_BS)
         self.meter.end_step(sum(waits))
         self.step_index += 1
-        return clipped_norm if clipped_norm is not None else self.engine.get_global_grad_norm()
+        self._skipped_in_a_row = 0 if self.engine.was_step_applied() else self._skipped_in_a_row + 1
+        return self.engine.get_global_grad_norm()
 
     def log(self, grad_norm: torch.Tensor | float) -> None:
         """Reduce the step's figures over all ranks and write them down."""
         detail_every = self.config.observe.layer_detail_every
         metrics = self.meter.read(layer_detail=bool(detail_every) and self.step_index % (detail_every or 1) == 0)
         metrics["optim/grad_norm"] = float(grad_norm)
-        metrics["optim/lr"] = learning_rate(self.config.optimizer, self.batch.steps, self.step_index - 1)
+        metrics["optim/lr"] = self.used_learning_rate
         metrics["optim/skipped_steps"] = float(self.engine.skipped_steps)
         metrics["progress/tokens"] = float(self.step_index * self.batch.tokens_per_step)
         metrics["progress/percent"] = 100.0 * self.step_index / self.batch.steps
         self._write(metrics)
         memory_gib = self._device_facts.memory_gib if self._device_facts else None
         logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
-        if not math.isfinite(metrics["train/loss"]):
+        if not math.isfinite(metrics["train/loss"]) or self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDivergedError(
-                f"the loss is {metrics['train/loss']} at step {self.step_index}; lower optimizer.lr, lengthen "
-                f"optimizer.warmup_steps, or look at the last steps of metrics.jsonl"
+                f"at step {self.step_index} the loss is {metrics['train/loss']:.4g}, the gradient norm "
+                f"{metrics['optim/grad_norm']:.4g}, and the last {self._skipped_in_a_row} steps were skipped; lower "
+                f"optimizer.lr, lengthen optimizer.warmup_steps, or look at the last steps of metrics.jsonl"
             )
 
     def evaluate(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
 from dsmoe.parallel import join_processes, leave_processes
-from dsmoe.parallel.distributed import on_first_rank
+from dsmoe.parallel.distributed import is_shared, on_every_rank, on_first_rank, set_timeout_everywhere
 from tests.ranks import CONTEXT, run_ranks
 
 
@@ -77,3 +78,27 @@ def test_result_and_error_of_the_first_rank_reach_every_rank(tmp_path: Path) -> 
         assert value == {"answer": 42}
         assert seen == "rank 0\n"
         assert error == "train.steps is missing"
+
+
+def wait_longer_than_a_collective_may() -> str:
+    set_timeout_everywhere(timedelta(seconds=2))
+    return on_first_rank(lambda: time.sleep(4) or "done")
+
+
+def test_the_others_wait_for_the_first_rank_without_a_timeout() -> None:
+    assert run_ranks(2, wait_longer_than_a_collective_may) == ["done", "done"]
+
+
+def fail_on_one_rank() -> str:
+    def act() -> None:
+        if dist.get_rank() == 1:
+            raise UserError("no room on rank 1")
+
+    with pytest.raises(UserError, match="no room on rank 1") as caught:
+        on_every_rank(act)
+    assert is_shared(caught.value)
+    return str(on_every_rank(dist.get_rank))
+
+
+def test_one_ranks_error_is_everybodys() -> None:
+    assert run_ranks(2, fail_on_one_rank) == ["[0, 1]", "[0, 1]"]

@@ -14,7 +14,14 @@ from dsmoe.train.checkpoint import find_checkpoint
 from tests.ranks import run_ranks
 from tests.train.layouts import make_trainer, named_weights, small_config
 
-LAYOUTS = [(1, 1, 0, "fp32"), (2, 2, 0, "bf16"), (2, 2, 1, "fp32"), (2, 2, 1, "bf16"), (4, 2, 2, "fp32")]
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # DeepSpeed then takes another wrapper
+LAYOUTS = [
+    (1, 1, 0, "fp32", {}),
+    (2, 2, 0, "bf16", {}),
+    (2, 2, 1, "fp32", {}),
+    (2, 2, 1, "bf16", FP32_SUMS),
+    (4, 2, 2, "bf16", {}),
+]
 
 
 def train_and_save(config: Config, steps: int) -> dict[str, Any]:
@@ -28,15 +35,16 @@ def train_and_save(config: Config, steps: int) -> dict[str, Any]:
     return {"norms": norms, "weights": named_weights(trainer), "random": torch.rand(3), "step": trainer.step_index}
 
 
-@pytest.mark.parametrize(("ranks", "expert", "zero_stage", "precision"), LAYOUTS)
+@pytest.mark.parametrize(("ranks", "expert", "zero_stage", "precision", "deepspeed"), LAYOUTS)
 def test_ten_and_ten_steps_equal_twenty_bit_for_bit(
-    ranks: int, expert: int, zero_stage: int, precision: str, tmp_path: Path
+    ranks: int, expert: int, zero_stage: int, precision: str, deepspeed: dict[str, Any], tmp_path: Path
 ) -> None:
     def config(folder: str) -> Config:
         train = {"precision": precision, "steps": 20}
         optimizer = {"schedule": "cosine", "warmup_steps": 4}
-        options = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage}
-        return small_config(tmp_path / folder, **options, train=train, optimizer=optimizer)
+        moe = {"capacity": {"factor": 1.0}}  # with dropping
+        options = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage, "deepspeed": deepspeed}
+        return small_config(tmp_path / folder, **options, train=train, optimizer=optimizer, moe=moe)
 
     whole = run_ranks(ranks, train_and_save, config("whole"), 20)
     first = run_ranks(ranks, train_and_save, config("halves"), 10)
@@ -65,10 +73,51 @@ def test_other_layouts_and_damaged_files_are_refused_by_name(tmp_path: Path) -> 
     assert "ranks: saved 2, now 1" in message
     assert "expert: saved 2, now 1" in message
 
+    (message,) = run_ranks(1, resume_from, small_config(tmp_path, model={"hidden_size": 40}), checkpoint)
+    assert "hidden_size: saved 32, now 40" in message or "ranks" in message
+
     damaged = checkpoint / "rank_00001.pt"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    for message in run_ranks(2, resume_from, config, checkpoint):
-        assert str(damaged) in message
+    content = damaged.read_bytes()
+    for harm in (content[:-1], content[:5000] + bytes(64) + content[5064:]):
+        damaged.write_bytes(harm)
+        for message in run_ranks(2, resume_from, config, checkpoint):
+            assert str(damaged) in message
+    damaged.write_bytes(content)
+    (checkpoint / "checkpoint.json").write_text("{")
+    assert "is damaged" in run_ranks(2, resume_from, config, checkpoint)[0]
+
+
+def skip_a_step(config: Config, skipped: int, until: int) -> dict[str, Any]:
+    """Train with an infinite gradient in step `skipped`, from the newest checkpoint if there is one."""
+    trainer = make_trainer(config)
+    newest = find_checkpoint(Path(config.runs_dir) / "checkpoints")
+    if newest:
+        trainer.resume(newest)
+    rates = []
+    while trainer.step_index < until:
+        hook = None
+        if trainer.step_index == skipped:
+            hook = trainer.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+        trainer.step()
+        rates.append(trainer.used_learning_rate)
+        if hook:
+            hook.remove()
+    trainer.save()
+    return {"rates": rates, "weights": named_weights(trainer), "skipped": trainer.engine.skipped_steps}
+
+
+def test_a_skipped_step_is_resumed_exactly_too(tmp_path: Path) -> None:
+    def config(folder: str) -> Config:
+        options = {"train": {"steps": 8}, "optimizer": {"schedule": "linear", "warmup_steps": 4}}
+        return small_config(tmp_path / folder, **options)
+
+    (whole,) = run_ranks(1, skip_a_step, config("whole"), 2, 8)
+    run_ranks(1, skip_a_step, config("halves"), 2, 4)
+    (second,) = run_ranks(1, skip_a_step, config("halves"), 2, 8)
+    assert whole["skipped"] == second["skipped"] == 1
+    assert whole["rates"][2] == whole["rates"][3], "a skipped step does not advance the schedule"
+    assert second["rates"] == whole["rates"][4:]
+    assert all(torch.equal(second["weights"][name], weight) for name, weight in whole["weights"].items())
 
 
 def save_often(config: Config) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -141,6 +143,42 @@ def test_going_on_appends_and_a_finished_run_says_its_result_again(tmp_path: Pat
     again = pretrain(tmp_path, "--config", config, "train.steps=6")
     assert again.code == 0
     assert "held-out bits per byte" in again.out
+    (suggested,) = re.findall(r"launch/pretrain.py (--config \S+ \S+)", again.out)
+    on = pretrain(tmp_path, *suggested.split())
+    assert on.code == 0, on.err
+    assert "step 12/12" in on.out
+    refused(pretrain(tmp_path, *suggested.split(), "train.steps=5"), "is past this config's last step, 5")
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, train={"steps": 2}, runs_dir="runs"))
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(pretrain(tmp_path, "--config", config), "another process is training in")
+    assert pretrain(tmp_path, "--config", config).code == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = str(write_config(tmp_path, train={"steps": 2}, runs_dir="file/runs"))
+    refused(pretrain(tmp_path, "--config", config), "runs_dir")
+
+
+def test_going_back_needs_the_later_checkpoints_out_of_the_way(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, train={"steps": 4}, checkpoint={"every": 2}, runs_dir="runs"))
+    assert pretrain(tmp_path, "--config", config).code == 0
+    earlier = "checkpoint.resume=runs/small/checkpoints/step_00000002"
+    refused(pretrain(tmp_path, "--config", config, earlier), "this run has a later one")
+    assert "continuing from" in pretrain(tmp_path, "--config", config, earlier, "name=fork").out
+
+
+def test_a_run_that_only_skips_steps_ends(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, train={"steps": 200}, observe={"log_every": 10}, runs_dir="runs"))
+    outcome = pretrain(tmp_path, "--config", config, "optimizer.lr=1e30", "optimizer.grad_clip=0")
+    assert outcome.code == 1
+    assert "lower optimizer.lr" in outcome.err
 
 
 def test_a_dense_model_trains(tmp_path: Path) -> None:
@@ -289,6 +327,35 @@ def test_two_nodes_without_ssh(tmp_path: Path) -> None:
     metrics = [json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
     assert metrics[1]["moe/all_to_all_gib/inter"] > 0
     assert metrics[1]["moe/all_to_all_gib/intra"] == 0
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_share_the_run_folder_are_told_at_once(tmp_path: Path) -> None:
+    cluster = {"nodes": 2, "devices_per_node": 1}
+    config = write_config(tmp_path, cluster=cluster, expert=2, runs_dir="runs")
+    script = str(REPOSITORY / "launch" / "pretrain.py")
+    shared = [
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        "29821",
+    ]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor(2) as nodes:
+        started = [
+            nodes.submit(launch, folder, *shared, "--node-rank", str(node), script, "--config", str(config))
+            for node, folder in enumerate(folders)
+        ]
+        outcomes = [node.result() for node in started]
+    assert "must be on storage that all nodes share" in outcomes[0].err
+    assert not list((folders[0] / "runs").rglob("step_*"))
 
 
 @pytest.mark.slow
