@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsmoe.config import Config, ConfigError, load_config
+    from dsmoe.model import build_model
     from dsmoe.moe import MoE
     from dsmoe.parallel import Groups
     from dsmoe.plan import Topology
     from dsmoe.train import initialize
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "Groups", "MoE", "Topology", "__version__", "initialize", "load_config"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Groups",
+    "MoE",
+    "Topology",
+    "__version__",
+    "build_model",
+    "initialize",
+    "load_config",
+]
 
 _HOME = {
     "Config": "dsmoe.config",
@@ -26,6 +37,7 @@ _HOME = {
     "Topology": "dsmoe.plan",
     "Groups": "dsmoe.parallel",
     "MoE": "dsmoe.moe",
+    "build_model": "dsmoe.model",
     "initialize": "dsmoe.train",
 }
 

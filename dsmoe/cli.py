@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
-from dsmoe.config.checks import world_size
 from dsmoe.config.show import json_schema
+from dsmoe.plan import Batch, resolve_device
 
 # Nothing above imports torch: `dsmoe config` answers at once, also on a login node. A command that needs more
 # imports it when it runs.
@@ -69,9 +69,13 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
-    nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
+    resolve_device(config.cluster.device)
+    batch = Batch.from_config(config)  # lays out the topology, too
+    topology = batch.topology
+    layout = f"{topology.nodes} nodes x {topology.devices_per_node} devices"
     print(f"{arguments.config}: ok")
-    print(f"{config.name}: world size {world_size(config)} ({nodes} nodes x {devices} devices), {_model(config)}")
+    print(f"{config.name}: world size {topology.world_size} ({layout}), {_model(config)}")
+    print(batch.explain())
 
 
 def _model(config: Config) -> str:

@@ -6,8 +6,9 @@ Every message names the keys, their values and what to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 
-from dsmoe.config.deepspeed import OWNED_KEYS
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS
 from dsmoe.config.schema import Config, Source
 
 Problem = tuple[str, str]
@@ -270,6 +271,16 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
         yield "deepspeed.zero_optimization", "deepspeed.zero_optimization must be a mapping, it is merged into ours"
 
 
+def _unknown_to_deepspeed(config: Config) -> Iterator[Problem]:
+    """Find the top-level keys that DeepSpeed would ignore without a word."""
+    known = (*FREE_KEYS, *(key for key in OWNED_KEYS if "." not in key))
+    for name in config.deepspeed:
+        if name not in known:
+            guess = get_close_matches(name, known, 1)
+            remedy = f"did you mean '{guess[0]}'?" if guess else f"the keys are {', '.join(FREE_KEYS)}"
+            yield f"deepspeed.{name}", f"deepspeed.{name}: unknown to DeepSpeed; {remedy}"
+
+
 def _observe(config: Config) -> Iterator[Problem]:
     detail, every = config.observe.layer_detail_every, config.observe.log_every
     if detail is not None and detail % every:
@@ -292,6 +303,7 @@ _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _batch,
     _observe,
     _deepspeed,
+    _unknown_to_deepspeed,
 )
 
 

@@ -25,6 +25,17 @@ OWNED_KEYS = {
 }
 """DeepSpeed's keys, dotted, that dsmoe sets from the key named beside it, or (None) that it never needs."""
 
+FREE_KEYS = (
+    *("activation_checkpointing", "aio", "autotuning", "comet", "comms_logger", "communication_data_type", "compile"),
+    *("csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt", "disable_allgather"),
+    *("disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "gradient_allreduce_op"),
+    *("gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation", "memory_breakdown"),
+    *("pipeline", "prescale_gradients", "seq_parallel_communication_data_type", "tensor_parallel", "timers"),
+    *("torch_autocast", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb"),
+    *("weight_quantization", "zero_force_ds_cpu_optimizer", "zero_optimization"),
+)
+"""The other top-level keys that DeepSpeed 0.19.8 reads; it ignores any further one without a word."""
+
 
 def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
     """Return the configuration for `deepspeed.initialize`.

@@ -182,6 +182,8 @@ def _belongs(name: str, homes: list[str]) -> str:
 def _limits(schema: Schema) -> str:
     if "pattern" in schema:
         return f" that matches {schema['pattern']}"
+    if "minLength" in schema:
+        return " that is not empty"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     return " and".join(f" {sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
 

@@ -26,6 +26,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Folder = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -158,7 +160,7 @@ class Moe(Section):
 class Source(Section):
     """One corpus. Its name labels its own validation loss."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Name
     """Label of the source in metrics and in the cache."""
     path: str | None = None
     """A file, a folder, a glob, or `builtin:shakespeare` / `builtin:python`."""
@@ -181,7 +183,7 @@ class Data(Section):
     """The corpora, mixed by weight."""
     tokenizer: str = "bytes"
     """`bytes` (256 byte values and an end-of-document token), or a `tokenizers` JSON file."""
-    cache_dir: str = ".cache/dsmoe"
+    cache_dir: Folder = ".cache/dsmoe"
     """Folder of the tokenized corpora; runs with the same data share it."""
     validation_fraction: Fraction = 0.05
     """Part of each source's bytes held out, whole documents at a time."""
@@ -263,9 +265,9 @@ class Observe(Section):
 class Config(Section):
     """One run: the root of the YAML file (`include` is resolved while loading and is not part of it)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Name
     """The run's name, and the name of its folder."""
-    runs_dir: str = "runs"
+    runs_dir: Folder = "runs"
     """The run folder is `runs_dir/name`."""
     cluster: Cluster = Cluster()
     """The machines."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,14 @@ from dsmoe.config.schema import Config, Data, Source
 from dsmoe.data.corpora import corpus_state, documents
 from dsmoe.data.packing import copy_documents, pack
 from dsmoe.data.split import choose_validation, cut_single_document
-from dsmoe.data.tokenizer import Tokenizer, load_tokenizer, token_dtype
+from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, Tokenizer, load_tokenizer, token_dtype
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+
+_NO_ROOM = {errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+"""What only writing meets, and nothing but the cache is written; such an error often names no file."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +75,40 @@ def prepare(config: Config) -> list[PreparedSource]:
         One entry per source, in the order of the config.
 
     Raises:
-        UserError: a corpus or the tokenizer is missing or unreadable, or a part is shorter than one sequence.
+        UserError: a corpus or the tokenizer is missing or unreadable, `cache_dir` cannot be used, or a part is shorter
+            than one sequence.
     """
     tokenizer = load_tokenizer(config)
-    prepared = [_prepare_source(source, tokenizer, config.data) for source in config.data.sources]
+    cache_dir = Path(config.data.cache_dir).expanduser().absolute()
+    with _blaming(cache_dir):
+        prepared = [_prepare_source(source, tokenizer, config.data, cache_dir) for source in config.data.sources]
     problems = [problem for source in prepared for problem in _too_short(source, config)]
     if problems:
         raise UserError("\n".join(problems))
     return prepared
 
 
-def _prepare_source(source: Source, tokenizer: Tokenizer, data: Data) -> PreparedSource:
+@contextmanager
+def _blaming(cache_dir: Path) -> Iterator[None]:
+    """Report the system's refusal to use the cache as what it is to the user: a wrong or full `data.cache_dir`."""
+    try:
+        yield
+    except OSError as error:
+        named = isinstance(error.filename, str) and _on_one_path(Path(error.filename), cache_dir)
+        if not named and error.errno not in _NO_ROOM:
+            raise
+        where = f" ({error.filename})" if named else ""
+        raise UserError(
+            f"data.cache_dir: cannot use {cache_dir}: {error.strerror}{where}; "
+            "give data.cache_dir a folder that can be written and has room"
+        ) from error
+
+
+def _on_one_path(first: Path, second: Path) -> bool:
+    return first.is_relative_to(second) or second.is_relative_to(first)
+
+
+def _prepare_source(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> PreparedSource:
     recipe = {
         "format_version": FORMAT_VERSION,
         "source": corpus_state(source),
@@ -87,7 +117,7 @@ def _prepare_source(source: Source, tokenizer: Tokenizer, data: Data) -> Prepare
         "validation_fraction": data.validation_fraction,
     }
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode("utf-8")).hexdigest()[:16]
-    folder = Path(data.cache_dir).expanduser().absolute() / f"{source.name}-{fingerprint}"
+    folder = cache_dir / f"{source.name}-{fingerprint}"
     if not folder.exists():
         _build(folder, source, tokenizer, data, recipe)
     return _load(folder, source)
@@ -96,10 +126,16 @@ def _prepare_source(source: Source, tokenizer: Tokenizer, data: Data) -> Prepare
 def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]) -> None:
     """Write everything to a hidden folder beside `folder`, then rename it."""
     start = time.monotonic()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    partial = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     logger.info("preparing %s in %s", source.name, folder)
+    if tokenizer.end_of_document is None:
+        names = ", ".join(END_OF_DOCUMENT_NAMES)
+        logger.warning(
+            "data.tokenizer %s has no end-of-document token (%s): nothing separates documents", data.tokenizer, names
+        )
     try:
+        _remove_orphans(folder.parent, source.name)
         counts = _write_tokens(partial, source, tokenizer, data)
         meta = {**counts, "dtype": token_dtype(tokenizer.vocab_size).str, "recipe": recipe}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -120,9 +156,28 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recip
     )
 
 
+def _remove_orphans(cache_dir: Path, name: str) -> None:
+    """Remove the partial folders of source `name` whose process, of this host, was killed."""
+    host = re.escape(socket.gethostname())
+    pattern = re.compile(rf"\.{re.escape(name)}-[0-9a-f]{{16}}\.{host}\.(\d+)\.[0-9a-f]{{32}}\.partial")
+    for path in cache_dir.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found and not _is_running(int(found[1])):
+            logger.info("removing %s, which a process that was killed has left", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except OSError as error:
+        return error.errno != errno.ESRCH  # it is another user's
+    return True
+
+
 def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Data) -> dict[str, dict[str, int]]:
     """Write `train.bin` and `validation.bin`; return the tokens, bytes and documents of each."""
-    texts: Iterable[str] = documents(source, partial.parent)
+    texts: Iterable[str] = documents(source, cache_dir=partial.parent, scratch_dir=partial)
     first_texts = list(itertools.islice(texts, 2))
     single = len(first_texts) == 1
     if single:
@@ -191,7 +246,7 @@ def _load(folder: Path, source: Source) -> PreparedSource:
             validation_tokens=meta["validation"]["tokens"],
             validation_bytes=meta["validation"]["bytes"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"data.cache_dir: {folder} is damaged ({error}); delete that folder and run again") from error
 
 

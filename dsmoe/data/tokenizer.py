@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,6 @@ import numpy as np
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-
-logger = logging.getLogger(__name__)
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
@@ -49,7 +47,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
         UserError: the file is missing or not a tokenizer, or the vocabulary exceeds `model.vocab_size`.
     """
     name = config.data.tokenizer
-    tokenizer: Tokenizer = ByteTokenizer() if name == "bytes" else FileTokenizer(name)
+    tokenizer: Tokenizer = ByteTokenizer() if name == "bytes" else _file_tokenizer(Path(name).expanduser().absolute())
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of data.tokenizer "
@@ -80,22 +78,15 @@ class FileTokenizer:
     Text that spells a special token (`<|endoftext|>` inside a document) is encoded as ordinary text.
 
     Raises:
-        UserError: the file is missing or not a tokenizer.
+        UserError: `content`, which was read from `path`, is not a tokenizer.
     """
 
-    def __init__(self, name: str):
-        path = Path(name).expanduser().absolute()
-        content = _read(path)
+    def __init__(self, path: Path, content: bytes):
         self._tokenizer = _parse(path, content)
         self.identity = f"sha256:{hashlib.sha256(content).hexdigest()}"
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.end_of_document = next((vocabulary[eod] for eod in END_OF_DOCUMENT_NAMES if eod in vocabulary), None)
-        if self.end_of_document is None:
-            names = ", ".join(END_OF_DOCUMENT_NAMES)
-            logger.warning(
-                "data.tokenizer %s has no end-of-document token (%s): nothing separates documents", path, names
-            )
 
     def encode(self, text: str) -> np.ndarray:
         """Turn `text` into tokens, `[tokens]` uint16 or uint32."""
@@ -105,6 +96,16 @@ class FileTokenizer:
         """Encode every text, on all cores."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
+
+
+def _file_tokenizer(path: Path) -> FileTokenizer:
+    return _parsed_once(path, _read(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed_once(path: Path, content: bytes) -> FileTokenizer:
+    """Every call of `prepare` asks for the same tokenizer, and a large one takes seconds to parse."""
+    return FileTokenizer(path, content)
 
 
 def _read(path: Path) -> bytes:

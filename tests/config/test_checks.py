@@ -7,7 +7,7 @@ import pytest
 
 from dsmoe.config import Config
 from dsmoe.config.checks import cross_field_problems, world_size
-from dsmoe.config.deepspeed import OWNED_KEYS
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS
 
 from .recipes import load, problems
 
@@ -344,6 +344,15 @@ def test_zero_optimization_is_a_mapping(tmp_path: Path) -> None:
 def test_other_deepspeed_keys_pass(tmp_path: Path) -> None:
     config = load(tmp_path, "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}, comms_logger: {}}")
     assert config.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "comms_logger": {}}
+
+
+def test_keys_unknown_to_deepspeed_are_refused(tmp_path: Path) -> None:
+    assert check(tmp_path, "deepspeed.comms_loger={}", "deepspeed.train_batchsize=8") == [
+        "deepspeed.comms_loger: unknown to DeepSpeed; did you mean 'comms_logger'?",
+        "deepspeed.train_batchsize: unknown to DeepSpeed; did you mean 'train_batch_size'?",
+    ]
+    (problem,) = check(tmp_path, 'deepspeed={"q.q": 1}')
+    assert problem == f"deepspeed.q.q: unknown to DeepSpeed; the keys are {', '.join(FREE_KEYS)}"
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:

@@ -26,14 +26,26 @@ def config_path(tmp_path: Path) -> str:
 def test_check_says_ok_and_what_it_is(config_path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "check", config_path]) == 0
     out, err = capsys.readouterr()
-    assert out == (f"{config_path}: ok\ntiny: world size 8 (2 nodes x 4 devices), 4 layers, top 2 of 8 experts\n")
+    assert out == (
+        f"{config_path}: ok\n"
+        "tiny: world size 8 (2 nodes x 4 devices), 4 layers, top 2 of 8 experts\n"
+        "8 devices x 2 sequences x 256 tokens x 2 accumulation steps = 8,192 tokens per step; "
+        "100 steps = 819.2 K tokens\n"
+    )
     assert err == ""
 
 
 def test_check_of_a_dense_model(config_path: str, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["moe=null", "parallel.expert=1", "model.ffn_size=128"]
     assert main(["config", "check", config_path, *overrides]) == 0
-    assert capsys.readouterr().out.endswith("tiny: world size 8 (2 nodes x 4 devices), 4 layers, dense\n")
+    assert "\ntiny: world size 8 (2 nodes x 4 devices), 4 layers, dense\n" in capsys.readouterr().out
+
+
+def test_check_knows_the_devices(config_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", config_path, "cluster.device=h100"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: cluster.device ('h100') is not a known device; ")
 
 
 def test_one_problem_is_one_line_on_stderr(config_path: str, capsys: pytest.CaptureFixture[str]) -> None:

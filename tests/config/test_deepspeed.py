@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dsmoe.config.deepspeed import OWNED_KEYS, to_deepspeed
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, to_deepspeed
 
 from .recipes import load
 
@@ -48,7 +49,9 @@ def test_nothing_overlaps_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_the_users_keys_are_merged_mapping_by_mapping(tmp_path: Path) -> None:
-    section = "{zero_optimization: {overlap_comm: false, reduce_bucket_size: 1e6}, wall_clock_breakdown: true, a: [1]}"
+    section = (
+        "{zero_optimization: {overlap_comm: false, reduce_bucket_size: 1e6}, wall_clock_breakdown: true, aio: [1]}"
+    )
     generated = to_deepspeed(load(tmp_path, f"deepspeed={section}"), 1)
     assert generated["zero_optimization"] == {
         "stage": 1,
@@ -58,18 +61,49 @@ def test_the_users_keys_are_merged_mapping_by_mapping(tmp_path: Path) -> None:
         "reduce_bucket_size": 1e6,
     }
     assert generated["wall_clock_breakdown"] is True
-    assert generated["a"] == [1]
+    assert generated["aio"] == [1]
 
 
 def test_the_result_shares_nothing_with_the_config(tmp_path: Path) -> None:
-    config = load(tmp_path, "deepspeed={a: {b: [1]}}")
-    to_deepspeed(config, 1)["a"]["b"].append(2)
-    assert config.deepspeed == {"a": {"b": [1]}}
+    config = load(tmp_path, "deepspeed={aio: {b: [1]}}")
+    to_deepspeed(config, 1)["aio"]["b"].append(2)
+    assert config.deepspeed == {"aio": {"b": [1]}}
 
 
 def test_every_generated_key_that_decides_the_training_is_owned(tmp_path: Path) -> None:
     free = {"wall_clock_breakdown", "zero_optimization"}
     assert set(to_deepspeed(load(tmp_path), 1)) - free <= set(OWNED_KEYS)
+
+
+class Asked(dict):
+    """Remembers which keys anyone asked for."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.names: set[str] = set()
+
+    def __copy__(self) -> Asked:
+        return self
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def keys(self) -> Any:
+        return self  # `name in config.keys()` is a question as well
+
+
+def test_the_known_keys_are_those_that_deepspeed_reads(tmp_path: Path) -> None:
+    from deepspeed.runtime import config as deepspeed_config
+
+    asked = Asked(to_deepspeed(load(tmp_path), 1))
+    deepspeed_config.DeepSpeedConfig(asked)
+    read = asked.names - set(deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert set(FREE_KEYS) == read - set(OWNED_KEYS)
 
 
 def test_deepspeed_accepts_it(tmp_path: Path) -> None:

@@ -430,15 +430,31 @@ def test_wrong_override(tmp_path: Path, override: str, problem: str) -> None:
         (("steps: 100", "steps: 0"), "train.steps: expected a whole number >= 1 or null, got 0 (x.yaml:25)"),
         (
             ("name: tiny", "name: 7"),
-            "name: expected text that matches ^[A-Za-z0-9_.-]+$, got 7; put it in quotes (x.yaml:1)",
+            "name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 7; put it in quotes (x.yaml:1)",
         ),
         (
             ("name: tiny", "name: my run"),
-            'name: expected text that matches ^[A-Za-z0-9_.-]+$, got "my run" (x.yaml:1)',
+            'name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got "my run" (x.yaml:1)',
+        ),
+        (
+            ("name: tiny", "name: .."),
+            'name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got ".." (x.yaml:1)',
+        ),
+        (
+            ("name: plays", "name: ."),
+            'data.sources.0.name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got "." (x.yaml:18)',
+        ),
+        (
+            ("name: tiny", 'name: tiny\nruns_dir: ""'),
+            'runs_dir: expected text that is not empty, got "" (x.yaml:2)',
+        ),
+        (
+            ("data:", 'data:\n  cache_dir: ""'),
+            'data.cache_dir: expected text that is not empty, got "" (x.yaml:17)',
         ),
         (
             ("name: tiny", "name: tiny\nruns_dir: 2026"),
-            "runs_dir: expected text, got 2026; put it in quotes (x.yaml:2)",
+            "runs_dir: expected text that is not empty, got 2026; put it in quotes (x.yaml:2)",
         ),
         (
             ("name: tiny", "name: tiny\nobserve: {tensorboard: yes}"),
@@ -521,7 +537,8 @@ def test_an_empty_list_of_sources(tmp_path: Path) -> None:
 
 def test_wrong_entries_are_not_also_reported_as_a_list_that_is_too_short(tmp_path: Path) -> None:
     assert problems(tmp_path, "data.sources=[{name: 3}]") == [
-        "data.sources.0.name: expected text that matches ^[A-Za-z0-9_.-]+$, got 3; put it in quotes (command line)"
+        "data.sources.0.name: expected text that matches ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 3; put it in quotes "
+        "(command line)"
     ]
 
 
@@ -597,7 +614,7 @@ def test_the_error_survives_pickling() -> None:
 
 
 def test_the_dump_loads_again_and_has_every_default(tmp_path: Path) -> None:
-    overrides = "cluster.device={memory_gib: 80, peak_tflops: 9e2}", "deepspeed={a: {b: [1, '1e4', on, 1e-9, null]}}"
+    overrides = "cluster.device={memory_gib: 80, peak_tflops: 9e2}", "deepspeed={aio: {b: [1, '1e4', on, 1e-9, null]}}"
     config = load(tmp_path, *overrides)
     text = dump_config(config)
     assert load_config(write(tmp_path, text, "dump.yaml")) == config
@@ -619,7 +636,7 @@ def test_what_is_written_is_read_back_equal(tree: object) -> None:
     assert repr(again) == repr({"x": tree})  # not ==, which takes 1, 1.0 and true for one another
 
 
-@given(st.integers(1, 10**12), st.floats(1e-12, 1.0), st.booleans(), st.from_regex(r"\A[A-Za-z0-9_.-]+\Z"))
+@given(st.integers(1, 10**12), st.floats(1e-12, 1.0), st.booleans(), st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_.-]*\Z"))
 def test_overrides_and_dump_keep_values(
     tmp_path_factory: pytest.TempPathFactory, seed: int, lr: float, flag: bool, name: str
 ) -> None:

@@ -1,8 +1,10 @@
+import errno
 import json
 import logging
 import multiprocessing
 import os
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -184,11 +186,99 @@ def test_a_killed_run_does_no_harm(corpus: Path, make_config: MakeConfig, monkey
     process.join()
     assert process.exitcode == 9
     (left_over,) = folders(config)
-    assert re.fullmatch(r"\.corpus-[0-9a-f]{16}\.[0-9a-f]{32}\.partial", left_over)
+    host = re.escape(socket.gethostname())
+    assert re.fullmatch(rf"\.corpus-[0-9a-f]{{16}}\.{host}\.{process.pid}\.[0-9a-f]{{32}}\.partial", left_over)
     monkeypatch.undo()
     source = prepare_one(config)
     assert len(decode(source.train)) > 30
-    assert folders(config) == [left_over, source.folder.name]
+    assert folders(config) == [source.folder.name]
+
+
+def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfig) -> None:
+    """Of this source, on this host, by a process that is gone."""
+    config, host = make_config(spec(corpus)), socket.gethostname()
+    process = multiprocessing.get_context("fork").Process(target=int)
+    process.start()
+    process.join()
+    names = [
+        f".{source}-{16 * '0'}.{where}.{number}.{32 * '0'}.partial"
+        for source, where, number in [
+            ("corpus", host, process.pid),
+            ("corpus", host, os.getpid()),
+            ("corpus", f"{host}2", process.pid),
+            ("corpus-2", host, process.pid),
+        ]
+    ]
+    for name in names:
+        (Path(config.data.cache_dir) / name).mkdir(parents=True)
+    source = prepare_one(config)
+    assert folders(config) == sorted([*names[1:], source.folder.name])
+
+
+@pytest.mark.parametrize("below", ["file", "file/cache", "file/cache/dsmoe"])
+def test_a_cache_dir_that_cannot_be_is_named(below: str, corpus: Path, make_config: MakeConfig) -> None:
+    file = corpus.parent / "file"
+    file.touch()
+    cache_dir = corpus.parent / below
+    with pytest.raises(UserError) as caught:
+        prepare(make_config(spec(corpus), data={"cache_dir": str(cache_dir)}))
+    assert re.fullmatch(
+        rf"data.cache_dir: cannot use {cache_dir}: Not a directory \({file}.*\); give data.cache_dir a folder that can "
+        "be written and has room",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("moment", ["pack", "copy_documents", "_publish"])
+def test_a_full_disk_is_named(
+    moment: str, number: int, corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(spec(corpus))
+
+    def fail(*args: object, **keys: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cache, moment, fail)
+    reason = os.strerror(number)
+    with pytest.raises(UserError, match=rf"^data.cache_dir: cannot use {config.data.cache_dir}: {reason}; give"):
+        prepare(config)
+    assert folders(config) == []
+
+
+def test_a_folder_of_another_user_is_not_damaged(
+    corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(spec(corpus))
+    folder = prepare_one(config).folder
+
+    def fail(path: Path, **keys: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(UserError, match=rf"cannot use .*: Permission denied \({folder}/meta.json\)"):
+        prepare(config)
+
+
+def test_an_unreadable_corpus_is_not_blamed_on_the_cache(
+    corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **keys: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(corpus))
+
+    monkeypatch.setattr(cache, "documents", fail)
+    with pytest.raises(PermissionError):
+        prepare(make_config(spec(corpus)))
+
+
+def test_a_tokenizer_without_end_of_document_is_reported_when_it_is_used(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = train_bpe(tmp_path / "tokenizer.json", None)
+    config = make_config(spec(corpus), data={"tokenizer": str(path)}, vocab_size=300)
+    for _ in range(3):
+        prepare(config)
+    assert caplog.text.count("no end-of-document token") == 1
 
 
 def test_racing_processes_share_one_folder(

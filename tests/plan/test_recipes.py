@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def test_recipe_plans_and_fits(name: str) -> None:
         assert held_gib < 0.6 * device.memory_gib  # the rest is for activations
 
 
+def test_counts_are_those_that_the_models_authors_published() -> None:
+    """In billions, from the model cards. Qwen's 3.3 is cut, not rounded: 3.353 would round to 3.4."""
+    mixtral = count_parameters(load_config(CONFIGS / "mixtral_8x7b.yaml", []))
+    qwen = count_parameters(load_config(CONFIGS / "qwen3_30b_a3b.yaml", []))
+    assert (round(mixtral.total / 1e9, 1), round(mixtral.active / 1e9, 1)) == (46.7, 12.9)
+    assert (round(qwen.total / 1e9, 1), math.floor(qwen.active / 1e8) / 10) == (30.5, 3.3)
+
+
+def test_qwen3_states_the_size_of_its_logits() -> None:
+    config = load_config(CONFIGS / "qwen3_30b_a3b.yaml", [])
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    assert round(4 * tokens * config.model.vocab_size / 1e9, 1) == 5.0
+
+
 def test_the_dense_twin_does_the_same_work_per_token() -> None:
     sparse = load_config(CONFIGS / "tiny_cpu.yaml", [])
     dense = load_config(CONFIGS / "tiny_cpu_dense.yaml", [])
@@ -93,4 +108,5 @@ def test_trillion_states_its_memory() -> None:
     train, model = config.train, config.model
     tokens = train.micro_batch_size * train.sequence_length
     assert round(tokens * model.hidden_size * 2 * model.num_layers / 1e9, 1) == 3.6
-    assert round(tokens * model.vocab_size * (2 + 4 + 4) / 1e9, 1) == 6.7
+    # fp32, and one chunk's share in bf16
+    assert round(model.vocab_size * model.hidden_size * (4 + 2) / 1e9, 1) == 7.0
