@@ -143,6 +143,7 @@ def routed_steps() -> list[Metrics]:
     for detail in (False, True):
         layer(torch.eye(8)[[1, 1, 1, 1]].requires_grad_())[0].sum().backward()  # before the step begins
         meter.begin_step()
+        layer.begin_step(0)
         for _ in range(2):
             layer(x.requires_grad_())[0].sum().backward()
             meter.add_micro_batch(torch.ones(1, 4))
