@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import copy
+import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -282,15 +283,7 @@ class MoE(DeepSpeedMoE):
 
         Made before that pass, it is the second context of `torch.utils.checkpoint`'s `context_fn`.
         """
-        return self._replaying(self._passes)
-
-    @contextmanager
-    def _replaying(self, number: int) -> Iterator[None]:
-        self._replayed_pass = number
-        try:
-            yield
-        finally:
-            self._replayed_pass = None
+        return _Replay(self, self._passes)
 
     def _begin_pass(self, device: torch.device) -> torch.Generator | None:
         """What this forward pass draws from, None where nothing is random.
@@ -329,6 +322,20 @@ class MoE(DeepSpeedMoE):
         if routing.mask_T is None:
             return mixed
         return mixed * routing.mask_T.view(*x.shape[:-1], 1)
+
+
+class _Replay(AbstractContextManager[None]):
+    """Forward passes of `layer` within it repeat number `number` of the step; it can be entered again and again."""
+
+    def __init__(self, layer: MoE, number: int) -> None:
+        self._layer = layer
+        self._number = number
+
+    def __enter__(self) -> None:
+        self._layer._replayed_pass = self._number
+
+    def __exit__(self, *_: object) -> None:
+        self._layer._replayed_pass = None
 
 
 class _ResidualSwiGLU(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 import dsmoe
 from dsmoe.model.transformer import Block, Transformer
 from dsmoe.moe import LayerStatistics, read_statistics
+from dsmoe.moe.capacity import renormalize
 from dsmoe.parallel import ExpertGroup
 from tests.plan.configs import make_config
 from tests.ranks import run_ranks
@@ -302,6 +304,19 @@ class TestRandomDraws:
         for once, again in zip(results[False], results[True], strict=True):
             assert torch.equal(once, again)
 
+    def test_can_be_replayed_more_than_once(self, arguments: dict[str, Any]) -> None:
+        layer, x = make_layer(**arguments), torch.randn(64, D)
+        layer(x)
+        replay = layer.replay()
+        outputs = [layer(x)[0]]
+        layer(x)
+        for _ in range(2):
+            with replay:
+                outputs.append(layer(x)[0])
+        assert torch.equal(outputs[1], outputs[0])
+        assert torch.equal(outputs[2], outputs[0])
+        assert statistics(layer).micro_batches == 3
+
     def test_evaluation_repeats_itself_and_disturbs_nothing(self, arguments: dict[str, Any]) -> None:
         layer, undisturbed, x = make_layer(**arguments), make_layer(**arguments), torch.randn(64, D)
         layer.limit.eval_factor = layer.limit.factor
@@ -352,6 +367,23 @@ class TestRandomDrops:
         kept = torch.stack([layer(x)[0].any(dim=1) for _ in range(500)])
         assert (kept.sum(dim=1) == 4).all(), "exactly the capacity"
         assert ((kept.sum(dim=0) - 200).abs() < 45).all(), "four standard deviations"
+
+    def test_a_kept_choice_of_no_weight_cannot_take_the_dropped_ones(self) -> None:
+        """Logits 0 and -200: the second choice's weight is 0 in fp32, and the first choice of the last is dropped."""
+        layer = make_layer(
+            num_experts=2, drop_policy="position", capacity_factor=0.5, min_capacity=1, renormalize_dropped=True
+        )
+        with torch.no_grad():
+            layer.router.weight.zero_()[1] = -200.0 / D
+        x, used = torch.ones(3, D, requires_grad=True), torch.tensor([True, True, True])
+        routing = layer.router(x, used)
+        assignments = dataclasses.replace(
+            layer.limit(routing, torch.tensor([3, 3]), None), kept_A=torch.tensor([True, True, False] + [True] * 3)
+        )
+        weights = renormalize(routing.weights_TK, assignments)
+        weights.sum().backward()
+        assert weights.tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+        assert layer.router.weight.grad.isfinite().all()
 
     def test_without_drops_nothing_is_drawn(self) -> None:
         x = torch.randn(32, D)
