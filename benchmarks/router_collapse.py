@@ -31,7 +31,7 @@ STEPS = 300
 NUM_EXPERTS, TOP_K, FAVOURED = 8, 2, 2
 SKEW = 4.0
 """What is added to the logits of the favoured experts: their softmax scores are then 0.43 each, the others' 0.02."""
-RECOVERED = 1.75
+RECOVERED = 2.0
 """Load of the fullest expert over the mean, in the mean of the last tenth; 4 is collapsed, 1 is perfect."""
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"aux_loss": 0.0},

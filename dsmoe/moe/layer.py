@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-import copy
-import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
