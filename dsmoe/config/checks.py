@@ -86,6 +86,66 @@ def _experts(config: Config) -> Iterator[Problem]:
             yield key, f"{key} ({size}) must be a multiple of {_ROW_ALIGNMENT} for grouped_mm; nearest: {nearest}"
 
 
+def _expert_groups(config: Config) -> Iterator[Problem]:
+    """Check group-limited routing; one group is none."""
+    if config.moe is None:
+        return
+    moe, router = config.moe, config.moe.router
+    if moe.num_experts % router.num_groups:
+        nearest = _nearest(router.num_groups, _divisors(moe.num_experts))
+        yield (
+            "moe.router.num_groups",
+            f"moe.router.num_groups ({router.num_groups}) must divide moe.num_experts ({moe.num_experts}); "
+            f"nearest: {nearest}",
+        )
+        return
+    size = moe.num_experts // router.num_groups
+    within = f"{router.top_k_groups} * {moe.num_experts} / {router.num_groups} = {router.top_k_groups * size}"
+    if router.top_k_groups > router.num_groups:
+        yield (
+            "moe.router.top_k_groups",
+            f"moe.router.top_k_groups ({router.top_k_groups}) must be at most moe.router.num_groups "
+            f"({router.num_groups})",
+        )
+    elif router.num_groups > 1 and moe.top_k > router.top_k_groups * size:
+        yield (
+            "moe.router.top_k_groups",
+            f"moe.top_k ({moe.top_k}) must fit into the moe.router.top_k_groups that a token may use ({within} "
+            f"experts); raise moe.router.top_k_groups to {-(-moe.top_k // size)}",
+        )
+    if router.num_groups > 1 and router.group_score == "top2_sum" and size < 2:
+        yield (
+            "moe.router.group_score",
+            f"moe.router.group_score (top2_sum) needs two experts in a group, and moe.router.num_groups "
+            f"({router.num_groups}) leaves one; set moe.router.group_score: max",
+        )
+
+
+def _capacity(config: Config) -> Iterator[Problem]:
+    if config.moe is None:
+        return
+    capacity = config.moe.capacity
+    target, factor = capacity.target_drop_percent, capacity.factor
+    if target is not None and factor is None:
+        yield (
+            "moe.capacity.target_drop_percent",
+            f"moe.capacity.target_drop_percent ({target:g}) needs a moe.capacity.factor to begin with, and that is "
+            "null (dropless); set moe.capacity.factor",
+        )
+    elif target is not None and factor is not None and factor > capacity.max_factor:
+        yield (
+            "moe.capacity.factor",
+            f"moe.capacity.factor ({factor:g}) must be at most moe.capacity.max_factor ({capacity.max_factor:g}) where "
+            "moe.capacity.target_drop_percent moves it",
+        )
+    if capacity.renormalize_dropped and factor is None and capacity.eval_factor is None:
+        yield (
+            "moe.capacity.renormalize_dropped",
+            "moe.capacity.renormalize_dropped (true) would be unused: moe.capacity.factor and eval_factor are null, so "
+            "nothing is dropped; remove it",
+        )
+
+
 def _attention(config: Config) -> Iterator[Problem]:
     model = config.model
     num_kv_heads = model.num_kv_heads or model.num_heads
@@ -297,6 +357,8 @@ _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _attention,
     _layers,
     _experts,
+    _expert_groups,
+    _capacity,
     _data,
     _learning_rate,
     _length,

@@ -25,6 +25,7 @@ NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Percent = Annotated[float, Field(gt=0, lt=100)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Folder = Annotated[str, Field(min_length=1)]
@@ -108,19 +109,39 @@ class Model(Section):
 
 
 class Router(Section):
-    """Softmax scores in fp32, the k best experts per token."""
+    """How scores, always in fp32, become each token's experts and their weights."""
 
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax` over the experts (Mixtral, Qwen3), or the `sigmoid` of each logit (DeepSeek-V3)."""
     normalize_weights: bool = True
-    """Divide the k chosen scores by their sum (Mixtral, Qwen3); false keeps the softmax scores (Switch)."""
+    """Divide the k chosen scores by their sum (Mixtral, Qwen3); false keeps the scores themselves (Switch)."""
+    scale: PositiveFloat = 1.0
+    """What the weights are then multiplied by (DeepSeek-V3: 2.5)."""
+    num_groups: PositiveInt = 1
+    """Groups of neighbouring experts, as nodes hold them; with more than one, each token keeps to its best groups."""
+    top_k_groups: PositiveInt = 1
+    """How many groups a token may choose its experts from."""
+    group_score: Literal["max", "top2_sum"] = "top2_sum"
+    """What a group is worth: its best expert's score (DeepSeek-V2) or the sum of its best two (DeepSeek-V3)."""
+    noise: Literal["none", "jitter", "gumbel"] = "none"
+    """In training only: the router's input times 1 +- 0.01 (`jitter`), or experts drawn at random in proportion to
+    their softmax scores (`gumbel`)."""
+    force_balanced: bool = False
+    """For benchmarks only: tokens take the experts in turn, so that every expert has the same load."""
 
 
 class Balance(Section):
-    """Losses that keep the experts evenly used; 0 switches one off."""
+    """What keeps the experts evenly used, in any combination; 0 switches one off."""
 
     aux_loss: NonNegativeFloat = 0.01
     """Coefficient of the Switch/GShard load-balancing loss."""
+    scope: Literal["micro_batch", "sequence", "global"] = "micro_batch"
+    """What that loss counts the experts' shares over: a rank's micro-batch, each sequence (DeepSeek-V3), or all ranks
+    and micro-batches of the optimizer step before."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient of the ST-MoE router z-loss."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """Balance by a bias on the choice of experts that moves by this much per step (DeepSeek-V3: 0.001)."""
 
 
 class Capacity(Section):
@@ -132,8 +153,14 @@ class Capacity(Section):
     """The same in evaluation; null evaluates dropless."""
     minimum: PositiveInt = 4
     """The smallest C, for micro-batches with few tokens."""
-    drop_policy: Literal["probability", "position"] = "probability"
-    """Which assignments stay: the highest router weights, or the first in sequence order."""
+    drop_policy: Literal["probability", "position", "random"] = "probability"
+    """Which assignments stay: the highest router weights, the first in sequence order, or any with equal chance."""
+    renormalize_dropped: bool = False
+    """Spread the weight of a token's dropped choices over its kept ones."""
+    target_drop_percent: Percent | None = None
+    """Let the factor move slowly, on log steps, so that this share of the assignments is dropped; null leaves it."""
+    max_factor: PositiveFloat = 2.0
+    """The highest factor that `target_drop_percent` may lead to, which bounds the memory."""
     pad: bool = True
     """Exchange full [E, C, D] buffers (static shapes, no host read) instead of only what is kept."""
 

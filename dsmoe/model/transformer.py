@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -89,18 +89,8 @@ class Block(nn.Module):
         return x_BSD + (out[0] if isinstance(out, tuple) else out)
 
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: the second forward pass of a micro-batch must not be counted again."""
-        return nullcontext(), self._recomputing()
-
-    @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        if isinstance(self.ffn, MoE):
-            self.ffn.recomputing = True
-        try:
-            yield
-        finally:
-            if isinstance(self.ffn, MoE):
-                self.ffn.recomputing = False
+        """For `torch.utils.checkpoint`: the second forward pass of a micro-batch draws and counts nothing anew."""
+        return nullcontext(), self.ffn.replay() if isinstance(self.ffn, MoE) else nullcontext()
 
 
 class SwiGLU(nn.Module):
@@ -147,10 +137,22 @@ def _moe_layer(config: Config, expert_group: ExpertGroup) -> MoE:
         expert_ffn_size=moe.expert_ffn_size,
         activation=moe.activation,
         normalize_weights=moe.router.normalize_weights,
+        score=moe.router.score,
+        weight_scale=moe.router.scale,
+        num_groups=moe.router.num_groups,
+        top_k_groups=moe.router.top_k_groups,
+        group_score=moe.router.group_score,
+        noise=moe.router.noise,
+        force_balanced=moe.router.force_balanced,
         drop_policy=moe.capacity.drop_policy,
+        renormalize_dropped=moe.capacity.renormalize_dropped,
+        target_drop_percent=moe.capacity.target_drop_percent,
+        max_capacity_factor=moe.capacity.max_factor,
         pad=moe.capacity.pad,
         aux_loss=moe.balance.aux_loss,
+        balance_scope=moe.balance.scope,
         z_loss=moe.balance.z_loss,
+        bias_update_rate=moe.balance.bias_update_rate,
         seed=0,  # `initialise` draws the weights, by layer
     )
     layer.set_expert_group(expert_group)

@@ -2,5 +2,6 @@
 
 from dsmoe.moe.layer import MoE
 from dsmoe.moe.stats import LayerStatistics, read_statistics
+from dsmoe.moe.steps import begin_step, hold_drop_rate, update_routers
 
-__all__ = ["LayerStatistics", "MoE", "read_statistics"]
+__all__ = ["LayerStatistics", "MoE", "begin_step", "hold_drop_rate", "read_statistics", "update_routers"]

@@ -1,12 +1,118 @@
-"""Step 2, balance: losses that keep the experts evenly used, computed before anything is dropped."""
+"""Step 2, balance: what keeps the experts evenly used, computed before anything is dropped.
+
+Three means that can be combined: the load-balancing loss, the z-loss, and a bias on the selection. What needs the
+counts of all ranks and micro-batches of a step (`scope` global, the bias) is brought up to date between the steps by
+`dsmoe.moe.steps.update_routers`.
+
+Shape suffixes: see `dsmoe.moe.router`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from dsmoe.moe.router import Routing
+
+SCOPES = ("micro_batch", "sequence", "global")
+
+
+class BalanceLosses(NamedTuple):
+    """The load-balancing loss and the z-loss of one micro-batch, unweighted scalars."""
+
+    balance: torch.Tensor
+    z: torch.Tensor
+
+
+class Balance(nn.Module):
+    """What keeps the experts of one layer evenly used.
+
+    Args:
+        num_experts: E.
+        aux_loss: coefficient of the load-balancing loss; 0 attaches none.
+        scope: what f is counted over: `micro_batch`, the tokens of this rank's micro-batch (Switch, GShard);
+            `sequence`, each sequence by itself (DeepSeek-V3, eq. 17 to 20); `global`, all ranks and micro-batches of
+            the optimizer step *before* this one.
+        z_loss: coefficient of the router z-loss; 0 attaches none.
+        bias_update_rate: > 0 keeps a selection bias (DeepSeek-V3, arXiv 2408.15664) and moves it by this much per step.
+
+    Attributes:
+        bias: [E] fp32, added to the scores for selection; None where there is none. Saved with the model.
+        load_share: [E] fp32, f of the previous optimizer step, at first 1 / E; None but under scope `global`. Saved
+            with the model, so that a resumed run goes on exactly.
+    """
+
+    _keep_in_fp32_modules_strict = ("bias", "load_share")
+    """For DeepSpeed's `data_types.buffer_dtype`: under it these buffers stay fp32."""
+
+    bias: torch.Tensor | None
+    load_share: torch.Tensor | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        aux_loss: float = 0.0,
+        scope: str = "micro_batch",
+        z_loss: float = 0.0,
+        bias_update_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if scope not in SCOPES:
+            raise ValueError(f"balance_scope must be one of {SCOPES}, not {scope!r}")
+        self.aux_loss = aux_loss
+        self.scope = scope
+        self.z_loss = z_loss
+        self.bias_update_rate = bias_update_rate
+        self.register_buffer("bias", torch.zeros(num_experts) if bias_update_rate else None)
+        even = torch.full((num_experts,), 1.0 / num_experts)
+        self.register_buffer("load_share", even if scope == "global" else None)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Balance:
+        """Move with the model, but stay fp32: bf16 would swallow steps of 0.001 from a bias of 0.5 on."""
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether `update` has anything to do."""
+        return self.bias is not None or self.load_share is not None
+
+    def losses(self, routing: Routing, assigned_E: torch.Tensor, num_sequences: int) -> BalanceLosses:
+        """The losses of one micro-batch of `num_sequences` sequences, one after the other."""
+        if self.scope == "sequence":
+            balance = sequence_balancing_loss(routing, num_sequences)
+        else:
+            share_E = assigned_E / assigned_E.sum().clamp(min=1) if self.load_share is None else self.load_share
+            balance = load_balancing_loss(routing, share_E)
+        return BalanceLosses(balance, router_z_loss(routing))
+
+    def attach(self, output: torch.Tensor, losses: BalanceLosses, scale: float) -> torch.Tensor:
+        """Return `output`, whose gradient takes that of the weighted losses along."""
+        if self.aux_loss:
+            output = attach_loss(output, losses.balance, self.aux_loss * scale)
+        if self.z_loss:
+            output = attach_loss(output, losses.z, self.z_loss * scale)
+        return output
+
+    @torch.no_grad()
+    def update(self, counts_E: torch.Tensor) -> None:
+        """Take in the assignments of one optimizer step, summed over all ranks and micro-batches; no host read.
+
+        bias_e += rate * sign(mean(count) - count_e): an expert with less than its part becomes easier to choose
+        (arXiv 2408.15664, alg. 1). f_e = count_e / sum(count) serves the next step's loss.
+        """
+        if self.bias is not None:
+            self.bias += self.bias_update_rate * (counts_E.mean() - counts_E).sign().to(self.bias.dtype)
+        if self.load_share is not None:
+            self.load_share.copy_(counts_E / counts_E.sum().clamp(min=1))
 
 
 def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -19,17 +125,36 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     return counts.scatter_add_(0, flat_A, torch.ones_like(flat_A))[:num_experts]
 
 
-def load_balancing_loss(routing: Routing, assigned_E: torch.Tensor) -> torch.Tensor:
+def load_balancing_loss(routing: Routing, share_E: torch.Tensor) -> torch.Tensor:
     """The Switch/GShard loss E * sum_e f_e * P_e, a scalar that is 1 under perfect balance.
 
-    f_e is the share of the assignments that chose expert e, before dropping, and P_e the mean score of e over the
-    tokens (Switch Transformer, eq. 4 to 6; for k > 1, f is divided by k as in GShard, so the optimum stays 1).
+    f_e (`share_E`) is the share of the assignments that chose expert e, before dropping, and P_e the mean over the
+    tokens of e's score, normalised over the experts where it is a sigmoid's (Switch Transformer, eq. 4 to 6; for
+    k > 1, f is divided by k as in GShard, so the optimum stays 1; DeepSeek-V3, eq. 19).
     """
-    num_experts = assigned_E.numel()
-    share_E = assigned_E / assigned_E.sum().clamp(min=1)
-    return num_experts * torch.dot(
-        share_E.to(routing.scores_TE.dtype), mean_over_tokens(routing.scores_TE, routing.mask_T)
-    )
+    mean_E = mean_over_tokens(routing.probabilities_TE, routing.mask_T)
+    return share_E.numel() * torch.dot(share_E.to(mean_E.dtype), mean_E)
+
+
+def sequence_balancing_loss(routing: Routing, num_sequences: int) -> torch.Tensor:
+    """The mean over the sequences of each one's E * sum_e f_e * P_e (DeepSeek-V3, eq. 17 to 20).
+
+    Sequences of which every token is masked are left out of the mean.
+    """
+    num_tokens, num_experts = routing.probabilities_TE.shape
+    shape = (num_sequences, num_tokens // max(num_sequences, 1), -1)
+    probabilities_BSE = routing.probabilities_TE.view(*shape[:2], num_experts)
+    used_BS = probabilities_BSE.new_ones(shape[:2])
+    if routing.mask_T is not None:
+        used_BS = routing.mask_T.view(shape[:2]).to(used_BS.dtype)
+    length_B = used_BS.sum(dim=1).clamp(min=1)
+    mean_BE = (probabilities_BSE * used_BS[..., None]).sum(dim=1) / length_B[:, None]
+    chosen_BA = routing.experts_TK.view(num_sequences, shape[1] * routing.experts_TK.shape[1])
+    counts_BE = torch.zeros(num_sequences, num_experts + 1, dtype=mean_BE.dtype, device=mean_BE.device)
+    counts_BE = counts_BE.scatter_add_(1, chosen_BA, torch.ones_like(chosen_BA, dtype=mean_BE.dtype))[:, :num_experts]
+    share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+    num_used = (used_BS.sum(dim=1) > 0).sum().clamp(min=1)
+    return num_experts * (share_BE * mean_BE).sum() / num_used
 
 
 def router_z_loss(routing: Routing) -> torch.Tensor:

@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dsmoe.moe.router import Routing
 
-DROP_POLICIES = ("probability", "position")
+DROP_POLICIES = ("probability", "position", "random")
+LARGEST_MOVE = 0.03
+"""The most that `Capacity.hold_drop_rate` changes the factor by at once, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,104 @@ class Assignments:
     complete: bool
 
 
+class DropRateController(nn.Module):
+    """Moves a capacity factor slowly so that a given share of the assignments is dropped.
+
+    An integral controller: one percentage point too many dropped raises the factor by one percent, at most
+    `LARGEST_MOVE` at once, never above the ceiling. It works with numbers that the host has on log steps anyway.
+
+    Args:
+        factor: the first factor.
+        target_percent: the share of the assignments to drop.
+        max_factor: the ceiling, which bounds the memory.
+
+    Attributes:
+        factor: the present factor, the same on every rank. Saved with the model.
+    """
+
+    def __init__(self, factor: float, target_percent: float, max_factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.target_percent = target_percent
+        self.max_factor = max_factor
+
+    def update(self, dropped_percent: float) -> None:
+        """Take in the share that was dropped, over all ranks, in the step that is logged."""
+        move = (dropped_percent - self.target_percent) / 100
+        self.factor = min(self.factor * (1 + min(max(move, -LARGEST_MOVE), LARGEST_MOVE)), self.max_factor)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """What `state_dict` saves: a tensor of the CPU, since a buffer would move to the device, out of reach."""
+        return torch.tensor(self.factor, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Go on with a saved factor."""
+        self.factor = float(state)
+
+
+class Capacity(nn.Module):
+    """How much each expert accepts, what is dropped, and what becomes of the weights of the rest.
+
+    Args:
+        factor: see `expert_capacity`; None is dropless.
+        eval_factor: the same in evaluation.
+        minimum: the least capacity.
+        drop_policy: see `limit`.
+        renormalize_dropped: spread the weight of a token's dropped choices over its kept ones.
+        target_drop_percent: let a `DropRateController` move the factor in training, from `factor` up to `max_factor`,
+            to hold this drop rate; None leaves it alone.
+        max_factor: the highest factor that the controller may choose.
+
+    Attributes:
+        controller: the `DropRateController`, or None.
+    """
+
+    def __init__(
+        self,
+        factor: float | None,
+        eval_factor: float | None,
+        minimum: int,
+        drop_policy: str = "probability",
+        renormalize_dropped: bool = False,
+        target_drop_percent: float | None = None,
+        max_factor: float = 2.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("capacity_factor", factor), ("eval_capacity_factor", eval_factor)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be > 0, or None for no limit; got {value}")
+        if drop_policy not in DROP_POLICIES:
+            raise ValueError(f"drop_policy must be one of {DROP_POLICIES}, not {drop_policy!r}")
+        self._factor = factor
+        self.eval_factor = eval_factor
+        self.minimum = minimum
+        self.drop_policy = drop_policy
+        self.renormalize_dropped = renormalize_dropped
+        self.controller: DropRateController | None = None
+        if target_drop_percent is not None:
+            if factor is None or factor > max_factor:
+                raise ValueError(f"target_drop_percent needs a capacity_factor of at most {max_factor}, not {factor}")
+            self.controller = DropRateController(factor, target_drop_percent, max_factor)
+
+    @property
+    def factor(self) -> float | None:
+        """The factor in training."""
+        return self._factor if self.controller is None else self.controller.factor
+
+    def forward(self, routing: Routing, assigned_E: torch.Tensor, generator: torch.Generator | None) -> Assignments:
+        """Sort the assignments by expert and keep what the capacity for this many tokens allows."""
+        num_tokens, top_k = routing.experts_TK.shape
+        factor = self.factor if self.training else self.eval_factor
+        capacity = expert_capacity(num_tokens, top_k, assigned_E.numel(), factor, self.minimum)
+        return limit(routing, assigned_E, capacity, self.drop_policy, generator)
+
+    def weights(self, routing: Routing, assignments: Assignments) -> torch.Tensor:
+        """The weights [T, K] to combine the experts' outputs with; those of dropped choices have no effect."""
+        if not self.renormalize_dropped or assignments.capacity is None:
+            return routing.weights_TK
+        return renormalize(routing.weights_TK, assignments)
+
+
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float | None, minimum: int) -> int | None:
     """C = max(minimum, ceil(T * K / E * factor)) assignments per expert and source rank; None is dropless.
 
@@ -44,23 +145,36 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
     return min(max(minimum, wanted), max(num_tokens, 1))
 
 
-def limit(routing: Routing, assigned_E: torch.Tensor, capacity: int | None, drop_policy: str) -> Assignments:
+def limit(
+    routing: Routing,
+    assigned_E: torch.Tensor,
+    capacity: int | None,
+    drop_policy: str,
+    generator: torch.Generator | None = None,
+) -> Assignments:
     """Sort the assignments by expert and keep the first `capacity` of each.
 
     Args:
         routing: the choices.
         assigned_E: how many assignments each expert has.
         capacity: C, or None to keep all.
-        drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order. Equal
-            weights are settled by position, so what is kept is exact and the same on every device.
+        drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order, `random`
+            any C with equal chance. Equal weights are settled by position, so what is kept is exact and, but for
+            chance, the same on every device.
+        generator: what `random` draws from; None is torch's own.
     """
     flat_A = routing.experts_TK.reshape(-1)
     num_experts = assigned_E.numel()
+    rank_A = None
     if capacity is not None and drop_policy == "probability":
-        by_weight_A = routing.weights_TK.detach().reshape(-1).argsort(descending=True, stable=True)
-        order_A = by_weight_A[flat_A[by_weight_A].argsort(stable=True)]
-    else:
+        rank_A = routing.weights_TK.detach().reshape(-1)
+    elif capacity is not None and drop_policy == "random":
+        rank_A = torch.rand(flat_A.numel(), generator=generator, device=flat_A.device)
+    if rank_A is None:
         order_A = flat_A.argsort(stable=True)
+    else:
+        by_rank_A = rank_A.argsort(descending=True, stable=True)
+        order_A = by_rank_A[flat_A[by_rank_A].argsort(stable=True)]
     expert_A = flat_A[order_A]
     # Masked assignments carry expert E: they sort last, behind the end of the last real expert.
     first_E1 = torch.cat([assigned_E.new_zeros(1), assigned_E.cumsum(0)])
@@ -73,3 +187,19 @@ def limit(routing: Routing, assigned_E: torch.Tensor, capacity: int | None, drop
     complete = capacity is None and routing.mask_T is None
     num_choices = routing.experts_TK.shape[1]
     return Assignments(order_A, expert_A, place_A, kept_A, assigned_E, kept_E, capacity, num_choices, complete)
+
+
+def renormalize(weights_TK: torch.Tensor, assignments: Assignments) -> torch.Tensor:
+    """Give a token's kept choices the weight of all its choices, each in proportion; the dropped get 0.
+
+    w'_k = w_k * sum_j w_j / sum_(j kept) w_j. Where the weights are normalised, that is w_k over the sum of the kept,
+    times `weight_scale`; where they are not, a token that loses nothing keeps its weights. A token that loses all
+    its choices has weights 0.
+    """
+    kept_A = torch.empty_like(assignments.kept_A).scatter_(0, assignments.order_A, assignments.kept_A)
+    kept_TK = torch.where(kept_A.view_as(weights_TK), weights_TK, 0.0)
+    kept_T = kept_TK.sum(dim=1, keepdim=True)
+    # Exactly 1 where nothing was dropped or nothing kept: no rounding, and no division by zero in the gradient.
+    partly_T = (kept_A.view_as(weights_TK).sum(dim=1, keepdim=True) % weights_TK.shape[1] != 0) & (kept_T > 0)
+    whole_T = weights_TK.sum(dim=1, keepdim=True)
+    return kept_TK * torch.where(partly_T, whole_T / torch.where(partly_T, kept_T, 1.0), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,13 +13,16 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
-from dsmoe.moe.balance import attach_loss, count_experts, load_balancing_loss, router_z_loss
-from dsmoe.moe.capacity import DROP_POLICIES, expert_capacity, limit
+from dsmoe.moe.balance import Balance, count_experts
+from dsmoe.moe.capacity import Capacity
 from dsmoe.moe.dispatch import Dispatch, choose_dispatch
-from dsmoe.moe.experts import ModuleExperts, StackedExperts, mark_expert_parameters
-from dsmoe.moe.router import Router, Routing
+from dsmoe.moe.experts import ModuleExperts, StackedExperts, mark_expert_parameters, seed_of
+from dsmoe.moe.router import Router, Routing, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup
+
+_DEEPSPEED_NOISE = {None: "none", "None": "none", "Jitter": "jitter", "RSample": "gumbel"}
+"""What DeepSpeed's `noisy_gate_policy` says, and what `noise` calls it."""
 
 
 class MoE(DeepSpeedMoE):
@@ -26,8 +30,9 @@ class MoE(DeepSpeedMoE):
 
     Takes every argument of `deepspeed.moe.layer.MoE` with its meaning and default; changing the import is enough.
     On purpose it differs in this: evaluation is deterministic, experts start different from each other (drawn by
-    their global id), every k has one semantics, and what is dropped is exact (`drop_policy`), never random:
-    `use_rts`, `use_tutel` and `top2_2nd_expert_sampling` are accepted and change nothing.
+    their global id), every k has one semantics, and what is dropped is exact (`drop_policy`) and random only where
+    asked: `use_rts`, `use_tutel` and `top2_2nd_expert_sampling` are accepted and change nothing. docs/moe_layer.md
+    has the whole table, and every option's formula.
 
     Args:
         hidden_size: D, the width of a token.
@@ -41,7 +46,7 @@ class MoE(DeepSpeedMoE):
             `capacity_factor=None` still drops in evaluation at the default of 1.0.
         min_capacity: the least capacity.
         use_residual: add a dense MLP (a copy of the expert) with a learned mix (PR-MoE, arXiv 2201.05596).
-        noisy_gate_policy: None, 'Jitter' or 'RSample', in training only.
+        noisy_gate_policy: None, 'Jitter' or 'RSample': DeepSpeed's names for `noise` 'none', 'jitter' and 'gumbel'.
         drop_tokens: False is dropless, whatever the factors say.
         use_rts: no effect.
         use_tutel: no effect.
@@ -50,7 +55,19 @@ class MoE(DeepSpeedMoE):
         expert_ffn_size: I, where `expert` is None.
         activation: of those experts: swiglu, geglu, gelu or relu2 (`dsmoe.moe.ffn.ACTIVATIONS`).
         normalize_weights: divide the chosen scores by their sum; None means for k > 1, as DeepSpeed does.
-        drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order.
+        score: `softmax` or `sigmoid`; this and the next six are explained at `dsmoe.moe.router.RoutingRule`.
+        weight_scale: what the router weights are multiplied by, normalised or not.
+        num_groups: groups that the experts stand in.
+        top_k_groups: how many of a token's best groups it can choose from.
+        group_score: `max` or `top2_sum`.
+        noise: `none`, `jitter` or `gumbel`, in training only.
+        force_balanced: for benchmarks: tokens take the experts in turn.
+        drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order, `random`
+            any with equal chance.
+        renormalize_dropped: spread the weight of a token's dropped choices over its kept ones.
+        target_drop_percent: move the capacity factor in training so that this share is dropped; see
+            `dsmoe.moe.steps.hold_drop_rate`, which must be called. None leaves it alone.
+        max_capacity_factor: the ceiling of that.
         pad: with a capacity, exchange full static buffers rather than only what is kept. Every rank of the group must
             then bring equally many tokens; where they may differ, say False.
         redraw_experts: draw each copy of `expert` anew, by its global id, through the `reset_parameters` of its
@@ -58,8 +75,11 @@ class MoE(DeepSpeedMoE):
             as DeepSpeed does (for pretrained or specially initialised ones).
         aux_loss: coefficient of the load-balancing loss that flows by itself with the output's gradient. 0 leaves it
             to the caller, who adds the returned loss as with DeepSpeed.
+        balance_scope: what the load is counted over for that loss: `micro_batch`, `sequence` (the last dimension but
+            one of `hidden_states`) or `global`, which needs `dsmoe.moe.steps.update_routers` after every step.
         z_loss: coefficient of the router z-loss, which always flows by itself.
-        seed: what the experts are drawn from; None draws one from torch's generator.
+        bias_update_rate: > 0 balances by a bias on the selection, moved by this much in every `update_routers`.
+        seed: what the experts, noise and random drops are drawn from; None draws one from torch's generator.
 
     Attributes:
         loss_scale: what the attached losses are multiplied by; `dsmoe.initialize` sets it to 1 / accumulation steps,
@@ -87,21 +107,28 @@ class MoE(DeepSpeedMoE):
         expert_ffn_size: int | None = None,
         activation: str = "swiglu",
         normalize_weights: bool | None = None,
+        score: str = "softmax",
+        weight_scale: float = 1.0,
+        num_groups: int = 1,
+        top_k_groups: int = 1,
+        group_score: str = "top2_sum",
+        noise: str = "none",
+        force_balanced: bool = False,
         drop_policy: str = "probability",
+        renormalize_dropped: bool = False,
+        target_drop_percent: float | None = None,
+        max_capacity_factor: float = 2.0,
         pad: bool = True,
         redraw_experts: bool = True,
         aux_loss: float = 0.0,
+        balance_scope: str = "micro_batch",
         z_loss: float = 0.0,
+        bias_update_rate: float = 0.0,
         seed: int | None = None,
     ) -> None:
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
-        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and factor <= 0:
-                raise ValueError(f"{name} must be > 0, or None for no limit; got {factor}")
-        _check_arguments(expert, expert_ffn_size, num_experts, ep_size, drop_policy, enable_expert_tensor_parallelism)
-        if use_tutel:
-            warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=2)
+        _check_arguments(expert, expert_ffn_size, num_experts, ep_size, enable_expert_tensor_parallelism, use_tutel)
         self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size = ep_size
@@ -109,17 +136,32 @@ class MoE(DeepSpeedMoE):
         self.num_experts = num_experts
         self.num_local_experts = num_experts // ep_size
         self.k = k
-        self.capacity_factor = capacity_factor if drop_tokens else None
-        self.eval_capacity_factor = eval_capacity_factor if drop_tokens else None
-        self.min_capacity = min_capacity
-        self.drop_policy = drop_policy
         self.pad = pad
-        self.aux_loss_coefficient = aux_loss
-        self.z_loss_coefficient = z_loss
         self.loss_scale = 1.0
-        self.recomputing = False
         normalize = k > 1 if normalize_weights is None else normalize_weights
-        self.router = Router(hidden_size, num_experts, k, normalize, noisy_gate_policy)
+        noise = _one_noise(noise, noisy_gate_policy)
+        groups = (num_groups, top_k_groups, group_score)
+        rule = RoutingRule(k, score, normalize, weight_scale, *groups, noise, force_balanced)
+        self.router = Router(hidden_size, num_experts, rule)
+        self.balance = Balance(num_experts, aux_loss, balance_scope, z_loss, bias_update_rate)
+        factors = (capacity_factor, eval_capacity_factor) if drop_tokens else (None, None)
+        control = (target_drop_percent, max_capacity_factor)
+        self.limit = Capacity(*factors, min_capacity, drop_policy, renormalize_dropped, *control)
+        self._make_experts(hidden_size, expert, expert_ffn_size, activation)
+        self.statistics = RoutingStatistics(num_experts)
+        self._redraw = expert is None or redraw_experts
+        self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
+        self._expert_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
+        self.reset_experts()
+        self._step = self._passes = 0
+        self._replayed_pass: int | None = None
+        self._dispatches: dict[bool, Dispatch] = {}
+        if ep_size == 1:
+            self.set_expert_group(ExpertGroup.alone())
+
+    def _make_experts(
+        self, hidden_size: int, expert: nn.Module | None, expert_ffn_size: int | None, activation: str
+    ) -> None:
         self.experts: StackedExperts | ModuleExperts
         if expert is None:
             assert expert_ffn_size is not None
@@ -127,17 +169,9 @@ class MoE(DeepSpeedMoE):
         else:
             self.experts = ModuleExperts(expert, self.num_local_experts)
         mark_expert_parameters(self.experts, self.expert_group_name)
-        if use_residual:
+        if self.use_residual:
             self.mlp = expert if expert is not None else _ResidualSwiGLU(hidden_size, expert_ffn_size or 0)
             self.coefficient = nn.Linear(hidden_size, 2)
-        self.statistics = RoutingStatistics(num_experts)
-        self._redraw = expert is None or redraw_experts
-        self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
-        self._expert_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
-        self.reset_experts()
-        self._dispatches: dict[bool, Dispatch] = {}
-        if ep_size == 1:
-            self.set_expert_group(ExpertGroup.alone())
 
     def reset_experts(self, std: float = 0.02, down_std: float = 0.02, seed: int | None = None) -> None:
         """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
@@ -209,33 +243,65 @@ class MoE(DeepSpeedMoE):
             flows by itself); and the assignments per expert before dropping, [E] int64.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.router(x_TD, used_token)
+        generator = self._begin_pass(x_TD.device)
+        routing = self.router(x_TD, used_token, self.balance.bias, generator)
         assigned_E = count_experts(routing.experts_TK, self.num_experts)
-        balance_loss, z_loss = load_balancing_loss(routing, assigned_E), router_z_loss(routing)
+        losses = self.balance.losses(routing, assigned_E, hidden_states.shape[:-2].numel())
 
-        assignments = limit(routing, assigned_E, self._capacity(len(x_TD)), self.drop_policy)
+        assignments = self.limit(routing, assigned_E, generator)
+        weights_TK = self.limit.weights(routing, assignments)
         exchange = self._exchange(assignments.capacity)
-        dispatched = exchange.dispatch(x_TD, routing.weights_TK, assignments)
+        dispatched = exchange.dispatch(x_TD, weights_TK, assignments)
         output_SD = self.experts(dispatched)
         y_TD = exchange.combine(output_SD, dispatched)
 
         if self.training:
-            y_TD = self._attach_losses(y_TD, balance_loss, z_loss)
+            y_TD = self.balance.attach(y_TD, losses, self.loss_scale)
             if not self.recomputing:
-                self.statistics.count(routing, assignments, balance_loss, z_loss)
+                self.statistics.count(routing, assignments, losses)
         output = y_TD.view(hidden_states.shape)
         if self.use_residual:
             output = self._mix_residual(hidden_states, output, routing)
-        return output, balance_loss.detach() if self.aux_loss_coefficient else balance_loss, assigned_E
+        return output, losses.balance.detach() if self.balance.aux_loss else losses.balance, assigned_E
+
+    def begin_step(self, step: int) -> None:
+        """Begin optimizer step `step`: what is random in it follows from its number, and its counts start from 0."""
+        self._step = step
+        self._passes = 0
+        self.statistics.clear()
+        self.take_traffic()
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether a forward pass would repeat an earlier one, for activation checkpointing."""
+        return self._replayed_pass is not None
+
+    def replay(self) -> AbstractContextManager[None]:
+        """A context in which the *next* forward pass in training is done again: same random draws, nothing counted.
+
+        Made before that pass, it is the second context of `torch.utils.checkpoint`'s `context_fn`.
+        """
+        return _Replay(self, self._passes)
+
+    def _begin_pass(self, device: torch.device) -> torch.Generator | None:
+        """What this forward pass draws from, None where nothing is random.
+
+        The seed follows from (seed of the layer, step, number of the pass in the step, rank) in training, and only
+        from the layer's and the rank in evaluation, which so repeats itself.
+        """
+        number = self._passes if self._replayed_pass is None else self._replayed_pass
+        if self.training and not self.recomputing:
+            self._passes += 1
+        if self.router.rule.noise == "none" and self.limit.drop_policy != "random":
+            return None
+        when = (self._step, number) if self.training else ("evaluation",)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return torch.Generator(device).manual_seed(seed_of(self._seed, "random", *when, rank))
 
     def take_traffic(self) -> tuple[float, float]:
         """Bytes sent over (intra-node, inter-node) links since the last call, backward passes included."""
         taken = [dispatch.traffic.take() for dispatch in self._dispatches.values()]
         return sum(intra for intra, _ in taken), sum(inter for _, inter in taken)
-
-    def _capacity(self, num_tokens: int) -> int | None:
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        return expert_capacity(num_tokens, self.k, self.num_experts, factor, self.min_capacity)
 
     def _exchange(self, capacity: int | None) -> Dispatch:
         if not self._dispatches:
@@ -244,13 +310,6 @@ class MoE(DeepSpeedMoE):
                 f"deepspeed.initialize or dsmoe.initialize first, or call set_expert_group"
             )
         return self._dispatches[capacity is not None and self.pad]
-
-    def _attach_losses(self, y_TD: torch.Tensor, balance_loss: torch.Tensor, z_loss: torch.Tensor) -> torch.Tensor:
-        if self.aux_loss_coefficient:
-            y_TD = attach_loss(y_TD, balance_loss, self.aux_loss_coefficient * self.loss_scale)
-        if self.z_loss_coefficient:
-            y_TD = attach_loss(y_TD, z_loss, self.z_loss_coefficient * self.loss_scale)
-        return y_TD
 
     def _mix_residual(self, x: torch.Tensor, output: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Mix the experts' output with the dense MLP's by learned, per-token coefficients (PR-MoE)."""
@@ -261,6 +320,20 @@ class MoE(DeepSpeedMoE):
         if routing.mask_T is None:
             return mixed
         return mixed * routing.mask_T.view(*x.shape[:-1], 1)
+
+
+class _Replay(AbstractContextManager[None]):
+    """Forward passes of `layer` within it repeat number `number` of the step; it can be entered again and again."""
+
+    def __init__(self, layer: MoE, number: int) -> None:
+        self._layer = layer
+        self._number = number
+
+    def __enter__(self) -> None:
+        self._layer._replayed_pass = self._number
+
+    def __exit__(self, *_: object) -> None:
+        self._layer._replayed_pass = None
 
 
 class _ResidualSwiGLU(nn.Module):
@@ -276,20 +349,30 @@ class _ResidualSwiGLU(nn.Module):
         return self.down(nn.functional.silu(gate) * up)
 
 
+def _one_noise(noise: str, noisy_gate_policy: str | None) -> str:
+    """The noise that is asked for under our name, DeepSpeed's, or both."""
+    if noisy_gate_policy not in _DEEPSPEED_NOISE:
+        raise ValueError(f"noisy_gate_policy must be one of {tuple(_DEEPSPEED_NOISE)}, not {noisy_gate_policy!r}")
+    theirs = _DEEPSPEED_NOISE[noisy_gate_policy]
+    if "none" not in (noise, theirs) and noise != theirs:
+        raise ValueError(f"noise {noise!r} and noisy_gate_policy {noisy_gate_policy!r} contradict each other")
+    return theirs if noise == "none" else noise
+
+
 def _check_arguments(
     expert: nn.Module | None,
     expert_ffn_size: int | None,
     num_experts: int,
     ep_size: int,
-    drop_policy: str,
     enable_expert_tensor_parallelism: bool,
+    use_tutel: bool,
 ) -> None:
     """Raise ValueError for arguments that make no layer."""
     if ep_size < 1 or num_experts % ep_size:
         raise ValueError(f"ep_size ({ep_size}) must divide num_experts ({num_experts})")
     if (expert is None) == (expert_ffn_size is None):
         raise ValueError("give either expert (a module of yours) or expert_ffn_size (stacked experts), and not both")
-    if drop_policy not in DROP_POLICIES:
-        raise ValueError(f"drop_policy must be one of {DROP_POLICIES}, not {drop_policy!r}")
     if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:
         raise ValueError("enable_expert_tensor_parallelism is not supported in this version; set it to False")
+    if use_tutel:
+        warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=3)

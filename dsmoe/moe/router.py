@@ -1,7 +1,8 @@
 """Step 1, route: which experts each token goes to, and with what weight.
 
 Shape suffixes of `dsmoe.moe`: T tokens of this rank, D hidden, E experts, K choices per token, A = T * K assignments
-(token-major), N rows, L experts of this rank, R ranks of the expert group, C capacity, I inner width of an expert.
+(token-major), N rows, L experts of this rank, R ranks of the expert group, C capacity, I inner width of an expert,
+G groups of experts, B sequences.
 """
 
 from __future__ import annotations
@@ -12,72 +13,174 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NOISE_POLICIES = (None, "None", "Jitter", "RSample")
+SCORES = ("softmax", "sigmoid")
+GROUP_SCORES = ("max", "top2_sum")
+NOISES = ("none", "jitter", "gumbel")
 JITTER = 1e-2
-"""Half-width of the uniform factor that `Jitter` multiplies the router's input with (Switch Transformer, sec. 2.2)."""
+"""Half-width of the uniform factor that `jitter` multiplies the router's input with (Switch Transformer, sec. 2.2)."""
+_TINY = 1e-20
+"""Added to a sum of scores before dividing by it, as DeepSeek-V3 does: sigmoids can all underflow to 0."""
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How scores become choices and weights; the same for every k.
+
+    Attributes:
+        top_k: K, experts per token.
+        score: `softmax` over the experts (Shazeer et al. 2017), or `sigmoid` of each logit (DeepSeek-V3, eq. 15).
+        normalize_weights: divide the K chosen scores by their sum (Mixtral, Qwen3; DeepSeek-V3, eq. 13).
+        scale: what the weights are then multiplied by (DeepSeek-V3 uses 2.5).
+        num_groups: G. Experts stand in G groups of E / G neighbours (DeepSeek-V3, sec. 2.1.2: one group per node).
+        top_k_groups: only experts of a token's best so many groups can be chosen.
+        group_score: what a group is worth: its best expert's score (`max`, DeepSeek-V2) or the sum of its best two
+            (`top2_sum`, DeepSeek-V3).
+        noise: in training only: `jitter` multiplies the router's input by uniform noise (Switch Transformer),
+            `gumbel` adds Gumbel noise to the logits that choose, so that experts are drawn without replacement in
+            proportion to their softmax scores (Kool et al. 2019); the weights are those without the noise.
+        force_balanced: for benchmarks: tokens take the experts in turn, whatever the scores; weights as routed.
+    """
+
+    top_k: int
+    score: str = "softmax"
+    normalize_weights: bool = True
+    scale: float = 1.0
+    num_groups: int = 1
+    top_k_groups: int = 1
+    group_score: str = "top2_sum"
+    noise: str = "none"
+    force_balanced: bool = False
+
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError where the rule cannot choose among `num_experts`."""
+        for name, valid in (("score", SCORES), ("group_score", GROUP_SCORES), ("noise", NOISES)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} must be one of {valid}, not {getattr(self, name)!r}")
+        if not 1 <= self.top_k <= num_experts:
+            raise ValueError(f"k ({self.top_k}) must be between 1 and num_experts ({num_experts})")
+        if not self.scale > 0:
+            raise ValueError(f"weight_scale must be > 0, not {self.scale}")
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise ValueError(f"num_groups ({self.num_groups}) must divide num_experts ({num_experts})")
+        if not 1 <= self.top_k_groups <= self.num_groups:
+            raise ValueError(f"top_k_groups ({self.top_k_groups}) must be between 1 and num_groups ({self.num_groups})")
+        size = num_experts // self.num_groups
+        if self.top_k > self.top_k_groups * size:
+            raise ValueError(f"k ({self.top_k}) must fit into {self.top_k_groups} groups of {size} experts")
+        if self.num_groups > 1 and self.group_score == "top2_sum" and size < 2:
+            raise ValueError("group_score 'top2_sum' needs groups of at least 2 experts; use 'max'")
 
 
 @dataclass(frozen=True)
 class Routing:
     """The router's decision for T tokens.
 
-    `weights_TK` (fp32, differentiable) and `experts_TK` (int64) are in order of falling score, of the noisy one where
-    `RSample` chooses. Tokens that are masked out have expert E, which does not exist, and weight 0. `logits_TE` and
-    `scores_TE` (fp32) are without Gumbel noise; jitter is in them, as it is in the router's input.
+    `weights_TK` (fp32, differentiable) and `experts_TK` (int64) are in order of falling preference, that is of the
+    score with what the selection adds to it (bias, Gumbel noise). Tokens that are masked out have expert E, which does
+    not exist, and weight 0. `logits_TE` and `scores_TE` (fp32) are without bias and Gumbel noise; jitter is in them,
+    as it is in the router's input. `probabilities_TE` are the scores over their sum (softmax scores themselves).
     """
 
     logits_TE: torch.Tensor
     scores_TE: torch.Tensor
+    probabilities_TE: torch.Tensor
     weights_TK: torch.Tensor
     experts_TK: torch.Tensor
     mask_T: torch.Tensor | None
 
 
 class Router(nn.Module):
-    """Softmax over all experts in fp32, then the k best (Shazeer et al. 2017; Switch Transformer for k = 1).
+    """A linear map to one logit per expert, and a `RoutingRule`; all of it in fp32 whatever the model's dtype.
 
     Args:
         hidden_size: D.
         num_experts: E.
-        top_k: K, the same semantics for every value.
-        normalize_weights: divide the k chosen scores by their sum, as Mixtral and Qwen3 do.
-        noise: None, or what DeepSpeed's `noisy_gate_policy` calls `Jitter` (the input is multiplied by uniform noise)
-            or `RSample` (Gumbel noise on the logits for the selection only). In training only.
+        rule: how logits become choices and weights.
     """
 
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, normalize_weights: bool, noise: str | None = None
-    ) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, rule: RoutingRule) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"k ({top_k}) must be between 1 and num_experts ({num_experts})")
-        if noise not in NOISE_POLICIES:
-            raise ValueError(f"noisy_gate_policy must be one of {NOISE_POLICIES}, not {noise!r}")
+        rule.check(num_experts)
         self.num_experts = num_experts
-        self.top_k = top_k
-        self.normalize_weights = normalize_weights
-        self.noise = None if noise == "None" else noise
+        self.rule = rule
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x_TD: torch.Tensor, mask_T: torch.Tensor | None = None) -> Routing:
-        """Route [T, D] tokens of any dtype; where `mask_T` is 0 or False the token goes nowhere."""
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        mask_T: torch.Tensor | None = None,
+        bias_E: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Routing:
+        """Route [T, D] tokens of any dtype.
+
+        Args:
+            x_TD: the tokens.
+            mask_T: where it is 0 or False the token goes nowhere.
+            bias_E: added to the scores that choose, not to those that weigh (see `dsmoe.moe.balance.Balance`).
+            generator: what noise is drawn from; None is torch's own.
+        """
+        mask_T = None if mask_T is None else mask_T.reshape(-1).bool()
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
-            if self.training and self.noise == "Jitter":
-                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - JITTER, 1.0 + JITTER)
+            if self.training and self.rule.noise == "jitter":
+                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - JITTER, 1.0 + JITTER, generator=generator)
             logits_TE = F.linear(x_TD, self.weight.float())
-            scores_TE = logits_TE.softmax(dim=-1)
-        if self.training and self.noise == "RSample":
-            gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
-            experts_TK = (logits_TE.detach() + gumbel_TE).topk(self.top_k, dim=-1).indices
-            weights_TK = scores_TE.gather(1, experts_TK)
-        else:
-            weights_TK, experts_TK = scores_TE.topk(self.top_k, dim=-1)
-        if self.normalize_weights:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+            scores_TE = self._score(logits_TE)
+        probabilities_TE = scores_TE
+        if self.rule.score == "sigmoid":
+            probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + _TINY)
+        with torch.no_grad():
+            if self.rule.force_balanced:
+                experts_TK = self._in_turn(len(x_TD), mask_T, x_TD.device)
+            else:
+                experts_TK = self._choose(logits_TE, scores_TE, bias_E, generator)
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if self.rule.normalize_weights:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _TINY)
+        if self.rule.scale != 1.0:
+            weights_TK = weights_TK * self.rule.scale
         if mask_T is not None:
-            mask_T = mask_T.reshape(-1).bool()
             experts_TK = torch.where(mask_T[:, None], experts_TK, self.num_experts)
             weights_TK = torch.where(mask_T[:, None], weights_TK, 0.0)
-        return Routing(logits_TE, scores_TE, weights_TK, experts_TK, mask_T)
+        return Routing(logits_TE, scores_TE, probabilities_TE, weights_TK, experts_TK, mask_T)
+
+    def _score(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        return logits_TE.softmax(dim=-1) if self.rule.score == "softmax" else logits_TE.sigmoid()
+
+    def _choose(
+        self,
+        logits_TE: torch.Tensor,
+        scores_TE: torch.Tensor,
+        bias_E: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """The K experts that each token prefers, [T, K]."""
+        preference_TE = scores_TE
+        if self.training and self.rule.noise == "gumbel":
+            gumbel_TE = -torch.empty_like(logits_TE).exponential_(generator=generator).log()
+            preference_TE = self._score(logits_TE + gumbel_TE)
+        if bias_E is not None:
+            preference_TE = preference_TE + bias_E
+        if self.rule.num_groups > 1:
+            preference_TE = self._within_best_groups(preference_TE)
+        return preference_TE.topk(self.rule.top_k, dim=-1).indices
+
+    def _within_best_groups(self, preference_TE: torch.Tensor) -> torch.Tensor:
+        """The preferences, with -inf for every expert outside of the token's best groups."""
+        rule = self.rule
+        by_group_TGx = preference_TE.unflatten(1, (rule.num_groups, -1))
+        if rule.group_score == "max":
+            worth_TG = by_group_TGx.amax(dim=-1)
+        else:
+            worth_TG = by_group_TGx.topk(2, dim=-1).values.sum(dim=-1)
+        best = worth_TG.topk(rule.top_k_groups, dim=-1).indices
+        outside_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter_(1, best, False)
+        return by_group_TGx.masked_fill(outside_TG[..., None], -torch.inf).flatten(1)
+
+    def _in_turn(self, num_tokens: int, mask_T: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """[T, K]: the experts 0, 1, ..., E - 1, 0, ... one after the other; masked tokens do not take a turn."""
+        top_k = self.rule.top_k
+        turn_T = torch.arange(num_tokens, device=device) if mask_T is None else (mask_T.cumsum(0) - 1).clamp(min=0)
+        return (turn_T[:, None] * top_k + torch.arange(top_k, device=device)) % self.num_experts

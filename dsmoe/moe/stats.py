@@ -12,20 +12,30 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dsmoe.moe.balance import mean_over_tokens
+from dsmoe.moe.balance import BalanceLosses, mean_over_tokens
 from dsmoe.moe.capacity import Assignments
 from dsmoe.moe.router import Routing
 
-_SCALARS = ("weight", "dropped_weight", "balance_loss", "z_loss", "tokens", "micro_batches", "slots")
+_SCALARS = (
+    "weight",
+    "dropped_weight",
+    "balance_loss",
+    "z_loss",
+    "square_logit",
+    "tokens",
+    "micro_batches",
+    "slots",
+)
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """One layer's sums since they were cleared.
 
-    `assigned_E`, `kept_E` count assignments before and after dropping; `score_E` sums the router's scores over
-    tokens; `weight` and `dropped_weight` sum router weights; the losses are summed over micro-batches (unweighted);
-    `slots` counts the rows that the capacity provides (assignments themselves where dropless).
+    `assigned_E`, `kept_E` count assignments before and after dropping; `score_E` sums the router's scores,
+    normalised over the experts, over tokens; `weight` and `dropped_weight` sum router weights; the losses are summed
+    over micro-batches (unweighted); `square_logit` sums each token's mean squared logit; `slots` counts the rows that
+    the capacity provides (assignments themselves where dropless).
     """
 
     assigned_E: torch.Tensor
@@ -35,13 +45,14 @@ class LayerStatistics:
     dropped_weight: float
     balance_loss: float
     z_loss: float
+    square_logit: float
     tokens: float
     micro_batches: float
     slots: float
 
 
 class RoutingStatistics(nn.Module):
-    """The running sums of one MoE layer, a float64 buffer [3 E + 7] that is not part of checkpoints."""
+    """The running sums of one MoE layer, a float64 buffer [3 E + 8] that is not part of checkpoints."""
 
     sums: torch.Tensor
 
@@ -61,9 +72,7 @@ class RoutingStatistics(nn.Module):
         return self
 
     @torch.no_grad()
-    def count(
-        self, routing: Routing, assignments: Assignments, balance_loss: torch.Tensor, z_loss: torch.Tensor
-    ) -> None:
+    def count(self, routing: Routing, assignments: Assignments, losses: BalanceLosses) -> None:
         """Add one micro-batch; nothing is read back to the host."""
         weights_A = routing.weights_TK.reshape(-1)
         dropped_A = (assignments.expert_A < self.num_experts) & ~assignments.kept_A
@@ -74,20 +83,26 @@ class RoutingStatistics(nn.Module):
         scalars = [
             weights_A.sum(),
             (weights_A[assignments.order_A] * dropped_A).sum(),
-            balance_loss,
-            z_loss,
+            losses.balance,
+            losses.z,
+            mean_over_tokens(routing.logits_TE.square().mean(dim=-1), routing.mask_T) * num_tokens,
             num_tokens,
-            torch.ones_like(balance_loss),
+            torch.ones_like(losses.balance),
             slots,
         ]
         self.sums += torch.cat(
             [
                 assignments.assigned_E.double(),
                 assignments.kept_E.double(),
-                mean_over_tokens(routing.scores_TE, routing.mask_T).double() * num_tokens,
+                mean_over_tokens(routing.probabilities_TE, routing.mask_T).double() * num_tokens,
                 torch.stack([value.double() for value in scalars]),
             ]
         )
+
+    @property
+    def assigned(self) -> torch.Tensor:
+        """This rank's assignments per expert before dropping, [E] float64 on the device."""
+        return self.sums[: self.num_experts]
 
     def clear(self) -> None:
         """Start again from zero."""

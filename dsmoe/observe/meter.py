@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe.moe import LayerStatistics, MoE, read_statistics
+from dsmoe.moe.steps import capacity_factor
 from dsmoe.observe.routing import layer_metrics, routing_metrics
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import DeviceFacts
@@ -50,11 +51,8 @@ class Meter:
         self._since = time.perf_counter()
 
     def begin_step(self) -> None:
-        """Clear what belongs to one step: the loss and the routing statistics."""
+        """Clear the loss, which belongs to one step; the MoE layers' own `begin_step` does that for theirs."""
         self._loss_sum.zero_()
-        for _, layer in self._moe_layers:
-            layer.statistics.clear()
-            layer.take_traffic()
 
     def add_micro_batch(self, token_losses: torch.Tensor) -> None:
         """Add a micro-batch's cross entropies, [B, S] in nats."""
@@ -130,6 +128,9 @@ class Meter:
             for part, (_, layer) in zip(sums_of_layers, self._moe_layers, strict=True)
         ]
         metrics = routing_metrics(layers)
+        factor = capacity_factor([layer for _, layer in self._moe_layers])
+        if factor is not None:
+            metrics["moe/capacity_factor"] = factor
         metrics["moe/all_to_all_gib/intra"] = float(traffic[0]) / ranks / GIB
         metrics["moe/all_to_all_gib/inter"] = float(traffic[1]) / ranks / GIB
         if layer_detail:

@@ -15,6 +15,7 @@ class LayerMetrics:
 
     balance_loss: float
     z_loss: float
+    router_logit_rms: float
     load_max_over_mean: float
     load_cv: float
     dead_expert_percent: float
@@ -29,7 +30,8 @@ class LayerMetrics:
 
         Loads are assignments before dropping. The coefficient of variation is the population's standard deviation
         over the mean. An expert is dead if no token of the step chose it. The entropy is that of the mean score,
-        over log E: 1 when the router uses all experts alike.
+        over log E: 1 when the router uses all experts alike. `router_logit_rms` is the root of the mean squared logit
+        over tokens and experts: where it grows without end, the router saturates and a z-loss helps.
         """
         loads = layer.assigned_E.double()
         mean = loads.mean().clamp(min=1e-9)
@@ -39,6 +41,7 @@ class LayerMetrics:
         return cls(
             balance_loss=layer.balance_loss / max(layer.micro_batches, 1),
             z_loss=layer.z_loss / max(layer.micro_batches, 1),
+            router_logit_rms=math.sqrt(layer.square_logit / max(layer.tokens, 1)),
             load_max_over_mean=float(loads.max() / mean),
             load_cv=float(loads.std(correction=0) / mean),
             dead_expert_percent=float((loads == 0).double().mean()) * 100,
@@ -56,7 +59,8 @@ def routing_metrics(layers: Sequence[LayerStatistics]) -> dict[str, float]:
     def mean(name: str) -> float:
         return sum(getattr(metrics, name) for metrics in each) / len(each)
 
-    result = {f"moe/{name}": mean(name) for name in ("balance_loss", "z_loss", "routing_entropy_normalized")}
+    means = ("balance_loss", "z_loss", "router_logit_rms", "routing_entropy_normalized")
+    result = {f"moe/{name}": mean(name) for name in means}
     for name in ("load_max_over_mean", "load_cv", "dead_expert_percent"):
         result[f"moe/{name}"] = max(getattr(metrics, name) for metrics in each)
         result[f"moe/{name}/mean"] = mean(name)

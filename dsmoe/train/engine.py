@@ -46,12 +46,18 @@ def initialize(
             if module.ep_size == groups.topology.expert:
                 module.set_expert_group(groups.expert_group())
     options = config.optimizer
-    adam = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps, fused=True
-    )
+    routers = [module.router.weight for module in model.modules() if isinstance(module, MoE)]
+    exact = [weight.detach().float().clone() for weight in routers]
+
+    def make_optimizer(_: object) -> torch.optim.Optimizer:
+        """Called by DeepSpeed when it has cast the model, and before it flattens the parameters."""
+        restore_routers(routers, exact)
+        decayed = parameter_groups(model, options.weight_decay)
+        return torch.optim.AdamW(decayed, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+
     engine, optimizer, _, scheduler = deepspeed.initialize(
         model=model,
-        optimizer=adam,
+        optimizer=make_optimizer,
         lr_scheduler=lambda inner: LambdaLR(inner, lambda step: learning_rate(options, batch.steps, step) / options.lr),
         config=to_deepspeed(config, batch.accumulation_steps),
         dist_init_required=False,
@@ -76,18 +82,32 @@ def prepare_once(config: Config) -> list[PreparedSource]:
     return prepare(config)
 
 
+def restore_routers(weights: list[nn.Parameter], exact: list[torch.Tensor]) -> None:
+    """Give the routers' weights back the fp32 values that they had, rank 0's on every rank; collective.
+
+    DeepSpeed's engine makes parameters equal on all ranks and casts every one of them to bf16 (0.19.8,
+    runtime/engine.py:1862; `_keep_in_fp32_modules_strict` is for buffers only). Routers are to have the first without
+    the second: bf16 has too few values to tell experts of near scores apart.
+    """
+    for weight, value in zip(weights, exact, strict=True):
+        weight.data = value.to(weight.device)
+        dist.broadcast(weight.data, src=0)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The optimizer's groups: dense and expert parameters, each with and without weight decay.
+    """The optimizer's groups: dense and expert parameters, each with and without weight decay, of one dtype each.
 
     Vectors (norms, biases) are not decayed. Expert groups carry `moe` and the name of their process group, by which
     ZeRO finds it; since they do, DeepSpeed neither merges nor cuts them (it would lose the decay, and leave an empty
-    group before a stacked parameter of more than 178,956,971 elements).
+    group before a stacked parameter of more than 178,956,971 elements). ZeRO flattens a group into one buffer and
+    takes the first parameter's dtype for the model's, so the fp32 routers of a bf16 model are a group, and the last.
     """
-    groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str | None, bool, torch.dtype], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             expert_group = getattr(parameter, "group_name", None)
-            groups.setdefault((expert_group, parameter.dim() >= 2), []).append(parameter)
+            groups.setdefault((expert_group, parameter.dim() >= 2, parameter.dtype), []).append(parameter)
+    in_order = sorted(groups.items(), key=lambda item: item[0][2].itemsize)
     return [
         {
             "params": parameters,
@@ -95,7 +115,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             "moe": expert_group is not None,
             "name": expert_group or ("matrices" if decayed else "vectors"),
         }
-        for (expert_group, decayed), parameters in groups.items()
+        for (expert_group, decayed, _), parameters in in_order
     ]
 
 

@@ -13,6 +13,7 @@ import torch
 from dsmoe.config.schema import Config
 from dsmoe.data import ValidationLoader, prepare
 from dsmoe.model import build_model
+from dsmoe.moe import begin_step, hold_drop_rate, update_routers
 from dsmoe.observe import Meter, Sink, console_line
 from dsmoe.observe.meter import Constants
 from dsmoe.parallel.distributed import Rank
@@ -62,6 +63,7 @@ class Trainer:
         """Where rank 0 writes metrics."""
         model = build_model(config, groups, rank.device)
         self.model = model
+        self.moe_layers = [layer for _, layer in model.moe_layers()]
         self.engine, _, self.loader, self.scheduler = initialize(model=model, config=config, groups=groups)
         self.sources = prepare(config)
         data_rank, data_degree = groups.coordinate("data"), groups.topology.data
@@ -94,6 +96,7 @@ class Trainer:
     def step(self) -> torch.Tensor | float:
         """One optimizer step; returns the gradient norm before clipping, on the device where it is there."""
         self.meter.begin_step()
+        begin_step(self.moe_layers, self.step_index)
         waits: list[float] = []
         for tokens in timed(self.loader.micro_batches(self.step_index), waits):
             losses_BS = self.engine(self._on_device(tokens))
@@ -101,6 +104,7 @@ class Trainer:
             self.used_learning_rate = self.engine.get_lr()[0]
             self.engine.step()
             self.meter.add_micro_batch(losses_BS)
+        update_routers(self.moe_layers)
         self.meter.end_step(sum(waits))
         self.step_index += 1
         self._skipped_in_a_row = 0 if self.engine.was_step_applied() else self._skipped_in_a_row + 1
@@ -110,6 +114,8 @@ class Trainer:
         """Reduce the step's figures over all ranks and write them down."""
         detail_every = self.config.observe.layer_detail_every
         metrics = self.meter.read(layer_detail=bool(detail_every) and self.step_index % (detail_every or 1) == 0)
+        if self.moe_layers:
+            hold_drop_rate(self.moe_layers, metrics["moe/dropped_percent"])
         metrics["optim/grad_norm"] = float(grad_norm)
         metrics["optim/lr"] = self.used_learning_rate
         metrics["optim/skipped_steps"] = float(self.engine.skipped_steps)

@@ -110,6 +110,61 @@ def test_top_1_with_normalized_weights_would_not_train_the_router(tmp_path: Path
     assert load(tmp_path, "moe.top_k=1", "moe.router.normalize_weights=false")
 
 
+def test_top_1_with_normalized_sigmoids_would_not_train_the_router_either(tmp_path: Path) -> None:
+    (problem,) = check(tmp_path, "moe.top_k=1", "moe.router.score=sigmoid")
+    assert problem.startswith("moe.router.normalize_weights (true) with moe.top_k (1) makes every weight 1")
+
+
+def test_groups_must_divide_the_experts(tmp_path: Path) -> None:
+    assert check(tmp_path, "moe.router.num_groups=3") == [
+        "moe.router.num_groups (3) must divide moe.num_experts (8); nearest: 2 or 4"
+    ]
+
+
+def test_best_groups_are_some_of_the_groups(tmp_path: Path) -> None:
+    assert check(tmp_path, "moe.router.num_groups=2", "moe.router.top_k_groups=3") == [
+        "moe.router.top_k_groups (3) must be at most moe.router.num_groups (2)"
+    ]
+    assert check(tmp_path, "moe.router.top_k_groups=2") == [
+        "moe.router.top_k_groups (2) must be at most moe.router.num_groups (1)"
+    ]
+
+
+def test_top_k_must_fit_into_the_best_groups(tmp_path: Path) -> None:
+    assert check(tmp_path, "moe.router.num_groups=4", "moe.top_k=3") == [
+        "moe.top_k (3) must fit into the moe.router.top_k_groups that a token may use (1 * 8 / 4 = 2 experts); "
+        "raise moe.router.top_k_groups to 2"
+    ]
+    assert load(tmp_path, "moe.router.num_groups=4", "moe.top_k=3", "moe.router.top_k_groups=2")
+
+
+def test_the_best_two_of_a_group_need_two_in_it(tmp_path: Path) -> None:
+    overrides = ["moe.router.num_groups=8", "moe.router.top_k_groups=4"]
+    assert check(tmp_path, *overrides) == [
+        "moe.router.group_score (top2_sum) needs two experts in a group, and moe.router.num_groups (8) leaves one; "
+        "set moe.router.group_score: max"
+    ]
+    assert load(tmp_path, *overrides, "moe.router.group_score=max")
+
+
+def test_a_drop_rate_needs_a_factor_below_the_ceiling(tmp_path: Path) -> None:
+    assert check(tmp_path, "moe.capacity.factor=null", "moe.capacity.target_drop_percent=2.0") == [
+        "moe.capacity.target_drop_percent (2) needs a moe.capacity.factor to begin with, and that is null (dropless); "
+        "set moe.capacity.factor"
+    ]
+    assert check(tmp_path, "moe.capacity.factor=2.5", "moe.capacity.target_drop_percent=2.0") == [
+        "moe.capacity.factor (2.5) must be at most moe.capacity.max_factor (2) where "
+        "moe.capacity.target_drop_percent moves it"
+    ]
+    assert load(tmp_path, "moe.capacity.factor=1.25", "moe.capacity.target_drop_percent=2.0")
+
+
+def test_weights_of_dropped_choices_need_drops(tmp_path: Path) -> None:
+    (problem,) = check(tmp_path, "moe.capacity.factor=null", "moe.capacity.renormalize_dropped=true")
+    assert problem.startswith("moe.capacity.renormalize_dropped (true) would be unused")
+    assert load(tmp_path, "moe.capacity.eval_factor=1.5", "moe.capacity.renormalize_dropped=true")
+
+
 def test_widths_suit_grouped_mm(tmp_path: Path) -> None:
     assert check(tmp_path, "model.hidden_size=60", "model.num_heads=2", "moe.expert_ffn_size=4") == [
         "model.hidden_size (60) must be a multiple of 8 for grouped_mm; nearest: 56 or 64",

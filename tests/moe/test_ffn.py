@@ -39,7 +39,7 @@ class Case:
         mask_T = torch.arange(T) % 4 != 1 if masked else None
         if mask_T is not None:
             experts_TK[~mask_T] = E
-        routing = Routing(scores_TE, scores_TE, self.inputs[1], experts_TK, mask_T)
+        routing = Routing(scores_TE, scores_TE, scores_TE, self.inputs[1], experts_TK, mask_T)
         assigned_E = torch.bincount(experts_TK.flatten(), minlength=E + 1)[:E]
         self.experts_TK = experts_TK
         self.assignments = limit(routing, assigned_E, capacity, "position")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,11 +18,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 import dsmoe
 from dsmoe.model.transformer import Block, Transformer
 from dsmoe.moe import LayerStatistics, read_statistics
+from dsmoe.moe.capacity import renormalize
 from dsmoe.parallel import ExpertGroup
 from tests.plan.configs import make_config
 from tests.ranks import run_ranks
 
-from .reference import run_reference
+from .reference import Settings, run_reference
 
 D, E = 16, 4
 
@@ -110,9 +113,7 @@ class TestUsersModule:
             x64,
             exact.router.weight,
             [lambda token, module=module: only_output(module, token) for module in exact.experts.experts],
-            top_k=2,
-            normalize=True,
-            capacity=16 if factor is None else 4,
+            Settings(top_k=2, capacity=16 if factor is None else 4),
         )
         expected.output.square().sum().backward()
         torch.testing.assert_close(output, expected.output.float())
@@ -209,25 +210,185 @@ class TestNoise:
         assert not torch.equal(layer(x)[0], layer(x)[0])
         torch.testing.assert_close(layer.eval()(x)[0], quiet.eval()(x)[0], rtol=0, atol=0)
 
-    def test_rsample_chooses_at_random_in_proportion_to_the_scores(self) -> None:
-        layer = make_layer(noisy_gate_policy="RSample", k=1, normalize_weights=False)
+    @pytest.mark.parametrize(("theirs", "ours"), [("Jitter", "jitter"), ("RSample", "gumbel"), ("None", "none")])
+    def test_deepspeeds_names_mean_the_same(self, theirs: str, ours: str) -> None:
+        x = torch.randn(64, D)
+        assert torch.equal(make_layer(noisy_gate_policy=theirs)(x)[0], make_layer(noise=ours)(x)[0])
+
+    def test_gumbel_chooses_at_random_in_proportion_to_the_scores(self) -> None:
+        layer = make_layer(noise="gumbel", k=1, normalize_weights=False)
         with torch.no_grad():
             layer.router.weight.zero_()[0] = torch.log(torch.tensor(3.0)) / D
         _, _, counts = layer(torch.ones(6000, D))
         shares = counts / 6000  # scores are 3/6, 1/6, 1/6, 1/6
         torch.testing.assert_close(shares, torch.tensor([3, 1, 1, 1]) / 6, rtol=0, atol=0.03)
 
-    def test_rsample_weighs_by_the_scores_without_noise(self) -> None:
-        layer = make_layer(noisy_gate_policy="RSample", k=1, normalize_weights=False)
+    def test_gumbel_weighs_by_the_scores_without_noise(self) -> None:
+        layer = make_layer(noise="gumbel", k=1, normalize_weights=False)
         x = torch.randn(32, D)
         routing = layer.router(x)
         clean = (x @ layer.router.weight.T).softmax(-1)
         assert (routing.experts_TK[:, 0] != clean.argmax(-1)).any()
         torch.testing.assert_close(routing.weights_TK, clean.gather(1, routing.experts_TK))
 
+    def test_jitter_moves_the_input_by_at_most_a_hundredth(self) -> None:
+        layer = make_layer(noise="jitter", num_experts=1, k=1)
+        with torch.no_grad():
+            layer.router.weight.zero_()[0, 0] = 1.0
+        logits = layer.router(torch.ones(5000, D)).logits_TE
+        torch.testing.assert_close(logits.amin(), torch.tensor(0.99), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits.amax(), torch.tensor(1.01), rtol=0, atol=1e-4)
+        assert logits.mean().item() == pytest.approx(1.0, abs=5e-4)
+
     def test_without_noise_the_layer_repeats_itself(self) -> None:
         layer, x = make_layer(noisy_gate_policy="None"), torch.randn(64, D)
         assert torch.equal(layer(x)[0], layer(x)[0])
+
+
+RANDOM = [
+    {"noise": "jitter"},
+    {"noise": "gumbel"},
+    {"drop_policy": "random", "capacity_factor": 0.5, "min_capacity": 1},
+    {"noise": "gumbel", "drop_policy": "random", "capacity_factor": 0.5, "min_capacity": 1},
+]
+
+
+@pytest.mark.parametrize("arguments", RANDOM)
+class TestRandomDraws:
+    """They follow from the layer's seed, the step, the pass and the rank, and from nothing else."""
+
+    def test_follow_from_the_step_and_the_pass(self, arguments: dict[str, Any]) -> None:
+        layer, again, x = make_layer(**arguments), make_layer(**arguments), torch.randn(64, D)
+        outputs = {}
+        for step in (3, 4):
+            layer.begin_step(step)
+            outputs[step] = [layer(x)[0] for _ in range(2)]
+        different = [*outputs[3], *outputs[4]]
+        assert all(not torch.equal(one, other) for i, one in enumerate(different) for other in different[:i])
+        torch.rand(5)  # torch's own generator plays no part
+        again.begin_step(4)  # as after a resume
+        assert [torch.equal(again(x)[0], output) for output in outputs[4]] == [True, True]
+
+    def test_follow_from_the_seed(self, arguments: dict[str, Any]) -> None:
+        x = torch.randn(64, D)
+        layer, other = make_layer(**arguments), make_layer(**arguments)
+        other._seed += 1
+        assert not torch.equal(layer(x)[0], other(x)[0])
+
+    def test_leave_torchs_generator_alone(self, arguments: dict[str, Any]) -> None:
+        layer, x = make_layer(**arguments), torch.randn(64, D)
+        before = torch.get_rng_state()
+        layer(x)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_are_replayed_under_recompute(self, arguments: dict[str, Any]) -> None:
+        """Two micro-batches forward before either goes backward: each is repeated with its own draws."""
+        results = {}
+        for recompute in (False, True):
+            layer, x = make_layer(aux_loss=0.1, **arguments), torch.randn(2, 64, D, generator=torch.manual_seed(1))
+            layer.begin_step(7)
+            contexts = lambda layer=layer: (nullcontext(), layer.replay())  # noqa: E731
+            run = lambda x, layer=layer: layer(x)[0]  # noqa: E731
+            outputs = []
+            with set_checkpoint_early_stop(False):
+                for micro_batch in x:
+                    micro_batch.requires_grad_()
+                    if recompute:
+                        outputs.append(checkpoint(run, micro_batch, use_reentrant=False, context_fn=contexts))
+                    else:
+                        outputs.append(run(micro_batch))
+                torch.stack(outputs).square().sum().backward()
+            gradients = [parameter.grad for parameter in layer.parameters()]
+            results[recompute] = [*outputs, *gradients, layer.statistics.sums]
+            assert layer._passes == 2
+        for once, again in zip(results[False], results[True], strict=True):
+            assert torch.equal(once, again)
+
+    def test_can_be_replayed_more_than_once(self, arguments: dict[str, Any]) -> None:
+        layer, x = make_layer(**arguments), torch.randn(64, D)
+        layer(x)
+        replay = layer.replay()
+        outputs = [layer(x)[0]]
+        layer(x)
+        for _ in range(2):
+            with replay:
+                outputs.append(layer(x)[0])
+        assert torch.equal(outputs[1], outputs[0])
+        assert torch.equal(outputs[2], outputs[0])
+        assert statistics(layer).micro_batches == 3
+
+    def test_evaluation_repeats_itself_and_disturbs_nothing(self, arguments: dict[str, Any]) -> None:
+        layer, undisturbed, x = make_layer(**arguments), make_layer(**arguments), torch.randn(64, D)
+        layer.limit.eval_factor = layer.limit.factor
+        layer.begin_step(2)
+        first = layer.eval()(x)[0]
+        layer.begin_step(3)
+        assert torch.equal(layer(x)[0], first)
+        undisturbed.begin_step(3)
+        assert torch.equal(layer.train()(x)[0], undisturbed(x)[0])
+
+
+def test_ranks_draw_differently() -> None:
+    first, second = run_ranks(2, noisy_counts)
+    assert not torch.equal(first, second)
+
+
+def noisy_counts() -> torch.Tensor:
+    layer = make_layer(noise="gumbel", k=1)
+    torch.manual_seed(3)
+    return layer(torch.randn(64, D))[2]
+
+
+class TestForceBalanced:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_every_expert_has_the_same_load(self, training: bool) -> None:
+        layer = make_layer(num_experts=6, k=3, force_balanced=True).train(training)
+        _, _, counts = layer(torch.randn(20, D))
+        assert counts.tolist() == [10] * 6
+        used = torch.arange(20) % 5 != 2
+        assert layer(torch.randn(20, D), used)[2].tolist() == [8] * 6
+
+    def test_no_token_has_an_expert_twice_and_weights_are_the_scores(self) -> None:
+        layer, x = make_layer(num_experts=6, k=4, force_balanced=True, normalize_weights=False), torch.randn(7, D)
+        routing = layer.router(x)
+        assert all(len(set(row)) == 4 for row in routing.experts_TK.tolist())
+        torch.testing.assert_close(
+            routing.weights_TK, (x @ layer.router.weight.T).softmax(-1).gather(1, routing.experts_TK)
+        )
+
+
+class TestRandomDrops:
+    def test_every_assignment_has_the_same_chance(self) -> None:
+        """10 equal tokens for an expert that takes 4: over 500 passes each stays in 200, give or take."""
+        layer = make_layer(num_experts=2, k=1, drop_policy="random", capacity_factor=0.8, min_capacity=1)
+        with torch.no_grad():
+            layer.router.weight.zero_()[1] = 1.0
+        x = torch.ones(10, D)
+        kept = torch.stack([layer(x)[0].any(dim=1) for _ in range(500)])
+        assert (kept.sum(dim=1) == 4).all(), "exactly the capacity"
+        assert ((kept.sum(dim=0) - 200).abs() < 45).all(), "four standard deviations"
+
+    def test_a_kept_choice_of_no_weight_cannot_take_the_dropped_ones(self) -> None:
+        """Logits 0 and -200: the second choice's weight is 0 in fp32, and the first choice of the last is dropped."""
+        layer = make_layer(
+            num_experts=2, drop_policy="position", capacity_factor=0.5, min_capacity=1, renormalize_dropped=True
+        )
+        with torch.no_grad():
+            layer.router.weight.zero_()[1] = -200.0 / D
+        x, used = torch.ones(3, D, requires_grad=True), torch.tensor([True, True, True])
+        routing = layer.router(x, used)
+        assignments = dataclasses.replace(
+            layer.limit(routing, torch.tensor([3, 3]), None), kept_A=torch.tensor([True, True, False] + [True] * 3)
+        )
+        weights = renormalize(routing.weights_TK, assignments)
+        weights.sum().backward()
+        assert weights.tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+        assert layer.router.weight.grad.isfinite().all()
+
+    def test_without_drops_nothing_is_drawn(self) -> None:
+        x = torch.randn(32, D)
+        layer = make_layer(drop_policy="random")
+        assert torch.equal(layer(x)[0], make_layer()(x)[0])
 
 
 class TestCapacity:
@@ -260,7 +421,18 @@ class TestCapacity:
         ({"ep_size": 3}, r"ep_size \(3\) must divide num_experts \(4\)"),
         ({"expert": mlp(), "expert_ffn_size": 8}, "either expert .* or expert_ffn_size .* not both"),
         ({"expert": None}, "either expert .* or expert_ffn_size"),
-        ({"drop_policy": "random"}, r"drop_policy must be one of \('probability', 'position'\), not 'random'"),
+        ({"drop_policy": "last"}, r"drop_policy must be one of \('probability', 'position', 'random'\), not 'last'"),
+        ({"score": "tanh"}, r"score must be one of \('softmax', 'sigmoid'\), not 'tanh'"),
+        ({"noise": "Jitter"}, "noise must be one of .* not 'Jitter'"),
+        ({"noise": "gumbel", "noisy_gate_policy": "Jitter"}, "noise 'gumbel' and .* 'Jitter' contradict each other"),
+        ({"balance_scope": "batch"}, "balance_scope must be one of .* not 'batch'"),
+        ({"weight_scale": 0.0}, r"weight_scale must be > 0, not 0.0"),
+        ({"num_groups": 3}, r"num_groups \(3\) must divide num_experts \(4\)"),
+        ({"num_groups": 2, "top_k_groups": 3}, r"top_k_groups \(3\) must be between 1 and num_groups \(2\)"),
+        ({"num_groups": 2, "k": 3}, r"k \(3\) must fit into 1 groups of 2 experts"),
+        ({"num_groups": 4, "k": 1}, "group_score 'top2_sum' needs groups of at least 2 experts"),
+        ({"capacity_factor": 0.0}, r"capacity_factor must be > 0, or None for no limit; got 0.0"),
+        ({"target_drop_percent": 1.0}, r"target_drop_percent needs a capacity_factor of at most 2.0, not None"),
         ({"k": 5}, r"k \(5\) must be between 1 and num_experts \(4\)"),
         ({"k": 0}, r"k \(0\) must be between 1"),
         ({"noisy_gate_policy": "jitter"}, "noisy_gate_policy must be one of .* not 'jitter'"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -34,6 +34,7 @@ class Case:
     starved: tuple[int, ...] = ()
     masked: bool = False
     users: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, ep_size: int) -> dsmoe.MoE:
         torch.manual_seed(0)
@@ -52,6 +53,7 @@ class Case:
             aux_loss=self.aux_loss,
             z_loss=self.aux_loss,
             seed=7,
+            **self.more,
         )
         layer.reset_experts(0.3, 0.3)
         nn.init.normal_(layer.router.weight)
@@ -92,6 +94,10 @@ def cases(ranks: int) -> list[Case]:
         Case("only what is kept", equal, factor=0.5, pad=False, aux_loss=0.1),
         Case("only what is kept, unequal token counts", unequal, factor=0.5, pad=False, masked=True),
         Case("only what is kept, by position", unequal, factor=0.5, pad=False, drop_policy="position"),
+        Case("padded, renormalised", equal, factor=0.5, more={"renormalize_dropped": True, "score": "sigmoid"}),
+        Case("only what is kept, renormalised", unequal, factor=0.5, pad=False, more={"renormalize_dropped": True}),
+        Case("dropless, the best of two groups", unequal, more={"num_groups": 2, "score": "sigmoid"}),
+        Case("dropless, in turn", unequal, masked=True, more={"force_balanced": True}),
         Case("user's module, dropless", unequal, users=True),
         Case("user's module, padded", equal, factor=0.5, users=True),
         Case("user's module, the last rank without rows", equal, starved=(E - 1, E - 2), users=True),

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 import dsmoe
 from dsmoe.moe import read_statistics
 
-from .reference import Expected, capacity_of, run_reference, swiglu_expert
+from .reference import Expected, Settings, capacity_of, run_reference, swiglu_expert
 
 D, I = 8, 8  # noqa: E741
 FP32_RESOLUTION = 1e-5
+GROUPED = [(n, (g, best, how)) for n, g, best in [(4, 2, 1), (6, 3, 2), (8, 4, 2)] for how in ("max", "top2_sum")]
 
 
 class CloseCallError(Exception):
@@ -24,7 +25,7 @@ class CloseCallError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """The layer's settings."""
+    """The layer's settings; `biased` gives it a selection bias and, under scope `global`, some load share."""
 
     num_experts: int
     top_k: int
@@ -34,8 +35,17 @@ class Case:
     normalize: bool = True
     aux_loss: float = 0.0
     z_loss: float = 0.0
+    score: str = "softmax"
+    scale: float = 1.0
+    groups: tuple[int, int, str] = (1, 1, "top2_sum")
+    biased: bool = False
+    force_balanced: bool = False
+    renormalize_dropped: bool = False
+    scope: str = "micro_batch"
+    sequences: int = 1
 
     def layer(self) -> dsmoe.MoE:
+        num_groups, top_k_groups, group_score = self.groups
         layer = dsmoe.MoE(
             D,
             num_experts=self.num_experts,
@@ -47,12 +57,49 @@ class Case:
             drop_policy=self.drop_policy,
             aux_loss=self.aux_loss,
             z_loss=self.z_loss,
+            score=self.score,
+            weight_scale=self.scale,
+            num_groups=num_groups,
+            top_k_groups=top_k_groups,
+            group_score=group_score,
+            force_balanced=self.force_balanced,
+            renormalize_dropped=self.renormalize_dropped,
+            balance_scope=self.scope,
+            bias_update_rate=0.001 if self.biased else 0.0,
+            seed=3,
         )
         with torch.no_grad():  # large enough for clear decisions and visible gradients
             layer.router.weight.normal_()
             layer.experts.gate_up.normal_(std=0.5)
             layer.experts.down.normal_(std=0.5)
+            if layer.balance.bias is not None:
+                layer.balance.bias.copy_((torch.randn(self.num_experts) * 2).round() / 8)
+            if layer.balance.load_share is not None:
+                layer.balance.load_share.copy_(torch.rand(self.num_experts).softmax(0))
         return layer
+
+    def settings(self, layer: dsmoe.MoE, num_tokens: int) -> Settings:
+        with layer.replay():  # what the next pass will draw
+            generator = layer._begin_pass(torch.device("cpu"))
+        num_groups, top_k_groups, group_score = self.groups
+        bias, load_share = layer.balance.bias, layer.balance.load_share
+        return Settings(
+            self.top_k,
+            capacity_of(num_tokens, self.top_k, self.num_experts, self.factor, self.minimum),
+            self.drop_policy,
+            self.score,
+            self.normalize,
+            self.scale,
+            num_groups,
+            top_k_groups,
+            group_score,
+            None if bias is None else bias.tolist(),
+            self.force_balanced,
+            self.renormalize_dropped and self.factor is not None,
+            None if generator is None else torch.rand(num_tokens * self.top_k, generator=generator).tolist(),
+            self.sequences if self.scope == "sequence" else 1,
+            None if load_share is None else load_share.tolist(),
+        )
 
 
 def assert_equals_reference(
@@ -67,15 +114,13 @@ def assert_equals_reference(
         exact["x"],
         exact["router"],
         [swiglu_expert(gate_up, down) for gate_up, down in zip(exact["gate_up"], exact["down"], strict=True)],
-        top_k=case.top_k,
-        normalize=case.normalize,
-        capacity=capacity_of(len(x), case.top_k, case.num_experts, case.factor, case.minimum),
-        drop_policy=case.drop_policy,
-        used=None if used is None else used.tolist(),
+        case.settings(layer, len(x)),
+        None if used is None else used.tolist(),
     )
     if expected.closest_call < FP32_RESOLUTION:
         raise CloseCallError
-    output, aux_loss, counts = layer(x, used)
+    output, aux_loss, counts = layer(x.view(case.sequences, -1, D), used)
+    output = output.view_as(x)
     cotangent = torch.randn_like(output)
     (output * cotangent).sum().backward()
     losses = loss_scale * (case.aux_loss * expected.aux_loss + case.z_loss * expected.z_loss)
@@ -94,6 +139,7 @@ def assert_equals_reference(
     assert counted.z_loss == pytest.approx(expected.z_loss.item(), rel=1e-5)
     assert counted.weight == pytest.approx(expected.weight, rel=1e-5)
     assert counted.dropped_weight == pytest.approx(expected.dropped_weight, rel=1e-5, abs=1e-6)
+    assert counted.square_logit == pytest.approx(expected.square_logit, rel=1e-5)
     return expected
 
 
@@ -104,7 +150,7 @@ def seed() -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("factor", [None, 0.5, 1.0, 4.0])
-@pytest.mark.parametrize("drop_policy", ["probability", "position"])
+@pytest.mark.parametrize("drop_policy", ["probability", "position", "random"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 class TestEverySetting:
     def test_plain(self, top_k: int, drop_policy: str, factor: float | None, normalize: bool) -> None:
@@ -195,35 +241,100 @@ def test_evaluation_attaches_no_loss() -> None:
     assert not layer.router.weight.grad.any()
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "groups", [(1, 1, "top2_sum"), (4, 2, "top2_sum"), (4, 2, "max"), (2, 1, "top2_sum"), (8, 3, "max")]
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_scores_groups_and_bias(score: str, normalize: bool, groups: tuple[int, int, str], biased: bool) -> None:
+    settings = {"score": score, "groups": groups, "biased": biased, "scale": 2.5}
+    case = Case(8, 3, 1.0, normalize=normalize, aux_loss=0.3, z_loss=0.1, **settings)
+    assert_equals_reference(case, case.layer(), torch.randn(12, D), torch.arange(12) != 7)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global"])
+@pytest.mark.parametrize("masked", ["nothing", "some", "one sequence", "everything"])
+def test_scopes_of_the_balancing_loss(scope: str, masked: str) -> None:
+    used = {
+        "nothing": None,
+        "some": torch.arange(15) % 4 != 1,
+        "one sequence": torch.arange(15) // 5 != 1,
+        "everything": torch.zeros(15),
+    }[masked]
+    case = Case(5, 2, aux_loss=0.3, scope=scope, sequences=3, score="sigmoid")
+    expected = assert_equals_reference(case, case.layer(), torch.randn(15, D), used)
+    assert (expected.aux_loss == 0) == (masked == "everything")
+
+
+def test_the_balancing_loss_of_a_sequence_is_that_of_the_layer_on_it_alone() -> None:
+    x = torch.randn(3, 7, D)
+    layer = Case(4, 2, scope="sequence").layer()
+    together = layer(x)[1]
+    alone = [layer(sequence)[1] for sequence in x]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+    assert not torch.isclose(together, Case(4, 2).layer()(x)[1])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("drop_policy", ["probability", "position", "random"])
+def test_the_kept_choices_can_take_the_weight_of_the_dropped_ones(normalize: bool, drop_policy: str) -> None:
+    case = Case(4, 3, 0.6, 1, drop_policy, normalize, scale=1.5, renormalize_dropped=True)
+    layer, x = case.layer(), torch.randn(12, D)
+    used = torch.arange(12) != 3
+    expected = assert_equals_reference(case, layer, x, used)
+    assert expected.dropped_weight > 0
+    routing = layer.router(x, used)
+    counts = torch.tensor(expected.assigned)
+    assignments = layer.limit(routing, counts, torch.Generator().manual_seed(1))
+    weights = layer.limit.weights(routing, assignments)
+    has_some = weights.any(dim=1)
+    torch.testing.assert_close(weights.sum(1)[has_some], routing.weights_TK.sum(1)[has_some])
+
+
 @given(
     num_tokens=st.integers(1, 9),
-    num_experts=st.integers(1, 5),
+    experts=st.sampled_from([(n, (1, 1, "top2_sum")) for n in range(1, 6)] * 2 + GROUPED),
     top_k=st.integers(1, 4),
     factor=st.sampled_from([None, 0.25, 0.5, 1.0, 1.25, 4.0]),
     minimum=st.integers(1, 4),
-    drop_policy=st.sampled_from(["probability", "position"]),
+    drop_policy=st.sampled_from(["probability", "position", "random"]),
     normalize=st.booleans(),
+    score=st.sampled_from(["softmax", "sigmoid"]),
+    scale=st.sampled_from([1.0, 2.5]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.integers(0, 4).map(lambda n: n == 0)),
+    scope=st.sampled_from(["micro_batch", "sequence", "global"]),
     copies=st.booleans(),
     used=st.none() | st.lists(st.booleans(), min_size=9, max_size=9),
     losses=st.sampled_from([(0.0, 0.0), (0.5, 0.25)]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=1000, deadline=None, derandomize=True)
 def test_any_small_case(
     num_tokens: int,
-    num_experts: int,
+    experts: tuple[int, tuple[int, int, str]],
     top_k: int,
     factor: float | None,
     minimum: int,
     drop_policy: str,
     normalize: bool,
+    score: str,
+    scale: float,
+    flags: tuple[bool, bool, bool],
+    scope: str,
     copies: bool,
     used: list[bool] | None,
     losses: tuple[float, float],
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    case = Case(num_experts, min(top_k, num_experts), factor, minimum, drop_policy, normalize, *losses)
+    num_experts, groups = experts
+    top_k = min(top_k, num_experts // groups[0] * groups[1])
+    biased, renormalize, balanced = flags
+    options = {"score": score, "scale": scale, "groups": groups, "scope": scope, "biased": biased}
+    options |= {"renormalize_dropped": renormalize, "force_balanced": balanced}
+    options["sequences"] = 3 if num_tokens % 3 == 0 else 1
+    case = Case(num_experts, top_k, factor, minimum, drop_policy, normalize, *losses, **options)
     layer = case.layer()
     x = torch.randn(num_tokens, D)
     if copies:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import dsmoe
-from dsmoe.moe import MoE
+from dsmoe.moe import MoE, hold_drop_rate
 from dsmoe.observe import Meter
 from dsmoe.observe import meter as meter_module
 from dsmoe.observe.meter import Constants
@@ -143,6 +143,7 @@ def routed_steps() -> list[Metrics]:
     for detail in (False, True):
         layer(torch.eye(8)[[1, 1, 1, 1]].requires_grad_())[0].sum().backward()  # before the step begins
         meter.begin_step()
+        layer.begin_step(0)
         for _ in range(2):
             layer(x.requires_grad_())[0].sum().backward()
             meter.add_micro_batch(torch.ones(1, 4))
@@ -165,9 +166,34 @@ def test_routing_is_counted_over_ranks_and_micro_batches_of_one_step() -> None:
         balance = (4 * high, 4 * (1 / 4 * (high + 3 * low) / 4 + 3 / 4 * (3 * high + low) / 4))
         assert plain["moe/balance_loss"] == pytest.approx(sum(balance) / 2)
         assert plain["moe/z_loss"] == pytest.approx(math.log(math.e + 3) ** 2)
+        assert plain["moe/router_logit_rms"] == pytest.approx(0.5), "one logit of 1 and three of 0"
         assert not [name for name in plain if "layer_" in name]
         assert detailed["moe/dead_expert_percent"] == 50.0, "the second step starts from zero"
         assert detailed["moe/layer_003/load_max_over_mean"] == pytest.approx(2.5)
+
+
+def with_held_drop_rate() -> list[Metrics]:
+    """The metrics of a layer that holds a drop rate, before and after it has moved, and of one that does not."""
+    results = []
+    for target in (5.0, None):
+        layer = dsmoe.MoE(8, num_experts=4, expert_ffn_size=8, seed=0, target_drop_percent=target)
+        meter = make_meter(Clock(), None, [(3, layer)])
+        for _ in range(2):
+            meter.begin_step()
+            layer(torch.ones(8, 8))
+            meter.add_micro_batch(torch.ones(1, 8))
+            meter_module.time.now += 1.0
+            meter.end_step(0.0)
+            results.append(meter.read(layer_detail=True))
+            hold_drop_rate([layer], results[-1]["moe/dropped_percent"])
+    return results
+
+
+def test_the_factor_that_a_step_was_done_with_is_logged_where_it_moves() -> None:
+    for first, second, *plain in run_ranks(2, with_held_drop_rate):
+        assert first["moe/dropped_percent"] == pytest.approx(50.0), "8 equal tokens, 4 slots"
+        assert (first["moe/capacity_factor"], second["moe/capacity_factor"]) == (1.0, 1.03)
+        assert not [name for metrics in plain for name in metrics if "capacity_factor" in name]
 
 
 def test_bytes_are_the_mean_of_the_ranks_in_one_step() -> None:

@@ -23,6 +23,7 @@ def layer_sums(assigned: list[int], **changed: Any) -> LayerStatistics:
         "dropped_weight": 0.0,
         "balance_loss": 2.4,
         "z_loss": 0.5,
+        "square_logit": 90.0,
         "tokens": 10.0,
         "micro_batches": 2.0,
         "slots": 20.0,
@@ -64,6 +65,12 @@ def test_losses_are_means_over_micro_batches_and_layers() -> None:
     assert metrics["moe/z_loss"] == pytest.approx((0.5 / 2 + 0.1 / 2) / 2)
 
 
+def test_logit_rms_is_the_root_of_the_mean_square() -> None:
+    """10 tokens with a mean squared logit of 9, and a layer with one of 1."""
+    metrics = routing_metrics([layer_sums([5, 5, 5, 5]), layer_sums([5, 5, 5, 5], square_logit=10.0)])
+    assert metrics["moe/router_logit_rms"] == pytest.approx((3 + 1) / 2)
+
+
 def test_drops_are_shares_of_all_layers_together() -> None:
     kept = torch.tensor([5, 5, 5, 0]).double()
     first = layer_sums([5, 5, 5, 5], kept_E=kept, weight=10.0, dropped_weight=1.0, slots=24.0)
@@ -93,5 +100,5 @@ def test_one_layer_has_the_same_figures_under_a_name_that_sorts() -> None:
 
 
 def test_a_step_without_tokens_divides_by_nothing() -> None:
-    empty = layer_sums([0, 0], weight=0.0, slots=0.0, balance_loss=0.0, z_loss=0.0, micro_batches=0.0)
+    empty = layer_sums([0, 0], weight=0.0, slots=0.0, balance_loss=0.0, z_loss=0.0, micro_batches=0.0, tokens=0.0)
     assert all(math.isfinite(value) for value in routing_metrics([empty]).values())

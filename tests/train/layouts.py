@@ -66,7 +66,7 @@ def make_trainer(config: Config) -> Trainer:
 
 
 def train(config: Config, steps: int) -> dict[str, Any]:
-    """Train on this rank; the global losses and gradient norms of every step, and this rank's weights.
+    """Train on this rank; the global losses and gradient norms of every step, this rank's weights, and what balances.
 
     Expert weights are split and named by global id, so that the union over the ranks is the whole model.
     """
@@ -77,7 +77,8 @@ def train(config: Config, steps: int) -> dict[str, Any]:
         losses.append(trainer.meter.read(layer_detail=False)["train/loss"])
         norms.append(norm)
     held_out = trainer.evaluate()["eval/loss"]
-    return {"losses": losses, "norms": norms, "held_out": held_out, "weights": named_weights(trainer)}
+    weights, balance = named_weights(trainer), trainer.moe_layers[0].balance.state_dict()
+    return {"losses": losses, "norms": norms, "held_out": held_out, "weights": weights, "balance": balance}
 
 
 def named_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

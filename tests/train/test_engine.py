@@ -13,6 +13,7 @@ from torch import nn
 from dsmoe import Groups, MoE, Topology
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.model import build_model
 from dsmoe.train.engine import clip_gradients, initialize, master_weights, parameter_groups
 from tests.ranks import run_ranks
 from tests.train.layouts import make_trainer, small_config
@@ -55,6 +56,39 @@ def test_deepspeed_neither_merges_nor_cuts_the_groups(zero_stage: int, tmp_path:
     config = small_config(tmp_path, ranks=2, expert=2, zero_stage=zero_stage)
     names = [found[:3] for found in run_ranks(2, groups_in_deepspeed, config)[0]]
     assert names == [("matrices", False, 0.1), ("vectors", False, 0.0), ("ep_size_2", True, 0.1)]
+
+
+def test_fp32_routers_of_a_bf16_model_are_the_last_group() -> None:
+    model = Mixed().bfloat16()
+    model.sparse.router.float()
+    assert [group["params"][0].dtype for group in parameter_groups(model, 0.1)] == [torch.bfloat16] * 4 + [
+        torch.float32
+    ]
+    assert parameter_groups(model, 0.1)[-1]["params"] == [model.sparse.router.weight]
+
+
+def router_in_bf16(config: Any) -> list[torch.Tensor]:
+    """The router's weight as it was drawn, after DeepSpeed has taken the model, and after three steps."""
+    drawn = build_model(config).blocks[1].ffn.router.weight.detach().clone()
+    trainer = make_trainer(config)
+    router = trainer.model.blocks[1].ffn.router.weight
+    assert all(parameter.dtype == torch.bfloat16 for parameter in trainer.model.parameters() if parameter is not router)
+    taken = router.detach().clone()
+    for _ in range(3):
+        trainer.step()
+    return [drawn, taken, router.detach().clone()]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_routers_stay_in_fp32_under_bf16_and_train(zero_stage: int, tmp_path: Path) -> None:
+    config = small_config(tmp_path, ranks=2, expert=2, zero_stage=zero_stage, train={"precision": "bf16"})
+    first, second = run_ranks(2, router_in_bf16, config)
+    drawn, taken, trained = first
+    assert taken.dtype == trained.dtype == torch.float32
+    assert torch.equal(taken, drawn)
+    assert (trained - drawn).abs().median() > 1e-3
+    assert not torch.equal(trained, trained.bfloat16().float()), "more than bf16 can hold"
+    assert torch.equal(trained, second[2])
 
 
 def losses_of(config: Any) -> tuple[list[float], list[float], torch.dtype]:

@@ -70,6 +70,38 @@ def test_static_padded_exchange_without_drops_is_the_same(folder: Path, referenc
         assert_same_training(results, reference)
 
 
+BALANCED = {  # by what is brought up to date between the steps
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_ffn_size": 24,
+    "router": {"score": "sigmoid", "scale": 1.5, "num_groups": 2, "top_k_groups": 1},
+    "balance": {"aux_loss": 0.02, "scope": "global", "bias_update_rate": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def balanced_reference(folder: Path) -> dict[str, Any]:
+    return run_ranks(1, train, small_config(folder, moe=BALANCED), STEPS)[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expert", "zero_stage", "recompute"),
+    [(1, 1, 1, "full"), (2, 1, 0, "none"), (2, 2, 1, "full"), (4, 2, 2, "none"), (4, 4, 1, "none")],
+)
+def test_global_balance_is_the_same_on_every_layout(
+    ranks: int, expert: int, zero_stage: int, recompute: str, folder: Path, balanced_reference: dict[str, Any]
+) -> None:
+    config = small_config(
+        folder, ranks=ranks, expert=expert, zero_stage=zero_stage, moe=BALANCED, train={"recompute": recompute}
+    )
+    results = run_ranks(ranks, train, config, STEPS)
+    assert_same_training(results, balanced_reference)
+    for result in results:
+        assert torch.equal(result["balance"]["bias"], balanced_reference["balance"]["bias"])
+        assert torch.equal(result["balance"]["load_share"], balanced_reference["balance"]["load_share"])
+    assert balanced_reference["balance"]["bias"].abs().max() > 0.01, "the bias moved"
+
+
 def test_recompute_changes_nothing(folder: Path, reference: dict[str, Any]) -> None:
     results = run_ranks(2, train, small_config(folder, ranks=2, expert=2, train={"recompute": "full"}), STEPS)
     assert_same_training(results, reference)

@@ -30,9 +30,14 @@ def train_and_save(config: Config, steps: int) -> dict[str, Any]:
     newest = find_checkpoint(Path(config.runs_dir) / "checkpoints")
     if newest:
         trainer.resume(newest)
-    norms = [float(trainer.step()) for _ in range(steps)]
+    norms, factors = [], []
+    for _ in range(steps):
+        norms.append(float(trainer.step()))
+        trainer.log(norms[-1])
+        factors.append(trainer.moe_layers[0].limit.factor)
     trainer.save()
-    return {"norms": norms, "weights": named_weights(trainer), "random": torch.rand(3), "step": trainer.step_index}
+    weights = named_weights(trainer) | dict(trainer.model.named_buffers())
+    return {"norms": norms, "factors": factors, "weights": weights, "step": trainer.step_index}
 
 
 @pytest.mark.parametrize(("ranks", "expert", "zero_stage", "precision", "deepspeed"), LAYOUTS)
@@ -54,6 +59,40 @@ def test_ten_and_ten_steps_equal_twenty_bit_for_bit(
         assert before["norms"] + after["norms"] == at_once["norms"]
         for name, weight in at_once["weights"].items():
             assert torch.equal(after["weights"][name], weight), name
+
+
+EVERYTHING = {  # whatever is random in the MoE layers, or carried from step to step
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_ffn_size": 24,
+    "router": {"noise": "gumbel", "score": "sigmoid"},
+    "balance": {"aux_loss": 0.02, "scope": "global", "bias_update_rate": 0.01},
+    "capacity": {"factor": 1.0, "minimum": 1, "drop_policy": "random", "target_drop_percent": 5.0, "pad": False},
+}
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2)])
+def test_what_is_random_or_carried_on_in_the_layers_continues_as_well(
+    precision: str, zero_stage: int, tmp_path: Path
+) -> None:
+    def config(folder: str) -> Config:
+        train = {"precision": precision, "recompute": "full"}
+        return small_config(tmp_path / folder, ranks=2, expert=2, zero_stage=zero_stage, moe=EVERYTHING, train=train)
+
+    whole = run_ranks(2, train_and_save, config("whole"), 6)
+    first = run_ranks(2, train_and_save, config("halves"), 3)
+    second = run_ranks(2, train_and_save, config("halves"), 3)
+    for at_once, before, after in zip(whole, first, second, strict=True):
+        assert before["norms"] + after["norms"] == at_once["norms"]
+        assert before["factors"] + after["factors"] == at_once["factors"]
+        assert len(set(at_once["factors"])) > 3, "the factor moved"
+        assert at_once["weights"]["blocks.1.ffn.balance.bias"].abs().max() > 0.01
+        for name, weight in at_once["weights"].items():
+            assert torch.equal(after["weights"][name], weight), name
+        assert at_once["factors"] == whole[0]["factors"]
+        for name in ("bias", "load_share"):
+            name = f"blocks.1.ffn.balance.{name}"
+            assert torch.equal(at_once["weights"][name], whole[0]["weights"][name]), "the same on every rank"
 
 
 def resume_from(config: Config, checkpoint: Path) -> str:

@@ -1,0 +1,49 @@
+"""What happens to MoE layers between the passes: once per optimizer step, and once per log step.
+
+A training loop of one's own calls `begin_step` before a step's first micro-batch, `update_routers` after its last, and
+`hold_drop_rate` when it knows the drop rate. `dsmoe.train.Trainer` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from dsmoe.moe.layer import MoE
+
+
+def begin_step(layers: Sequence[MoE], step: int) -> None:
+    """Begin optimizer step `step`: its random draws, and its counts from zero."""
+    for layer in layers:
+        layer.begin_step(step)
+
+
+def update_routers(layers: Sequence[MoE]) -> None:
+    """Bring selection biases and global load shares up to date with the step's counts; collective.
+
+    The counts are those of `layer.statistics` since `begin_step`: once per assignment, also under recompute. One
+    all-reduce over all ranks serves all layers, and the host reads nothing. Without such layers nothing is done.
+    """
+    waiting = [layer for layer in layers if layer.balance.needs_counts]
+    if not waiting:
+        return
+    counts = torch.cat([layer.statistics.assigned for layer in waiting])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    for layer, counts_E in zip(waiting, counts.split([layer.num_experts for layer in waiting]), strict=True):
+        layer.balance.update(counts_E)
+
+
+def hold_drop_rate(layers: Sequence[MoE], dropped_percent: float) -> None:
+    """Let the layers that hold a drop rate move their capacity factor; `dropped_percent` is that of all ranks."""
+    for layer in layers:
+        if layer.limit.controller is not None:
+            layer.limit.controller.update(dropped_percent)
+
+
+def capacity_factor(layers: Sequence[MoE]) -> float | None:
+    """The factor that `hold_drop_rate` moves, the highest of the layers'; None where it moves none."""
+    controllers = [layer.limit.controller for layer in layers]
+    return max((controller.factor for controller in controllers if controller is not None), default=None)

@@ -1,0 +1,32 @@
+"""The pages in docs/ name every option and link to what exists, and their code runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import dsmoe
+from dsmoe.config import schema
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("section", [schema.Router, schema.Balance, schema.Capacity])
+def test_the_layers_page_explains_every_key(section: type[schema.Section]) -> None:
+    page = (DOCS / "moe_layer.md").read_text()
+    assert not [key for key in section.model_fields if not re.search(rf"`{key}\b", page)]
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_code_runs(page: Path) -> None:
+    layer = dsmoe.MoE(8, expert_ffn_size=8, num_experts=2, target_drop_percent=1.0, bias_update_rate=0.1)
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(code, {"layers": [layer], "step": 0, "percent": 2.0})
