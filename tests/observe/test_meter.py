@@ -197,9 +197,12 @@ def test_the_factor_that_a_step_was_done_with_is_logged_where_it_moves() -> None
 
 
 def test_bytes_are_the_mean_of_the_ranks_in_one_step() -> None:
-    """Rank 1 sends 1 row of 8 floats and rank 0 its result, in 3 forward passes and 2 backward: 5 rows for each."""
+    """Rank 1 sends 1 row of 8 floats and rank 0 its result, in 3 forward passes and 2 backward: 5 rows for each.
+
+    With the row goes its router weight, 3 times from rank 1, whose gradient comes back twice from rank 0.
+    """
     for plain, _ in run_ranks(2, routed_steps):
-        assert plain["moe/all_to_all_gib/intra"] * 2**30 == pytest.approx(5 * 8 * 4)
+        assert plain["moe/all_to_all_gib/intra"] * 2**30 == pytest.approx(5 * 8 * 4 + (3 + 2) / 2 * 4)
         assert plain["moe/all_to_all_gib/inter"] == 0.0
 
 
