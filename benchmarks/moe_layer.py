@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -147,7 +148,7 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             packages[package] = None
     hardware = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
     report = {
-        "command": "python -m benchmarks.moe_layer " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.moe_layer", *sys.argv[1:]]),
         "hardware": hardware,
         "threads": options.threads,
         "python": platform.python_version(),
