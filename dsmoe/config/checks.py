@@ -86,6 +86,38 @@ def _experts(config: Config) -> Iterator[Problem]:
             yield key, f"{key} ({size}) must be a multiple of {_ROW_ALIGNMENT} for grouped_mm; nearest: {nearest}"
 
 
+def _expert_choice(config: Config) -> Iterator[Problem]:
+    """Check routing by the experts' choice."""
+    if config.moe is None or config.moe.router.choice == "token":
+        return
+    moe, router = config.moe, config.moe.router
+    if not router.leak_future:
+        yield (
+            "moe.router.choice",
+            "moe.router.choice (expert) lets a token of this causal model see the tokens after it: its loss would be "
+            "too low, and it could not generate; set moe.router.choice: token, or moe.router.leak_future: true to "
+            "train it all the same",
+        )
+    for name in ("factor", "eval_factor"):
+        if getattr(moe.capacity, name) is None:
+            key = f"moe.capacity.{name}"
+            yield (
+                key,
+                f"{key} (null) must be set with moe.router.choice: expert, as it says how many tokens an expert takes",
+            )
+    idle = {
+        "moe.router.normalize_weights": (router.normalize_weights, False),
+        "moe.router.num_groups": (router.num_groups, 1),
+        "moe.router.force_balanced": (router.force_balanced, False),
+        "moe.balance.bias_update_rate": (moe.balance.bias_update_rate, 0.0),
+        "moe.capacity.target_drop_percent": (moe.capacity.target_drop_percent, None),
+    }
+    for key, (value, default) in idle.items():
+        if value != default:
+            shown = "null" if default is None else str(default).lower()
+            yield key, f"{key} ({str(value).lower()}) has no meaning with moe.router.choice: expert; set it to {shown}"
+
+
 def _expert_groups(config: Config) -> Iterator[Problem]:
     """Check group-limited routing; one group is none."""
     if config.moe is None:
@@ -357,6 +389,7 @@ _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _attention,
     _layers,
     _experts,
+    _expert_choice,
     _expert_groups,
     _capacity,
     _data,

@@ -111,6 +111,11 @@ class Model(Section):
 class Router(Section):
     """How scores, always in fp32, become each token's experts and their weights."""
 
+    choice: Literal["token", "expert"] = "token"
+    """Every token chooses its top_k experts, or every expert its C tokens (top_k on average; Zhou et al. 2022)."""
+    leak_future: bool = False
+    """Says that you know that `choice: expert` lets a token see those after it, which makes training losses too low and
+    text generation impossible."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """`softmax` over the experts (Mixtral, Qwen3), or the `sigmoid` of each logit (DeepSeek-V3)."""
     normalize_weights: bool = True
@@ -256,8 +261,9 @@ class Train(Section):
     """Tokens in one training sequence."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward and backward pass; `bf16` keeps fp32 master weights in the optimizer."""
-    recompute: Literal["none", "full"] = "none"
-    """`full` keeps only each block's input for the backward pass and computes the block again."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass rather than kept: `selective`, the first product of the experts,
+    which is most of what an MoE layer keeps; `full`, each block from its input."""
     seed: NonNegativeInt = 0
     """Decides the initial weights."""
     eval_every: PositiveInt | None = None

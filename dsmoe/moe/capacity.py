@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class Assignments:
     Tensors suffixed A are in that sorted order. `order_A` holds token-major indices (token * K + choice), `expert_A`
     the expert (E for masked tokens), `place_A` the place within the expert from 0, `kept_A` whether it is within the
     capacity. `assigned_E` counts before and `kept_E` after dropping. `num_choices` is K. `complete` says that nothing
-    can be missing (dropless, no mask), which is known without looking at the device.
+    can be missing (dropless, no mask), which is known without looking at the device. `slots` is the capacity for as
+    many tokens as any rank may bring, None where that is not known.
     """
 
     order_A: torch.Tensor
@@ -34,6 +36,7 @@ class Assignments:
     capacity: int | None
     num_choices: int
     complete: bool
+    slots: int | None = None
 
 
 class DropRateController(nn.Module):
@@ -75,6 +78,8 @@ class Capacity(nn.Module):
     """How much each expert accepts, what is dropped, and what becomes of the weights of the rest.
 
     Args:
+        top_k: K.
+        num_experts: E.
         factor: see `expert_capacity`; None is dropless.
         eval_factor: the same in evaluation.
         minimum: the least capacity.
@@ -83,6 +88,7 @@ class Capacity(nn.Module):
         target_drop_percent: let a `DropRateController` move the factor in training, from `factor` up to `max_factor`,
             to hold this drop rate; None leaves it alone.
         max_factor: the highest factor that the controller may choose.
+        max_tokens: the most tokens that any rank brings to a forward pass; None where that is not known beforehand.
 
     Attributes:
         controller: the `DropRateController`, or None.
@@ -90,6 +96,8 @@ class Capacity(nn.Module):
 
     def __init__(
         self,
+        top_k: int,
+        num_experts: int,
         factor: float | None,
         eval_factor: float | None,
         minimum: int,
@@ -97,6 +105,7 @@ class Capacity(nn.Module):
         renormalize_dropped: bool = False,
         target_drop_percent: float | None = None,
         max_factor: float = 2.0,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("capacity_factor", factor), ("eval_capacity_factor", eval_factor)):
@@ -104,11 +113,13 @@ class Capacity(nn.Module):
                 raise ValueError(f"{name} must be > 0, or None for no limit; got {value}")
         if drop_policy not in DROP_POLICIES:
             raise ValueError(f"drop_policy must be one of {DROP_POLICIES}, not {drop_policy!r}")
+        self._sizes = (top_k, num_experts)
         self._factor = factor
         self.eval_factor = eval_factor
         self.minimum = minimum
         self.drop_policy = drop_policy
         self.renormalize_dropped = renormalize_dropped
+        self.max_tokens = max_tokens
         self.controller: DropRateController | None = None
         if target_drop_percent is not None:
             if factor is None or factor > max_factor:
@@ -120,12 +131,18 @@ class Capacity(nn.Module):
         """The factor in training."""
         return self._factor if self.controller is None else self.controller.factor
 
+    def of(self, num_tokens: int) -> int | None:
+        """C for this many tokens, in training or evaluation as the module is; see `expert_capacity`."""
+        factor = self.factor if self.training else self.eval_factor
+        return expert_capacity(num_tokens, *self._sizes, factor, self.minimum)
+
     def forward(self, routing: Routing, assigned_E: torch.Tensor, generator: torch.Generator | None) -> Assignments:
         """Sort the assignments by expert and keep what the capacity for this many tokens allows."""
-        num_tokens, top_k = routing.experts_TK.shape
-        factor = self.factor if self.training else self.eval_factor
-        capacity = expert_capacity(num_tokens, top_k, assigned_E.numel(), factor, self.minimum)
-        return limit(routing, assigned_E, capacity, self.drop_policy, generator)
+        capacity = self.of(len(routing.experts_TK))
+        assignments = limit(routing, assigned_E, capacity, self.drop_policy, generator)
+        if self.max_tokens is None:
+            return assignments
+        return dataclasses.replace(assignments, slots=self.of(self.max_tokens))
 
     def weights(self, routing: Routing, assignments: Assignments) -> torch.Tensor:
         """The weights [T, K] to combine the experts' outputs with; those of dropped choices have no effect."""

@@ -3,7 +3,8 @@
 Three ways, which differ only in what travels:
 
 * `LocalDispatch`: one expert rank. Nothing travels; shapes are static and the host reads nothing.
-* `PaddedDispatch`: full [E, C, D] buffers with equal splits. Static shapes, no host read; needs a capacity.
+* `PaddedDispatch`: full [E, C, D] buffers with equal splits; needs a capacity. Static shapes and no host read, where
+  the largest number of tokens of any rank is known beforehand; otherwise the ranks agree on C first.
 * `VariableDispatch`: only the kept rows. Exchanges the counts first and reads them on the host, once per layer.
 
 Router weights travel with their rows, so that the experts return weighted rows, combining is a plain sum, and no
@@ -21,7 +22,7 @@ import torch
 
 from dsmoe.moe.capacity import Assignments
 from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
-from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all, exchange_counts
+from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all, exchange_counts, largest_of
 from dsmoe.parallel.groups import ExpertGroup
 
 
@@ -67,9 +68,12 @@ class LocalDispatch:
     traffic: Traffic = field(default_factory=Traffic)
 
     def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Dispatched:
-        """See `Dispatch.dispatch`; S = T, N = A."""
+        """See `Dispatch.dispatch`; S = T, and N = A, or E * C where that is less."""
         ends_L = assignments.kept_E.cumsum(0)
-        row_map = RowMap.of(assignments, ends_L - assignments.kept_E, assignments.order_A.numel())
+        num_rows = assignments.order_A.numel()
+        if assignments.capacity is not None:
+            num_rows = min(num_rows, assignments.capacity * assignments.kept_E.numel())
+        row_map = RowMap.of(assignments, ends_L - assignments.kept_E, num_rows)
         return Dispatched(x_TD, weights_TK, row_map, ends_L.int())
 
     def combine(self, output_SD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
@@ -79,15 +83,22 @@ class LocalDispatch:
 
 @dataclass
 class PaddedDispatch:
-    """Every rank sends every other exactly C rows for each of its experts; unused rows are zero."""
+    """Every rank sends every other exactly C rows for each of its experts; unused rows are zero.
+
+    C is the capacity of the rank with the most tokens. Each rank keeps to its own capacity.
+    """
 
     group: ExpertGroup
     traffic: Traffic = field(default_factory=Traffic)
 
     def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Dispatched:
         """See `Dispatch.dispatch`; S = N = R * L * C = E * C."""
-        capacity = assignments.capacity
-        assert capacity is not None, "PaddedDispatch needs a capacity"
+        assert assignments.capacity is not None, "PaddedDispatch needs a capacity"
+        capacity = assignments.slots
+        if capacity is None:
+            capacity = largest_of(assignments.capacity, self.group, x_TD.device)
+        elif capacity < assignments.capacity:
+            raise ValueError(f"{len(x_TD)} tokens came to this MoE layer, which is more than its max_tokens")
         num_experts, ranks = assignments.assigned_E.numel(), self.group.size
         per_rank = num_experts // ranks
         first_E = torch.arange(num_experts, device=x_TD.device) * capacity

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dsmoe.moe.dispatch import Dispatched
-from dsmoe.moe.ffn import ACTIVATIONS, expert_ffn
+from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, expert_ffn
 from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
 
 
@@ -54,9 +54,17 @@ class StackedExperts(nn.Module):
         ffn_size: I.
         num_local_experts: L.
         activation: a name in `dsmoe.moe.ffn.ACTIVATIONS`.
+        recompute: compute the pre-activation again in the backward pass; see `dsmoe.moe.ffn.ExpertRows`.
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int, num_local_experts: int, activation: str = "swiglu") -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        num_local_experts: int,
+        activation: str = "swiglu",
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         if hidden_size % 8 or ffn_size % 8:
             raise ValueError(f"hidden_size ({hidden_size}) and expert_ffn_size ({ffn_size}) must be multiples of 8")
@@ -64,6 +72,7 @@ class StackedExperts(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         self.num_local_experts = num_local_experts
         self.activation = ACTIVATIONS[activation]
+        self.recompute = recompute
         width = 2 * ffn_size if self.activation.gated else ffn_size
         self.gate_up = nn.Parameter(torch.empty(num_local_experts, width, hidden_size))
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_size))
@@ -79,9 +88,7 @@ class StackedExperts(nn.Module):
             dispatched.weights_SK,
             self.gate_up.to(dtype),
             self.down.to(dtype),
-            dispatched.row_map,
-            dispatched.ends_L,
-            self.activation,
+            ExpertRows(dispatched.row_map, dispatched.ends_L, self.activation, self.recompute),
         )
 
     def initialise(self, seed: int, first_expert: int, std: float, down_std: float) -> None:

@@ -54,7 +54,10 @@ class MoE(DeepSpeedMoE):
         top2_2nd_expert_sampling: no effect.
         expert_ffn_size: I, where `expert` is None.
         activation: of those experts: swiglu, geglu, gelu or relu2 (`dsmoe.moe.ffn.ACTIVATIONS`).
-        normalize_weights: divide the chosen scores by their sum; None means for k > 1, as DeepSpeed does.
+        recompute_experts: compute those experts' pre-activations again in the backward pass rather than keep them.
+        choice: `token`, or `expert` for expert-choice routing: each expert takes its C best tokens. It needs a
+            capacity, drops nothing, and lets a token see what comes after it: not for causal models.
+        normalize_weights: divide the chosen scores by their sum; None means for k > 1 where tokens choose.
         score: `softmax` or `sigmoid`; this and the next six are explained at `dsmoe.moe.router.RoutingRule`.
         weight_scale: what the router weights are multiplied by, normalised or not.
         num_groups: groups that the experts stand in.
@@ -68,8 +71,10 @@ class MoE(DeepSpeedMoE):
         target_drop_percent: move the capacity factor in training so that this share is dropped; see
             `dsmoe.moe.steps.hold_drop_rate`, which must be called. None leaves it alone.
         max_capacity_factor: the ceiling of that.
-        pad: with a capacity, exchange full static buffers rather than only what is kept. Every rank of the group must
-            then bring equally many tokens; where they may differ, say False.
+        pad: with a capacity, exchange full static buffers rather than only what is kept.
+        max_tokens: the most tokens that any rank brings to a forward pass, the same on all ranks. With it a padded
+            exchange has a static size; without it, the ranks agree on one at every pass, which reads a number on the
+            host.
         redraw_experts: draw each copy of `expert` anew, by its global id, through the `reset_parameters` of its
             modules, so that experts start different. False keeps the weights that `expert` came with in every copy,
             as DeepSpeed does (for pretrained or specially initialised ones).
@@ -106,6 +111,8 @@ class MoE(DeepSpeedMoE):
         *,
         expert_ffn_size: int | None = None,
         activation: str = "swiglu",
+        recompute_experts: bool = False,
+        choice: str = "token",
         normalize_weights: bool | None = None,
         score: str = "softmax",
         weight_scale: float = 1.0,
@@ -119,6 +126,7 @@ class MoE(DeepSpeedMoE):
         target_drop_percent: float | None = None,
         max_capacity_factor: float = 2.0,
         pad: bool = True,
+        max_tokens: int | None = None,
         redraw_experts: bool = True,
         aux_loss: float = 0.0,
         balance_scope: str = "micro_batch",
@@ -138,16 +146,19 @@ class MoE(DeepSpeedMoE):
         self.k = k
         self.pad = pad
         self.loss_scale = 1.0
-        normalize = k > 1 if normalize_weights is None else normalize_weights
+        normalize = choice == "token" and k > 1 if normalize_weights is None else normalize_weights
         noise = _one_noise(noise, noisy_gate_policy)
         groups = (num_groups, top_k_groups, group_score)
-        rule = RoutingRule(k, score, normalize, weight_scale, *groups, noise, force_balanced)
+        rule = RoutingRule(k, choice, score, normalize, weight_scale, *groups, noise, force_balanced)
         self.router = Router(hidden_size, num_experts, rule)
         self.balance = Balance(num_experts, aux_loss, balance_scope, z_loss, bias_update_rate)
         factors = (capacity_factor, eval_capacity_factor) if drop_tokens else (None, None)
+        sizes = (k, num_experts, *factors, min_capacity)
         control = (target_drop_percent, max_capacity_factor)
-        self.limit = Capacity(*factors, min_capacity, drop_policy, renormalize_dropped, *control)
-        self._make_experts(hidden_size, expert, expert_ffn_size, activation)
+        self.limit = Capacity(*sizes, drop_policy, renormalize_dropped, *control, max_tokens)
+        if choice == "expert":
+            self._check_expert_choice()
+        self._make_experts(hidden_size, expert, expert_ffn_size, activation, recompute_experts)
         self.statistics = RoutingStatistics(num_experts)
         self._redraw = expert is None or redraw_experts
         self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
@@ -160,18 +171,30 @@ class MoE(DeepSpeedMoE):
             self.set_expert_group(ExpertGroup.alone())
 
     def _make_experts(
-        self, hidden_size: int, expert: nn.Module | None, expert_ffn_size: int | None, activation: str
+        self, hidden_size: int, expert: nn.Module | None, expert_ffn_size: int | None, activation: str, recompute: bool
     ) -> None:
         self.experts: StackedExperts | ModuleExperts
         if expert is None:
             assert expert_ffn_size is not None
-            self.experts = StackedExperts(hidden_size, expert_ffn_size, self.num_local_experts, activation)
+            self.experts = StackedExperts(hidden_size, expert_ffn_size, self.num_local_experts, activation, recompute)
         else:
             self.experts = ModuleExperts(expert, self.num_local_experts)
         mark_expert_parameters(self.experts, self.expert_group_name)
         if self.use_residual:
             self.mlp = expert if expert is not None else _ResidualSwiGLU(hidden_size, expert_ffn_size or 0)
             self.coefficient = nn.Linear(hidden_size, 2)
+
+    def _check_expert_choice(self) -> None:
+        """Raise ValueError for what makes no sense where experts choose."""
+        limit = self.limit
+        if limit.factor is None or limit.eval_factor is None:
+            raise ValueError(
+                "choice 'expert' needs capacity_factor and eval_capacity_factor: how many tokens one takes"
+            )
+        if limit.controller is not None:
+            raise ValueError("target_drop_percent has no meaning where choice is 'expert': nothing is dropped")
+        if self.balance.bias is not None:
+            raise ValueError("bias_update_rate has no meaning where choice is 'expert': all take equally many tokens")
 
     def reset_experts(self, std: float = 0.02, down_std: float = 0.02, seed: int | None = None) -> None:
         """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
@@ -244,7 +267,7 @@ class MoE(DeepSpeedMoE):
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         generator = self._begin_pass(x_TD.device)
-        routing = self.router(x_TD, used_token, self.balance.bias, generator)
+        routing = self.router(x_TD, used_token, self.balance.bias, generator, self.limit.of(len(x_TD)))
         assigned_E = count_experts(routing.experts_TK, self.num_experts)
         losses = self.balance.losses(routing, assigned_E, hidden_states.shape[:-2].numel())
 

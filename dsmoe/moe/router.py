@@ -8,11 +8,14 @@ G groups of experts, B sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+CHOICES = ("token", "expert")
 SCORES = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
 NOISES = ("none", "jitter", "gumbel")
@@ -27,7 +30,9 @@ class RoutingRule:
     """How scores become choices and weights; the same for every k.
 
     Attributes:
-        top_k: K, experts per token.
+        top_k: K, experts per token; the mean over the tokens where experts choose.
+        choice: every `token` chooses its K experts, or every `expert` its C tokens (Zhou et al. 2022, arXiv
+            2202.09368): even loads by construction, but a token's experts then depend on the tokens after it.
         score: `softmax` over the experts (Shazeer et al. 2017), or `sigmoid` of each logit (DeepSeek-V3, eq. 15).
         normalize_weights: divide the K chosen scores by their sum (Mixtral, Qwen3; DeepSeek-V3, eq. 13).
         scale: what the weights are then multiplied by (DeepSeek-V3 uses 2.5).
@@ -42,6 +47,7 @@ class RoutingRule:
     """
 
     top_k: int
+    choice: str = "token"
     score: str = "softmax"
     normalize_weights: bool = True
     scale: float = 1.0
@@ -53,9 +59,14 @@ class RoutingRule:
 
     def check(self, num_experts: int) -> None:
         """Raise ValueError where the rule cannot choose among `num_experts`."""
-        for name, valid in (("score", SCORES), ("group_score", GROUP_SCORES), ("noise", NOISES)):
+        options = (("choice", CHOICES), ("score", SCORES), ("group_score", GROUP_SCORES), ("noise", NOISES))
+        for name, valid in options:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {valid}, not {getattr(self, name)!r}")
+        if self.choice == "expert":
+            for name, idle in (("normalize_weights", False), ("num_groups", 1), ("force_balanced", False)):
+                if getattr(self, name) != idle:
+                    raise ValueError(f"{name} has no meaning where choice is 'expert'; leave it at {idle}")
         if not 1 <= self.top_k <= num_experts:
             raise ValueError(f"k ({self.top_k}) must be between 1 and num_experts ({num_experts})")
         if not self.scale > 0:
@@ -77,8 +88,9 @@ class Routing:
 
     `weights_TK` (fp32, differentiable) and `experts_TK` (int64) are in order of falling preference, that is of the
     score with what the selection adds to it (bias, Gumbel noise). Tokens that are masked out have expert E, which does
-    not exist, and weight 0. `logits_TE` and `scores_TE` (fp32) are without bias and Gumbel noise; jitter is in them,
-    as it is in the router's input. `probabilities_TE` are the scores over their sum (softmax scores themselves).
+    not exist, and weight 0. Where experts choose, K is E: column e is expert e's, and has expert E and weight 0 for
+    the tokens that e did not choose. `logits_TE` and `scores_TE` (fp32) are without bias and Gumbel noise; jitter is in
+    them, as it is in the router's input. `probabilities_TE` are the scores over their sum (softmax scores themselves).
     """
 
     logits_TE: torch.Tensor
@@ -112,6 +124,7 @@ class Router(nn.Module):
         mask_T: torch.Tensor | None = None,
         bias_E: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        capacity: int | None = None,
     ) -> Routing:
         """Route [T, D] tokens of any dtype.
 
@@ -120,30 +133,28 @@ class Router(nn.Module):
             mask_T: where it is 0 or False the token goes nowhere.
             bias_E: added to the scores that choose, not to those that weigh (see `dsmoe.moe.balance.Balance`).
             generator: what noise is drawn from; None is torch's own.
+            capacity: C, how many tokens an expert chooses where experts choose.
         """
         mask_T = None if mask_T is None else mask_T.reshape(-1).bool()
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.float()
             if self.training and self.rule.noise == "jitter":
+                x_TD = x_TD.float()
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - JITTER, 1.0 + JITTER, generator=generator)
-            logits_TE = F.linear(x_TD, self.weight.float())
+            logits_TE = _Logits.apply(x_TD, self.weight)
             scores_TE = self._score(logits_TE)
         probabilities_TE = scores_TE
         if self.rule.score == "sigmoid":
             probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + _TINY)
         with torch.no_grad():
-            if self.rule.force_balanced:
-                experts_TK = self._in_turn(len(x_TD), mask_T, x_TD.device)
-            else:
-                experts_TK = self._choose(logits_TE, scores_TE, bias_E, generator)
+            experts_TK, valid_TK = self._choose(logits_TE, scores_TE, mask_T, bias_E, generator, capacity)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.rule.normalize_weights:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _TINY)
         if self.rule.scale != 1.0:
             weights_TK = weights_TK * self.rule.scale
-        if mask_T is not None:
-            experts_TK = torch.where(mask_T[:, None], experts_TK, self.num_experts)
-            weights_TK = torch.where(mask_T[:, None], weights_TK, 0.0)
+        if valid_TK is not None:
+            experts_TK = torch.where(valid_TK, experts_TK, self.num_experts)
+            weights_TK = torch.where(valid_TK, weights_TK, 0.0)
         return Routing(logits_TE, scores_TE, probabilities_TE, weights_TK, experts_TK, mask_T)
 
     def _score(self, logits_TE: torch.Tensor) -> torch.Tensor:
@@ -153,10 +164,35 @@ class Router(nn.Module):
         self,
         logits_TE: torch.Tensor,
         scores_TE: torch.Tensor,
+        mask_T: torch.Tensor | None,
+        bias_E: torch.Tensor | None,
+        generator: torch.Generator | None,
+        capacity: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Experts [T, K], and which of them count, [T, K] or [T, 1]; None: all."""
+        valid_T1 = None if mask_T is None else mask_T[:, None]
+        if self.rule.force_balanced:
+            return self._in_turn(len(scores_TE), mask_T, scores_TE.device), valid_T1
+        preference_TE = self._preference(logits_TE, scores_TE, bias_E, generator)
+        if self.rule.choice == "token":
+            return preference_TE.topk(self.rule.top_k, dim=-1).indices, valid_T1
+        assert capacity is not None, "experts choose as many tokens as they have room for"
+        if valid_T1 is not None:
+            preference_TE = preference_TE.masked_fill(~valid_T1, -torch.inf)
+        # A sort, since what `topk` makes of equal scores depends on the device.
+        best_CE = preference_TE.argsort(dim=0, descending=True, stable=True)[:capacity]
+        valid_TE = torch.zeros_like(preference_TE, dtype=torch.bool).scatter_(0, best_CE, True)
+        experts_TE = torch.arange(self.num_experts, device=valid_TE.device).expand_as(valid_TE)
+        return experts_TE, valid_TE if valid_T1 is None else valid_TE & valid_T1
+
+    def _preference(
+        self,
+        logits_TE: torch.Tensor,
+        scores_TE: torch.Tensor,
         bias_E: torch.Tensor | None,
         generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """The K experts that each token prefers, [T, K]."""
+        """What the choice goes by, [T, E]: the scores, with all that is added to them for the choice alone."""
         preference_TE = scores_TE
         if self.training and self.rule.noise == "gumbel":
             gumbel_TE = -torch.empty_like(logits_TE).exponential_(generator=generator).log()
@@ -165,7 +201,7 @@ class Router(nn.Module):
             preference_TE = preference_TE + bias_E
         if self.rule.num_groups > 1:
             preference_TE = self._within_best_groups(preference_TE)
-        return preference_TE.topk(self.rule.top_k, dim=-1).indices
+        return preference_TE
 
     def _within_best_groups(self, preference_TE: torch.Tensor) -> torch.Tensor:
         """The preferences, with -inf for every expert outside of the token's best groups."""
@@ -184,3 +220,19 @@ class Router(nn.Module):
         top_k = self.rule.top_k
         turn_T = torch.arange(num_tokens, device=device) if mask_T is None else (mask_T.cumsum(0) - 1).clamp(min=0)
         return (turn_T[:, None] * top_k + torch.arange(top_k, device=device)) % self.num_experts
+
+
+class _Logits(torch.autograd.Function):
+    """x @ W^T in fp32, which keeps x as it came and not a copy of it in fp32 as autograd would."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(x_TD.float(), weight_ED.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD = (grad_TE @ weight_ED.float()).to(x_TD.dtype)
+        return grad_x_TD, (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)

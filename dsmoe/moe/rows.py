@@ -74,20 +74,14 @@ class RowMap:
         if num_sources == 0 or rows_ND.shape[0] == 0:
             return rows_ND.new_zeros((num_sources, rows_ND.shape[1]))
         if not self.complete:
-            return self._sum_present(rows_ND)
+            present_SK = self.row_SK < rows_ND.shape[0]
+            ends_S = present_SK.sum(1).cumsum(0)
+            offsets_S1 = torch.cat([ends_S.new_zeros(1), ends_S])
+            chosen_N = self.row_SK[present_SK]
+            return F.embedding_bag(chosen_N, rows_ND, offsets_S1, mode="sum", include_last_offset=True)
         if num_choices == 1:
             return rows_ND.index_select(0, self.row_SK[:, 0])
         return F.embedding_bag(self.row_SK, rows_ND, mode="sum")
-
-    def _sum_present(self, rows_ND: torch.Tensor) -> torch.Tensor:
-        # `where`, not a product: rows past the last expert's end are uninitialised after a grouped product.
-        num_rows = rows_ND.shape[0]
-        wide = torch.promote_types(rows_ND.dtype, torch.float32)
-        total_SD = rows_ND.new_zeros((self.row_SK.shape[0], rows_ND.shape[1]), dtype=wide)
-        for row_S in self.row_SK.unbind(1):
-            chosen_SD = rows_ND.index_select(0, row_S.clamp(max=num_rows - 1))
-            total_SD += torch.where((row_S < num_rows)[:, None], chosen_SD, 0.0)
-        return total_SD.to(rows_ND.dtype)
 
     def gather_weights(self, weights_SK: torch.Tensor) -> torch.Tensor:
         """[S, K] -> [N]; zero for a row without a source."""

@@ -77,6 +77,13 @@ def exchange_counts(counts_E: torch.Tensor, group: ExpertGroup) -> torch.Tensor:
     return received
 
 
+def largest_of(value: int, group: ExpertGroup, device: torch.device) -> int:
+    """The largest of the ranks' values; read on the host."""
+    values = torch.tensor([value], device=device)
+    comm.all_reduce(values, op=comm.ReduceOp.MAX, group=group.handle)
+    return int(values)
+
+
 def all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     """Exchange rows with every rank of the group; the gradient is the exchange in the other direction.
 

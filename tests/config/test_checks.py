@@ -165,6 +165,37 @@ def test_weights_of_dropped_choices_need_drops(tmp_path: Path) -> None:
     assert load(tmp_path, "moe.capacity.eval_factor=1.5", "moe.capacity.renormalize_dropped=true")
 
 
+EXPERTS_CHOOSE = (
+    "moe.router.choice=expert",
+    "moe.router.normalize_weights=false",
+    "moe.capacity.factor=1.0",
+    "moe.capacity.eval_factor=1.0",
+)
+
+
+def test_experts_choose_only_where_it_is_asked_for_twice(tmp_path: Path) -> None:
+    (problem,) = check(tmp_path, *EXPERTS_CHOOSE)
+    assert problem.startswith("moe.router.choice (expert) lets a token of this causal model see the tokens after it")
+    assert problem.endswith("or moe.router.leak_future: true to train it all the same")
+    assert load(tmp_path, *EXPERTS_CHOOSE, "moe.router.leak_future=true")
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("moe.capacity.factor=null", "moe.capacity.factor (null) must be set with moe.router.choice: expert"),
+        ("moe.capacity.eval_factor=null", "moe.capacity.eval_factor (null) must be set"),
+        ("moe.router.normalize_weights=true", "moe.router.normalize_weights (true) has no meaning"),
+        ("moe.router.force_balanced=true", "moe.router.force_balanced (true) has no meaning"),
+        ("moe.balance.bias_update_rate=0.1", "moe.balance.bias_update_rate (0.1) has no meaning"),
+        ("moe.capacity.target_drop_percent=1.0", "moe.capacity.target_drop_percent (1.0) has no meaning"),
+    ],
+)
+def test_what_has_no_meaning_where_experts_choose_is_refused(tmp_path: Path, override: str, problem: str) -> None:
+    (found,) = check(tmp_path, *EXPERTS_CHOOSE, "moe.router.leak_future=true", override)
+    assert found.startswith(problem)
+
+
 def test_widths_suit_grouped_mm(tmp_path: Path) -> None:
     assert check(tmp_path, "model.hidden_size=60", "model.num_heads=2", "moe.expert_ffn_size=4") == [
         "model.hidden_size (60) must be a multiple of 8 for grouped_mm; nearest: 56 or 64",

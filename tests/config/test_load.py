@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmoe.config import Config, ConfigError, UserError, dump_config, load_config
@@ -630,12 +630,14 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionaries(keys, t, max_size=3), max_leaves=8)
 
 
+@settings(deadline=None)  # the machine is shared
 @given(trees)
 def test_what_is_written_is_read_back_equal(tree: object) -> None:
     again = read(write_yaml({"x": tree}))
     assert repr(again) == repr({"x": tree})  # not ==, which takes 1, 1.0 and true for one another
 
 
+@settings(deadline=None)  # the machine is shared
 @given(st.integers(1, 10**12), st.floats(1e-12, 1.0), st.booleans(), st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_.-]*\Z"))
 def test_overrides_and_dump_keep_values(
     tmp_path_factory: pytest.TempPathFactory, seed: int, lr: float, flag: bool, name: str

@@ -23,7 +23,7 @@ class Settings:
 
     `bias` is added to the scores that choose. `chances` has a random number for each (token, choice), token by token:
     under drop policy `random` the higher stay. `sequences` is what the balancing loss is averaged over; `load_share`,
-    where given, stands for f in it.
+    where given, stands for f in it. Under `choice` `expert` each expert takes its `capacity` best tokens.
     """
 
     top_k: int
@@ -41,6 +41,7 @@ class Settings:
     chances: Sequence[float] | None = None
     sequences: int = 1
     load_share: Sequence[float] | None = None
+    choice: str = "token"
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,13 @@ def run_reference(
     for index in range(len(x)):
         if used is None or used[index]:
             token = score(index, [torch.dot(x[index], row) for row in router], settings)
-            choose(token, len(tokens), settings, calls)
-            weigh(token, settings)
+            if settings.choice == "token":
+                choose(token, len(tokens), settings, calls)
             tokens.append(token)
+    if settings.choice == "expert":
+        let_experts_choose(tokens, len(experts), settings, calls)
+    for token in tokens:
+        weigh(token, settings)
     kept = [drop(expert, tokens, settings, calls) for expert in range(len(experts))]
 
     output = [0.0 * row for row in x]
@@ -152,6 +157,15 @@ def choose(token: Token, turn: int, settings: Settings, calls: list[float]) -> N
     if settings.drop_policy == "random":  # the choices' order says which random number is whose
         chosen = [preference[e] for e in token.chosen]
         calls += [gap(higher, lower) for higher, lower in pairwise(chosen)]
+
+
+def let_experts_choose(tokens: list[Token], num_experts: int, settings: Settings, calls: list[float]) -> None:
+    """Fill `chosen` of all tokens: every expert takes the tokens that score it highest, the first among equals."""
+    for expert in range(num_experts):
+        close: list[float] = []
+        for index in best([token.scores[expert].item() for token in tokens], settings.capacity, close):
+            tokens[index].chosen.append(expert)
+        calls += [call for call in close if call > 0]  # exact ties are no matter of rounding
 
 
 def best(values: list[float], count: int, calls: list[float]) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dsmoe.moe.capacity import limit
-from dsmoe.moe.ffn import ACTIVATIONS, _Grouped, _Looped, expert_ffn
+from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, _Grouped, _Looped, expert_ffn
 from dsmoe.moe.router import Routing
 from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
 
@@ -47,8 +47,11 @@ class Case:
         self.row_map = RowMap.of(self.assignments, ends_L - self.assignments.kept_E, T * K)
         self.ends_L = ends_L.int()
 
-    def run(self, way: type[torch.autograd.Function]) -> torch.Tensor:
-        return way.apply(*self.inputs, self.row_map, self.ends_L, ACTIVATIONS[self.activation])
+    def rows(self, recompute: bool = False) -> ExpertRows:
+        return ExpertRows(self.row_map, self.ends_L, ACTIVATIONS[self.activation], recompute)
+
+    def run(self, way: type[torch.autograd.Function], recompute: bool = False) -> torch.Tensor:
+        return way.apply(*self.inputs, self.rows(recompute))
 
     def plain(self) -> torch.Tensor:
         """A loop over the assignments that were kept."""
@@ -84,11 +87,21 @@ def test_both_ways_equal_a_loop_over_the_assignments(
     assert not case.gradients(case.run(way))[2][3].any(), "an expert without rows has exactly no gradient"
 
 
+@pytest.mark.parametrize("way", [_Looped, _Grouped])
+@pytest.mark.parametrize("capacity", [None, 4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_recompute_changes_no_bit(way: type[torch.autograd.Function], capacity: int | None, activation: str) -> None:
+    case = Case(activation, capacity, True, torch.float32)
+    kept, again = case.run(way), case.run(way, recompute=True)
+    assert torch.equal(again, kept)
+    for mine, theirs in zip(case.gradients(again), case.gradients(kept), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_those_of_finite_differences(activation: str) -> None:
     case = Case(activation, 4, True, torch.float64)
-    arguments = (case.row_map, case.ends_L, ACTIVATIONS[activation])
-    assert torch.autograd.gradcheck(lambda *inputs: _Looped.apply(*inputs, *arguments), case.inputs)
+    assert torch.autograd.gradcheck(lambda *inputs: _Looped.apply(*inputs, case.rows()), case.inputs)
 
 
 @pytest.mark.parametrize("way", [_Looped, _Grouped])
@@ -104,7 +117,10 @@ def test_bf16_is_near_fp32(way: type[torch.autograd.Function]) -> None:
         assert (mine.float() - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_what_is_kept_for_the_backward_pass_is_the_source_and_the_preactivation() -> None:
+@pytest.mark.parametrize(("recompute", "kept"), [(False, [(T * K, 2 * INNER)]), (True, [])])
+def test_what_is_kept_for_the_backward_pass_is_the_source_and_the_preactivation(
+    recompute: bool, kept: list[tuple[int, ...]]
+) -> None:
     case = Case("swiglu", None, False, torch.float32)
     saved: list[torch.Tensor] = []
 
@@ -113,10 +129,9 @@ def test_what_is_kept_for_the_backward_pass_is_the_source_and_the_preactivation(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        expert_ffn(*case.inputs, case.row_map, case.ends_L, ACTIVATIONS["swiglu"])
+        expert_ffn(*case.inputs, case.rows(recompute))
     inputs = {tensor.data_ptr() for tensor in case.inputs}
-    (extra,) = [tensor for tensor in saved if tensor.data_ptr() not in inputs]
-    assert extra.shape == (T * K, 2 * INNER)
+    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in inputs] == kept
 
 
 def test_gathering_and_summing_are_transposes() -> None:

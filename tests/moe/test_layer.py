@@ -415,6 +415,9 @@ class TestCapacity:
         assert output.any(dim=1).tolist() == [True] * 10 + [False] * 30
 
 
+EXPERTS_CHOOSE = {"choice": "expert", "capacity_factor": 1.0, "eval_capacity_factor": 1.0}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -435,6 +438,11 @@ class TestCapacity:
         ({"target_drop_percent": 1.0}, r"target_drop_percent needs a capacity_factor of at most 2.0, not None"),
         ({"k": 5}, r"k \(5\) must be between 1 and num_experts \(4\)"),
         ({"k": 0}, r"k \(0\) must be between 1"),
+        ({"choice": "both"}, r"choice must be one of \('token', 'expert'\), not 'both'"),
+        ({"choice": "expert", "normalize_weights": True}, "normalize_weights has no meaning where choice is 'expert'"),
+        ({"choice": "expert"}, "choice 'expert' needs capacity_factor and eval_capacity_factor"),
+        ({**EXPERTS_CHOOSE, "bias_update_rate": 0.1}, "bias_update_rate has no meaning where choice is 'expert'"),
+        ({**EXPERTS_CHOOSE, "target_drop_percent": 1.0}, "target_drop_percent has no meaning where choice is 'expert'"),
         ({"noisy_gate_policy": "jitter"}, "noisy_gate_policy must be one of .* not 'jitter'"),
         ({"expert_ffn_size": 12}, r"hidden_size \(16\) and expert_ffn_size \(12\) must be multiples of 8"),
     ],

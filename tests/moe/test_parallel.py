@@ -91,12 +91,19 @@ def cases(ranks: int) -> list[Case]:
         Case("padded, masked", equal, factor=0.5, masked=True),
         Case("padded, the last rank without rows", equal, factor=1.0, starved=(E - 1, E - 2)),
         Case("padded, no tokens anywhere", (0,) * ranks, factor=1.0),
+        Case("padded, unequal token counts", unequal, factor=0.5, masked=True, aux_loss=0.1),
+        Case("padded, unequal token counts of a known largest", unequal, factor=0.5, more={"max_tokens": 9}),
+        Case("padded, the last rank without tokens", (*unequal[:-1], 0), factor=0.5),
         Case("only what is kept", equal, factor=0.5, pad=False, aux_loss=0.1),
         Case("only what is kept, unequal token counts", unequal, factor=0.5, pad=False, masked=True),
         Case("only what is kept, by position", unequal, factor=0.5, pad=False, drop_policy="position"),
         Case("padded, renormalised", equal, factor=0.5, more={"renormalize_dropped": True, "score": "sigmoid"}),
         Case("only what is kept, renormalised", unequal, factor=0.5, pad=False, more={"renormalize_dropped": True}),
         Case("dropless, the best of two groups", unequal, more={"num_groups": 2, "score": "sigmoid"}),
+        Case("experts choose, padded", unequal, factor=1.0, more={"choice": "expert"}),
+        Case(
+            "experts choose, only what is kept", unequal, factor=2.0, masked=True, pad=False, more={"choice": "expert"}
+        ),
         Case("dropless, in turn", unequal, masked=True, more={"force_balanced": True}),
         Case("user's module, dropless", unequal, users=True),
         Case("user's module, padded", equal, factor=0.5, users=True),
@@ -181,6 +188,19 @@ def check_deepspeeds_groups(data_first: bool) -> list[int]:
 )
 def test_groups_that_deepspeed_makes_serve_as_well(data_first: bool, expected: list[list[int]]) -> None:
     assert run_ranks(4, check_deepspeeds_groups, data_first) == expected
+
+
+def exceed_max_tokens() -> str:
+    layer = Case("", (9, 9), factor=1.0, more={"max_tokens": 8}).layer(2)
+    layer.set_expert_group(Groups(Topology(1, 2, expert=2)).expert_group())
+    layer(torch.randn(8, D))
+    with pytest.raises(ValueError, match="tokens came to this MoE layer") as caught:
+        layer(torch.randn(9, D))
+    return str(caught.value)
+
+
+def test_more_tokens_than_the_stated_largest_number_are_refused() -> None:
+    assert run_ranks(2, exceed_max_tokens) == ["9 tokens came to this MoE layer, which is more than its max_tokens"] * 2
 
 
 # SENT[r][p] tokens of rank r choose the expert of rank p. Ranks 0 and 1 are one node, 2 and 3 the other.

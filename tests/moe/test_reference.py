@@ -43,6 +43,7 @@ class Case:
     renormalize_dropped: bool = False
     scope: str = "micro_batch"
     sequences: int = 1
+    choice: str = "token"
 
     def layer(self) -> dsmoe.MoE:
         num_groups, top_k_groups, group_score = self.groups
@@ -51,6 +52,7 @@ class Case:
             num_experts=self.num_experts,
             k=self.top_k,
             capacity_factor=self.factor,
+            choice=self.choice,
             min_capacity=self.minimum,
             expert_ffn_size=I,
             normalize_weights=self.normalize,
@@ -99,6 +101,7 @@ class Case:
             None if generator is None else torch.rand(num_tokens * self.top_k, generator=generator).tolist(),
             self.sequences if self.scope == "sequence" else 1,
             None if load_share is None else load_share.tolist(),
+            self.choice,
         )
 
 
@@ -253,6 +256,40 @@ def test_scores_groups_and_bias(score: str, normalize: bool, groups: tuple[int, 
     assert_equals_reference(case, case.layer(), torch.randn(12, D), torch.arange(12) != 7)
 
 
+class TestExpertsChoose:
+    @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+    @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 9.0])
+    @pytest.mark.parametrize("masked", [0, 3, 11, 12])
+    def test_every_setting(self, score: str, factor: float, masked: int) -> None:
+        """Up to every expert taking every token; and fewer tokens than an expert has room for."""
+        case = Case(
+            6,
+            2,
+            factor,
+            normalize=False,
+            score=score,
+            scale=1.5,
+            aux_loss=0.2,
+            z_loss=0.1,
+            sequences=2,
+            choice="expert",
+        )
+        expected = assert_equals_reference(case, case.layer(), torch.randn(12, D), torch.arange(12) >= masked)
+        assert expected.kept == [min(case.settings(case.layer(), 12).capacity, 12 - masked)] * 6
+
+    def test_among_equals_the_first_are_taken(self) -> None:
+        case = Case(3, 1, 1.0, normalize=False, choice="expert")
+        expected = assert_equals_reference(case, case.layer(), torch.randn(1, D).repeat(9, 1))
+        assert expected.output.any(dim=1).tolist() == [True] * 3 + [False] * 6
+
+    def test_a_token_sees_what_comes_after_it(self) -> None:
+        """Why no causal model may use it: a last token that suits expert 0 better takes an earlier one's place."""
+        case = Case(3, 1, 1.0, normalize=False, choice="expert")
+        layer, x = case.layer(), torch.randn(9, D)
+        outputs = [layer(torch.cat([x[:-1], sign * layer.router.weight[:1].detach()]))[0][:-1] for sign in (-9.0, 9.0)]
+        assert not torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global"])
 @pytest.mark.parametrize("masked", ["nothing", "some", "one sequence", "everything"])
 def test_scopes_of_the_balancing_loss(scope: str, masked: str) -> None:
@@ -307,6 +344,7 @@ def test_the_kept_choices_can_take_the_weight_of_the_dropped_ones(normalize: boo
     copies=st.booleans(),
     used=st.none() | st.lists(st.booleans(), min_size=9, max_size=9),
     losses=st.sampled_from([(0.0, 0.0), (0.5, 0.25)]),
+    choice=st.sampled_from(["token", "expert"]),
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=1000, deadline=None, derandomize=True)
@@ -325,6 +363,7 @@ def test_any_small_case(
     copies: bool,
     used: list[bool] | None,
     losses: tuple[float, float],
+    choice: str,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
@@ -333,6 +372,9 @@ def test_any_small_case(
     biased, renormalize, balanced = flags
     options = {"score": score, "scale": scale, "groups": groups, "scope": scope, "biased": biased}
     options |= {"renormalize_dropped": renormalize, "force_balanced": balanced}
+    if factor is not None and not (biased or renormalize or balanced or groups[0] > 1):
+        options["choice"] = choice
+        normalize = normalize and choice == "token"
     options["sequences"] = 3 if num_tokens % 3 == 0 else 1
     case = Case(num_experts, top_k, factor, minimum, drop_policy, normalize, *losses, **options)
     layer = case.layer()

@@ -102,8 +102,9 @@ def test_global_balance_is_the_same_on_every_layout(
     assert balanced_reference["balance"]["bias"].abs().max() > 0.01, "the bias moved"
 
 
-def test_recompute_changes_nothing(folder: Path, reference: dict[str, Any]) -> None:
-    results = run_ranks(2, train, small_config(folder, ranks=2, expert=2, train={"recompute": "full"}), STEPS)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_nothing(recompute: str, folder: Path, reference: dict[str, Any]) -> None:
+    results = run_ranks(2, train, small_config(folder, ranks=2, expert=2, train={"recompute": recompute}), STEPS)
     assert_same_training(results, reference)
 
 
