@@ -62,7 +62,7 @@ class Activation:
             grad_z_NZ.copy_(self.slope(grad_NI, gate_NI))
         else:
             grad_gate_NI, grad_up_NI = grad_z_NZ.chunk(2, dim=-1)
-            torch.mul(grad_NI, act_NI, out=grad_up_NI)
+            grad_up_NI.copy_(grad_NI).mul_(act_NI)
             grad_gate_NI.copy_(self.slope(grad_NI.mul_(up_NI), gate_NI))
         return hidden_NI.mul_(weight_N1), grad_weight_N
 

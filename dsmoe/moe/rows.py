@@ -23,12 +23,13 @@ class RowMap:
     """Which row each choice of each source row has in a buffer of N rows, and back.
 
     `row_SK` is N for a choice that has no row. `assignment_N` is the choice (source * K + k) of each row, S * K for a
-    row without one. `complete` says that neither occurs.
+    row without one. `bags` is None where neither occurs. Else it has the rows that there are, those of source 0 first
+    [N], and where each source's begin in that list [S + 1]; what is over in the list is row 0, in one bag more.
     """
 
     row_SK: torch.Tensor
     assignment_N: torch.Tensor
-    complete: bool
+    bags: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, assignments: Assignments, first_E: torch.Tensor, num_rows: int) -> RowMap:
@@ -42,12 +43,18 @@ class RowMap:
         row_SK = torch.empty_like(row_A).scatter_(0, order_A, row_A).view(-1, assignments.num_choices)
         assignment_N = order_A.new_full((num_rows + 1,), num_assignments).scatter_(0, row_A, order_A)
         # A dropless buffer holds every assignment; one with a capacity may have rows over, or choices without a row.
-        return cls(row_SK, assignment_N[:num_rows], assignments.complete and num_rows == num_assignments)
+        complete = assignments.complete and num_rows == num_assignments
+        return cls(row_SK, assignment_N[:num_rows], None if complete else _bags(row_SK, num_rows))
 
     @classmethod
     def permutation(cls, order_N: torch.Tensor, inverse_N: torch.Tensor) -> RowMap:
         """Row n is source row `order_N[n]`."""
-        return cls(inverse_N[:, None], order_N, True)
+        return cls(inverse_N[:, None], order_N)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has a row and every row a choice."""
+        return self.bags is None
 
     @property
     def num_rows(self) -> int:
@@ -73,12 +80,9 @@ class RowMap:
         num_sources, num_choices = self.row_SK.shape
         if num_sources == 0 or rows_ND.shape[0] == 0:
             return rows_ND.new_zeros((num_sources, rows_ND.shape[1]))
-        if not self.complete:
-            present_SK = self.row_SK < rows_ND.shape[0]
-            ends_S = present_SK.sum(1).cumsum(0)
-            offsets_S1 = torch.cat([ends_S.new_zeros(1), ends_S])
-            chosen_N = self.row_SK[present_SK]
-            return F.embedding_bag(chosen_N, rows_ND, offsets_S1, mode="sum", include_last_offset=True)
+        if self.bags is not None:
+            rows_N, first_S1 = self.bags
+            return F.embedding_bag(rows_N, rows_ND, first_S1, mode="sum")[:num_sources]
         if num_choices == 1:
             return rows_ND.index_select(0, self.row_SK[:, 0])
         return F.embedding_bag(self.row_SK, rows_ND, mode="sum")
@@ -95,6 +99,17 @@ class RowMap:
         if not self.complete:
             weights_N = torch.cat([weights_N, weights_N.new_zeros(1)])
         return weights_N.index_select(0, self.row_SK.reshape(-1)).view(self.row_SK.shape)
+
+
+def _bags(row_SK: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`RowMap.bags`, in static shapes."""
+    row_A = row_SK.flatten()
+    present_A = row_A < num_rows
+    end_A = present_A.cumsum(0)
+    place_A = torch.where(present_A, end_A - 1, num_rows)
+    rows_N = row_A.new_zeros(num_rows + 1).scatter_(0, place_A, row_A)[:num_rows]
+    end_S = end_A.view(row_SK.shape)[:, -1]
+    return rows_N, torch.cat([end_S.new_zeros(1), end_S])
 
 
 def gather_rows(source_SD: torch.Tensor, row_map: RowMap) -> torch.Tensor:

@@ -1,0 +1,135 @@
+"""With static shapes the step reads nothing on the host, and the layer compiles to one graph.
+
+On a GPU `torch.cuda.set_sync_debug_mode("error")` says so; here, every way that leads from a tensor's values to the host
+or to another tensor's shape is closed while the layer runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dsmoe
+from dsmoe.moe import ffn
+from dsmoe.parallel import Groups
+from dsmoe.plan import Topology
+from tests.ranks import run_ranks
+
+D, E, T = 16, 4, 12
+DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class HostReadError(Exception):
+    """A tensor's values were asked for."""
+
+
+class _NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        depends = DEPENDS_ON_VALUES & set(func.tags)
+        if func is torch.ops.aten.index.Tensor:  # only a mask's shape is unknown
+            depends = any(index is not None and index.dtype == torch.bool for index in args[1])
+        if func is torch.ops.aten.repeat_interleave.Tensor:
+            depends = (kwargs or {}).get("output_size") is None
+        if depends:
+            raise HostReadError(func)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    """As on a GPU: experts in groups, not one by one as the CPU does; `tolist` alone needs no operator on a CPU."""
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        raise HostReadError("tolist")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ffn, "_Looped", ffn._Grouped)
+        patch.setattr(torch.Tensor, "tolist", tolist)
+        with _NoHostReads():
+            yield
+
+
+def train_once(layer: dsmoe.MoE, used: torch.Tensor | None = None) -> None:
+    output, _, _ = layer(torch.randn(T, D, requires_grad=True), used)
+    output.sum().backward()
+
+
+def make_layer(ep_size: int = 1, **options: Any) -> dsmoe.MoE:
+    return dsmoe.MoE(D, num_experts=E, ep_size=ep_size, k=2, expert_ffn_size=8, seed=0, **options)
+
+
+ONE_RANK = [
+    {"capacity_factor": None},
+    {"capacity_factor": 1.0, "drop_policy": "probability", "recompute_experts": True},
+    {"capacity_factor": 0.5, "drop_policy": "position", "renormalize_dropped": True},
+    {"capacity_factor": 1.0, "choice": "expert"},
+    {"capacity_factor": None, "aux_loss": 0.1, "z_loss": 0.1, "balance_scope": "sequence", "bias_update_rate": 0.1},
+    {"capacity_factor": 1.0, "aux_loss": 0.1, "balance_scope": "global", "score": "sigmoid", "num_groups": 2},
+]
+RANDOM = [
+    {"capacity_factor": 1.0, "drop_policy": "random"},
+    {"capacity_factor": None, "noise": "gumbel"},
+    {"capacity_factor": None, "noise": "jitter"},
+]
+
+
+@pytest.mark.parametrize("options", ONE_RANK + RANDOM, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_rank_reads_nothing_on_the_host(options: dict[str, Any], masked: bool) -> None:
+    layer = make_layer(**options)
+    used = torch.arange(T) % 3 != 1 if masked else None
+    with no_host_reads():
+        layer.begin_step(1)
+        train_once(layer, used)
+        dsmoe.moe.update_routers([layer])
+
+
+def host_reads_over_ranks() -> dict[str, bool]:
+    """Whether each way to exchange tokens reads something on the host."""
+    groups = Groups(Topology(1, dist.get_world_size(), expert=dist.get_world_size()))
+    ways = {
+        "padded to a known size": {"capacity_factor": 1.0, "max_tokens": T},
+        "padded to what the ranks agree on": {"capacity_factor": 1.0},
+        "dropless": {"capacity_factor": None},
+    }
+    reads = {}
+    for way, options in ways.items():
+        layer = make_layer(groups.topology.expert, **options)
+        layer.set_expert_group(groups.expert_group())
+        try:
+            with no_host_reads():
+                train_once(layer)
+            reads[way] = False
+        except HostReadError:
+            reads[way] = True
+    return reads
+
+
+def test_over_ranks_only_padding_to_a_known_size_reads_nothing() -> None:
+    expected = {"padded to a known size": False, "padded to what the ranks agree on": True, "dropless": True}
+    assert run_ranks(2, host_reads_over_ranks) == [expected] * 2
+
+
+@pytest.mark.parametrize("options", ONE_RANK, ids=str)
+def test_the_layer_compiles_to_one_graph_with_the_same_numbers(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    layer = make_layer(**options).bfloat16()  # torch compiles grouped products in bf16 only
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        torch.manual_seed(1)
+        x = torch.randn(2, T // 2, D, dtype=torch.bfloat16, requires_grad=True)
+        layer.zero_grad()
+        output, aux_loss, counts = run(x)
+        (output.square().sum() + 0.0 * aux_loss).backward()
+        results.append([output, aux_loss, counts, x.grad, *(p.grad.clone() for p in layer.parameters())])
+    torch.testing.assert_close(results[1], results[0])
