@@ -133,7 +133,8 @@ def check_case(case: Case, layer: dsmoe.MoE, groups: Groups) -> None:
     (output * cotangent).sum().backward()
 
     def same(what: str, actual: torch.Tensor, wanted: torch.Tensor) -> None:
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6, msg=lambda m: f"{case.name}: {what}: {m}")
+        # Sums over the ranks' tokens in another order: a few units of 1.2e-7 of what cancels.
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=3e-6, msg=lambda m: f"{case.name}: {what}: {m}")
 
     mine = expected[dist.get_rank()]
     for what, actual, wanted in zip(("output", "loss", "counts", "x.grad"), (output, aux_loss, counts, x.grad), mine):  # noqa: B905
