@@ -80,6 +80,13 @@ def _experts(config: Config) -> Iterator[Problem]:
             "moe.router.normalize_weights (true) with moe.top_k (1) makes every weight 1, so the loss gives the router "
             "no gradient; set moe.router.normalize_weights: false",
         )
+    if moe.residual and moe.shared_expert_ffn_size is not None:
+        yield (
+            "moe.residual",
+            f"moe.residual (true) and moe.shared_expert_ffn_size ({moe.shared_expert_ffn_size}) both add a dense "
+            "feed-forward that every token passes; remove one: the shared expert is added, the residual MLP is mixed "
+            "in by learned coefficients",
+        )
     for key, size in (("model.hidden_size", model.hidden_size), ("moe.expert_ffn_size", moe.expert_ffn_size)):
         if size % _ROW_ALIGNMENT:
             nearest = _nearest_multiples(size, _ROW_ALIGNMENT)

@@ -179,8 +179,12 @@ class Moe(Section):
     """Experts that each token visits."""
     expert_ffn_size: PositiveInt
     """Inner width of one expert."""
+    shared_expert_ffn_size: PositiveInt | None = None
+    """Inner width of a shared expert, which every token passes besides its own (DeepSeek); null means none."""
+    residual: bool = False
+    """Mix the experts' output with a dense MLP's of `expert_ffn_size` by learned coefficients (PR-MoE)."""
     activation: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
-    """The experts' activation: gated (SwiGLU, GEGLU: three matrices each) or not (GELU, squared ReLU: two)."""
+    """The activation of all of these: gated (SwiGLU, GEGLU: three matrices each) or not (GELU, squared ReLU: two)."""
     router: Router = Router()
     """How a token chooses its experts."""
     balance: Balance = Balance()

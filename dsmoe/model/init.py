@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def initialise(model: Transformer, config: Config) -> None:
-    """Fill every weight from N(0, init_std^2), in place; norms stay 1.
+    """Fill every weight from N(0, init_std^2), in place; norms stay 1, and biases become 0.
 
     Projections that write into the residual stream (attention's `o_proj`, every `down`) are drawn with
     init_std / sqrt(2 * num_layers), so that the stream's variance does not grow with depth (GPT-2, sec. 2.3).
@@ -29,6 +29,8 @@ def initialise(model: Transformer, config: Config) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             is_residual = name.endswith(("o_proj", "down"))
             normal_from(seed_of(seed, name), module.weight, residual_std if is_residual else std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, MoE):
             normal_from(seed_of(seed, name, "router"), module.router.weight, std)
             module.reset_experts(std, residual_std, seed=seed_of(seed, name, "experts"))

@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dsmoe.config.schema import Config, Model
+from dsmoe.config.schema import Config
 from dsmoe.model.attention import Attention, Rotary
 from dsmoe.model.init import initialise
 from dsmoe.model.loss import token_losses
+from dsmoe.moe.dense import FeedForward
 from dsmoe.moe.layer import MoE
 from dsmoe.parallel.groups import ExpertGroup, Groups
 from dsmoe.plan.layers import head_dim, is_moe_layer
@@ -76,11 +76,12 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
         self.attention = Attention(model)
         self.ffn_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
-        self.ffn: MoE | SwiGLU
+        self.ffn: MoE | FeedForward
         if is_moe_layer(config, index):
             self.ffn = _moe_layer(config, expert_group)
         else:
-            self.ffn = SwiGLU(model)
+            assert model.ffn_size is not None, "checked when the config is loaded"
+            self.ffn = FeedForward(model.hidden_size, model.ffn_size)
 
     def forward(self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -91,21 +92,6 @@ class Block(nn.Module):
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint`: the second forward pass of a micro-batch draws and counts nothing anew."""
         return nullcontext(), self.ffn.replay() if isinstance(self.ffn, MoE) else nullcontext()
-
-
-class SwiGLU(nn.Module):
-    """The dense feed-forward block, W2 (silu(W1 x) * W3 x) (Shazeer 2020)."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        assert model.ffn_size is not None, "checked when the config is loaded"
-        self.gate_up = nn.Linear(model.hidden_size, 2 * model.ffn_size, bias=False)
-        self.down = nn.Linear(model.ffn_size, model.hidden_size, bias=False)
-
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        gate, up = self.gate_up(x_BSD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
 
 
 def build_model(config: Config, groups: Groups | None = None, device: torch.device | str = "cpu") -> Transformer:
@@ -134,7 +120,9 @@ def _moe_layer(config: Config, expert_group: ExpertGroup) -> MoE:
         capacity_factor=moe.capacity.factor,
         eval_capacity_factor=moe.capacity.eval_factor,
         min_capacity=moe.capacity.minimum,
+        use_residual=moe.residual,
         expert_ffn_size=moe.expert_ffn_size,
+        shared_expert_ffn_size=moe.shared_expert_ffn_size,
         activation=moe.activation,
         recompute_experts=config.train.recompute == "selective",
         choice=moe.router.choice,

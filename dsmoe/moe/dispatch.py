@@ -7,6 +7,12 @@ Three ways, which differ only in what travels:
   the largest number of tokens of any rank is known beforehand; otherwise the ranks agree on C first.
 * `VariableDispatch`: only the kept rows. Exchanges the counts first and reads them on the host, once per layer.
 
+Rows leave in `dispatch` and are waited for in the call of what it returns. What every token passes besides its experts
+(shared expert, residual MLP) is computed in between, and its gradients between the same two points of the backward
+pass. That covers the exchange on the way out, or as much of it as the dense work lasts; the one on the way home is
+waited for at once. Rather this one, because the first rows of a layer leave when no expert has anything to do yet,
+whereas results can be sent home while other experts still compute.
+
 Router weights travel with their rows, so that the experts return weighted rows, combining is a plain sum, and no
 output of an expert has to be kept for the backward pass.
 
@@ -15,6 +21,7 @@ Shape suffixes: see `dsmoe.moe.router`; S source rows, which are the tokens or w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +29,7 @@ import torch
 
 from dsmoe.moe.capacity import Assignments
 from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
-from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all, exchange_counts, largest_of
+from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all, exchange_counts, largest_of, start_all_to_all
 from dsmoe.parallel.groups import ExpertGroup
 
 
@@ -49,13 +56,17 @@ class Dispatched:
     home: WayHome | None = None
 
 
+Arrival = Callable[[], Dispatched]
+"""Waits until what was sent to this rank is here."""
+
+
 class Dispatch(Protocol):
     """What the layer needs of a way to exchange tokens."""
 
     traffic: Traffic
 
-    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Dispatched:
-        """Bring [T, D] tokens and their [T, K] weights to the experts."""
+    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Arrival:
+        """Let [T, D] tokens and their [T, K] weights leave for the experts."""
 
     def combine(self, output_SD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Bring the experts' weighted output for each source row home and sum each token's: [T, D]."""
@@ -67,14 +78,15 @@ class LocalDispatch:
 
     traffic: Traffic = field(default_factory=Traffic)
 
-    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Dispatched:
+    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Arrival:
         """See `Dispatch.dispatch`; S = T, and N = A, or E * C where that is less."""
         ends_L = assignments.kept_E.cumsum(0)
         num_rows = assignments.order_A.numel()
         if assignments.capacity is not None:
             num_rows = min(num_rows, assignments.capacity * assignments.kept_E.numel())
         row_map = RowMap.of(assignments, ends_L - assignments.kept_E, num_rows)
-        return Dispatched(x_TD, weights_TK, row_map, ends_L.int())
+        dispatched = Dispatched(x_TD, weights_TK, row_map, ends_L.int())
+        return lambda: dispatched
 
     def combine(self, output_SD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """See `Dispatch.combine`: the experts have summed already."""
@@ -91,7 +103,7 @@ class PaddedDispatch:
     group: ExpertGroup
     traffic: Traffic = field(default_factory=Traffic)
 
-    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Dispatched:
+    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Arrival:
         """See `Dispatch.dispatch`; S = N = R * L * C = E * C."""
         assert assignments.capacity is not None, "PaddedDispatch needs a capacity"
         capacity = assignments.slots
@@ -123,7 +135,7 @@ class VariableDispatch:
     group: ExpertGroup
     traffic: Traffic = field(default_factory=Traffic)
 
-    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Dispatched:
+    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Arrival:
         """See `Dispatch.dispatch`; S = N is what the ranks of the group send here."""
         sent_E, ranks = assignments.kept_E, self.group.size
         received_E = exchange_counts(sent_E, self.group)
@@ -149,11 +161,11 @@ def choose_dispatch(group: ExpertGroup, padded: bool) -> Dispatch:
 
 def _send(
     x_TD: torch.Tensor, weights_TK: torch.Tensor, home: WayHome, row_map: RowMap, ends_L: torch.Tensor
-) -> Dispatched:
-    """Exchange the rows and their weights; the second exchange is D times smaller."""
-    source_SD = all_to_all(gather_rows(x_TD, home.sent), home.exchange)
-    weights_S1 = all_to_all(gather_weights(weights_TK, home.sent)[:, None], home.exchange)
-    return Dispatched(source_SD, weights_S1, row_map, ends_L, home)
+) -> Arrival:
+    """Let the rows and their weights leave; the second exchange is D times smaller."""
+    source = start_all_to_all(gather_rows(x_TD, home.sent), home.exchange)
+    weights = start_all_to_all(gather_weights(weights_TK, home.sent)[:, None], home.exchange)
+    return lambda: Dispatched(source.wait(), weights.wait(), row_map, ends_L, home)
 
 
 def _bring_home(output_SD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:

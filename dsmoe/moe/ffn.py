@@ -29,7 +29,10 @@ Pointwise = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Activation:
-    """act(z), or act(gate) * up with gate and up the halves of z where `gated`; `slope(grad, x)` is grad * act'(x)."""
+    """act(z), or act(gate) * up with gate and up the halves of z where `gated`; `slope(grad, x)` is grad * act'(x).
+
+    `act` can be differentiated by autograd, which is how dense blocks use it.
+    """
 
     gated: bool
     act: Pointwise
@@ -71,7 +74,7 @@ ACTIVATIONS = {
     "swiglu": Activation(True, F.silu, torch.ops.aten.silu_backward),
     "geglu": Activation(True, F.gelu, torch.ops.aten.gelu_backward),
     "gelu": Activation(False, F.gelu, torch.ops.aten.gelu_backward),
-    "relu2": Activation(False, lambda x: F.relu(x).square_(), lambda grad, x: grad * F.relu(x) * 2),
+    "relu2": Activation(False, lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(x) * 2),
 }
 """SwiGLU and GEGLU (Shazeer 2020), GELU, and squared ReLU (Primer, So et al. 2021)."""
 

@@ -15,9 +15,10 @@ from torch import nn
 
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity
+from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch, choose_dispatch
 from dsmoe.moe.experts import ModuleExperts, StackedExperts, mark_expert_parameters, seed_of
-from dsmoe.moe.router import Router, Routing, RoutingRule
+from dsmoe.moe.router import Router, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup
 
@@ -45,7 +46,8 @@ class MoE(DeepSpeedMoE):
         eval_capacity_factor: the same in evaluation, on its own: a layer that trains dropless with
             `capacity_factor=None` still drops in evaluation at the default of 1.0.
         min_capacity: the least capacity.
-        use_residual: add a dense MLP (a copy of the expert) with a learned mix (PR-MoE, arXiv 2201.05596).
+        use_residual: a dense MLP like one expert, mixed with the experts by coefficients that are learned from the
+            token (PR-MoE, arXiv 2201.05596).
         noisy_gate_policy: None, 'Jitter' or 'RSample': DeepSpeed's names for `noise` 'none', 'jitter' and 'gumbel'.
         drop_tokens: False is dropless, whatever the factors say.
         use_rts: no effect.
@@ -53,8 +55,10 @@ class MoE(DeepSpeedMoE):
         enable_expert_tensor_parallelism: must be False in this version.
         top2_2nd_expert_sampling: no effect.
         expert_ffn_size: I, where `expert` is None.
-        activation: of those experts: swiglu, geglu, gelu or relu2 (`dsmoe.moe.ffn.ACTIVATIONS`).
-        recompute_experts: compute those experts' pre-activations again in the backward pass rather than keep them.
+        shared_expert_ffn_size: inner width of a dense feed-forward that every token passes, added to the experts'
+            output (DeepSeekMoE, arXiv 2401.06066); None makes none. Not with `use_residual`, which is one already.
+        activation: of those, and of the residual MLP: swiglu, geglu, gelu or relu2 (`dsmoe.moe.ffn.ACTIVATIONS`).
+        recompute_experts: compute the pre-activations of the stacked experts again in the backward pass.
         choice: `token`, or `expert` for expert-choice routing: each expert takes its C best tokens. It needs a
             capacity, drops nothing, and lets a token see what comes after it: not for causal models.
         normalize_weights: divide the chosen scores by their sum; None means for k > 1 where tokens choose.
@@ -110,6 +114,7 @@ class MoE(DeepSpeedMoE):
         top2_2nd_expert_sampling: bool = True,
         *,
         expert_ffn_size: int | None = None,
+        shared_expert_ffn_size: int | None = None,
         activation: str = "swiglu",
         recompute_experts: bool = False,
         choice: str = "token",
@@ -137,12 +142,10 @@ class MoE(DeepSpeedMoE):
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
         _check_arguments(expert, expert_ffn_size, num_experts, ep_size, enable_expert_tensor_parallelism, use_tutel)
-        self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size = ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
         self.num_experts = num_experts
-        self.num_local_experts = num_experts // ep_size
         self.k = k
         self.pad = pad
         self.loss_scale = 1.0
@@ -154,11 +157,14 @@ class MoE(DeepSpeedMoE):
         self.balance = Balance(num_experts, aux_loss, balance_scope, z_loss, bias_update_rate)
         factors = (capacity_factor, eval_capacity_factor) if drop_tokens else (None, None)
         sizes = (k, num_experts, *factors, min_capacity)
+        if choice == "expert":
+            drop_policy = "position"  # nothing is dropped, and this one sorts least
         control = (target_drop_percent, max_capacity_factor)
         self.limit = Capacity(*sizes, drop_policy, renormalize_dropped, *control, max_tokens)
         if choice == "expert":
             self._check_expert_choice()
         self._make_experts(hidden_size, expert, expert_ffn_size, activation, recompute_experts)
+        self._make_dense(hidden_size, expert, expert_ffn_size, activation, use_residual, shared_expert_ffn_size)
         self.statistics = RoutingStatistics(num_experts)
         self._redraw = expert is None or redraw_experts
         self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
@@ -173,6 +179,7 @@ class MoE(DeepSpeedMoE):
     def _make_experts(
         self, hidden_size: int, expert: nn.Module | None, expert_ffn_size: int | None, activation: str, recompute: bool
     ) -> None:
+        self.num_local_experts = self.num_experts // self.ep_size
         self.experts: StackedExperts | ModuleExperts
         if expert is None:
             assert expert_ffn_size is not None
@@ -180,8 +187,31 @@ class MoE(DeepSpeedMoE):
         else:
             self.experts = ModuleExperts(expert, self.num_local_experts)
         mark_expert_parameters(self.experts, self.expert_group_name)
-        if self.use_residual:
-            self.mlp = expert if expert is not None else _ResidualSwiGLU(hidden_size, expert_ffn_size or 0)
+
+    def _make_dense(
+        self,
+        hidden_size: int,
+        expert: nn.Module | None,
+        expert_ffn_size: int | None,
+        activation: str,
+        use_residual: bool,
+        shared_expert_ffn_size: int | None,
+    ) -> None:
+        """Make what every token passes: a shared expert, a residual MLP, or nothing. To DeepSpeed they are dense.
+
+        Their names lack "expert": DeepSpeed's checkpoints leave out what has it (0.19.8, runtime/engine.py:5003).
+        """
+        if use_residual and shared_expert_ffn_size is not None:
+            raise ValueError(
+                f"use_residual and shared_expert_ffn_size ({shared_expert_ffn_size}) both add a dense feed-forward "
+                f"that every token passes; give one of them"
+            )
+        self.use_residual = use_residual
+        self.shared = self.mlp = None
+        if shared_expert_ffn_size is not None:
+            self.shared = FeedForward(hidden_size, shared_expert_ffn_size, activation)
+        if use_residual:
+            self.mlp = expert if expert is not None else FeedForward(hidden_size, expert_ffn_size or 0, activation)
             self.coefficient = nn.Linear(hidden_size, 2)
 
     def _check_expert_choice(self) -> None:
@@ -254,7 +284,7 @@ class MoE(DeepSpeedMoE):
     def forward(
         self, hidden_states: torch.Tensor, used_token: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Route, limit, dispatch, compute, combine, count.
+        """Route, limit, dispatch, compute, combine, join, count.
 
         Args:
             hidden_states: [..., D].
@@ -274,17 +304,20 @@ class MoE(DeepSpeedMoE):
         assignments = self.limit(routing, assigned_E, generator)
         weights_TK = self.limit.weights(routing, assignments)
         exchange = self._exchange(assignments.capacity)
-        dispatched = exchange.dispatch(x_TD, weights_TK, assignments)
+        arrival = exchange.dispatch(x_TD, weights_TK, assignments)
+        dense_TD = self._dense(x_TD)  # while the rows are on their way
+        dispatched = arrival()
         output_SD = self.experts(dispatched)
         y_TD = exchange.combine(output_SD, dispatched)
+        if dense_TD is not None:
+            mix_T2 = self.coefficient(x_TD).softmax(dim=-1) if self.use_residual else None
+            y_TD = join_dense(y_TD, dense_TD, mix_T2, routing.mask_T)
 
         if self.training:
             y_TD = self.balance.attach(y_TD, losses, self.loss_scale)
             if not self.recomputing:
                 self.statistics.count(routing, assignments, losses)
         output = y_TD.view(hidden_states.shape)
-        if self.use_residual:
-            output = self._mix_residual(hidden_states, output, routing)
         return output, losses.balance.detach() if self.balance.aux_loss else losses.balance, assigned_E
 
     def begin_step(self, step: int) -> None:
@@ -334,15 +367,11 @@ class MoE(DeepSpeedMoE):
             )
         return self._dispatches[capacity is not None and self.pad]
 
-    def _mix_residual(self, x: torch.Tensor, output: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Mix the experts' output with the dense MLP's by learned, per-token coefficients (PR-MoE)."""
-        dense = self.mlp(x)
-        dense = dense[0] if isinstance(dense, tuple) else dense
-        mix = self.coefficient(x).softmax(dim=-1)
-        mixed = output * mix[..., 0:1] + dense * mix[..., 1:]
-        if routing.mask_T is None:
-            return mixed
-        return mixed * routing.mask_T.view(*x.shape[:-1], 1)
+    def _dense(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        """What every token passes besides its experts: the shared expert, the residual MLP, or nothing."""
+        dense = self.mlp if self.use_residual else self.shared
+        output = None if dense is None else dense(x_TD)
+        return output[0] if isinstance(output, tuple) else output
 
 
 class _Replay(AbstractContextManager[None]):
@@ -357,19 +386,6 @@ class _Replay(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self._layer._replayed_pass = None
-
-
-class _ResidualSwiGLU(nn.Module):
-    """The dense half of a residual MoE with SwiGLU experts."""
-
-    def __init__(self, hidden_size: int, ffn_size: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate) * up)
 
 
 def _one_noise(noise: str, noisy_gate_policy: str | None) -> str:

@@ -55,19 +55,40 @@ class Exchange:
         """The exchange that takes the rows back."""
         return Exchange(self.group, self.traffic, self.receive_counts, self.send_counts)
 
-    def run(self, rows_ND: torch.Tensor) -> torch.Tensor:
-        """Exchange, without a gradient."""
+    def start(self, rows_ND: torch.Tensor) -> Transfer:
+        """Let the rows leave, without a gradient; on CUDA on a stream of NCCL's own."""
+        sent = rows_ND.contiguous()
         num_received = rows_ND.shape[0] if self.receive_counts is None else sum(self.receive_counts)
         received = rows_ND.new_empty((num_received, *rows_ND.shape[1:]))
-        comm.all_to_all_single(
+        work = comm.all_to_all_single(
             received,
-            rows_ND.contiguous(),
+            sent,
             output_split_sizes=None if self.receive_counts is None else list(self.receive_counts),
             input_split_sizes=None if self.send_counts is None else list(self.send_counts),
             group=self.group.handle,
+            async_op=True,
         )
         self.traffic.add(self.group, rows_ND, self.send_counts)
-        return received
+        return Transfer(sent, received, work)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Rows on their way, which `Exchange.start` returns.
+
+    It keeps both buffers: another stream, or gloo's thread, reads and writes them until `wait`. After it whatever the
+    current stream does comes after the transfer, the reuse of their memory as well, so long as it is the stream that
+    made them. It is: autograd runs each backward on the stream of its forward.
+    """
+
+    sent: torch.Tensor
+    received: torch.Tensor
+    work: Any
+
+    def wait(self) -> torch.Tensor:
+        """The rows, once they are here; on CUDA only the current stream waits for that, not the host."""
+        self.work.wait()
+        return self.received
 
 
 def exchange_counts(counts_E: torch.Tensor, group: ExpertGroup) -> torch.Tensor:
@@ -94,16 +115,69 @@ def all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     Returns:
         [rows received, D], ordered by source rank.
     """
-    return _AllToAll.apply(rows_ND, exchange)
+    return start_all_to_all(rows_ND, exchange).wait()
 
 
-class _AllToAll(torch.autograd.Function):
+def start_all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> InFlight:
+    """`all_to_all` in two halves: whatever is computed before `wait` is computed while the rows travel.
+
+    In the backward pass too: autograd runs what was made later first. So the gradients leave when it reaches `wait`,
+    what stood between start and wait gets its gradients while they travel, and only this half waits for them.
+    """
+    journey = _Journey(exchange)
+    return InFlight(_Start.apply(rows_ND, journey), journey)
+
+
+@dataclass
+class _Journey:
+    """What the halves of an exchange share; refers to neither, or the graph would hold itself alive."""
+
+    exchange: Exchange
+    transfer: Transfer | None = None
+
+    def arrive(self) -> torch.Tensor:
+        assert self.transfer is not None, "wait only once, and after the start"
+        received, self.transfer = self.transfer.wait(), None
+        return received
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Rows that have left.
+
+    `ticket`, [0], ties the halves together in autograd's graph, so that none of its hooks and checks ever sees a buffer
+    that is still being written.
+    """
+
+    ticket: torch.Tensor
+    journey: _Journey
+
+    def wait(self) -> torch.Tensor:
+        """The rows received, once they are here: [rows received, D], ordered by source rank."""
+        return _Wait.apply(self.ticket, self.journey)
+
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        ctx.exchange = exchange
-        return exchange.run(rows_ND)
+    def forward(ctx: Any, rows_ND: torch.Tensor, journey: _Journey) -> torch.Tensor:
+        ctx.journey = journey
+        journey.transfer = journey.exchange.start(rows_ND)
+        return rows_ND.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.journey.arrive(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: torch.Tensor, journey: _Journey) -> torch.Tensor:
+        ctx.journey = journey
+        return journey.arrive()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.exchange.reversed().run(grad_ND), None
+        ctx.journey.transfer = ctx.journey.exchange.reversed().start(grad_ND)
+        return grad_ND.new_empty(0), None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsmoe.config.schema import Config
-from dsmoe.plan.layers import head_dim
+from dsmoe.plan.layers import head_dim, num_moe_layers
 from dsmoe.plan.parameters import count_parameters
 
 
@@ -30,14 +30,17 @@ def flops_per_token(config: Config, sequence_length: int) -> Flops:
     """Count the matrix products per token, averaged over a sequence of `sequence_length` tokens.
 
     - Projections: every weight of a matrix that a token meets is one multiply and one add. That is attention, dense
-      SwiGLU, router, the K chosen experts and the output head (tied or not). The embedding is a lookup: free.
+      SwiGLU, router, the K chosen experts, a shared expert or residual MLP with its coefficients, and the output head
+      (tied or not). The embedding is a lookup: free.
     - Attention: scores (Q K^T) and values (P V) are each 2 * sequence_length * num_heads * head_dim per token and
       layer. Counted in full, not halved for the causal mask, as PaLM and torch's flop counter do; kernels that skip
       the masked half therefore show a slightly higher MFU.
-    - Norms, rotary positions, softmax and activation functions are not matrix products: left out.
+    - Norms, biases, rotary positions, softmax and activation functions are not matrix products: left out.
     """
     model, counts = config.model, count_parameters(config)
     head = model.vocab_size * model.hidden_size
-    matrices = counts.attention + counts.dense_ffn + counts.router + counts.active_experts + head
+    biases = 2 * num_moe_layers(config) if counts.residual_mix else 0
+    every_token = counts.attention + counts.dense_ffn + counts.router + counts.shared_experts + counts.residual_mix
+    matrices = every_token - biases + counts.active_experts + head
     attention = model.num_layers * 2 * 2 * sequence_length * model.num_heads * head_dim(model)
     return Flops(forward=2 * matrices + attention)

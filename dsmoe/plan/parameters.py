@@ -1,7 +1,7 @@
 """How many parameters the model has, by part, counted from the config alone.
 
 Legend: V vocabulary, D hidden, H query heads, KV key/value heads, hd head width, F dense inner width, E experts,
-K experts per token, I expert inner width. No layer has a bias.
+K experts per token, I expert inner width. Only the coefficients of a residual MoE have a bias.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class ParameterCounts:
     """All experts of all MoE layers."""
     active_experts: int
     """The K experts per MoE layer that one token uses."""
+    shared_experts: int
+    """The shared expert, or the residual MLP, of each MoE layer: every token passes it."""
+    residual_mix: int
+    """[2, D] and [2] per MoE layer with a residual MLP: what it and the experts count."""
     norms: int
     """The RMSNorm weights, those over query and key heads included."""
 
@@ -61,13 +65,16 @@ class ParameterCounts:
 
     @property
     def _without_experts(self) -> int:
-        return self.embedding + self.output_head + self.attention + self.dense_ffn + self.router + self.norms
+        return self._cut_by_tensor + self.router + self.residual_mix + self.norms
+
+    @property
+    def _cut_by_tensor(self) -> int:
+        return self.embedding + self.output_head + self.attention + self.dense_ffn + self.shared_experts
 
     def per_device(self, topology: Topology) -> DeviceParameters:
         """Count what one rank holds: matrices cut by tensor, experts by expert x expert_tensor, the rest whole."""
-        cut_by_tensor = self.embedding + self.output_head + self.attention + self.dense_ffn
         return DeviceParameters(
-            shared=cut_by_tensor // topology.tensor + self.router + self.norms,
+            shared=self._cut_by_tensor // topology.tensor + self.router + self.residual_mix + self.norms,
             experts=self.experts // (topology.expert * topology.expert_tensor),
         )
 
@@ -86,6 +93,8 @@ def count_parameters(config: Config) -> ParameterCounts:
     table = model.vocab_size * D
     matrices = 3 if moe and moe.activation in GATED_ACTIVATIONS else 2  # gate, up, down
     expert = matrices * D * moe.expert_ffn_size if moe else 0
+    shared_expert = matrices * D * (moe.shared_expert_ffn_size or 0) if moe else 0
+    is_residual = moe is not None and moe.residual
     layer_norms = 2 * D + (2 * hd if model.qk_norm else 0)
     return ParameterCounts(
         embedding=table,
@@ -95,5 +104,7 @@ def count_parameters(config: Config) -> ParameterCounts:
         router=moe_layers * moe.num_experts * D if moe else 0,
         experts=moe_layers * moe.num_experts * expert if moe else 0,
         active_experts=moe_layers * moe.top_k * expert if moe else 0,
+        shared_experts=moe_layers * (expert if is_residual else shared_expert),
+        residual_mix=moe_layers * 2 * (D + 1) if is_residual else 0,
         norms=model.num_layers * layer_norms + D,
     )

@@ -152,8 +152,8 @@ def _layout(config: Config) -> dict[str, Any]:
 
 def _model(config: Config) -> dict[str, Any]:
     """What decides the shapes of the weights."""
-    moe = config.moe.model_dump(include={"num_experts", "expert_ffn_size", "activation"}) if config.moe else {}
-    return {**config.model.model_dump(), **moe}
+    keys = {"num_experts", "expert_ffn_size", "shared_expert_ffn_size", "residual", "activation"}
+    return {**config.model.model_dump(), **(config.moe.model_dump(include=keys) if config.moe else {})}
 
 
 def _check_fits(checkpoint: Path, manifest: dict[str, Any], config: Config) -> None:

@@ -115,6 +115,15 @@ def test_top_1_with_normalized_sigmoids_would_not_train_the_router_either(tmp_pa
     assert problem.startswith("moe.router.normalize_weights (true) with moe.top_k (1) makes every weight 1")
 
 
+def test_a_shared_expert_and_a_residual_mlp_are_one_too_many(tmp_path: Path) -> None:
+    assert check(tmp_path, "moe.residual=true", "moe.shared_expert_ffn_size=64") == [
+        "moe.residual (true) and moe.shared_expert_ffn_size (64) both add a dense feed-forward that every token "
+        "passes; remove one: the shared expert is added, the residual MLP is mixed in by learned coefficients"
+    ]
+    assert load(tmp_path, "moe.residual=true").moe.residual
+    assert load(tmp_path, "moe.shared_expert_ffn_size=64").moe.shared_expert_ffn_size == 64
+
+
 def test_groups_must_divide_the_experts(tmp_path: Path) -> None:
     assert check(tmp_path, "moe.router.num_groups=3") == [
         "moe.router.num_groups (3) must divide moe.num_experts (8); nearest: 2 or 4"

@@ -38,6 +38,12 @@ SMALL = {
 }
 MOE = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 24, "balance": {"aux_loss": 0.0}}
 
+WITH_DENSE = [
+    {**MOE, **more, "activation": activation}
+    for more in ({"shared_expert_ffn_size": 40}, {"residual": True})
+    for activation in ("swiglu", "relu2")
+]
+
 
 def small_config(moe: dict[str, Any] | None = MOE, train: dict[str, Any] | None = None, **model: Any) -> Config:
     """One dense and two MoE layers; dropless."""
@@ -279,14 +285,16 @@ class TestRotary:
 
 
 class TestInitialWeights:
-    def test_follow_from_the_seed_alone(self) -> None:
+    @pytest.mark.parametrize("moe", [MOE, *WITH_DENSE])
+    def test_follow_from_the_seed_alone(self, moe: dict[str, Any]) -> None:
         torch.manual_seed(1)
-        first = build_model(small_config()).state_dict()
+        first = build_model(small_config(moe)).state_dict()
         torch.manual_seed(2)
-        again = build_model(small_config()).state_dict()
-        other = build_model(small_config(train={"seed": 5})).state_dict()
+        again = build_model(small_config(moe)).state_dict()
+        other = build_model(small_config(moe, train={"seed": 5})).state_dict()
         assert all(torch.equal(first[name], again[name]) for name in first)
-        assert [n for n in first if torch.equal(first[n], other[n])] == [n for n in first if "norm" in n]
+        same = [name for name in first if torch.equal(first[name], other[name])]
+        assert same == [name for name in first if "norm" in name or "bias" in name]
 
     def test_do_not_depend_on_what_was_made_before(self) -> None:
         """Weights are drawn by name: more layers, and other parameters, change none that both models have."""
@@ -307,12 +315,13 @@ class TestInitialWeights:
                 else:
                     assert all(torch.equal(part[name], weight) for part in parts), name
 
-    def test_have_the_documented_spread(self) -> None:
-        model = build_model(small_config(vocab_size=400, hidden_size=64, ffn_size=96, num_layers=8, init_std=0.05))
+    @pytest.mark.parametrize("moe", [MOE, *WITH_DENSE])
+    def test_have_the_documented_spread(self, moe: dict[str, Any]) -> None:
+        model = build_model(small_config(moe, vocab_size=400, hidden_size=64, ffn_size=96, num_layers=8, init_std=0.05))
         residual = 0.05 / math.sqrt(2 * 8)
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                assert (parameter == 1).all(), name
+                assert (parameter == (0 if "coefficient" in name else 1)).all(), name
                 continue
             std = residual if "o_proj" in name or "down" in name else 0.05
             assert parameter.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * parameter.numel())), name
@@ -337,9 +346,14 @@ def built_weights(expert: int) -> dict[str, torch.Tensor]:
     return build_model(small_config(), Groups(Topology(1, 2, expert=expert))).state_dict()
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_planner_counts_every_parameter(path: Path) -> None:
-    config = load_config(path, [])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(pytest.param(load_config(path, []), id=path.stem) for path in sorted(CONFIGS.glob("*.yaml"))),
+        *(small_config(moe) for moe in WITH_DENSE),
+    ],
+)
+def test_the_planner_counts_every_parameter(config: Config) -> None:
     with torch.device("meta"):
         model = Transformer(config, ExpertGroup.alone())
     counts = count_parameters(config)
@@ -351,6 +365,8 @@ def test_the_planner_counts_every_parameter(path: Path) -> None:
     assert counts.total == sum(counted.values())
     assert counts.experts == total(".experts.")
     assert counts.router == total(".router.")
+    assert counts.shared_experts == total(".shared.", ".mlp.")
+    assert counts.residual_mix == total(".coefficient.")
     assert counts.attention == total("_proj.")
     assert counts.norms == total("norm.")
     assert counts.embedding == total("embedding.")
@@ -389,7 +405,7 @@ def measure_flops(model: nn.Module, tokens: torch.Tensor) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-@pytest.mark.parametrize("moe", [MOE, {**MOE, "top_k": 1, "num_experts": 8}, None], ids=["top 2", "top 1", "dense"])
+@pytest.mark.parametrize("moe", [MOE, {**MOE, "top_k": 1, "num_experts": 8}, None, *WITH_DENSE])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_the_planners_flops_are_those_that_torch_counts(moe: dict[str, Any] | None, tie_embeddings: bool) -> None:
     config = small_config(moe, tie_embeddings=tie_embeddings)

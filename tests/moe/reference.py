@@ -86,8 +86,14 @@ def run_reference(
     experts: Sequence[Expert],
     settings: Settings,
     used: Sequence[bool] | None = None,
+    dense: Expert | None = None,
+    coefficient: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Expected:
-    """Send the tokens of [T, D] `x` one by one to the experts, whose router has weights [E, D]."""
+    """Send the tokens of [T, D] `x` one by one to the experts, whose router has weights [E, D].
+
+    Every one that is not masked passes `dense` as well; its output is added, or where there is a `coefficient` ([2, D]
+    and [2]) mixed in.
+    """
     calls = [math.inf]
     tokens = []
     for index in range(len(x)):
@@ -112,6 +118,13 @@ def run_reference(
             factor = total(token.weights.values()) / total(token.weights[e] for e in stays)
         for expert in stays:
             output[token.index] = output[token.index] + factor * token.weights[expert] * experts[expert](x[token.index])
+        if dense is not None:
+            of_experts, of_dense = 1.0, 1.0
+            if coefficient is not None:
+                weight, bias = coefficient
+                first, second = ((torch.dot(weight[i], x[token.index]) + bias[i]).exp() for i in range(2))
+                of_experts, of_dense = first / (first + second), second / (first + second)
+            output[token.index] = of_experts * output[token.index] + of_dense * dense(x[token.index])
 
     num_tokens = max(len(tokens), 1)
     return Expected(

@@ -196,10 +196,45 @@ class TestResidual:
         mix = mix / mix.sum(-1, keepdim=True)
         torch.testing.assert_close(mixed, experts_alone * mix[..., :1] + layer.mlp(x) * mix[..., 1:])
 
-    def test_masked_tokens_stay_zero(self) -> None:
+    @pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu2"])
+    def test_the_mlp_is_like_one_expert(self, activation: str) -> None:
+        layer = make_layer(use_residual=True, activation=activation, num_experts=1, k=1)
+        with torch.no_grad():
+            layer.mlp.gate_up.weight.copy_(layer.experts.gate_up[0])
+            layer.mlp.down.weight.copy_(layer.experts.down[0])
+        x = torch.randn(5, D)
+        torch.testing.assert_close(layer(x)[0], layer.mlp(x), msg="a mix of two equals is either")
+
+
+class TestSharedExpert:
+    @pytest.mark.parametrize("users", [True, False])
+    def test_is_added(self, users: bool) -> None:
+        layer = make_layer(shared_expert_ffn_size=40, **({"expert": mlp()} if users else {}))
+        x = torch.randn(2, 5, D)
+        output, _, _ = layer(x)
+        shared, layer.shared = layer.shared, None
+        torch.testing.assert_close(output, layer(x)[0] + shared(x))
+        assert shared.down.weight.shape == (D, 40)
+
+    def test_does_not_go_with_a_residual_mlp(self) -> None:
+        with pytest.raises(ValueError, match=r"use_residual and shared_expert_ffn_size \(8\) both add"):
+            make_layer(shared_expert_ffn_size=8, use_residual=True)
+
+
+@pytest.mark.parametrize("arguments", [{"use_residual": True}, {"shared_expert_ffn_size": 8}])
+class TestWhatEveryTokenPasses:
+    def test_is_zero_for_masked_tokens(self, arguments: dict[str, Any]) -> None:
         used = torch.tensor([1, 0, 1])
-        output, _, _ = make_layer(use_residual=True)(torch.randn(3, D), used)
+        output, _, _ = make_layer(**arguments)(torch.randn(3, D), used)
         assert output.any(dim=1).tolist() == [True, False, True]
+
+    def test_is_dense_to_deepspeed_by_mark_and_by_name(self, arguments: dict[str, Any]) -> None:
+        """DeepSpeed reduces by the mark, and leaves parameters with "expert" in their name out of its checkpoints."""
+        named = dict(make_layer(**arguments).named_parameters())
+        experts = {name for name in named if name.startswith("experts.")}
+        assert {name for name, parameter in named.items() if hasattr(parameter, "group_name")} == experts
+        assert len(named) > len(experts) + 1
+        assert not any("expert" in name for name in named.keys() - experts)
 
 
 class TestNoise:

@@ -25,7 +25,11 @@ class CloseCallError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """The layer's settings; `biased` gives it a selection bias and, under scope `global`, some load share."""
+    """The layer's settings.
+
+    `biased` gives it a selection bias and, under scope `global`, some load share; `dense` is what every token passes:
+    `none`, `shared` or `residual`.
+    """
 
     num_experts: int
     top_k: int
@@ -44,6 +48,7 @@ class Case:
     scope: str = "micro_batch"
     sequences: int = 1
     choice: str = "token"
+    dense: str = "none"
 
     def layer(self) -> dsmoe.MoE:
         num_groups, top_k_groups, group_score = self.groups
@@ -54,7 +59,9 @@ class Case:
             capacity_factor=self.factor,
             choice=self.choice,
             min_capacity=self.minimum,
+            use_residual=self.dense == "residual",
             expert_ffn_size=I,
+            shared_expert_ffn_size=12 if self.dense == "shared" else None,
             normalize_weights=self.normalize,
             drop_policy=self.drop_policy,
             aux_loss=self.aux_loss,
@@ -74,6 +81,9 @@ class Case:
             layer.router.weight.normal_()
             layer.experts.gate_up.normal_(std=0.5)
             layer.experts.down.normal_(std=0.5)
+            for name, parameter in layer.named_parameters():
+                if name.startswith(("shared", "mlp", "coefficient")):
+                    parameter.normal_(std=0.5)
             if layer.balance.bias is not None:
                 layer.balance.bias.copy_((torch.randn(self.num_experts) * 2).round() / 8)
             if layer.balance.load_share is not None:
@@ -88,7 +98,7 @@ class Case:
         return Settings(
             self.top_k,
             capacity_of(num_tokens, self.top_k, self.num_experts, self.factor, self.minimum),
-            self.drop_policy,
+            "position" if self.choice == "expert" else self.drop_policy,
             self.score,
             self.normalize,
             self.scale,
@@ -111,14 +121,17 @@ def assert_equals_reference(
     """Run both forward and backward on [T, D] `x`, compare everything, and return what the reference says."""
     layer.loss_scale = loss_scale
     x = x.detach().requires_grad_()
-    actual = {"x": x, "router": layer.router.weight, "gate_up": layer.experts.gate_up, "down": layer.experts.down}
+    actual = {"x": x, **dict(layer.named_parameters())}
     exact = {name: value.detach().double().requires_grad_() for name, value in actual.items()}
+    dense = {"none": None, "shared": "shared", "residual": "mlp"}[case.dense]
     expected = run_reference(
         exact["x"],
-        exact["router"],
-        [swiglu_expert(gate_up, down) for gate_up, down in zip(exact["gate_up"], exact["down"], strict=True)],
+        exact["router.weight"],
+        list(map(swiglu_expert, exact["experts.gate_up"], exact["experts.down"])),
         case.settings(layer, len(x)),
         None if used is None else used.tolist(),
+        swiglu_expert(exact[f"{dense}.gate_up.weight"], exact[f"{dense}.down.weight"]) if dense else None,
+        (exact["coefficient.weight"], exact["coefficient.bias"]) if case.dense == "residual" else None,
     )
     if expected.closest_call < FP32_RESOLUTION:
         raise CloseCallError
@@ -139,7 +152,7 @@ def assert_equals_reference(
     counted = read_statistics(layer.statistics.sums, case.num_experts)
     assert counted.assigned_E.tolist() == expected.assigned
     assert counted.kept_E.tolist() == expected.kept
-    assert counted.z_loss == pytest.approx(expected.z_loss.item(), rel=1e-5)
+    assert counted.z_loss == pytest.approx(expected.z_loss.item(), rel=1e-5, abs=1e-6)
     assert counted.weight == pytest.approx(expected.weight, rel=1e-5)
     assert counted.dropped_weight == pytest.approx(expected.dropped_weight, rel=1e-5, abs=1e-6)
     assert counted.square_logit == pytest.approx(expected.square_logit, rel=1e-5)
@@ -329,6 +342,16 @@ def test_the_kept_choices_can_take_the_weight_of_the_dropped_ones(normalize: boo
     torch.testing.assert_close(weights.sum(1)[has_some], routing.weights_TK.sum(1)[has_some])
 
 
+@pytest.mark.parametrize("dense", ["shared", "residual"])
+@pytest.mark.parametrize("factor", [None, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_every_token_passes(dense: str, factor: float | None, masked: bool) -> None:
+    case = Case(4, 2, factor, aux_loss=0.3, z_loss=0.1, dense=dense)
+    used = torch.arange(12) % 3 != 1
+    expected = assert_equals_reference(case, case.layer(), torch.randn(12, D), used if masked else None)
+    assert expected.output.any(dim=1).tolist() == (used.tolist() if masked else [True] * 12), "dropped ones pass too"
+
+
 @given(
     num_tokens=st.integers(1, 9),
     experts=st.sampled_from([(n, (1, 1, "top2_sum")) for n in range(1, 6)] * 2 + GROUPED),
@@ -345,6 +368,7 @@ def test_the_kept_choices_can_take_the_weight_of_the_dropped_ones(normalize: boo
     used=st.none() | st.lists(st.booleans(), min_size=9, max_size=9),
     losses=st.sampled_from([(0.0, 0.0), (0.5, 0.25)]),
     choice=st.sampled_from(["token", "expert"]),
+    dense=st.sampled_from(["none", "shared", "residual"]),
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=1000, deadline=None, derandomize=True)
@@ -364,13 +388,14 @@ def test_any_small_case(
     used: list[bool] | None,
     losses: tuple[float, float],
     choice: str,
+    dense: str,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     num_experts, groups = experts
     top_k = min(top_k, num_experts // groups[0] * groups[1])
     biased, renormalize, balanced = flags
-    options = {"score": score, "scale": scale, "groups": groups, "scope": scope, "biased": biased}
+    options = {"score": score, "scale": scale, "groups": groups, "scope": scope, "biased": biased, "dense": dense}
     options |= {"renormalize_dropped": renormalize, "force_balanced": balanced}
     if factor is not None and not (biased or renormalize or balanced or groups[0] > 1):
         options["choice"] = choice

@@ -1,7 +1,7 @@
 """With static shapes the step reads nothing on the host, and the layer compiles to one graph.
 
-On a GPU `torch.cuda.set_sync_debug_mode("error")` says so; here, every way that leads from a tensor's values to the host
-or to another tensor's shape is closed while the layer runs.
+On a GPU `torch.cuda.set_sync_debug_mode("error")` says so; here, every way that leads from a tensor's values to the
+host or to another tensor's shape is closed while the layer runs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ ONE_RANK = [
     {"capacity_factor": None},
     {"capacity_factor": 1.0, "drop_policy": "probability", "recompute_experts": True},
     {"capacity_factor": 0.5, "drop_policy": "position", "renormalize_dropped": True},
-    {"capacity_factor": 1.0, "choice": "expert"},
+    {"capacity_factor": 1.0, "choice": "expert", "shared_expert_ffn_size": 8},
     {"capacity_factor": None, "aux_loss": 0.1, "z_loss": 0.1, "balance_scope": "sequence", "bias_update_rate": 0.1},
     {"capacity_factor": 1.0, "aux_loss": 0.1, "balance_scope": "global", "score": "sigmoid", "num_groups": 2},
 ]

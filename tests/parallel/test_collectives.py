@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dsmoe.parallel import Groups
-from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all
+from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all, start_all_to_all
 from dsmoe.plan import Topology
 from tests.ranks import run_ranks
 
@@ -56,3 +58,42 @@ def test_equal_exchange_and_its_gradient() -> None:
         assert result["received"] == [10 * source + 2 * rank + i for source in range(3) for i in range(2)]
         assert result["gradient"] == [1, 1, 2, 2, 3, 3]
         assert result["traffic"] == (0, 2 * 2 * 2 * 2), "2 peers x 2 rows x 2 bytes, there and back, between nodes"
+
+
+def exchange_two_at_once() -> dict[str, Any]:
+    """The one that left last is waited for first; a second backward pass over the same graph."""
+    rank = dist.get_rank()
+    group = Groups(Topology(1, 2, expert=2)).expert_group()
+    traffic = Traffic()
+    first, second = (torch.full((2, 3), value + rank, requires_grad=True) for value in (10.0, 20.0))
+    flights = [start_all_to_all(rows, Exchange(group, traffic)) for rows in (first, second)]
+    received = [flight.wait() for flight in reversed(flights)]
+    loss = sum((rows * (rank + 1) * scale).sum() for rows, scale in zip(received, (1, 10), strict=True))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return {
+        "received": [rows[:, 0].tolist() for rows in received],
+        "gradients": [rows.grad[:, 0].tolist() for rows in (first, second)],
+        "traffic": traffic.take(),
+    }
+
+
+def test_several_exchanges_can_be_under_way() -> None:
+    for result in run_ranks(2, exchange_two_at_once):
+        assert result["received"] == [[20, 21], [10, 11]]
+        assert result["gradients"] == [[2 * 10, 2 * 20], [2 * 1, 2 * 2]]
+        assert result["traffic"] == (2 * 3 * 3 * 4, 0), "of two exchanges, one row of 3 numbers there and twice back"
+
+
+def graph_is_freed() -> bool:
+    group = Groups(Topology(1, 2, expert=2)).expert_group()
+    gc.disable()
+    flight = start_all_to_all(torch.ones(2, 3, requires_grad=True), Exchange(group, Traffic()))
+    received, exchange = flight.wait(), weakref.ref(flight.journey.exchange)
+    assert exchange() is not None
+    del flight, received
+    return exchange() is None
+
+
+def test_a_graph_that_is_dropped_frees_its_memory_at_once() -> None:
+    assert run_ranks(2, graph_is_freed) == [True, True]

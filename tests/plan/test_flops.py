@@ -42,6 +42,17 @@ def test_dense_model_is_six_times_its_matrices_plus_attention() -> None:
     assert flops_per_token(config, sequence_length=32).training == 6 * matrices + 12 * 3 * 8 * 32
 
 
+def test_what_every_token_passes_costs_its_matrices() -> None:
+    """Hidden 8, three MoE layers; the coefficients of a residual MoE are a product to two numbers."""
+    moe = {"num_experts": 4, "expert_ffn_size": 8}
+    plain, shared, residual = (
+        flops_per_token(make_config(model={"ffn_size": None}, moe={**moe, **more}), sequence_length=32).forward
+        for more in ({}, {"shared_expert_ffn_size": 5}, {"residual": True})
+    )
+    assert shared - plain == 3 * 3 * 2 * 8 * 5
+    assert residual - plain == 3 * (3 * 2 * 8 * 8 + 2 * 8 * 2)
+
+
 def test_only_the_attention_grows_with_the_sequence() -> None:
     config = make_config(moe={"num_experts": 4, "expert_ffn_size": 8})
     per_position = 3 * 2 * 2 * 8  # layers x (scores, values) x multiply-add x width of all heads

@@ -89,6 +89,26 @@ def test_mixed_layers_by_hand() -> None:
     assert counts.active == counts.total - 360 + 216
 
 
+@pytest.mark.parametrize(("activation", "matrices"), [("swiglu", 3), ("relu2", 2)])
+def test_what_every_token_passes_by_hand(activation: str, matrices: int) -> None:
+    """Hidden 8, three layers; a shared expert of width 5, or a residual MLP of an expert's width 8."""
+    moe = {"num_experts": 4, "expert_ffn_size": 8, "activation": activation}
+    model = {"ffn_size": None}
+    plain = count_parameters(make_config(model=model, moe=moe))
+    shared = count_parameters(make_config(model=model, moe={**moe, "shared_expert_ffn_size": 5}))
+    residual = count_parameters(make_config(model=model, moe={**moe, "residual": True}))
+    assert (plain.shared_experts, plain.residual_mix) == (0, 0)
+    assert (shared.shared_experts, shared.residual_mix) == (3 * matrices * 8 * 5, 0)
+    assert (residual.shared_experts, residual.residual_mix) == (3 * matrices * 8 * 8, 3 * (2 * 8 + 2))
+    for counts in (shared, residual):
+        more = counts.shared_experts + counts.residual_mix
+        assert (counts.total - plain.total, counts.active - plain.active) == (more, more)
+        held = counts.per_device(Topology(nodes=1, devices_per_node=4, tensor=2, expert=2))
+        without = plain.per_device(Topology(nodes=1, devices_per_node=4, tensor=2, expert=2))
+        assert held.shared - without.shared == counts.shared_experts // 2 + counts.residual_mix
+        assert held.experts == without.experts
+
+
 def test_dense_model_is_all_active() -> None:
     counts = count_parameters(make_config(moe=None))
     assert counts.total == counts.active == 2 * 100 * 8 + 3 * (4 * 8 * 8 + 3 * 8 * 16 + 2 * 8) + 8

@@ -102,6 +102,32 @@ def test_global_balance_is_the_same_on_every_layout(
     assert balanced_reference["balance"]["bias"].abs().max() > 0.01, "the bias moved"
 
 
+WITH_DENSE = {  # what every token passes, and how it meets the experts
+    "shared": {"shared_expert_ffn_size": 40},
+    "residual": {"residual": True, "activation": "gelu"},
+}
+
+
+@pytest.fixture(scope="module", params=WITH_DENSE)
+def dense_reference(folder: Path, request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The moe section, and the training on one rank."""
+    moe = WITH_DENSE[request.param]
+    return moe, run_ranks(1, train, small_config(folder, moe=moe), STEPS)[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expert", "zero_stage", "recompute"),
+    [(1, 1, 2, "full"), (2, 2, 0, "none"), (2, 2, 1, "full"), (4, 2, 2, "none"), (4, 4, 1, "none")],
+)
+def test_what_every_token_passes_is_the_same_on_every_layout(
+    ranks: int, expert: int, zero_stage: int, recompute: str, folder: Path, dense_reference: tuple[Any, Any]
+) -> None:
+    moe, reference = dense_reference
+    layout = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage}
+    results = run_ranks(ranks, train, small_config(folder, **layout, moe=moe, train={"recompute": recompute}), STEPS)
+    assert_same_training(results, reference)
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(recompute: str, folder: Path, reference: dict[str, Any]) -> None:
     results = run_ranks(2, train, small_config(folder, ranks=2, expert=2, train={"recompute": recompute}), STEPS)

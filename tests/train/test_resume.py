@@ -95,6 +95,29 @@ def test_what_is_random_or_carried_on_in_the_layers_continues_as_well(
             assert torch.equal(at_once["weights"][name], whole[0]["weights"][name]), "the same on every rank"
 
 
+@pytest.mark.parametrize("dense", [{"shared_expert_ffn_size": 40}, {"residual": True}])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_what_every_token_passes_is_saved_with_its_optimizer_state(
+    dense: dict[str, Any], zero_stage: int, tmp_path: Path
+) -> None:
+    def config(folder: str) -> Config:
+        return small_config(tmp_path / folder, ranks=2, expert=2, zero_stage=zero_stage, moe=dense)
+
+    whole = run_ranks(2, train_and_save, config("whole"), 6)
+    run_ranks(2, train_and_save, config("halves"), 3)
+    second = run_ranks(2, train_and_save, config("halves"), 3)
+    saved = torch.load(Path(config("halves").runs_dir) / "checkpoints" / "step_00000006" / "rank_00001.pt")["model"]
+    names = {
+        name for name in whole[1]["weights"] if any(part in name for part in (".shared.", ".mlp.", ".coefficient"))
+    }
+    assert len(names) == (4 if "residual" in dense else 2)
+    for at_once, after in zip(whole, second, strict=True):
+        for name, weight in at_once["weights"].items():
+            assert torch.equal(after["weights"][name], weight), name
+    for name in names:
+        assert torch.equal(saved[name], whole[0]["weights"][name]), name
+
+
 def resume_from(config: Config, checkpoint: Path) -> str:
     try:
         make_trainer(config).resume(checkpoint)

@@ -1,0 +1,108 @@
+"""What every token passes is computed while rows are on their way to the experts, and so are its gradients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dsmoe
+from dsmoe.parallel import ExpertGroup, Groups, collectives
+from dsmoe.plan import Topology
+from tests.ranks import run_ranks
+
+D = 16
+
+
+def make_layer(dense: str, factor: float | None) -> dsmoe.MoE:
+    more: dict[str, Any] = {"use_residual": True} if dense == "residual" else {"shared_expert_ffn_size": 24}
+    sizes = {"num_experts": 4, "ep_size": 2, "expert_ffn_size": 8, "max_tokens": 12}
+    return dsmoe.MoE(D, k=2, capacity_factor=factor, seed=0, **sizes, **more)
+
+
+class Network:
+    """In place of `deepspeed.comm`: a peer that sends the same rows, which arrive only when they are waited for."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def all_to_all_single(
+        self, received: torch.Tensor, sent: torch.Tensor, *_: Any, async_op: bool = False, **__: Any
+    ) -> Any:
+        if not async_op:
+            return received.copy_(sent)
+        kind = "rows" if sent.shape[1] == D else "weights"
+        self.events.append(f"start {kind}")
+        received.fill_(torch.nan)
+        return Work(lambda: (self.events.append(f"wait {kind}"), received.copy_(sent)))
+
+
+class Work:
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.wait = wait
+
+
+@pytest.mark.parametrize("dense", ["shared", "residual"])
+@pytest.mark.parametrize("factor", [None, 1.0], ids=["variable", "padded"])
+def test_the_order_of_events(dense: str, factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network()
+    monkeypatch.setattr(collectives, "comm", network)
+    layer = make_layer(dense, factor)
+    layer.set_expert_group(ExpertGroup(None, 2, 0, (True, True)))
+    module = layer.mlp if dense == "residual" else layer.shared
+    module.register_forward_hook(lambda *_: network.events.append("dense"))
+    module.register_full_backward_hook(lambda *_: network.events.append("dense"))
+    layer.experts.register_forward_hook(lambda *_: network.events.append("experts"))
+    layer.experts.gate_up.register_hook(lambda _: network.events.append("experts"))
+
+    x = torch.randn(12, D, requires_grad=True)
+    output, _, _ = layer(x)
+    there, home = ["start rows", "start weights", "dense", "wait rows", "wait weights"], ["start rows", "wait rows"]
+    assert network.events == [*there, "experts", *home]
+    network.events.clear()
+    output.sum().backward()
+    assert [event for event in network.events if event != "experts"] == [
+        *home,
+        *("start weights", "start rows", "dense", "wait weights", "wait rows"),
+    ]
+    assert network.events.index("experts") < network.events.index("dense")
+    assert output.isfinite().all(), "nothing was read before it was there"
+    assert all(tensor.grad.isfinite().all() for tensor in (x, *layer.parameters()))
+
+
+def late_rank(folder: Path, factor: float | None) -> None:
+    """Rank 1 sends nothing before rank 0 has done its dense work: a rank 0 that waited for rank 1 first would hang."""
+    layer = make_layer("shared", factor)
+    layer.set_expert_group(Groups(Topology(1, 2, expert=2)).expert_group())
+    x = torch.randn(12, D, requires_grad=True)
+    forward, backward = folder / "forward", folder / "backward"
+    if dist.get_rank() == 0:
+        layer.shared.register_forward_hook(lambda *_: forward.touch())
+        layer.shared.register_full_backward_hook(lambda *_: backward.touch())
+    else:
+        start, before = collectives.Exchange.start, iter([forward, None, None, None, backward, None])
+
+        def start_late(exchange: collectives.Exchange, rows_ND: torch.Tensor) -> collectives.Transfer:
+            wait_for(next(before))
+            return start(exchange, rows_ND)
+
+        collectives.Exchange.start = start_late
+    layer(x)[0].sum().backward()
+
+
+def wait_for(file: Path | None) -> None:
+    deadline = time.monotonic() + 30
+    while file is not None and not file.exists():
+        assert time.monotonic() < deadline, f"rank 0 never came to its {file.name} pass"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("factor", [None, 1.0], ids=["variable", "padded"])
+def test_dense_work_needs_no_other_rank(factor: float | None, tmp_path: Path) -> None:
+    run_ranks(2, late_rank, tmp_path, factor)
+    assert {path.name for path in tmp_path.iterdir()} == {"forward", "backward"}
