@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from dsmoe.moe.capacity import Assignments
+from dsmoe.moe.kernels import on_gpu
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class RowMap:
 
     def gather(self, source_SD: torch.Tensor) -> torch.Tensor:
         """[S, D] -> [N, D]; zero for a row without a source."""
+        if on_gpu(source_SD):
+            from dsmoe.moe.kernels.bag_sum import bag_sum
+
+            # A bag of one row each; S for a row without a source, which is no row of the source either.
+            return bag_sum(source_SD.contiguous(), (self.assignment_N // self.row_SK.shape[1])[:, None])
         if source_SD.shape[0] == 0:
             return source_SD.new_zeros((self.num_rows, source_SD.shape[1]))
         rows_ND = source_SD.index_select(0, self.sources())
@@ -70,6 +76,10 @@ class RowMap:
 
     def sum(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [S, D], the sum of each source row's rows, in fp32 at least; no row adds nothing."""
+        if on_gpu(rows_ND):
+            from dsmoe.moe.kernels.bag_sum import bag_sum
+
+            return bag_sum(rows_ND.contiguous(), self.row_SK)
         num_sources, num_choices = self.row_SK.shape
         if num_sources == 0 or rows_ND.shape[0] == 0:
             return rows_ND.new_zeros((num_sources, rows_ND.shape[1]))
