@@ -47,6 +47,7 @@ def test_kernels_are_their_twin(name: str, num_rows: int, inner: int, dtype: tor
     torch.testing.assert_close(grad_weight_N.double(), expected_grad_weight_N, rtol=1e-6, atol=1e-6 * inner**0.5 * 9)
 
 
+@pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("end", [0, 1, 50, 100])
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
 def test_rows_behind_the_last_expert_are_neither_read_nor_written(name: str, end: int) -> None:
@@ -61,6 +62,7 @@ def test_rows_behind_the_last_expert_are_neither_read_nor_written(name: str, end
     for before, after in zip(clean, garbage, strict=True):
         assert torch.equal(before[:end], after[:end])
         assert after[:end].isfinite().all()
+        assert before[end:].isnan().all()
 
 
 def test_far_tails_stay_finite() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,14 +48,7 @@ def outcome(options: dict[str, Any], masked: bool) -> dict[str, torch.Tensor]:
     return found | {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
-@pytest.fixture
-def _uninitialised_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("_uninitialised_is_nan")
+@pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_kernels_change_nothing(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
