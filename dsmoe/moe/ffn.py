@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.rows import RowMap
 
 Pointwise = Callable[[torch.Tensor], torch.Tensor]
@@ -34,6 +35,7 @@ class Activation:
     `act` can be differentiated by autograd, which is how dense blocks use it.
     """
 
+    name: str
     gated: bool
     act: Pointwise
     slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -69,12 +71,32 @@ class Activation:
             grad_gate_NI.copy_(self.slope(grad_NI.mul_(up_NI), gate_NI))
         return hidden_NI.mul_(weight_N1), grad_weight_N
 
+    def weighted(self, z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor) -> torch.Tensor:
+        """The weight times forward(z), of the rows up to the last end."""
+        if on_gpu(z_NZ):
+            from dsmoe.moe.kernels.activation import weighted_activation
+
+            return weighted_activation(z_NZ, weight_N, ends_L, self.name)
+        return self.forward(z_NZ).mul_(weight_N[:, None].to(z_NZ.dtype))
+
+    def weighted_backward(
+        self, grad_NI: torch.Tensor, z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `weighted` returns, and the gradients of z and the weight. Overwrites `grad_NI`."""
+        if on_gpu(z_NZ):
+            from dsmoe.moe.kernels.activation import weighted_activation_backward
+
+            return weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, self.name)
+        grad_z_NZ = torch.empty_like(z_NZ)
+        hidden_NI, grad_weight_N = self.backward(grad_NI, z_NZ, weight_N[:, None].to(z_NZ.dtype), grad_z_NZ)
+        return hidden_NI, grad_z_NZ, grad_weight_N
+
 
 ACTIVATIONS = {
-    "swiglu": Activation(True, F.silu, torch.ops.aten.silu_backward),
-    "geglu": Activation(True, F.gelu, torch.ops.aten.gelu_backward),
-    "gelu": Activation(False, F.gelu, torch.ops.aten.gelu_backward),
-    "relu2": Activation(False, lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(x) * 2),
+    "swiglu": Activation("swiglu", True, F.silu, torch.ops.aten.silu_backward),
+    "geglu": Activation("geglu", True, F.gelu, torch.ops.aten.gelu_backward),
+    "gelu": Activation("gelu", False, F.gelu, torch.ops.aten.gelu_backward),
+    "relu2": Activation("relu2", False, lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(x) * 2),
 }
 """SwiGLU and GEGLU (Shazeer 2020), GELU, and squared ReLU (Primer, So et al. 2021)."""
 
@@ -129,8 +151,7 @@ class _Grouped(torch.autograd.Function):
     ) -> torch.Tensor:
         row_map = rows.row_map
         z_NZ = F.grouped_mm(row_map.gather(source_SD), up_LZD.transpose(-2, -1), offs=rows.ends_L)
-        weight_N1 = row_map.gather_weights(weights_SK)[:, None].to(z_NZ.dtype)
-        hidden_NI = rows.activation.forward(z_NZ).mul_(weight_N1)
+        hidden_NI = rows.activation.weighted(z_NZ, row_map.gather_weights(weights_SK), rows.ends_L)
         out_ND = F.grouped_mm(hidden_NI, down_LDI.transpose(-2, -1), offs=rows.ends_L)
         ctx.save_for_backward(source_SD, weights_SK, up_LZD, down_LDI, None if rows.recompute else z_NZ)
         ctx.rows = rows
@@ -144,11 +165,10 @@ class _Grouped(torch.autograd.Function):
         row_map, ends_L = rows.row_map, rows.ends_L
         if z_NZ is None:
             z_NZ = F.grouped_mm(row_map.gather(source_SD), up_LZD.transpose(-2, -1), offs=ends_L)
-        weight_N1 = row_map.gather_weights(weights_SK)[:, None].to(z_NZ.dtype)
+        weight_N = row_map.gather_weights(weights_SK)
         grad_ND = row_map.gather(grad_SD)
         grad_hidden_NI = F.grouped_mm(grad_ND, down_LDI, offs=ends_L)
-        grad_z_NZ = torch.empty_like(z_NZ)
-        hidden_NI, grad_weight_N = rows.activation.backward(grad_hidden_NI, z_NZ, weight_N1, grad_z_NZ)
+        hidden_NI, grad_z_NZ, grad_weight_N = rows.activation.weighted_backward(grad_hidden_NI, z_NZ, weight_N, ends_L)
         grad_down_LDI = F.grouped_mm(grad_ND.t(), hidden_NI, offs=ends_L)
         grad_up_LZD = F.grouped_mm(grad_z_NZ.t(), row_map.gather(source_SD), offs=ends_L)
         grad_source_SD = row_map.sum(F.grouped_mm(grad_z_NZ, up_LZD, offs=ends_L))

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from dsmoe.moe.kernels import on_gpu
+
 CHOICES = ("token", "expert")
 SCORES = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
@@ -141,10 +143,26 @@ class Router(nn.Module):
                 x_TD = x_TD.float()
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - JITTER, 1.0 + JITTER, generator=generator)
             logits_TE = _Logits.apply(x_TD, self.weight)
-            scores_TE = self._score(logits_TE)
+        decide = self._decide_fused if on_gpu(logits_TE) and self.rule.choice == "token" else self._decide
+        scores_TE, weights_TK, experts_TK, valid_TK = decide(logits_TE, mask_T, bias_E, generator, capacity)
         probabilities_TE = scores_TE
         if self.rule.score == "sigmoid":
             probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + _TINY)
+        if valid_TK is not None:
+            experts_TK = torch.where(valid_TK, experts_TK, self.num_experts)
+            weights_TK = torch.where(valid_TK, weights_TK, 0.0)
+        return Routing(logits_TE, scores_TE, probabilities_TE, weights_TK, experts_TK, mask_T)
+
+    def _decide(
+        self,
+        logits_TE: torch.Tensor,
+        mask_T: torch.Tensor | None,
+        bias_E: torch.Tensor | None,
+        generator: torch.Generator | None,
+        capacity: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Scores [T, E]; weights and experts [T, K], and which of them count, [T, K] or [T, 1]; None: all."""
+        scores_TE = self._score(logits_TE)
         with torch.no_grad():
             experts_TK, valid_TK = self._choose(logits_TE, scores_TE, mask_T, bias_E, generator, capacity)
         weights_TK = scores_TE.gather(1, experts_TK)
@@ -152,10 +170,27 @@ class Router(nn.Module):
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _TINY)
         if self.rule.scale != 1.0:
             weights_TK = weights_TK * self.rule.scale
-        if valid_TK is not None:
-            experts_TK = torch.where(valid_TK, experts_TK, self.num_experts)
-            weights_TK = torch.where(valid_TK, weights_TK, 0.0)
-        return Routing(logits_TE, scores_TE, probabilities_TE, weights_TK, experts_TK, mask_T)
+        return scores_TE, weights_TK, experts_TK, valid_TK
+
+    def _decide_fused(
+        self,
+        logits_TE: torch.Tensor,
+        mask_T: torch.Tensor | None,
+        bias_E: torch.Tensor | None,
+        generator: torch.Generator | None,
+        _: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`_decide` where tokens choose, as one kernel unless the choice goes by more than scores and bias."""
+        from dsmoe.moe.kernels.topk_router import route
+
+        rule, preference_TE = self.rule, None
+        if rule.force_balanced or rule.num_groups > 1 or (self.training and rule.noise == "gumbel"):
+            with torch.no_grad():
+                preference_TE = self._preference(logits_TE, self._score(logits_TE), mask_T, bias_E, generator)
+        scores_TE, weights_TK, experts_TK = route(
+            logits_TE, bias_E, preference_TE, rule.top_k, rule.score, rule.normalize_weights, rule.scale, _TINY
+        )
+        return scores_TE, weights_TK, experts_TK, None if mask_T is None else mask_T[:, None]
 
     def _score(self, logits_TE: torch.Tensor) -> torch.Tensor:
         return logits_TE.softmax(dim=-1) if self.rule.score == "softmax" else logits_TE.sigmoid()
@@ -171,11 +206,9 @@ class Router(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Experts [T, K], and which of them count, [T, K] or [T, 1]; None: all."""
         valid_T1 = None if mask_T is None else mask_T[:, None]
-        if self.rule.force_balanced:
-            return self._in_turn(len(scores_TE), mask_T, scores_TE.device), valid_T1
-        preference_TE = self._preference(logits_TE, scores_TE, bias_E, generator)
+        preference_TE = self._preference(logits_TE, scores_TE, mask_T, bias_E, generator)
         if self.rule.choice == "token":
-            return preference_TE.topk(self.rule.top_k, dim=-1).indices, valid_T1
+            return _largest(preference_TE, self.rule.top_k), valid_T1
         assert capacity is not None, "experts choose as many tokens as they have room for"
         if valid_T1 is not None:
             preference_TE = preference_TE.masked_fill(~valid_T1, -torch.inf)
@@ -189,10 +222,13 @@ class Router(nn.Module):
         self,
         logits_TE: torch.Tensor,
         scores_TE: torch.Tensor,
+        mask_T: torch.Tensor | None,
         bias_E: torch.Tensor | None,
         generator: torch.Generator | None,
     ) -> torch.Tensor:
         """What the choice goes by, [T, E]: the scores, with all that is added to them for the choice alone."""
+        if self.rule.force_balanced:
+            return self._in_turn(scores_TE, mask_T)
         preference_TE = scores_TE
         if self.training and self.rule.noise == "gumbel":
             gumbel_TE = -torch.empty_like(logits_TE).exponential_(generator=generator).log()
@@ -211,15 +247,27 @@ class Router(nn.Module):
             worth_TG = by_group_TGx.amax(dim=-1)
         else:
             worth_TG = by_group_TGx.topk(2, dim=-1).values.sum(dim=-1)
-        best = worth_TG.topk(rule.top_k_groups, dim=-1).indices
+        best = _largest(worth_TG, rule.top_k_groups)
         outside_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter_(1, best, False)
         return by_group_TGx.masked_fill(outside_TG[..., None], -torch.inf).flatten(1)
 
-    def _in_turn(self, num_tokens: int, mask_T: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """[T, K]: the experts 0, 1, ..., E - 1, 0, ... one after the other; masked tokens do not take a turn."""
-        top_k = self.rule.top_k
-        turn_T = torch.arange(num_tokens, device=device) if mask_T is None else (mask_T.cumsum(0) - 1).clamp(min=0)
-        return (turn_T[:, None] * top_k + torch.arange(top_k, device=device)) % self.num_experts
+    def _in_turn(self, scores_TE: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+        """Preferences that take the experts 0, 1, ..., E - 1, 0, ... in turn; masked tokens do not take one."""
+        device = scores_TE.device
+        turn_T = torch.arange(len(scores_TE), device=device) if mask_T is None else (mask_T.cumsum(0) - 1).clamp(min=0)
+        expert_E = torch.arange(self.num_experts, device=device)
+        return -((expert_E - turn_T[:, None] * self.rule.top_k) % self.num_experts).float()
+
+
+def _largest(x_Tn: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Where the `top_k` largest of each row stand, in falling order, the first of equals first: [T, K].
+
+    Which of equals `torch.topk` takes depends on the device. So that there are none, it gets as integers the bits of
+    the fp32 numbers, put in the order of the numbers, with the columns as their last digit. It is no slower.
+    """
+    bits_Tn = (x_Tn + 0.0).view(torch.int32)  # -0 is 0
+    key_Tn = (bits_Tn ^ ((bits_Tn >> 31) & 0x7FFFFFFF)).long().mul_(x_Tn.shape[1])
+    return key_Tn.sub_(torch.arange(x_Tn.shape[1], device=x_Tn.device)).topk(top_k, dim=-1).indices
 
 
 class _Logits(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from dsmoe.moe.capacity import Assignments
+from dsmoe.moe.kernels import on_gpu
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class RowMap:
     """Which row each choice of each source row has in a buffer of N rows, and back.
 
     `row_SK` is N for a choice that has no row. `assignment_N` is the choice (source * K + k) of each row, S * K for a
-    row without one. `bags` is None where neither occurs. Else it has the rows that there are, those of source 0 first
-    [N], and where each source's begin in that list [S + 1]; what is over in the list is row 0, in one bag more.
+    row without one. `complete` says that neither occurs. Where they do, `bags` has for a CPU the rows that there are,
+    those of source 0 first [N], and where each source's begin in that list [S + 1]; what is over in the list is row 0,
+    in one bag more.
     """
 
     row_SK: torch.Tensor
     assignment_N: torch.Tensor
+    complete: bool
     bags: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
@@ -44,17 +47,13 @@ class RowMap:
         assignment_N = order_A.new_full((num_rows + 1,), num_assignments).scatter_(0, row_A, order_A)
         # A dropless buffer holds every assignment; one with a capacity may have rows over, or choices without a row.
         complete = assignments.complete and num_rows == num_assignments
-        return cls(row_SK, assignment_N[:num_rows], None if complete else _bags(row_SK, num_rows))
+        bags = None if complete or on_gpu(row_SK) else _bags(row_SK, num_rows)
+        return cls(row_SK, assignment_N[:num_rows], complete, bags)
 
     @classmethod
     def permutation(cls, order_N: torch.Tensor, inverse_N: torch.Tensor) -> RowMap:
         """Row n is source row `order_N[n]`."""
-        return cls(inverse_N[:, None], order_N)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every choice has a row and every row a choice."""
-        return self.bags is None
+        return cls(inverse_N[:, None], order_N, True)
 
     @property
     def num_rows(self) -> int:
@@ -68,6 +67,11 @@ class RowMap:
 
     def gather(self, source_SD: torch.Tensor) -> torch.Tensor:
         """[S, D] -> [N, D]; zero for a row without a source."""
+        if on_gpu(source_SD):
+            from dsmoe.moe.kernels.bag_sum import bag_sum
+
+            # A bag of one row each; S for a row without a source, which is no row of the source either.
+            return bag_sum(source_SD.contiguous(), (self.assignment_N // self.row_SK.shape[1])[:, None])
         if source_SD.shape[0] == 0:
             return source_SD.new_zeros((self.num_rows, source_SD.shape[1]))
         rows_ND = source_SD.index_select(0, self.sources())
@@ -77,6 +81,10 @@ class RowMap:
 
     def sum(self, rows_ND: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [S, D], the sum of each source row's rows, in fp32 at least; no row adds nothing."""
+        if on_gpu(rows_ND):
+            from dsmoe.moe.kernels.bag_sum import bag_sum
+
+            return bag_sum(rows_ND.contiguous(), self.row_SK)
         num_sources, num_choices = self.row_SK.shape
         if num_sources == 0 or rows_ND.shape[0] == 0:
             return rows_ND.new_zeros((num_sources, rows_ND.shape[1]))

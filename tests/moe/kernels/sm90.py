@@ -1,0 +1,94 @@
+"""Compiles every launch of the kernels for an H100, on any machine: prints what it became, as JSON.
+
+Run as a program of its own, without Triton's interpreter. The functions are called as ever, so that the signatures,
+alignments and block sizes are the real ones; the launch itself is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.jit import JITFunction
+
+from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
+from dsmoe.moe.kernels.bag_sum import bag_sum
+from dsmoe.moe.kernels.permute import sort_by_expert
+from dsmoe.moe.kernels.topk_router import route
+
+T, D, E, K, INNER = 1000, 2048, 128, 8, 768
+"""Qwen3-30B-A3B's shape; T is odd on purpose: nothing may rely on it."""
+
+
+class NoDriver:
+    """Stands in for the CUDA driver as far as compiling goes."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main() -> None:
+    reports: dict[str, dict[str, int]] = {}
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        reports[f"{case}{self.__name__}"] = report(kernel)
+
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(NoDriver())
+    ends_L = torch.zeros(E, dtype=torch.int32)
+    for dtype, names in ((torch.bfloat16, ("swiglu", "geglu", "gelu", "relu2")), (torch.float32, ("swiglu",))):
+        for name in names:
+            case = f"{dtype} {name}"
+            z_NZ = torch.zeros(T, INNER * (2 if name in ("swiglu", "geglu") else 1), dtype=dtype)
+            hidden_NI = weighted_activation(z_NZ, torch.zeros(T), ends_L, name)
+            weighted_activation_backward(hidden_NI, z_NZ, torch.zeros(T), ends_L, name)
+        for size in (K, 1):
+            case = f"{dtype} bags of {size}"
+            bag_sum(torch.zeros(T, D, dtype=dtype), torch.zeros(T, size, dtype=torch.int64))
+    case = ""
+    sort_by_expert(torch.zeros(T, K, dtype=torch.int64), E)
+    for score, bias_E in (("softmax", None), ("sigmoid", torch.zeros(E))):
+        case = score
+        logits_TE = torch.zeros(T, E, requires_grad=True)
+        scores_TE, weights_TK, _ = route(logits_TE, bias_E, None, K, score, True, 1.0, 1e-20)
+        (scores_TE.sum() + weights_TK.sum()).backward()
+    print(json.dumps(reports))
+
+
+def report(kernel: Any) -> dict[str, int]:
+    """Registers and spilled bytes as the assembler tells, and global accesses by how wide they are."""
+    ptx = kernel.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder) / "cubin")]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    counts = {name: sum(map(int, re.findall(rf"(\d+) bytes {name}", log))) for name in ("spill stores", "spill loads")}
+    counts["registers"] = int(re.findall(r"Used (\d+) registers", log)[0])
+    counts["double precision"] = ptx.count(".f64")
+    counts["to nearest bf16"] = ptx.count("cvt.rn.bf16")
+    for access in ("ld", "st"):
+        found = re.findall(rf"{access}\.global(?:\.v(\d))?\.b(\d+)", ptx)
+        for bits in sorted({int(many or 1) * int(each) for many, each in found}):
+            counts[f"{access} {bits}"] = sum(int(many or 1) * int(each) == bits for many, each in found)
+    return counts
+
+
+if __name__ == "__main__":
+    main()

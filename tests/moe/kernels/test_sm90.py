@@ -1,0 +1,32 @@
+"""The kernels compile for an H100 on any machine, keep to its registers and move whole vectors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_sm90_without_spills_in_whole_vectors(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.moe.kernels.sm90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout)
+    assert len(reports) == 20
+    for name, report in reports.items():
+        assert report["spill stores"] == report["spill loads"] == 0, (name, report)
+        assert report["double precision"] == 0, (name, report)
+        assert (report["to nearest bf16"] > 0) == ("bfloat16" in name and "bags of 1" not in name), (name, report)
+        if "torch." in name:
+            # Nothing but weights, ends and row numbers comes or goes one by one.
+            narrow = [report.get(f"{access} {bits}", 0) for access in ("ld", "st") for bits in (8, 16)]
+            assert sum(narrow) == 0, (name, report)
+            assert report["ld 128"] >= 1, (name, report)
+            assert report["st 128"] >= 1, (name, report)
