@@ -142,12 +142,16 @@ class MoE(DeepSpeedMoE):
         noise = _one_noise(noise, noisy_gate_policy)
         groups = (num_groups, top_k_groups, group_score)
         rule = RoutingRule(k, score, normalize, weight_scale, *groups, noise, force_balanced)
-        self.router = Router(hidden_size, num_experts, rule)
+        router = Router(hidden_size, num_experts, rule)
         self.balance = Balance(num_experts, aux_loss, balance_scope, z_loss, bias_update_rate)
         factors = (capacity_factor, eval_capacity_factor) if drop_tokens else (None, None)
         control = (target_drop_percent, max_capacity_factor)
         self.limit = Capacity(*factors, min_capacity, drop_policy, renormalize_dropped, *control)
-        self._make_experts(hidden_size, expert, expert_ffn_size, activation)
+        experts = self._make_experts(hidden_size, expert, expert_ffn_size, activation)
+        self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, ep_size)
+        if use_residual:
+            self.mlp = expert if expert is not None else _ResidualSwiGLU(hidden_size, expert_ffn_size or 0)
+            self.coefficient = nn.Linear(hidden_size, 2)
         self.statistics = RoutingStatistics(num_experts)
         self._redraw = expert is None or redraw_experts
         self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
@@ -161,17 +165,25 @@ class MoE(DeepSpeedMoE):
 
     def _make_experts(
         self, hidden_size: int, expert: nn.Module | None, expert_ffn_size: int | None, activation: str
-    ) -> None:
-        self.experts: StackedExperts | ModuleExperts
+    ) -> StackedExperts | ModuleExperts:
+        experts: StackedExperts | ModuleExperts
         if expert is None:
             assert expert_ffn_size is not None
-            self.experts = StackedExperts(hidden_size, expert_ffn_size, self.num_local_experts, activation)
+            experts = StackedExperts(hidden_size, expert_ffn_size, self.num_local_experts, activation)
         else:
-            self.experts = ModuleExperts(expert, self.num_local_experts)
-        mark_expert_parameters(self.experts, self.expert_group_name)
-        if self.use_residual:
-            self.mlp = expert if expert is not None else _ResidualSwiGLU(hidden_size, expert_ffn_size or 0)
-            self.coefficient = nn.Linear(hidden_size, 2)
+            experts = ModuleExperts(expert, self.num_local_experts)
+        mark_expert_parameters(experts, self.expert_group_name)
+        return experts
+
+    @property
+    def router(self) -> Router:
+        """Step 1 of the forward pass; `deepspeed_moe.gate`."""
+        return self.deepspeed_moe.gate
+
+    @property
+    def experts(self) -> StackedExperts | ModuleExperts:
+        """Step 5 of the forward pass; `deepspeed_moe.experts`."""
+        return self.deepspeed_moe.experts
 
     def reset_experts(self, std: float = 0.02, down_std: float = 0.02, seed: int | None = None) -> None:
         """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
@@ -262,7 +274,9 @@ class MoE(DeepSpeedMoE):
         output = y_TD.view(hidden_states.shape)
         if self.use_residual:
             output = self._mix_residual(hidden_states, output, routing)
-        return output, losses.balance.detach() if self.balance.aux_loss else losses.balance, assigned_E
+        l_aux = losses.balance.detach() if self.balance.aux_loss else losses.balance
+        self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts = l_aux, assigned_E
+        return output, l_aux, assigned_E
 
     def begin_step(self, step: int) -> None:
         """Begin optimizer step `step`: what is random in it follows from its number, and its counts start from 0."""
@@ -320,6 +334,35 @@ class MoE(DeepSpeedMoE):
         if routing.mask_T is None:
             return mixed
         return mixed * routing.mask_T.view(*x.shape[:-1], 1)
+
+
+class RouterAndExperts(nn.Module):
+    """Router and experts under the names that they have in DeepSpeed's layer, and what others read there.
+
+    So parameters have the same names in the same order in both layers, and the checkpoints of DeepSpeed's engine, which
+    goes by names, can be read by either.
+
+    Attributes:
+        l_aux: the second value that the layer's last forward pass returned.
+        exp_counts: the third.
+    """
+
+    l_aux: torch.Tensor
+    exp_counts: torch.Tensor
+
+    def __init__(
+        self, gate: Router, experts: StackedExperts | ModuleExperts, ep_group_name: str, ep_size: int
+    ) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.ep_group_name = ep_group_name
+        self.ep_size = ep_size
+        self.num_local_experts = experts.num_local_experts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copying and pickling, which a tensor with a graph refuses: without what the last pass has left here."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("l_aux", "exp_counts")}
 
 
 class _Replay(AbstractContextManager[None]):
