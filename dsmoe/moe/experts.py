@@ -14,6 +14,7 @@ from torch import nn
 
 from dsmoe.moe.dispatch import Dispatched
 from dsmoe.moe.ffn import ACTIVATIONS, expert_ffn
+from dsmoe.moe.router import Router
 from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
 
 
@@ -151,3 +152,30 @@ class ModuleExperts(nn.Module):
                     reset = getattr(module, "reset_parameters", None)
                     if callable(reset):
                         reset()
+
+
+class RouterAndExperts(nn.Module):
+    """Router and experts under the names that they have in DeepSpeed's layer, and what others read there.
+
+    So parameters have the same names in the same order in both layers, and the checkpoints of DeepSpeed's engine, which
+    goes by names, can be read by either.
+
+    Attributes:
+        l_aux: the second value that the layer's last forward pass returned.
+        exp_counts: the third.
+    """
+
+    l_aux: torch.Tensor
+    exp_counts: torch.Tensor
+
+    def __init__(self, gate: Router, experts: StackedExperts | ModuleExperts, ep_group_name: str, ep_size: int) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.ep_group_name = ep_group_name
+        self.ep_size = ep_size
+        self.num_local_experts = experts.num_local_experts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copying and pickling, which a tensor with a graph refuses: without what the last pass has left here."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("l_aux", "exp_counts")}

@@ -16,7 +16,13 @@ from torch import nn
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity
 from dsmoe.moe.dispatch import Dispatch, choose_dispatch
-from dsmoe.moe.experts import ModuleExperts, StackedExperts, mark_expert_parameters, seed_of
+from dsmoe.moe.experts import (
+    ModuleExperts,
+    RouterAndExperts,
+    StackedExperts,
+    mark_expert_parameters,
+    seed_of,
+)
 from dsmoe.moe.router import Router, Routing, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup
@@ -334,35 +340,6 @@ class MoE(DeepSpeedMoE):
         if routing.mask_T is None:
             return mixed
         return mixed * routing.mask_T.view(*x.shape[:-1], 1)
-
-
-class RouterAndExperts(nn.Module):
-    """Router and experts under the names that they have in DeepSpeed's layer, and what others read there.
-
-    So parameters have the same names in the same order in both layers, and the checkpoints of DeepSpeed's engine, which
-    goes by names, can be read by either.
-
-    Attributes:
-        l_aux: the second value that the layer's last forward pass returned.
-        exp_counts: the third.
-    """
-
-    l_aux: torch.Tensor
-    exp_counts: torch.Tensor
-
-    def __init__(
-        self, gate: Router, experts: StackedExperts | ModuleExperts, ep_group_name: str, ep_size: int
-    ) -> None:
-        super().__init__()
-        self.gate = gate
-        self.experts = experts
-        self.ep_group_name = ep_group_name
-        self.ep_size = ep_size
-        self.num_local_experts = experts.num_local_experts
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copying and pickling, which a tensor with a graph refuses: without what the last pass has left here."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("l_aux", "exp_counts")}
 
 
 class _Replay(AbstractContextManager[None]):

@@ -8,6 +8,7 @@ G groups of experts, B sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ class Router(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """[E, D]; `wg.weight`, as in DeepSpeed's gate."""
-        return self.wg.weight
+        return cast("nn.Parameter", self.wg.weight)
 
     @property
     def k(self) -> int:

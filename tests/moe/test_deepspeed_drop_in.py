@@ -73,7 +73,7 @@ class TestSameWeights:
         theirs, ours = results
         assert theirs.keys() == ours.keys()
         for key, value in theirs.items():
-            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key} {text}")
+            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5, msg=lambda text: f"{key} {text}")  # noqa: B023
         assert ours["counts"].dtype == theirs["counts"].dtype
 
     @pytest.mark.parametrize("k", [1, 3])
