@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
 
 from dsmoe.moe.dispatch import Dispatched
 from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, expert_ffn
+from dsmoe.moe.router import Router
 from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
 
 
@@ -97,9 +99,25 @@ class StackedExperts(nn.Module):
             normal_from(seed_of(seed, "gate_up", first_expert + local), self.gate_up[local], std)
             normal_from(seed_of(seed, "down", first_expert + local), self.down[local], down_std)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """An entry per expert: the checkpoints of DeepSpeed's engine are a file per expert, told apart by these names.
+
+        They fail on a tensor that holds several experts. The entries are views: nothing is copied.
+        """
+        for name, stacked in self.named_parameters(recurse=False):
+            for local, one in enumerate(stacked if keep_vars else stacked.detach()):
+                destination[f"{prefix}deepspeed_experts.{local}.{name}"] = one
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, _ in self.named_parameters(recurse=False):
+            entries = [f"{prefix}deepspeed_experts.{local}.{name}" for local in range(self.num_local_experts)]
+            if all(entry in state_dict for entry in entries):
+                state_dict[f"{prefix}{name}"] = torch.stack([state_dict.pop(entry) for entry in entries])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class ModuleExperts(nn.Module):
-    """L copies of a user's own module, each over its own rows.
+    """L copies of a user's own module, each over its own rows; `deepspeed_experts`, as in DeepSpeed's layer.
 
     A Python loop that knows its row counts on the host: `StackedExperts` is the fast way.
 
@@ -111,7 +129,7 @@ class ModuleExperts(nn.Module):
     def __init__(self, expert: nn.Module, num_local_experts: int) -> None:
         super().__init__()
         self.num_local_experts = num_local_experts
-        self.experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_local_experts))
+        self.deepspeed_experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_local_experts))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
@@ -120,7 +138,7 @@ class ModuleExperts(nn.Module):
         ends = dispatched.ends_L.tolist()
         counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
         outputs = []
-        for expert, rows in zip(self.experts, rows_ND[: ends[-1]].split(counts), strict=True):
+        for expert, rows in zip(self.deepspeed_experts, rows_ND[: ends[-1]].split(counts), strict=True):
             output = expert(rows)
             outputs.append(output[0] if isinstance(output, tuple) else output)
         outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))
@@ -133,7 +151,7 @@ class ModuleExperts(nn.Module):
 
         A module of the user's without one keeps the values it was copied with.
         """
-        for local, expert in enumerate(self.experts):
+        for local, expert in enumerate(self.deepspeed_experts):
             devices = {p.device for p in expert.parameters() if p.device.type == "cuda"}
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed_of(seed, first_expert + local))
@@ -141,3 +159,30 @@ class ModuleExperts(nn.Module):
                     reset = getattr(module, "reset_parameters", None)
                     if callable(reset):
                         reset()
+
+
+class RouterAndExperts(nn.Module):
+    """Router and experts under the names that they have in DeepSpeed's layer, and what others read there.
+
+    So parameters have the same names in the same order in both layers, and the checkpoints of DeepSpeed's engine, which
+    goes by names, can be read by either.
+
+    Attributes:
+        l_aux: the second value that the layer's last forward pass returned.
+        exp_counts: the third.
+    """
+
+    l_aux: torch.Tensor
+    exp_counts: torch.Tensor
+
+    def __init__(self, gate: Router, experts: StackedExperts | ModuleExperts, ep_group_name: str, ep_size: int) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.ep_group_name = ep_group_name
+        self.ep_size = ep_size
+        self.num_local_experts = experts.num_local_experts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copying and pickling, which a tensor with a graph refuses: without what the last pass has left here."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("l_aux", "exp_counts")}

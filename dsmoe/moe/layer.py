@@ -17,7 +17,13 @@ from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity
 from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch, choose_dispatch
-from dsmoe.moe.experts import ModuleExperts, StackedExperts, mark_expert_parameters, seed_of
+from dsmoe.moe.experts import (
+    ModuleExperts,
+    RouterAndExperts,
+    StackedExperts,
+    mark_expert_parameters,
+    seed_of,
+)
 from dsmoe.moe.router import Router, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup
@@ -153,7 +159,7 @@ class MoE(DeepSpeedMoE):
         noise = _one_noise(noise, noisy_gate_policy)
         groups = (num_groups, top_k_groups, group_score)
         rule = RoutingRule(k, choice, score, normalize, weight_scale, *groups, noise, force_balanced)
-        self.router = Router(hidden_size, num_experts, rule)
+        router = Router(hidden_size, num_experts, rule)
         self.balance = Balance(num_experts, aux_loss, balance_scope, z_loss, bias_update_rate)
         factors = (capacity_factor, eval_capacity_factor) if drop_tokens else (None, None)
         sizes = (k, num_experts, *factors, min_capacity)
@@ -163,7 +169,8 @@ class MoE(DeepSpeedMoE):
         self.limit = Capacity(*sizes, drop_policy, renormalize_dropped, *control, max_tokens)
         if choice == "expert":
             self._check_expert_choice()
-        self._make_experts(hidden_size, expert, expert_ffn_size, activation, recompute_experts)
+        experts = self._make_experts(hidden_size, expert, expert_ffn_size, activation, recompute_experts)
+        self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, ep_size)
         self._make_dense(hidden_size, expert, expert_ffn_size, activation, use_residual, shared_expert_ffn_size)
         self.statistics = RoutingStatistics(num_experts)
         self._redraw = expert is None or redraw_experts
@@ -178,15 +185,16 @@ class MoE(DeepSpeedMoE):
 
     def _make_experts(
         self, hidden_size: int, expert: nn.Module | None, expert_ffn_size: int | None, activation: str, recompute: bool
-    ) -> None:
+    ) -> StackedExperts | ModuleExperts:
         self.num_local_experts = self.num_experts // self.ep_size
-        self.experts: StackedExperts | ModuleExperts
+        experts: StackedExperts | ModuleExperts
         if expert is None:
             assert expert_ffn_size is not None
-            self.experts = StackedExperts(hidden_size, expert_ffn_size, self.num_local_experts, activation, recompute)
+            experts = StackedExperts(hidden_size, expert_ffn_size, self.num_local_experts, activation, recompute)
         else:
-            self.experts = ModuleExperts(expert, self.num_local_experts)
-        mark_expert_parameters(self.experts, self.expert_group_name)
+            experts = ModuleExperts(expert, self.num_local_experts)
+        mark_expert_parameters(experts, self.expert_group_name)
+        return experts
 
     def _make_dense(
         self,
@@ -213,6 +221,16 @@ class MoE(DeepSpeedMoE):
         if use_residual:
             self.mlp = expert if expert is not None else FeedForward(hidden_size, expert_ffn_size or 0, activation)
             self.coefficient = nn.Linear(hidden_size, 2)
+
+    @property
+    def router(self) -> Router:
+        """Step 1 of the forward pass; `deepspeed_moe.gate`."""
+        return self.deepspeed_moe.gate
+
+    @property
+    def experts(self) -> StackedExperts | ModuleExperts:
+        """Step 5 of the forward pass; `deepspeed_moe.experts`."""
+        return self.deepspeed_moe.experts
 
     def _check_expert_choice(self) -> None:
         """Raise ValueError for what makes no sense where experts choose."""
@@ -318,7 +336,9 @@ class MoE(DeepSpeedMoE):
             if not self.recomputing:
                 self.statistics.count(routing, assignments, losses)
         output = y_TD.view(hidden_states.shape)
-        return output, losses.balance.detach() if self.balance.aux_loss else losses.balance, assigned_E
+        l_aux = losses.balance.detach() if self.balance.aux_loss else losses.balance
+        self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts = l_aux, assigned_E
+        return output, l_aux, assigned_E
 
     def begin_step(self, step: int) -> None:
         """Begin optimizer step `step`: what is random in it follows from its number, and its counts start from 0."""

@@ -8,7 +8,7 @@ G groups of experts, B sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +117,20 @@ class Router(nn.Module):
         rule.check(num_experts)
         self.num_experts = num_experts
         self.rule = rule
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        # On meta, so that torch draws no weight only to have it replaced.
+        self.wg = nn.Linear(hidden_size, num_experts, bias=False, device="meta")
+        self.wg.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """[E, D]; `wg.weight`, as in DeepSpeed's gate."""
+        return cast("nn.Parameter", self.wg.weight)
+
+    @property
+    def k(self) -> int:
+        """K, as in DeepSpeed's gate."""
+        return self.rule.top_k
 
     def forward(
         self,

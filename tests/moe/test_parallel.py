@@ -122,7 +122,7 @@ def expert_gradients(layer: dsmoe.MoE) -> dict[str, torch.Tensor]:
     """[L, ...] per kind of parameter, zeros where there is none."""
     if not layer.experts.__class__.__name__.startswith("Module"):
         return {name: parameter.grad for name, parameter in layer.experts.named_parameters()}
-    each = [dict(expert.named_parameters()) for expert in layer.experts.experts]
+    each = [dict(expert.named_parameters()) for expert in layer.experts.deepspeed_experts]
     return {name: torch.stack([parameters[name].grad for parameters in each]) for name in each[0]}
 
 

@@ -35,9 +35,9 @@ def test_groups_separate_experts_and_decay_only_matrices() -> None:
         (group["name"], group["moe"], group["weight_decay"]): sorted(named[id(p)] for p in group["params"])
         for group in groups
     }
-    experts = "sparse.experts.experts"
+    experts = "sparse.deepspeed_moe.experts.deepspeed_experts"
     assert found == {
-        ("matrices", False, 0.1): ["dense.weight", "sparse.router.weight"],
+        ("matrices", False, 0.1): ["dense.weight", "sparse.deepspeed_moe.gate.wg.weight"],
         ("vectors", False, 0.0): ["dense.bias", "norm.weight"],
         ("ep_size_1", True, 0.1): [f"{experts}.{i}.weight" for i in range(4)],
         ("ep_size_1", True, 0.0): [f"{experts}.{i}.bias" for i in range(4)],
