@@ -62,11 +62,11 @@ class Outcome:
 class Task:
     """A command that runs on a host, with both of its outputs in one file."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path, output: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
         self.output = output
         self._begun = time.monotonic()
         with output.open("w") as file:
-            self._process = subprocess.Popen(command, env=environment, cwd=folder, stdout=file, stderr=file, stdin=-3)
+            self._process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, stdin=-3)
 
     def wait(self, timeout: float) -> Outcome:
         """How it ended; a failure with all of its output where it does not within `timeout` seconds."""
@@ -123,7 +123,7 @@ class Host:
         """Start `command` on this host, with this process' environment and `environment`."""
         self._tasks += 1
         output = self._folder / f"{self.name}.{self._tasks}"
-        return Task([*_enter(self._pid), *command], {**os.environ, **(environment or {})}, cwd, output)
+        return Task([*_enter(self._pid, cwd), *command], {**os.environ, **(environment or {})}, output)
 
     def run(self, command: Sequence[str], timeout: float = 20, **options: object) -> Outcome:
         """Run `command` on this host to its end."""
@@ -225,8 +225,8 @@ def _new_namespaces() -> tuple[subprocess.Popen[bytes], int]:
     return holder, int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text())
 
 
-def _enter(pid: int) -> list[str]:
-    return ["nsenter", "--target", str(pid), *NAMESPACES, "--wdns=."]
+def _enter(pid: int, folder: Path = Path("/")) -> list[str]:
+    return ["nsenter", "--target", str(pid), *NAMESPACES, f"--wdns={folder}"]
 
 
 def _call(*command: str, net: int | None = None) -> str:
