@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsmoe.config import dump_config

@@ -33,7 +33,7 @@ def test_hosts_train_as_one_process_does(
     config = write_config(tmp_path, hosts, ranks_per_host)
     with Cluster(hosts) as cluster:
         tasks = LAUNCHERS[launcher](cluster, tmp_path, ranks_per_host, str(PRETRAIN), "--config", str(config))
-        outcomes = [task.wait(120) for task in tasks]
+        outcomes = [task.wait(250) for task in tasks]
     output = "\n".join(outcome.output for outcome in outcomes)
     assert {outcome.code for outcome in outcomes} == {0}, output
     assert output.count("step 3/3") == 1
