@@ -6,7 +6,7 @@ made the cluster, however that ends: two clusters do not meet, and none is left 
 
     with Cluster(2) as (first, second):
         second.shape("100mbit")
-        task = first.start(["ping", "-c1", second.address])
+        print(first.run(["ssh", second.name, "hostname"]).output)
 """
 
 from __future__ import annotations

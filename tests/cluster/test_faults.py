@@ -30,10 +30,8 @@ def test_a_host_that_is_cut_off_ends_the_run(launcher: str, ranks_per_host: int,
         first, *others = LAUNCHERS[launcher](cluster, tmp_path, ranks_per_host, str(PRETRAIN), "--config", str(config))
         first.wait_for("step 3/", 200)
         cluster.hosts[1].cut()
-        begun = time.monotonic()
         outcome = first.wait(TIMEOUT + TO_SAY_SO)
         alone = [task.wait(TIMEOUT + TO_SAY_SO) for task in others]
-        print("seconds:", time.monotonic() - begun)
     assert outcome.code > 0
     assert outcome.output.count("a collective failed at step ") == 1, outcome.output
     who = "rank 1 on host1 is gone" if ranks_per_host == 1 else "ranks 2, 3 on host1 are gone"
@@ -46,7 +44,8 @@ def test_a_host_that_is_cut_off_ends_the_run(launcher: str, ranks_per_host: int,
 
 
 def test_a_host_that_dies_is_named(tmp_path: Path) -> None:
-    config = write_config(tmp_path, 3, 1, **FOREVER, moe=None, model={"dense_layers": 0})
+    train = {**FOREVER["train"], "batch_tokens": 3 * 32}
+    config = write_config(tmp_path, 3, 1, **{**FOREVER, "train": train}, moe={"num_experts": 3})
     with Cluster(3) as cluster:
         first, last, _ = LAUNCHERS["torchrun"](cluster, tmp_path, 1, str(PRETRAIN), "--config", str(config))
         first.wait_for("step 3/", 200)
