@@ -74,7 +74,7 @@ class Watch:
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._beats, self.store = store.clone(), store.clone()
+        self._beats, self.store = store.clone(), store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         for clone in (self._beats, self.store):
             clone.set_timeout(timedelta(seconds=STORE_SECONDS))
         self._now = Note(socket.gethostname())
