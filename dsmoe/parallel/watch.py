@@ -85,6 +85,7 @@ class Watch:
         """By group of ranks, what `dsmoe.parallel.agreement` has seen them agree on."""
         self._on_stall: Callable[[LostRanksError], None] | None = None
         self._first_failed: int | None = None
+        self._store_answers = True
         self._publishing = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._publish_for_ever, daemon=True, name="dsmoe watch")
@@ -127,6 +128,7 @@ class Watch:
             return int(self.store.compare_set(FAILED, "", str(self.rank)).decode())
 
         first = _within(STORE_SECONDS, ask)
+        self._store_answers = first is not None
         return self._first_failed if first is None else first
 
     def explain(self, error: BaseException) -> str | None:
@@ -138,7 +140,9 @@ class Watch:
             return None
         notes, step, doing = self._doing
         here = replace(self._now, notes=notes, step=step, doing=doing)
-        missing = _within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(here))
+        missing = None
+        if self._store_answers:
+            missing = _within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(here))
         if missing is None:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             missing = (
@@ -149,7 +153,8 @@ class Watch:
 
     def tell(self) -> None:
         """Let the others know that the run's end has been explained; rank 0 stays until they do, having the store."""
-        _within(STORE_SECONDS, lambda: self.store.set("dsmoe/told", ""))
+        if self._store_answers:
+            _within(STORE_SECONDS, lambda: self.store.set("dsmoe/told", ""))
         if self.rank == 0 and self.world_size > 1:
             time.sleep(GRACE_SECONDS)
 
@@ -169,7 +174,7 @@ class Watch:
         seen = {rank: after.get(rank, unknown) for rank in others}
         gone = {r: note for r, note in seen.items() if not note.failed and note.beat == before.get(r, unknown).beat}
         if gone:
-            return f"{_who(gone)} gone, with no sign of life for {GRACE_SECONDS:.0f} s; last seen at {_places(gone)}"
+            return f"{_who(gone)} gone, with no sign of life for {GRACE_SECONDS:.0f} s; last heard of: {_places(gone)}"
         least = min(note.notes for note in [here, *seen.values()])
         if least == max(note.notes for note in [here, *seen.values()]):
             return "no rank is missing: all are alive and have come equally far"

@@ -2,7 +2,8 @@
 
 A host is a process in network, host-name, process, IPC and mount namespaces of its own; its cable ends in a port of a
 bridge, in a namespace of its own too. Nothing has a name outside of them and every process dies with the one that
-made the cluster, however that ends: two clusters do not meet, and none is left behind. Hosts share the file system.
+made the cluster, however that ends: two clusters do not meet, and none is left behind (of a cluster whose maker is
+killed, a folder with keys in the temporary directory is). Hosts share the file system.
 
     with Cluster(2) as (first, second):
         second.shape("100mbit")

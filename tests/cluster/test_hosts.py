@@ -87,7 +87,7 @@ def living(marker: str) -> list[str]:
 
 
 @pytest.mark.parametrize("way", ["left", "killed"])
-def test_nothing_survives_the_process_that_made_it(way: str) -> None:
+def test_no_process_survives_the_one_that_made_it(way: str, tmp_path: Path) -> None:
     marker = f"dsmoe-{os.getpid()}-{way}"
     script = (
         "import time\nfrom tests.cluster.hosts import Cluster\n"
@@ -97,7 +97,8 @@ def test_nothing_survives_the_process_that_made_it(way: str) -> None:
         f"    time.sleep({1000 if way == 'killed' else 0})\n"
     )
     command = [sys.executable, "-c", script]
-    maker = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    maker = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE)
     assert maker.stdout is not None
     maker.stdout.readline()
     if way == "killed":

@@ -36,7 +36,7 @@ def test_a_rank_without_beats_is_gone(watches: list[Watch]) -> None:
     assert text is not None
     assert text.startswith("a collective failed at step 7, layer 0, exchange: rank 2 on ")
     assert "gone, with no sign of life" in text
-    assert "last seen at step 7, layer 0, exchange (Connection closed by peer [10.0.0.2]:3456)" in text
+    assert "last heard of: step 7, layer 0, exchange (Connection closed by peer [10.0.0.2]:3456)" in text
 
 
 def test_the_furthest_behind_of_the_living_is_missing(watches: list[Watch]) -> None:
