@@ -1,4 +1,4 @@
-# `make train`: train a small MoE model in a few minutes.  `make test`, `make check`: what CI runs.
+# `make train`: train a small MoE model in a few minutes.  `make check`, `make test`, `make test-cluster`: what CI runs.
 # Needs Python 3.11 or newer, git and a C compiler's headers for nothing but some packages' installation.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny_cpu.yaml
 
-.PHONY: install train test check format clean
+.PHONY: install train test test-cluster check format clean
 
 install: $(VENV)/.installed
 
@@ -15,7 +15,10 @@ train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster"
+
+test-cluster: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

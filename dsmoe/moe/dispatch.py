@@ -29,6 +29,7 @@ import torch
 
 from dsmoe.moe.capacity import Assignments
 from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
+from dsmoe.parallel.agreement import agree
 from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all, exchange_counts, largest_of, start_all_to_all
 from dsmoe.parallel.groups import ExpertGroup
 
@@ -107,6 +108,8 @@ class PaddedDispatch:
         """See `Dispatch.dispatch`; S = N = R * L * C = E * C."""
         assert assignments.capacity is not None, "PaddedDispatch needs a capacity"
         capacity = assignments.slots
+        slots = "as the fullest rank needs" if capacity is None else f"{capacity} rows each"
+        agree(self.group, x_TD, assignments.assigned_E.numel(), f"padded, {slots}")
         if capacity is None:
             capacity = largest_of(assignments.capacity, self.group, x_TD.device)
         elif capacity < assignments.capacity:
@@ -138,6 +141,7 @@ class VariableDispatch:
     def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> Arrival:
         """See `Dispatch.dispatch`; S = N is what the ranks of the group send here."""
         sent_E, ranks = assignments.kept_E, self.group.size
+        agree(self.group, x_TD, sent_E.numel(), "not padded")
         received_E = exchange_counts(sent_E, self.group)
         # The one host read of this dispatch: how many rows to send to, and to expect from, each rank.
         send_R, receive_R = torch.stack([sent_E, received_E]).view(2, ranks, -1).sum(-1).tolist()

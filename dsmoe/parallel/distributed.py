@@ -20,6 +20,7 @@ import torch.distributed
 from deepspeed import comm
 
 from dsmoe.config.errors import UserError
+from dsmoe.parallel.watch import process_watch, stop_watching
 
 T = TypeVar("T")
 
@@ -71,6 +72,7 @@ def join_processes(device: str = "cuda", timeout: timedelta = timedelta(minutes=
 
 def leave_processes() -> None:
     """Destroy every process group, so that the process ends without warnings."""
+    stop_watching()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -85,12 +87,18 @@ def quiet_deepspeed() -> None:
 
 
 def set_timeout_everywhere(timeout: timedelta) -> None:
-    """Give every process group of this process the timeout, those included that DeepSpeed made with its default."""
+    """Give every process group of this process the timeout, those included that DeepSpeed made with its default.
+
+    NCCL's groups get a minute more: its watchdog ends the process without saying whom it waited for, so
+    `Watch.end_stalls` is to come first.
+    """
     # torch has no public call for this: `init_process_group(timeout=)` reaches the world group only.
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
+    process_watch().timeout = timeout
     for group in list(_world.pg_map):
-        _set_pg_timeout(timeout, group)
+        later = timedelta(minutes=1) if torch.distributed.get_backend(group) == "nccl" else timedelta(0)
+        _set_pg_timeout(timeout + later, group)
 
 
 def _choose_accelerator(device: str) -> None:
@@ -171,13 +179,3 @@ def _result_of(outcomes: list[list[Any]]) -> list[Any]:
 def is_shared(error: BaseException) -> bool:
     """Whether every rank has the same error, so that one of them may speak for all."""
     return getattr(error, "shared_by_all_ranks", False)
-
-
-def first_failed_rank() -> int:
-    """Say that this rank has failed, and learn which one was the first to say so (rank 0, if nobody can be asked)."""
-    rank = str(torch.distributed.get_rank())
-    try:
-        store = torch.distributed.distributed_c10d._get_default_store()
-        return int(store.compare_set("dsmoe/failed", "", rank).decode())
-    except Exception:
-        return 0  # the store lives in rank 0, which is gone

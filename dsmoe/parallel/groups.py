@@ -24,12 +24,14 @@ class ExpertGroup:
     """The ranks that hold one copy of all experts, as the MoE layer sees them.
 
     `same_node[r]` says whether the r-th rank of the group is on this rank's node; it only sorts traffic by link.
+    `label` names the layer that exchanges over the group, for messages.
     """
 
     handle: dist.ProcessGroup | None
     size: int
     rank: int
     same_node: tuple[bool, ...]
+    label: str = "an MoE layer"
 
     @classmethod
     def alone(cls) -> ExpertGroup:
@@ -95,12 +97,13 @@ class Groups:
         """The name under which DeepSpeed knows the expert groups, and expert parameters name theirs."""
         return f"ep_size_{self.topology.expert}"
 
-    def expert_group(self) -> ExpertGroup:
-        """The expert group, with the nodes of its members."""
+    def expert_group(self, layer: str | None = None) -> ExpertGroup:
+        """The expert group, with the nodes of its members, for the layer called `layer`."""
         topology = self.topology
         here = topology.node_of(self.rank)
         same_node = tuple(topology.node_of(r) == here for r in topology.group_of("expert", self.rank))
-        return ExpertGroup(self.handle("expert"), topology.expert, self.coordinate("expert"), same_node)
+        label = f"layer {layer}" if layer else ExpertGroup.label
+        return ExpertGroup(self.handle("expert"), topology.expert, self.coordinate("expert"), same_node, label)
 
     def _register_with_deepspeed(self) -> None:
         name, topology, rank = self.expert_group_name, self.topology, self.rank

@@ -40,11 +40,11 @@ def initialize(
     """
     loader = TrainLoader(prepare_once(config), config, groups.coordinate("data"), groups.topology.data)
     batch = Batch.from_config(config)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, MoE):
             module.loss_scale = 1.0 / batch.accumulation_steps
             if module.ep_size == groups.topology.expert:
-                module.set_expert_group(groups.expert_group())
+                module.set_expert_group(groups.expert_group(name))
     options = config.optimizer
     routers = [module.router.weight for module in model.modules() if isinstance(module, MoE)]
     exact = [weight.detach().float().clone() for weight in routers]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -23,7 +25,8 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import first_failed_rank, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.distributed import is_shared, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.watch import GRACE_SECONDS, LostRanksError, process_watch
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.parameters import count_parameters
@@ -81,6 +84,8 @@ def pretrain(config: Config) -> None:
     if checkpoint is not None:
         trainer.resume(checkpoint)
         logger.info("continuing from %s", checkpoint)
+    if rank.device.type == "cuda":
+        process_watch().end_stalls(_end_stalled)
     trainer.sinks = _sinks(config, folder, trainer.step_index if checkpoint else -1) if rank.is_first else []
     _train_and_tell(trainer, folder)
     for sink in trainer.sinks:
@@ -135,21 +140,37 @@ def _handler(handler: logging.Handler) -> logging.Handler:
     return handler
 
 
+def _end_stalled(error: LostRanksError) -> None:
+    """End this process from a thread, because the main one waits for a device that waits for ever."""
+    explain_end(error, str(error))
+    os._exit(1)
+
+
 def explain_end(error: Exception, text: str) -> None:
     """Print why this process ends, once for the whole run.
 
     The rank that fails first prints. The others, which then lose their connection to it, only say so: their own
-    tracebacks would bury the cause. Whoever is not the speaker lingers, because launchers end every rank as soon as
-    one has ended.
+    tracebacks would bury the cause. Where what failed is a collective, because other ranks are not there, it says
+    which. Whoever is not the speaker lingers, because launchers end every rank as soon as one has ended.
     """
     rank = int(os.environ.get("RANK", "0"))
     # Before the processes have joined, what is wrong is wrong on every rank alike: the config, the command line.
-    everywhere = is_shared(error) or not dist.is_initialized()
-    speaker = 0 if everywhere else first_failed_rank()
-    if rank == speaker:
-        who = "" if everywhere else f"[rank {rank}] "
-        print(who + text.rstrip(), file=sys.stderr, flush=True)
+    if not dist.is_initialized() or is_shared(error):
+        if rank == 0:
+            print(text.rstrip(), file=sys.stderr, flush=True)
+        else:
+            time.sleep(LINGER_SECONDS)
         return
-    if not everywhere:
+    # A launcher that has seen another rank end asks this one to: not before it has said why.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    watch = process_watch()
+    speaker = watch.speaker()
+    if speaker == rank or (speaker is None and os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(f"[rank {rank}] {(watch.explain(error) or text).rstrip()}", file=sys.stderr, flush=True)
+        watch.tell()
+        return
+    if speaker is not None:
         print(f"[rank {rank}] stopped because rank {speaker} did", file=sys.stderr, flush=True)
+    watch.wait_until_told(LINGER_SECONDS + GRACE_SECONDS)
     time.sleep(LINGER_SECONDS)

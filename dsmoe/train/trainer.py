@@ -18,6 +18,7 @@ from dsmoe.observe import Meter, Sink, console_line
 from dsmoe.observe.meter import Constants
 from dsmoe.parallel.distributed import Rank
 from dsmoe.parallel.groups import Groups
+from dsmoe.parallel.watch import SAVING, process_watch
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
@@ -95,12 +96,17 @@ class Trainer:
 
     def step(self) -> torch.Tensor | float:
         """One optimizer step; returns the gradient norm before clipping, on the device where it is there."""
+        watch = process_watch()
+        watch.note("reading data", self.step_index + 1)
         self.meter.begin_step()
         begin_step(self.moe_layers, self.step_index)
         waits: list[float] = []
         for tokens in timed(self.loader.micro_batches(self.step_index), waits):
+            watch.note("forward pass")
             losses_BS = self.engine(self._on_device(tokens))
+            watch.note("backward pass")
             self.engine.backward(losses_BS.mean())
+            watch.note("optimizer step")
             self.used_learning_rate = self.engine.get_lr()[0]
             self.engine.step()
             self.meter.add_micro_batch(losses_BS)
@@ -113,6 +119,7 @@ class Trainer:
     def log(self, grad_norm: torch.Tensor | float) -> None:
         """Reduce the step's figures over all ranks and write them down."""
         detail_every = self.config.observe.layer_detail_every
+        process_watch().note("reducing metrics")
         metrics = self.meter.read(layer_detail=bool(detail_every) and self.step_index % (detail_every or 1) == 0)
         if self.moe_layers:
             hold_drop_rate(self.moe_layers, metrics["moe/dropped_percent"])
@@ -133,6 +140,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out losses of every source, written down."""
+        process_watch().note("evaluation")
         metrics = evaluate(self.model, self.held_out, self.rank.device)
         self._write(metrics)
         each = "  ".join(f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.sources)
@@ -148,6 +156,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Save a checkpoint of this step."""
+        process_watch().note(SAVING)
         begun = time.perf_counter()
         path = save_checkpoint(self._checkpoint_folder, self.step_index, self.engine, self.config)
         seconds = time.perf_counter() - begun

@@ -14,6 +14,7 @@ from torch import nn
 import dsmoe
 from dsmoe.moe.dispatch import LocalDispatch, PaddedDispatch, VariableDispatch
 from dsmoe.parallel import Groups
+from dsmoe.parallel.agreement import DisagreementError
 from dsmoe.plan import Topology
 from tests.ranks import run_ranks
 
@@ -211,6 +212,23 @@ def exceed_max_tokens() -> str:
 
 def test_more_tokens_than_the_stated_largest_number_are_refused() -> None:
     assert run_ranks(2, exceed_max_tokens) == ["9 tokens came to this MoE layer, which is more than its max_tokens"] * 2
+
+
+def pad_on_one_rank_only() -> str:
+    layer = Case("", (9, 9), factor=1.0).layer(2)
+    layer.pad = dist.get_rank() == 1
+    layer.set_expert_group(Groups(Topology(1, 2, expert=2)).expert_group("blocks.3.ffn"))
+    with pytest.raises(DisagreementError) as caught:
+        layer(torch.randn(8, D))
+    return str(caught.value)
+
+
+def test_ranks_that_would_exchange_differently_all_stop_with_the_reason() -> None:
+    first, second = run_ranks(2, pad_on_one_rank_only)
+    assert first == second
+    assert "rank 0: layer blocks.3.ffn, exchange of rows of" in first
+    assert "not padded (8 tokens)" in first
+    assert "padded, as the fullest rank needs (8 tokens)" in first
 
 
 # SENT[r][p] tokens of rank r choose the expert of rank p. Ranks 0 and 1 are one node, 2 and 3 the other.

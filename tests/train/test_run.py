@@ -377,7 +377,11 @@ def test_a_hanging_rank_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
     command = ("deepspeed", "--num_gpus", "2", "--master_port", "29820", str(script), "--config", str(config))
     outcome = launch(tmp_path, *command, timeout=90)  # subprocess.TimeoutExpired is the failure
     assert outcome.code == 1
-    assert "10000ms" in outcome.out + outcome.err
+    everything = outcome.out + outcome.err
+    assert "10000ms" in everything
+    assert everything.count("a collective failed at step 3, layer blocks.1.ffn, exchange of rows") == 1
+    assert re.search(r"rank 1 on \S+ is missing: alive, but still at step 2, reducing metrics", everything)
+    assert "Traceback" not in everything
 
 
 def test_no_lock_of_a_dead_run_is_waited_for_and_nothing_is_compiled(

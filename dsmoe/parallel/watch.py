@@ -1,0 +1,274 @@
+"""Where every rank is, so that a collective that fails can say which ranks are missing.
+
+A collective that fails knows only its own side of it: a connection was reset, or time ran out. So each rank notes what
+it does (an assignment), a thread tells the store every `BEAT_SECONDS`, and after a failure whoever speaks for the run
+looks in the store: a rank whose beats have stopped is gone, and of the living the one that has come least far is the
+one that the others wait for. All ranks note the same things in the same order, so the number of notes is how far.
+
+There is one `Watch` per process, as there is one default store and one main thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+BEAT_SECONDS = 2.0
+GRACE_SECONDS = 3 * BEAT_SECONDS
+"""A rank whose beats do not go on for so long is gone."""
+STORE_SECONDS = 10.0
+"""How long the store may take to answer, which is in another process and perhaps on a host that is cut off."""
+
+FAILED = "dsmoe/failed"
+"""The key of the first rank that failed."""
+SAVING = "saving a checkpoint"
+"""A note that is not timed: how long it takes depends on the storage."""
+
+_LOST = re.compile(
+    r"gloo|ncclRemoteError|Connection (closed|reset)|Broken pipe|[Tt]imed out|Watchdog|recvValue|sendBytes", re.I
+)
+
+
+class LostRanksError(RuntimeError):
+    """Ranks that this one waits for do not come."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a rank does: its host, how many notes it has made, the step, what, and whether it has failed."""
+
+    host: str
+    beat: int = 0
+    notes: int = 0
+    step: int = 0
+    doing: str = "starting"
+    failed: bool = False
+
+    @property
+    def place(self) -> str:
+        """Step and what, for people."""
+        return f"step {self.step}, {self.doing}" if self.step else self.doing
+
+
+class Watch:
+    """This rank's notes, and what the store knows of the others'.
+
+    Args:
+        store: any store that all ranks share; clones of it are used, since a store serves one thread at a time.
+        rank: this rank.
+        world_size: how many there are.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._beats, self.store = store.clone(), store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+        for clone in (self._beats, self.store):
+            clone.set_timeout(timedelta(seconds=STORE_SECONDS))
+        self._now = Note(socket.gethostname())
+        self._doing: tuple[int, int, str] = (0, 0, "starting")
+        self.timeout = timedelta(minutes=30)
+        """How long this rank waits for others before it calls them missing."""
+        self.agreed: dict[tuple[int, ...], set[str]] = {}
+        """By group of ranks, what `dsmoe.parallel.agreement` has seen them agree on."""
+        self._on_stall: Callable[[LostRanksError], None] | None = None
+        self._first_failed: int | None = None
+        self._store_answers = True
+        self._publishing = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._publish_for_ever, daemon=True, name="dsmoe watch")
+        self._thread.start()
+
+    def note(self, doing: str, step: int | None = None) -> None:
+        """Say what this rank is about to do; costs an assignment, so it may stand before every collective."""
+        notes, last_step, _ = self._doing
+        self._doing = (notes + 1, last_step if step is None else step, doing)
+
+    def end_stalls(self, action: Callable[[LostRanksError], None]) -> None:
+        """Call `action`, in the watch's thread, if no note is made within a step for `timeout` and a little more.
+
+        For CUDA, where a collective that hangs raises nothing: the host waits for the device, and NCCL's own watchdog
+        ends the process without a word of ours. Before the first step, and while saving, time does not count.
+        """
+        self._on_stall = action
+
+    @property
+    def notes(self) -> int:
+        """How many notes this rank has made."""
+        return self._doing[0]
+
+    def stop(self) -> None:
+        """Publish no more."""
+        self._stopped.set()
+        self._thread.join(STORE_SECONDS)
+
+    def notes_of(self, ranks: Iterable[int]) -> dict[int, Note]:
+        """What the ranks have last published; those that never have are left out."""
+        keys = {rank: _key(rank) for rank in ranks}
+        return {r: Note(**json.loads(self.store.get(key))) for r, key in keys.items() if self.store.check([key])}
+
+    def speaker(self) -> int | None:
+        """Tell the others that this rank has failed, and learn which was the first to do so; None if none can say."""
+        self._now = replace(self._now, failed=True)
+
+        def ask() -> int:
+            self._publish()
+            return int(self.store.compare_set(FAILED, "", str(self.rank)).decode())
+
+        first = _within(STORE_SECONDS, ask)
+        self._store_answers = first is not None
+        return self._first_failed if first is None else first
+
+    def explain(self, error: BaseException) -> str | None:
+        """Which ranks are missing, where `error` says that a collective has lost one; takes `GRACE_SECONDS`.
+
+        None for errors of other kinds.
+        """
+        if not is_lost(error):
+            return None
+        notes, step, doing = self._doing
+        here = replace(self._now, notes=notes, step=step, doing=doing)
+        missing = None
+        if self._store_answers:
+            missing = _within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(here))
+        if missing is None:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            missing = (
+                f"rank 0's host does not answer at {address} either, where the ranks meet: it has ended, or "
+                f"{here.host} is cut off from it"
+            )
+        return f"a collective failed at {here.place}: {missing} ({_first_line(error)})"
+
+    def tell(self) -> None:
+        """Let the others know that the run's end has been explained; rank 0 stays until they do, having the store."""
+        if self._store_answers:
+            _within(STORE_SECONDS, lambda: self.store.set("dsmoe/told", ""))
+        if self.rank == 0 and self.world_size > 1:
+            time.sleep(GRACE_SECONDS)
+
+    def wait_until_told(self, seconds: float) -> None:
+        """Wait until the speaker has explained the end, `seconds` at most."""
+        deadline = time.monotonic() + seconds
+        while self._store_answers and time.monotonic() < deadline:
+            if _within(STORE_SECONDS, lambda: self.store.check(["dsmoe/told"])) is not False:
+                return  # told, or the store has gone with rank 0
+            time.sleep(0.2)
+
+    def _missing(self, here: Note) -> str:
+        """Which of the others are gone, or the furthest behind."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        before = self.notes_of(others)
+        time.sleep(GRACE_SECONDS)
+        after = self.notes_of(others)
+        unknown = Note("an unknown host", doing="before it had joined the others")
+        seen = {rank: after.get(rank, unknown) for rank in others}
+        gone = {r: note for r, note in seen.items() if not note.failed and note.beat == before.get(r, unknown).beat}
+        if gone:
+            return f"{_who(gone)} gone, with no sign of life for {GRACE_SECONDS:.0f} s; last heard of: {_places(gone)}"
+        least = min(note.notes for note in [here, *seen.values()])
+        if least == max(note.notes for note in [here, *seen.values()]):
+            return "no rank is missing: all are alive and have come equally far"
+        behind = {rank: note for rank, note in [(self.rank, here), *seen.items()] if note.notes == least}
+        return f"{_who(behind)} missing: alive, but still at {_places(behind)}"
+
+    def _publish_for_ever(self) -> None:
+        last, since = -1, time.monotonic()
+        while not self._stopped.wait(BEAT_SECONDS if self._now.beat else 0.0):
+            try:
+                self._publish()
+                if self._first_failed is None and self._beats.check([FAILED]):
+                    self._first_failed = int(self._beats.get(FAILED).decode())
+            except Exception:
+                return  # the store is gone, and with it the run: the main thread will find out and say so
+            notes, step, doing = self._doing
+            if notes != last or step == 0 or doing == SAVING:
+                last, since = notes, time.monotonic()
+            elif self._on_stall and time.monotonic() - since > self.timeout.total_seconds() + BEAT_SECONDS:
+                self._on_stall(LostRanksError(f"nothing has gone on for {self.timeout.total_seconds():.0f} s"))
+
+    def _publish(self) -> None:
+        with self._publishing:
+            notes, step, doing = self._doing
+            self._now = replace(self._now, beat=self._now.beat + 1, notes=notes, step=step, doing=doing)
+            self._beats.set(_key(self.rank), json.dumps(asdict(self._now)))
+
+
+_watches: dict[int, tuple[dist.Store, Watch]] = {}
+
+
+def process_watch() -> Watch:
+    """The watch of this process, which begins when it is first asked for; the processes must have joined."""
+    store = dist.distributed_c10d._get_default_store()
+    if id(store) not in _watches:
+        _watches.clear()
+        _watches[id(store)] = (store, Watch(store, dist.get_rank(), dist.get_world_size()))
+    return _watches[id(store)][1]
+
+
+def note(doing: str) -> None:
+    """`Watch.note` of this process' watch, if the processes have joined."""
+    if dist.is_initialized():
+        process_watch().note(doing)
+
+
+def stop_watching() -> None:
+    """End this process' watch, if there is one; before the processes leave each other."""
+    for _, watch in _watches.values():
+        watch.stop()
+    _watches.clear()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is what a collective raises when other ranks are not there."""
+    return isinstance(error, LostRanksError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+
+
+def _key(rank: int) -> str:
+    return f"dsmoe/watch/{rank}"
+
+
+def _who(notes: Mapping[int, Note]) -> str:
+    """`ranks 2, 3 on host1 and rank 4 on host2 are`."""
+    hosts: dict[str, list[int]] = {}
+    for rank, note in sorted(notes.items()):
+        hosts.setdefault(note.host, []).append(rank)
+    parts = [f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))} on {host}" for host, r in hosts.items()]
+    return f"{' and '.join(parts)} {'is' if len(notes) == 1 else 'are'}"
+
+
+def _places(notes: Mapping[int, Note]) -> str:
+    return "; ".join(dict.fromkeys(note.place for _, note in sorted(notes.items())))
+
+
+def _first_line(error: BaseException) -> str:
+    """What torch says, without the place in its sources."""
+    text = re.sub(r"^\[[^\]]*\]\s*", "", str(error))
+    return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T | None:
+    """What `action` returns, or None where it fails or takes longer: a store on a host that is cut off may never."""
+    result: list[Any] = [None]
+
+    def act() -> None:
+        try:
+            result[0] = action()
+        except Exception:
+            result[0] = None
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result[0]
