@@ -152,7 +152,7 @@ class Balance(Section):
 
 
 class Capacity(Section):
-    """How many assignments an expert accepts from one rank: of its micro-batch, or its `parallel.tensor` slice of it."""
+    """How many assignments an expert accepts from one rank: of its micro-batch, or `parallel.tensor` slice of one."""
 
     factor: PositiveFloat | None = None
     """C = max(minimum, ceil(tokens * top_k / num_experts * factor)); null is dropless."""

@@ -44,7 +44,7 @@ def token_losses(
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Keeps its inputs and log(sum(exp(logits))); the logits' gradient is (softmax - one-hot) times that of the loss."""
+    """Keeps its inputs and each logsumexp; the gradient of the logits is (softmax - one-hot) times that of the loss."""
 
     @staticmethod
     def forward(

@@ -139,9 +139,7 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     return counts.scatter_add_(0, flat_A, torch.ones_like(flat_A))[:num_experts]
 
 
-def load_balancing_loss(
-    routing: Routing, share_E: torch.Tensor, group: TensorGroup | None = None
-) -> torch.Tensor:
+def load_balancing_loss(routing: Routing, share_E: torch.Tensor, group: TensorGroup | None = None) -> torch.Tensor:
     """The Switch/GShard loss E * sum_e f_e * P_e, a scalar that is 1 under perfect balance.
 
     f_e (`share_E`) is the share of the assignments that chose expert e, before dropping, and P_e the mean over the
@@ -153,9 +151,7 @@ def load_balancing_loss(
     return share_E.numel() * torch.dot(share_E.to(mean_E.dtype), mean_E)
 
 
-def sequence_balancing_loss(
-    routing: Routing, num_sequences: int, group: TensorGroup | None = None
-) -> torch.Tensor:
+def sequence_balancing_loss(routing: Routing, num_sequences: int, group: TensorGroup | None = None) -> torch.Tensor:
     """The mean over the sequences of each one's E * sum_e f_e * P_e (DeepSeek-V3, eq. 17 to 20).
 
     Sequences of which every token is masked are left out of the mean. Each rank of `group` has a part of every one.

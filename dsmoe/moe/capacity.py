@@ -227,18 +227,19 @@ def spread_over_slices(assignments: Assignments, num_slices: int, num_local_expe
     slices = torch.arange(num_slices, device=assignments.order_A.device)
     first_A = assignments.expert_A // num_local_experts * (num_slices - 1) * num_local_experts + assignments.expert_A
     number_AS = first_A[:, None] + slices * num_local_experts
+    num_experts = assignments.assigned_E.numel() * num_slices
 
-    def each_E(counts_E: torch.Tensor) -> torch.Tensor:
+    def each(counts_E: torch.Tensor) -> torch.Tensor:
         return counts_E.view(-1, 1, num_local_experts).expand(-1, num_slices, -1).flatten()
 
     return dataclasses.replace(
         assignments,
         order_A=(assignments.order_A[:, None] * num_slices + slices).flatten(),
-        expert_A=number_AS.clamp(max=assignments.assigned_E.numel() * num_slices).flatten(),  # masked: one past the last
+        expert_A=number_AS.flatten().clamp(max=num_experts),  # masked ones have no expert in any slice
         place_A=assignments.place_A.repeat_interleave(num_slices),
         kept_A=assignments.kept_A.repeat_interleave(num_slices),
-        assigned_E=each_E(assignments.assigned_E),
-        kept_E=each_E(assignments.kept_E),
+        assigned_E=each(assignments.assigned_E),
+        kept_E=each(assignments.kept_E),
         num_choices=assignments.num_choices * num_slices,
     )
 

@@ -53,9 +53,9 @@ def normal_from(seed: int, tensor: torch.Tensor, std: float, shard: Shard | None
 class StackedExperts(nn.Module):
     """L feed-forward experts in two stacked weights, computed together.
 
-    `gate_up` [L, Z, D] and `down` [L, D, I] (or a slice of I of each). A gated activation has Z = 2 I, the gate's rows before the others, and
-    computes down (act(gate x) * up x); otherwise Z = I, and there is no gate in `gate_up`. Rows of a grouped product
-    must start at multiples of 16 bytes, so D and I / slices must be multiples of 8.
+    `gate_up` [L, Z, D] and `down` [L, D, I]. A gated activation has Z = 2 I, the gate's rows before the others, and
+    computes down (act(gate x) * up x); otherwise Z = I, and there is no gate in `gate_up`. With slices, I is that of
+    one. Rows of a grouped product must start at multiples of 16 bytes, so D and I must be multiples of 8.
 
     An expert's output is the sum of its slices' outputs, so that each slice is like an expert of its own (see
     `dsmoe.moe.capacity.spread_over_slices`).

@@ -1,8 +1,8 @@
 """Crossings between the parts of a model that the ranks of a tensor group share in different ways.
 
 Between the blocks every rank holds all tokens (replicated), or, under sequence parallelism, its slice of the sequence.
-Within attention, a dense feed-forward or the output head every rank holds all tokens and a slice of the weights, so that
-what it computes is one term of a sum. In an MoE layer every rank holds its slice of the tokens. Each crossing is a
+Within attention, a dense feed-forward or the output head every rank holds all tokens and a slice of the weights, so
+that what it computes is one term of a sum. In an MoE layer every rank holds its slice of the tokens. Each crossing is a
 collective whose gradient is the collective of the way back (Megatron-LM, arXiv:1909.08053 and 2205.05198).
 
 All work on [..., S, D] and cut S, the last dimension but one.

@@ -46,7 +46,7 @@ class Shard:
         return whole.unflatten(self.dim, (self.parts, -1)).chunk(self.count, dim=self.dim + 1)
 
 
-def mark_split(parameter: nn.Parameter) -> None:
+def mark_split(parameter: torch.Tensor) -> None:
     """Tell DeepSpeed that every rank of a tensor group has another part, which counts in the gradient norm."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
@@ -144,7 +144,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def local_ids(ids: torch.Tensor, num_local: int, group: TensorGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each id's row in this rank's slice of the vocabulary (some valid row where it is elsewhere), and if it is here."""
+    """Each id's row in this rank's slice of the vocabulary (any row where it is elsewhere), and whether it is here."""
     local = ids - group.rank * num_local
     return local.clamp(0, num_local - 1), (local >= 0) & (local < num_local)
 

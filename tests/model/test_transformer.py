@@ -95,7 +95,7 @@ class TestLoss:
             torch.testing.assert_close(actual, expected)
 
     def test_no_more_logits_than_a_chunk_are_alive(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of everything that forward and backward compute, nothing is larger; the graph keeps the inputs and a number per token."""
+        """Nothing that forward and backward compute is larger; the graph keeps the inputs and a number per token."""
         monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 4 * 70)
         hidden, head = torch.randn(40, 2, requires_grad=True), torch.randn(70, 2, requires_grad=True)
         targets, kept = torch.zeros(40, dtype=torch.int64), []
@@ -195,7 +195,7 @@ class TestLayers:
 class TestAttention:
     def attention(self, **model: Any) -> Attention:
         torch.manual_seed(0)
-        return Attention(small_config(**model).model)
+        return Attention(small_config(**model).model, TensorGroup.alone())
 
     def test_is_the_textbooks(self) -> None:
         """Softmax of scaled products over earlier positions, one head at a time, without rotation."""

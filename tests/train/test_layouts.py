@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.train.layouts import small_config, train
+from tests.train.layouts import assemble, small_config, train
 
 STEPS = 10
 LAYOUTS = [  # ranks, expert degree, ZeRO stage
@@ -134,16 +134,68 @@ def test_recompute_changes_nothing(recompute: str, folder: Path, reference: dict
     assert_same_training(results, reference)
 
 
+SPLIT = {  # a model with everything that is cut, replicated or shared in its own way; two sequences at a time
+    "model": {"qk_norm": True},
+    "moe": {
+        "num_experts": 4,
+        "top_k": 2,
+        "expert_ffn_size": 32,
+        "balance": {"aux_loss": 0.02, "z_loss": 0.001},
+    },
+    "train": {"micro_batch_size": 2},
+    # Adam divides a gradient by its own size: the rounding of one near zero would be a whole step of the weight.
+    "optimizer": {"eps": 1e-6},
+}
+
+
+@pytest.fixture(scope="module")
+def split_reference(folder: Path) -> dict[str, Any]:
+    return run_ranks(1, train, small_config(folder, **SPLIT), STEPS)[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "sequence", "expert", "expert_tensor", "zero_stage"),
+    [
+        (2, 2, False, 1, 1, 0),
+        (2, 2, False, 2, 1, 1),
+        (2, 2, True, 2, 1, 2),
+        (2, 2, True, 1, 2, 0),
+        (2, 1, False, 1, 2, 1),
+        (4, 2, False, 4, 1, 1),
+        (4, 2, True, 4, 1, 0),
+        (4, 2, True, 2, 1, 2),
+        (4, 2, True, 2, 2, 1),
+        (4, 2, False, 1, 2, 2),
+        (4, 4, True, 4, 1, 1),
+        (4, 4, False, 2, 2, 0),
+        (4, 4, True, 1, 1, 2),
+    ],
+)
+def test_tensor_layouts_train_the_same_model(
+    ranks: int,
+    tensor: int,
+    sequence: bool,
+    expert: int,
+    expert_tensor: int,
+    zero_stage: int,
+    folder: Path,
+    split_reference: dict[str, Any],
+) -> None:
+    parallel = {"tensor": tensor, "sequence": sequence, "expert_tensor": expert_tensor}
+    options = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage, "parallel": parallel}
+    assert_same_training(run_ranks(ranks, train, small_config(folder, **options, **SPLIT), STEPS), split_reference)
+
+
 def assert_same_training(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
     for result in results:
         assert result["losses"] == pytest.approx(reference["losses"], rel=1e-5)
         assert result["norms"] == pytest.approx(reference["norms"], rel=1e-5)
         assert result["held_out"] == pytest.approx(reference["held_out"], rel=1e-5)
-    seen = set()
-    for result in results:
-        for name, weight in result["weights"].items():
-            seen.add(name)
+    whole = assemble([reference["weights"]])
+    assert set(assemble([result["weights"] for result in results])) == set(whole)
+    for rank, result in enumerate(results):
+        for name, part in result["weights"].items():
+            where = f"{name} of rank {rank}"
             torch.testing.assert_close(
-                weight, reference["weights"][name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                part.value, part.of(whole[name]), rtol=1e-4, atol=1e-5, msg=lambda m, w=where: f"{w}: {m}"
             )
-    assert seen == set(reference["weights"])
