@@ -186,6 +186,46 @@ def test_tensor_layouts_train_the_same_model(
     assert_same_training(run_ranks(ranks, train, small_config(folder, **options, **SPLIT), STEPS), split_reference)
 
 
+def test_offloaded_optimizer_trains_the_same_model(folder: Path, split_reference: dict[str, Any]) -> None:
+    """Another way to the norm in DeepSpeed."""
+    options = {"ranks": 4, "expert": 4, "zero_stage": 2, "parallel": {"tensor": 2}}
+    offload = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    config = small_config(folder, **options, **SPLIT, deepspeed=offload)
+    assert_same_training(run_ranks(4, train, config, STEPS), split_reference)
+
+
+def test_balance_over_tensor_ranks_is_that_of_one(folder: Path) -> None:
+    balanced = {**SPLIT, "moe": {**BALANCED, "expert_ffn_size": 32}}
+    (one,) = run_ranks(1, train, small_config(folder, **balanced), STEPS)
+    balanced["train"] = {**balanced["train"], "recompute": "full"}
+    options = {"ranks": 4, "expert": 4, "parallel": {"tensor": 2, "sequence": True}}
+    results = run_ranks(4, train, small_config(folder, **options, **balanced), STEPS)
+    assert_same_training(results, one)
+    assert all(torch.equal(result["balance"]["bias"], one["balance"]["bias"]) for result in results)
+
+
+def test_bf16_norms_are_the_same_in_every_wrapper_and_near_those_of_one_rank(folder: Path) -> None:
+    """Between layouts bf16 rounds other sums, by up to 2^-9 of each; between DeepSpeed's wrappers nothing differs.
+
+    One micro-batch per step, because the wrappers differ in how they accumulate.
+    """
+    short = {**SPLIT, "train": {"micro_batch_size": 2, "precision": "bf16", "batch_tokens": 4 * 32}}
+    parallel = {"tensor": 2, "sequence": True, "expert_tensor": 2}
+    options = {"ranks": 4, "expert": 2, "parallel": parallel}
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+    (one,) = run_ranks(1, train, small_config(folder, **short), 3)
+    plain = run_ranks(4, train, small_config(folder, **options, **short, zero_stage=0), 3)
+    assert plain[0]["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert plain[0]["norms"] == pytest.approx(one["norms"], rel=4e-3)
+    for zero_stage, deepspeed in ((1, {}), (1, sums), (2, {})):
+        results = run_ranks(
+            4, train, small_config(folder, **options, **short, zero_stage=zero_stage, deepspeed=deepspeed), 3
+        )
+        for result in results:
+            assert result["norms"] == pytest.approx(plain[0]["norms"], rel=1e-5)
+            assert result["losses"] == pytest.approx(plain[0]["losses"], rel=1e-5)
+
+
 def assert_same_training(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
     for result in results:
         assert result["losses"] == pytest.approx(reference["losses"], rel=1e-5)
