@@ -45,7 +45,11 @@ def initialize(
             module.loss_scale = 1.0 / batch.accumulation_steps
             if (module.ep_size, module.expert_tensor) == (groups.topology.expert, groups.topology.expert_tensor):
                 module.set_expert_group(groups.expert_group())
-            module.set_tensor_group(groups.tensor_group(config.parallel.sequence))
+            if module.tensor_group.size != groups.topology.tensor:
+                raise UserError(
+                    f"an MoE layer was made for {module.tensor_group.size} tensor ranks, and parallel.tensor is "
+                    f"{groups.topology.tensor}: make it with tensor_group=groups.tensor_group()"
+                )
     options = config.optimizer
     routers = [module.router.weight for module in model.modules() if isinstance(module, MoE)]
     exact = [weight.detach().float().clone() for weight in routers]

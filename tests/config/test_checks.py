@@ -58,6 +58,14 @@ def test_what_is_cut_must_be_a_multiple_of_tensor(tmp_path: Path) -> None:
     ]
 
 
+def test_what_every_token_passes_is_cut_too(tmp_path: Path) -> None:
+    fitting = "parallel.tensor=4", "model.vocab_size=260"
+    assert check(tmp_path, *fitting, "moe.shared_expert_ffn_size=30") == [
+        "moe.shared_expert_ffn_size (30) must be a multiple of parallel.tensor (4); the next is 32"
+    ]
+    assert load(tmp_path, *fitting, "moe.residual=true")
+
+
 def test_tensor_layouts_that_fit(tmp_path: Path) -> None:
     assert load(tmp_path, "parallel.tensor=4", "model.vocab_size=260", "model.num_kv_heads=2", "parallel.sequence=true")
     assert load(tmp_path, "parallel.expert_tensor=2", "parallel.expert=4")

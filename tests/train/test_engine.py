@@ -177,6 +177,18 @@ def test_the_norm_counts_every_part_once(tensor: int) -> None:
         assert (norm, float(gradients[tensor - 1])) == pytest.approx((13.0, 12.0 if tensor == 1 else 72.0**0.5))
 
 
+def made_for_one_rank(config: Config) -> str:
+    with pytest.raises(UserError) as error:
+        initialize(model=Small(1), config=config, groups=Groups(Topology.from_config(config)))
+    return str(error.value)
+
+
+def test_a_layer_that_does_not_know_of_its_tensor_ranks_is_refused(tmp_path: Path) -> None:
+    """Its router's gradient would silently be that of half of the tokens."""
+    for message in run_ranks(2, made_for_one_rank, small_config(tmp_path, ranks=2, parallel={"tensor": 2})):
+        assert "tensor_group=groups.tensor_group()" in message
+
+
 def test_a_wrapper_that_a_checkpoint_would_miss_is_refused() -> None:
     class Wrapper:
         pass

@@ -140,6 +140,7 @@ SPLIT = {  # a model with everything that is cut, replicated or shared in its ow
         "num_experts": 4,
         "top_k": 2,
         "expert_ffn_size": 32,
+        "shared_expert_ffn_size": 16,
         "balance": {"aux_loss": 0.02, "z_loss": 0.001},
     },
     "train": {"micro_batch_size": 2},
