@@ -69,6 +69,8 @@ class Parallel(Section):
     """Devices over which the experts of a layer are spread; divides `moe.num_experts`."""
     expert_tensor: PositiveInt = 1
     """Devices that share one expert, each holding a slice of its matrices."""
+    sequence: bool = False
+    """With `tensor`: between the blocks, each of its devices holds a slice of the sequence instead of all of it."""
     zero_stage: Annotated[Literal[0, 1, 2], BeforeValidator(_whole_number)] = 1
     """What DeepSpeed shards over the data group: nothing, optimizer states (1), gradients as well (2)."""
 
@@ -150,7 +152,7 @@ class Balance(Section):
 
 
 class Capacity(Section):
-    """How many assignments an expert accepts from one rank's micro-batch."""
+    """How many assignments an expert accepts from one rank: of its micro-batch, or `parallel.tensor` slice of one."""
 
     factor: PositiveFloat | None = None
     """C = max(minimum, ceil(tokens * top_k / num_experts * factor)); null is dropless."""

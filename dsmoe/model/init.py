@@ -30,7 +30,8 @@ def initialise(model: Transformer, config: Config) -> None:
             continue  # the router's weight, drawn below
         if isinstance(module, nn.Linear | nn.Embedding):
             is_residual = name.endswith(("o_proj", "down"))
-            normal_from(seed_of(seed, name), module.weight, residual_std if is_residual else std)
+            shard = getattr(module, "shard", None)
+            normal_from(seed_of(seed, name), module.weight, residual_std if is_residual else std, shard)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, MoE):

@@ -217,6 +217,33 @@ def _by_expert(expert_A: torch.Tensor, assigned_E: torch.Tensor) -> tuple[torch.
     return order_A, expert_A, torch.arange(expert_A.numel(), device=expert_A.device) - first_E1[expert_A]
 
 
+def spread_over_slices(assignments: Assignments, num_slices: int, num_local_experts: int) -> Assignments:
+    """The assignments of a layer whose experts are cut into slices on `num_slices` neighbouring ranks.
+
+    An expert's output is the sum of its slices' outputs, so each slice is an expert of its own which every token of
+    the whole expert chooses with the same weight: choice k becomes the choices k * num_slices, ..., one per slice.
+    Experts are numbered by rank and, on each, as before. Unlike `limit`, this leaves them in no order.
+    """
+    slices = torch.arange(num_slices, device=assignments.order_A.device)
+    first_A = assignments.expert_A // num_local_experts * (num_slices - 1) * num_local_experts + assignments.expert_A
+    number_AS = first_A[:, None] + slices * num_local_experts
+    num_experts = assignments.assigned_E.numel() * num_slices
+
+    def each(counts_E: torch.Tensor) -> torch.Tensor:
+        return counts_E.view(-1, 1, num_local_experts).expand(-1, num_slices, -1).flatten()
+
+    return dataclasses.replace(
+        assignments,
+        order_A=(assignments.order_A[:, None] * num_slices + slices).flatten(),
+        expert_A=number_AS.flatten().clamp(max=num_experts),  # masked ones have no expert in any slice
+        place_A=assignments.place_A.repeat_interleave(num_slices),
+        kept_A=assignments.kept_A.repeat_interleave(num_slices),
+        assigned_E=each(assignments.assigned_E),
+        kept_E=each(assignments.kept_E),
+        num_choices=assignments.num_choices * num_slices,
+    )
+
+
 def renormalize(weights_TK: torch.Tensor, assignments: Assignments) -> torch.Tensor:
     """Give a token's kept choices the weight of all its choices, each in proportion; the dropped get 0.
 

@@ -10,6 +10,9 @@ A group is an arithmetic progression of ranks, so nothing here searches:
     expert_tensor  1                        expert_tensor
     expert         expert_tensor            expert
     expert_data    expert_tensor * expert   world / (expert_tensor * expert)
+    exchange       1                        expert_tensor * expert
+
+An exchange group is a copy of all experts, every slice of each: the ranks among which tokens travel.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Literal, get_args
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 
-Axis = Literal["tensor", "data", "expert_tensor", "expert", "expert_data"]
+Axis = Literal["tensor", "data", "expert_tensor", "expert", "expert_data", "exchange"]
 
 AXES: tuple[Axis, ...] = get_args(Axis)
 
@@ -69,7 +72,12 @@ class Topology:
     @property
     def expert_data(self) -> int:
         """Ranks that hold the same experts."""
-        return self.world_size // (self.expert * self.expert_tensor)
+        return self.world_size // self.exchange
+
+    @property
+    def exchange(self) -> int:
+        """Ranks that together hold one copy of all experts."""
+        return self.expert * self.expert_tensor
 
     def degree(self, axis: Axis) -> int:
         """Return the number of ranks in each of the axis' groups."""
@@ -113,7 +121,7 @@ class Topology:
 
     def _stride(self, axis: Axis) -> int:
         """Return the distance between neighbours in a group."""
-        strides = {"data": self.tensor, "expert": self.expert_tensor, "expert_data": self.expert_tensor * self.expert}
+        strides = {"data": self.tensor, "expert": self.expert_tensor, "expert_data": self.exchange}
         return strides.get(axis, 1)
 
     def _checked(self, rank: int) -> int:

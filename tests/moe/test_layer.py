@@ -19,7 +19,7 @@ import dsmoe
 from dsmoe.model.transformer import Block, Transformer
 from dsmoe.moe import LayerStatistics, read_statistics
 from dsmoe.moe.capacity import renormalize
-from dsmoe.parallel import ExpertGroup
+from dsmoe.parallel import ExpertGroup, TensorGroup
 from tests.plan.configs import make_config
 from tests.ranks import run_ranks
 
@@ -590,7 +590,7 @@ class TestStatistics:
         for recompute in ("none", "full"):
             config = make_config(moe={"num_experts": 4, "expert_ffn_size": 8}, train={"recompute": recompute})
             torch.manual_seed(0)
-            model = Transformer(config, ExpertGroup.alone())
+            model = Transformer(config, ExpertGroup.alone(), TensorGroup.alone())
             with set_checkpoint_early_stop(False):  # else torch happens to stop just before the counting
                 model(torch.arange(30).view(2, 15)).sum().backward()
             counted[recompute] = [layer.statistics.sums for _, layer in model.moe_layers()]
@@ -602,7 +602,7 @@ class TestStatistics:
 
     def test_count_once_where_a_user_checkpoints_a_block(self) -> None:
         config = make_config(moe={"num_experts": 4, "expert_ffn_size": 8})
-        model = Transformer(config, ExpertGroup.alone())
+        model = Transformer(config, ExpertGroup.alone(), TensorGroup.alone())
         block = model.blocks[0]
         assert isinstance(block, Block)
         x = torch.randn(1, 6, 8, requires_grad=True)
