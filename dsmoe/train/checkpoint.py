@@ -151,20 +151,28 @@ def _layout(config: Config) -> dict[str, Any]:
 
 
 def _model(config: Config) -> dict[str, Any]:
-    """What decides the shapes of the weights."""
+    """What decides which tensors there are, and their shapes."""
+    if config.moe is None:
+        return config.model.model_dump()
     keys = {"num_experts", "expert_ffn_size", "shared_expert_ffn_size", "residual", "activation"}
-    return {**config.model.model_dump(), **(config.moe.model_dump(include=keys) if config.moe else {})}
+    balance, capacity = config.moe.balance, config.moe.capacity
+    kept_between_steps = {
+        "moe.balance.scope is global": balance.scope == "global",
+        "moe.balance.bias_update_rate is above 0": balance.bias_update_rate > 0,
+        "moe.capacity.target_drop_percent is set": capacity.target_drop_percent is not None,
+    }
+    return {**config.model.model_dump(), **config.moe.model_dump(include=keys), **kept_between_steps}
 
 
 def _check_fits(checkpoint: Path, manifest: dict[str, Any], config: Config) -> None:
-    for what, here in (("another layout", _layout(config)), ("another model", _model(config))):
-        saved = manifest["layout" if what == "another layout" else "model"]
+    for what, here in (("layout", _layout(config)), ("model", _model(config))):
+        saved = manifest[what]
         keys = {**saved, **here}
         differing = [f"{k}: saved {saved.get(k)}, now {here.get(k)}" for k in keys if saved.get(k) != here.get(k)]
         if differing:
             raise UserError(
-                f"{checkpoint} is of {what} ({'; '.join(differing)}); this version resumes the same model on the "
-                f"same layout only"
+                f"{checkpoint} is of another {what} ({'; '.join(differing)}); this version resumes the same model on "
+                f"the same layout only"
             )
 
 

@@ -152,8 +152,14 @@ def test_other_layouts_and_damaged_files_are_refused_by_name(tmp_path: Path) -> 
     assert "ranks: saved 2, now 1" in message
     assert "expert: saved 2, now 1" in message
 
-    (message,) = run_ranks(1, resume_from, small_config(tmp_path, model={"hidden_size": 40}), checkpoint)
-    assert "hidden_size: saved 32, now 40" in message or "ranks" in message
+    for changed, difference in [
+        ({"model": {"hidden_size": 40}}, "hidden_size: saved 32, now 40"),
+        ({"moe": {"balance": {"bias_update_rate": 0.1}}}, "moe.balance.bias_update_rate is above 0: saved False, now"),
+        ({"moe": {"balance": {"scope": "global"}}}, "moe.balance.scope is global: saved False, now True"),
+    ]:
+        other = small_config(tmp_path, ranks=2, expert=2, **changed)
+        for message in run_ranks(2, resume_from, other, checkpoint):
+            assert f"{checkpoint} is of another model ({difference}" in message
 
     damaged = checkpoint / "rank_00001.pt"
     content = damaged.read_bytes()
