@@ -7,6 +7,7 @@ the one `Topology` is what makes gradient reduction, partitioning and token disp
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,7 +25,8 @@ class ExpertGroup:
     """The ranks that hold one copy of all experts, as the MoE layer sees them.
 
     `same_node[r]` says whether the r-th rank of the group is on this rank's node; it only sorts traffic by link.
-    `label` names the layer that exchanges over the group, for messages.
+    `label` names the layer that exchanges over the group, for messages. `levels` are, where tokens go first across
+    nodes and then inside one, the groups of this rank for either; the group's ranks then stand node by node.
     """
 
     handle: dist.ProcessGroup | None
@@ -32,6 +34,7 @@ class ExpertGroup:
     rank: int
     same_node: tuple[bool, ...]
     label: str = "an MoE layer"
+    levels: tuple[ExpertGroup, ExpertGroup] | None = None
 
     @classmethod
     def alone(cls) -> ExpertGroup:
@@ -82,6 +85,10 @@ class Groups:
         self.topology = topology
         self.rank = dist.get_rank()
         self._handles = {axis: _new_group_of(topology, axis, self.rank, timeout) for axis in AXES}
+        self._levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+        if levels := topology.exchange_levels():
+            across, inside = (_own_group(groups, self.rank, timeout) for groups in levels)
+            self._levels = across, inside
         self._register_with_deepspeed()
 
     def handle(self, axis: Axis) -> dist.ProcessGroup:
@@ -103,7 +110,19 @@ class Groups:
         here = topology.node_of(self.rank)
         same_node = tuple(topology.node_of(r) == here for r in topology.group_of("expert", self.rank))
         label = f"layer {layer}" if layer else ExpertGroup.label
-        return ExpertGroup(self.handle("expert"), topology.expert, self.coordinate("expert"), same_node, label)
+        levels = self._exchange_levels(label)
+        return ExpertGroup(self.handle("expert"), topology.expert, self.coordinate("expert"), same_node, label, levels)
+
+    def _exchange_levels(self, label: str) -> tuple[ExpertGroup, ExpertGroup] | None:
+        if self._levels is None:
+            return None
+
+        def level(handle: dist.ProcessGroup, near: bool) -> ExpertGroup:
+            size, rank = dist.get_world_size(handle), dist.get_group_rank(handle, self.rank)
+            return ExpertGroup(handle, size, rank, tuple(near or place == rank for place in range(size)), label)
+
+        across, inside = self._levels
+        return level(across, near=False), level(inside, near=True)
 
     def _register_with_deepspeed(self) -> None:
         name, topology, rank = self.expert_group_name, self.topology, self.rank
@@ -117,9 +136,13 @@ class Groups:
 
 
 def _new_group_of(topology: Topology, axis: Axis, rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Make every group of `axis`, as torch wants of every rank, and return the one that has `rank` in it."""
+    return _own_group(topology.groups(axis), rank, timeout)
+
+
+def _own_group(groups: Sequence[Sequence[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
+    """Make every group, as torch wants of every rank, and return the one that has `rank` in it."""
     mine = None
-    for ranks in topology.groups(axis):
+    for ranks in groups:
         handle = dist.new_group(list(ranks), timeout=timeout)
         if rank in ranks:
             mine = handle
