@@ -27,6 +27,7 @@ class DisagreementError(UserError):
     """The ranks of a group have different ideas of what they exchange."""
 
 
+@torch.compiler.disable
 def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, padding: str) -> None:
     """Wait until every rank of `group` is about to exchange the same in the same layer; at once if it ever was.
 
@@ -40,6 +41,8 @@ def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, padding: str
         DisagreementError: another rank is about to do something else.
         LostRanksError: another rank does not come.
     """
+    if group.handle is None:  # not torch's: there is nobody to ask
+        return
     watch = process_watch()
     intent = f"{group.label}, exchange of rows of {x_TD.shape[1]} x {x_TD.dtype} to {num_experts} experts, {padding}"
     agreed = watch.agreed.setdefault(tuple(dist.get_process_group_ranks(group.handle)), set())

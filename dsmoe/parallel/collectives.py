@@ -11,7 +11,7 @@ from deepspeed import comm
 from torch.autograd.function import once_differentiable
 
 from dsmoe.parallel.groups import ExpertGroup
-from dsmoe.parallel.watch import process_watch
+from dsmoe.parallel.watch import note
 
 
 @dataclass
@@ -180,6 +180,6 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
-        process_watch().note(f"{ctx.journey.exchange.group.label}, backward exchange")
+        note(f"{ctx.journey.exchange.group.label}, backward exchange")
         ctx.journey.transfer = ctx.journey.exchange.reversed().start(grad_ND)
         return grad_ND.new_empty(0), None

@@ -161,7 +161,9 @@ class Watch:
     def wait_until_told(self, seconds: float) -> None:
         """Wait until the speaker has explained the end, `seconds` at most."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and _within(STORE_SECONDS, lambda: self.store.check(["dsmoe/told"])) is False:
+        while self._store_answers and time.monotonic() < deadline:
+            if _within(STORE_SECONDS, lambda: self.store.check(["dsmoe/told"])) is not False:
+                return  # told, or the store has gone with rank 0
             time.sleep(0.2)
 
     def _missing(self, here: Note) -> str:
@@ -213,6 +215,12 @@ def process_watch() -> Watch:
         _watches.clear()
         _watches[id(store)] = (store, Watch(store, dist.get_rank(), dist.get_world_size()))
     return _watches[id(store)][1]
+
+
+def note(doing: str) -> None:
+    """`Watch.note` of this process' watch, if the processes have joined."""
+    if dist.is_initialized():
+        process_watch().note(doing)
 
 
 def stop_watching() -> None:
