@@ -35,6 +35,7 @@ class Case:
     starved: tuple[int, ...] = ()
     masked: bool = False
     users: bool = False
+    experts: int = E
     more: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, ep_size: int) -> dsmoe.MoE:
@@ -43,7 +44,7 @@ class Case:
         layer = dsmoe.MoE(
             D,
             expert,
-            E,
+            self.experts,
             ep_size,
             self.top_k,
             capacity_factor=self.factor,
