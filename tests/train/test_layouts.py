@@ -134,6 +134,22 @@ def test_recompute_changes_nothing(recompute: str, folder: Path, reference: dict
     assert_same_training(results, reference)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "exchange", "recompute"),
+    [
+        (1, {"overlap_chunks": 3}, "none"),
+        (2, {"all_to_all": "hierarchical"}, "full"),
+        (2, {"all_to_all": "hierarchical", "overlap_chunks": 2}, "selective"),
+    ],
+)
+def test_every_exchange_trains_the_same_model(
+    nodes: int, exchange: dict[str, Any], recompute: str, folder: Path, reference: dict[str, Any]
+) -> None:
+    cluster = {"nodes": nodes, "devices_per_node": 4 // nodes}
+    config = small_config(folder, expert=4, cluster=cluster, parallel=exchange, train={"recompute": recompute})
+    assert_same_training(run_ranks(4, train, config, STEPS), reference)
+
+
 def assert_same_training(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
     for result in results:
         assert result["losses"] == pytest.approx(reference["losses"], rel=1e-5)
