@@ -31,18 +31,44 @@ def world_size(config: Config) -> int:
 
 
 def _tensor_layout(config: Config) -> Iterator[Problem]:
-    for key, degree in (("tensor", config.parallel.tensor), ("expert_tensor", config.parallel.expert_tensor)):
-        if degree > 1:
-            yield (
-                f"parallel.{key}",
-                f"parallel.{key} ({degree}): this version trains with {key}: 1 only; set parallel.{key}: 1",
-            )
     tensor, world = config.parallel.tensor, world_size(config)
     if world % tensor:
         nearest = _nearest(tensor, _divisors(world))
         yield (
             "parallel.tensor",
             f"parallel.tensor ({tensor}) must divide the number of devices ({_world(config)}); nearest: {nearest}",
+        )
+    if config.parallel.sequence and tensor == 1:
+        yield (
+            "parallel.sequence",
+            "parallel.sequence (true) would be unused: parallel.tensor is 1; remove it or raise parallel.tensor",
+        )
+
+
+def _tensor_slices(config: Config) -> Iterator[Problem]:
+    """Check that tensor ranks get equal parts of all that is cut."""
+    model, tensor = config.model, config.parallel.tensor
+    num_kv_heads = model.num_kv_heads or model.num_heads
+    sizes = {
+        "model.num_heads": model.num_heads,
+        "model.vocab_size": model.vocab_size,
+        "train.sequence_length": config.train.sequence_length,
+    }
+    if model.ffn_size is not None:
+        sizes["model.ffn_size"] = model.ffn_size
+    if config.moe is not None and config.moe.shared_expert_ffn_size is not None:
+        sizes["moe.shared_expert_ffn_size"] = config.moe.shared_expert_ffn_size
+    if config.moe is not None and config.moe.residual:
+        sizes["moe.expert_ffn_size"] = config.moe.expert_ffn_size
+    for key, size in sizes.items():
+        if size % tensor:
+            larger = -(-size // tensor) * tensor
+            yield key, f"{key} ({size}) must be a multiple of parallel.tensor ({tensor}); the next is {larger}"
+    if num_kv_heads % tensor and tensor % num_kv_heads:
+        yield (
+            "model.num_kv_heads",
+            f"model.num_kv_heads ({num_kv_heads}) and parallel.tensor ({tensor}): one must divide the other, so that "
+            f"every rank has equally many key/value heads",
         )
 
 
@@ -53,6 +79,11 @@ def _expert_layout(config: Config) -> Iterator[Problem]:
     if config.moe is None:
         if expert > 1:
             yield key, f"parallel.expert ({expert}) needs experts, but moe is null; set parallel.expert: 1 or give moe"
+        if inner > 1:
+            yield (
+                "parallel.expert_tensor",
+                f"parallel.expert_tensor ({inner}) needs experts, but moe is null; set parallel.expert_tensor: 1",
+            )
     elif config.moe.num_experts % expert:
         num_experts = config.moe.num_experts
         divisors = _divisors(num_experts)
@@ -101,10 +132,15 @@ def _experts(config: Config) -> Iterator[Problem]:
             "feed-forward that every token passes; remove one: the shared expert is added, the residual MLP is mixed "
             "in by learned coefficients",
         )
-    for key, size in (("model.hidden_size", model.hidden_size), ("moe.expert_ffn_size", moe.expert_ffn_size)):
-        if size % _ROW_ALIGNMENT:
-            nearest = _nearest_multiples(size, _ROW_ALIGNMENT)
-            yield key, f"{key} ({size}) must be a multiple of {_ROW_ALIGNMENT} for grouped_mm; nearest: {nearest}"
+    slices = config.parallel.expert_tensor
+    for key, size, unit in (
+        ("model.hidden_size", model.hidden_size, _ROW_ALIGNMENT),
+        ("moe.expert_ffn_size", moe.expert_ffn_size, _ROW_ALIGNMENT * slices),
+    ):
+        if size % unit:
+            nearest = _nearest_multiples(size, unit)
+            each = f" in each of {slices} slices (parallel.expert_tensor)" if unit > _ROW_ALIGNMENT else ""
+            yield key, f"{key} ({size}) must be a multiple of {unit} for grouped_mm{each}; nearest: {nearest}"
 
 
 def _expert_choice(config: Config) -> Iterator[Problem]:
@@ -406,6 +442,7 @@ def _observe(config: Config) -> Iterator[Problem]:
 
 _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _tensor_layout,
+    _tensor_slices,
     _expert_layout,
     _all_to_all,
     _attention,

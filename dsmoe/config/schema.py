@@ -69,6 +69,8 @@ class Parallel(Section):
     """Devices over which the experts of a layer are spread; divides `moe.num_experts`."""
     expert_tensor: PositiveInt = 1
     """Devices that share one expert, each holding a slice of its matrices."""
+    sequence: bool = False
+    """With `tensor`: between the blocks, each of its devices holds a slice of the sequence instead of all of it."""
     all_to_all: Literal["flat", "hierarchical"] = "flat"
     """How tokens reach experts on other nodes: one row for every choice, or one per node and token, which is handed on
     inside the node. The same where all experts of a layer are within one node."""
@@ -155,7 +157,7 @@ class Balance(Section):
 
 
 class Capacity(Section):
-    """How many assignments an expert accepts from one rank's micro-batch."""
+    """How many assignments an expert accepts from one rank: of its micro-batch, or `parallel.tensor` slice of one."""
 
     factor: PositiveFloat | None = None
     """C = max(minimum, ceil(tokens * top_k / num_experts * factor)); null is dropless."""

@@ -1,6 +1,7 @@
 """Grouped-query causal self-attention with rotary positions.
 
-Shape suffixes of `dsmoe.model`: B sequences, S positions, D hidden, H query heads, G key/value heads, P head width.
+Shape suffixes of `dsmoe.model`: B sequences, S positions (of this rank, where the sequence is cut between the blocks),
+D hidden, H query heads and G key/value heads of this rank, P head width.
 """
 
 from __future__ import annotations
@@ -12,26 +13,36 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsmoe.config.schema import Model
+from dsmoe.parallel.groups import TensorGroup
+from dsmoe.parallel.regions import enter_split
+from dsmoe.parallel.tensor import ColumnLinear, RMSNorm, RowLinear, SharedColumnLinear
 from dsmoe.plan.layers import head_dim, num_kv_heads
 
 
 class Attention(nn.Module):
-    """Causal attention in which H / G query heads share a key/value head (Ainslie et al. 2023)."""
+    """Causal attention in which query heads share key/value heads in equal parts (Ainslie et al. 2023).
 
-    def __init__(self, model: Model) -> None:
+    Over a tensor group every rank has its part of the query heads and the key/value heads that they use: its part of
+    those, or one that neighbours have too, where there are fewer than ranks.
+    """
+
+    def __init__(self, model: Model, group: TensorGroup) -> None:
         super().__init__()
-        self.num_heads = model.num_heads
-        self.num_kv_heads = num_kv_heads(model)
+        self.group = group
         self.head_dim = head_dim(model)
-        self.q_proj = nn.Linear(model.hidden_size, self.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(model.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(model.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, model.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=model.norm_eps) if model.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=model.norm_eps) if model.qk_norm else nn.Identity()
+        all_kv_heads = num_kv_heads(model)
+        self.num_heads = model.num_heads // group.size
+        self.num_kv_heads = max(1, all_kv_heads // group.size)
+        self.q_proj = ColumnLinear(model.hidden_size, model.num_heads * self.head_dim, group)
+        self.k_proj = _key_value(model.hidden_size, all_kv_heads, self.head_dim, group)
+        self.v_proj = _key_value(model.hidden_size, all_kv_heads, self.head_dim, group)
+        self.o_proj = RowLinear(model.num_heads * self.head_dim, model.hidden_size, group)
+        self.q_norm = RMSNorm(self.head_dim, model.norm_eps, group) if model.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, model.norm_eps, group) if model.qk_norm else nn.Identity()
 
     def forward(self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]; `rotary` is what `Rotary` returns for S positions."""
+        """[B, S, D] -> [B, S, D]; `rotary` is what `Rotary` returns for all positions."""
+        x_BSD = enter_split(x_BSD, self.group)
         batch, length, _ = x_BSD.shape
         q_BSHP = self.q_norm(self.q_proj(x_BSD).view(batch, length, self.num_heads, self.head_dim))
         k_BSGP = self.k_norm(self.k_proj(x_BSD).view(batch, length, self.num_kv_heads, self.head_dim))
@@ -44,6 +55,13 @@ class Attention(nn.Module):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(out_BHSP.transpose(1, 2).reshape(batch, length, -1))
+
+
+def _key_value(hidden_size: int, num_heads: int, head_dim: int, group: TensorGroup) -> nn.Linear:
+    """The projection onto this rank's key or value heads."""
+    if num_heads % group.size == 0:
+        return ColumnLinear(hidden_size, num_heads * head_dim, group)
+    return SharedColumnLinear(hidden_size, num_heads * head_dim, num_heads, group)
 
 
 class Rotary(nn.Module):

@@ -26,9 +26,12 @@ def initialise(model: Transformer, config: Config) -> None:
     for name, module in model.named_modules():
         if module is model.head and config.model.tie_embeddings:
             continue  # the embedding's weight, drawn under that name
+        if name.endswith(".gate.wg"):
+            continue  # the router's weight, drawn below
         if isinstance(module, nn.Linear | nn.Embedding):
             is_residual = name.endswith(("o_proj", "down"))
-            normal_from(seed_of(seed, name), module.weight, residual_std if is_residual else std)
+            shard = getattr(module, "shard", None)
+            normal_from(seed_of(seed, name), module.weight, residual_std if is_residual else std, shard)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, MoE):

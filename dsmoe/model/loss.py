@@ -1,6 +1,6 @@
 """Cross entropy over a large vocabulary without the logits ever standing whole in memory.
 
-Shape suffixes: N tokens, D model, V vocabulary, C the tokens of one chunk.
+Shape suffixes: N tokens, D model, V vocabulary (of this rank), C the tokens of one chunk, R ranks of the tensor group.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from dsmoe.parallel.groups import TensorGroup
+from dsmoe.parallel.regions import gather
+from dsmoe.parallel.tensor import local_ids
+
 LOGITS_PER_CHUNK = 2**25
 """Most logits alive at a time: 128 MiB in fp32, and as much again while a chunk's loss or gradient is formed."""
 
 
-def token_losses(hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+def token_losses(
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, group: TensorGroup | None = None
+) -> torch.Tensor:
     """The cross entropy of each of N tokens in nats, [N] fp32 (fp64 for fp64 weights).
 
     Chunks of tokens are projected onto the vocabulary one after the other, and again in the backward pass. There the
@@ -24,47 +30,56 @@ def token_losses(hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torc
     one; while the sum is formed it takes 4 V D bytes, and a chunk's share of it as much as the head itself.
     `torch.nn.functional.linear_cross_entropy` also works in chunks, but returns a bf16 loss for bf16 weights.
 
+    Over a tensor group every rank projects onto its slice of the vocabulary; two numbers per token and rank are
+    exchanged, never logits.
+
     Args:
-        hidden_ND: the last hidden states, of the head's dtype.
-        head_VD: the output head.
-        targets_N: int64, each in [0, V).
+        hidden_ND: the last hidden states, of the head's dtype; over a tensor group, what `regions.enter_split` gives.
+        head_VD: the output head, or this rank's slice of it.
+        targets_N: int64, each in [0, whole vocabulary).
+        group: the ranks that share the head; None is this one alone.
     """
-    losses_N: torch.Tensor = _TokenLosses.apply(hidden_ND, head_VD, targets_N)
+    losses_N: torch.Tensor = _TokenLosses.apply(hidden_ND, head_VD, targets_N, group or TensorGroup.alone())
     return losses_N
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Keeps its inputs only; the gradient of the logits is (softmax - one-hot) times that of the loss."""
+    """Keeps its inputs and each logsumexp; the gradient of the logits is (softmax - one-hot) times that of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden_ND, head_VD, targets_N)
-        losses_N = torch.empty(len(targets_N), dtype=_wide(head_VD.dtype), device=head_VD.device)
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, group: TensorGroup
+    ) -> torch.Tensor:
+        local_N, is_here_N = local_ids(targets_N, len(head_VD), group)
+        # This rank's logsumexp of each token, and the logit of its target, 0 where that is another rank's.
+        parts_N2 = torch.empty(len(targets_N), 2, dtype=_wide(head_VD.dtype), device=head_VD.device)
         for rows in _chunks(hidden_ND, head_VD):
-            logits_CV = F.linear(hidden_ND[rows], head_VD).to(losses_N.dtype)
-            losses_N[rows] = F.cross_entropy(logits_CV, targets_N[rows], reduction="none")
-        return losses_N
+            logits_CV = F.linear(hidden_ND[rows], head_VD).to(parts_N2.dtype)
+            parts_N2[rows, 0] = logits_CV.logsumexp(dim=-1)
+            parts_N2[rows, 1] = logits_CV.gather(1, local_N[rows, None])[:, 0].where(is_here_N[rows], 0.0)
+        lse_N, target_N = parts_N2.unbind(1)
+        if group.size > 1:
+            parts_RN2 = gather(parts_N2, group).unflatten(0, (group.size, -1))
+            lse_N, target_N = parts_RN2[..., 0].logsumexp(dim=0), parts_RN2[..., 1].sum(dim=0)
+        ctx.save_for_backward(hidden_ND, head_VD, targets_N, lse_N)
+        ctx.group = group
+        return lse_N - target_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        hidden_ND, head_VD, targets_N = ctx.saved_tensors
+    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden_ND, head_VD, targets_N, lse_N = ctx.saved_tensors
+        local_N, is_here_N = local_ids(targets_N, len(head_VD), ctx.group)
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_head_VD = torch.zeros_like(head_VD, dtype=_wide(head_VD.dtype))
         for rows in _chunks(hidden_ND, head_VD):
-            grad_CV = _logits_gradient(hidden_ND[rows], head_VD, targets_N[rows], grad_N[rows])
+            # Formed in fp32, rounded only to be multiplied.
+            grad_CV = F.linear(hidden_ND[rows], head_VD).to(lse_N.dtype).sub_(lse_N[rows, None]).exp_()
+            grad_CV.scatter_add_(1, local_N[rows, None], -is_here_N[rows, None].to(grad_CV.dtype))
+            grad_CV = grad_CV.mul_(grad_N[rows, None]).to(head_VD.dtype)
             grad_hidden_ND[rows] = grad_CV @ head_VD
             grad_head_VD += grad_CV.T @ hidden_ND[rows]
-        return grad_hidden_ND, grad_head_VD.to(head_VD.dtype), None
-
-
-def _logits_gradient(
-    hidden_CD: torch.Tensor, head_VD: torch.Tensor, targets_C: torch.Tensor, grad_C: torch.Tensor
-) -> torch.Tensor:
-    """[C, V] in the head's dtype: formed in fp32, rounded only to be multiplied."""
-    grad_CV = F.linear(hidden_CD, head_VD).softmax(dim=-1, dtype=grad_C.dtype)
-    grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
-    return grad_CV.mul_(grad_C[:, None]).to(head_VD.dtype)
+        return grad_hidden_ND, grad_head_VD.to(head_VD.dtype), None, None
 
 
 def _chunks(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> Iterator[slice]:

@@ -16,7 +16,9 @@ from dsmoe.model.init import initialise
 from dsmoe.model.loss import token_losses
 from dsmoe.moe.dense import FeedForward
 from dsmoe.moe.layer import MoE
-from dsmoe.parallel.groups import ExpertGroup, Groups
+from dsmoe.parallel.groups import ExpertGroup, Groups, TensorGroup
+from dsmoe.parallel.regions import enter_split, enter_tokens, leave_columns, leave_tokens
+from dsmoe.parallel.tensor import ColumnLinear, RMSNorm, VocabEmbedding
 from dsmoe.plan.layers import head_dim, is_moe_layer
 
 
@@ -26,33 +28,36 @@ class Transformer(nn.Module):
     Args:
         config: `model`, `moe` and `train.recompute` are read.
         expert_group: the ranks that share the experts.
+        group: the ranks that share the dense weights.
     """
 
-    def __init__(self, config: Config, expert_group: ExpertGroup) -> None:
+    def __init__(self, config: Config, expert_group: ExpertGroup, group: TensorGroup) -> None:
         super().__init__()
         model = config.model
         self.recompute = config.train.recompute == "full"
-        self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.group = group
+        self.embedding = VocabEmbedding(model.vocab_size, model.hidden_size, group)
         self.rotary = Rotary(head_dim(model), model.rope_theta)
-        self.blocks = nn.ModuleList(Block(config, index, expert_group) for index in range(model.num_layers))
-        self.norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
-        self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(Block(config, index, expert_group, group) for index in range(model.num_layers))
+        self.norm = RMSNorm(model.hidden_size, model.norm_eps, group.over_sequence)
+        self.head = ColumnLinear(model.hidden_size, model.vocab_size, group)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token cross entropy of [B, S + 1] int64 tokens: [B, S] fp32, in nats."""
-        hidden_BSD = self.hidden_states(tokens[:, :-1])
+        hidden_BSD = enter_split(self.hidden_states(tokens[:, :-1]), self.group)
         targets_BS = tokens[:, 1:]
-        losses_N = token_losses(hidden_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten())
+        losses_N = token_losses(hidden_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten(), self.group)
         return losses_N.view(targets_BS.shape)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, S] int64 tokens -> [B, S, V] scores of the next token."""
-        return self.head(self.hidden_states(tokens))
+        logits_BSV = self.head(enter_split(self.hidden_states(tokens), self.group))
+        return leave_columns(logits_BSV, self.group)
 
     def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, S] int64 tokens -> [B, S, D], after the final norm."""
+        """[B, S] int64 tokens -> [B, S, D], after the final norm; this rank's slice of S under sequence parallelism."""
         x_BSD = self.embedding(tokens)
         rotary = self.rotary(tokens.shape[1])
         for block in cast("Iterable[Block]", self.blocks):
@@ -70,24 +75,28 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: Config, index: int, expert_group: ExpertGroup) -> None:
+    def __init__(self, config: Config, index: int, expert_group: ExpertGroup, group: TensorGroup) -> None:
         super().__init__()
         model = config.model
-        self.attention_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
-        self.attention = Attention(model)
-        self.ffn_norm = nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+        self.group = group
+        self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, group.over_sequence)
+        self.attention = Attention(model, group)
+        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, group.over_sequence)
         self.ffn: MoE | FeedForward
         if is_moe_layer(config, index):
-            self.ffn = _moe_layer(config, expert_group)
+            self.ffn = _moe_layer(config, expert_group, group)
         else:
             assert model.ffn_size is not None, "checked when the config is loaded"
-            self.ffn = FeedForward(model.hidden_size, model.ffn_size)
+            self.ffn = FeedForward(model.hidden_size, model.ffn_size, group=group)
 
     def forward(self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
-        out = self.ffn(self.ffn_norm(x_BSD))
-        return x_BSD + (out[0] if isinstance(out, tuple) else out)
+        normed_BSD = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, MoE):
+            out_BSD, _, _ = self.ffn(enter_tokens(normed_BSD, self.group))
+            return x_BSD + leave_tokens(out_BSD, self.group)
+        return x_BSD + self.ffn(normed_BSD)
 
     def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint`: the second forward pass of a micro-batch draws and counts nothing anew."""
@@ -102,20 +111,24 @@ def build_model(config: Config, groups: Groups | None = None, device: torch.devi
         groups: this rank's groups; None builds the whole model for one process.
         device: where to make it.
     """
-    expert_group = groups.expert_group() if groups is not None else ExpertGroup.alone()
+    expert_group, tensor_group = ExpertGroup.alone(), TensorGroup.alone()
+    if groups is not None:
+        expert_group, tensor_group = groups.expert_group(), groups.tensor_group(config.parallel.sequence)
     with torch.device(device):
-        model = Transformer(config, expert_group)
+        model = Transformer(config, expert_group, tensor_group)
     initialise(model, config)
     return model
 
 
-def _moe_layer(config: Config, expert_group: ExpertGroup) -> MoE:
-    moe = config.moe
+def _moe_layer(config: Config, expert_group: ExpertGroup, tensor_group: TensorGroup) -> MoE:
+    moe, num_slices = config.moe, config.parallel.expert_tensor
     assert moe is not None
+    if expert_group.size == 1:  # the whole model in one process, whatever the config's layout
+        num_slices = 1
     layer = MoE(
         config.model.hidden_size,
         num_experts=moe.num_experts,
-        ep_size=expert_group.size,
+        ep_size=expert_group.size // num_slices,
         k=moe.top_k,
         capacity_factor=moe.capacity.factor,
         eval_capacity_factor=moe.capacity.eval_factor,
@@ -139,12 +152,14 @@ def _moe_layer(config: Config, expert_group: ExpertGroup) -> MoE:
         target_drop_percent=moe.capacity.target_drop_percent,
         max_capacity_factor=moe.capacity.max_factor,
         pad=moe.capacity.pad,
-        max_tokens=config.train.micro_batch_size * config.train.sequence_length,
+        max_tokens=config.train.micro_batch_size * config.train.sequence_length // tensor_group.size,
         overlap_chunks=config.parallel.overlap_chunks,
         aux_loss=moe.balance.aux_loss,
         balance_scope=moe.balance.scope,
         z_loss=moe.balance.z_loss,
         bias_update_rate=moe.balance.bias_update_rate,
+        expert_tensor=num_slices,
+        tensor_group=tensor_group,
         seed=0,  # `initialise` draws the weights, by layer
     )
     layer.set_expert_group(expert_group)

@@ -17,6 +17,8 @@ from torch import nn
 
 from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.router import Routing
+from dsmoe.parallel.groups import TensorGroup
+from dsmoe.parallel.regions import reduce, sum_over_ranks
 
 SCOPES = ("micro_batch", "sequence", "global")
 
@@ -34,7 +36,7 @@ class Balance(nn.Module):
     Args:
         num_experts: E.
         aux_loss: coefficient of the load-balancing loss; 0 attaches none.
-        scope: what f is counted over: `micro_batch`, the tokens of this rank's micro-batch (Switch, GShard);
+        scope: what f is counted over: `micro_batch`, the tokens of a data rank's micro-batch (Switch, GShard);
             `sequence`, each sequence by itself (DeepSeek-V3, eq. 17 to 20); `global`, all ranks and micro-batches of
             the optimizer step *before* this one.
         z_loss: coefficient of the router z-loss; 0 attaches none.
@@ -44,6 +46,8 @@ class Balance(nn.Module):
         bias: [E] fp32, added to the scores for selection; None where there is none. Saved with the model.
         load_share: [E] fp32, f of the previous optimizer step, at first 1 / E; None but under scope `global`. Saved
             with the model, so that a resumed run goes on exactly.
+        tensor_group: the ranks that each have as many tokens of every sequence of one micro-batch. The losses are those
+            of the whole micro-batch, and each rank's gradient is that of its tokens.
     """
 
     _keep_in_fp32_modules_strict = ("bias", "load_share")
@@ -67,6 +71,7 @@ class Balance(nn.Module):
         self.scope = scope
         self.z_loss = z_loss
         self.bias_update_rate = bias_update_rate
+        self.tensor_group = TensorGroup.alone()
         self.register_buffer("bias", torch.zeros(num_experts) if bias_update_rate else None)
         even = torch.full((num_experts,), 1.0 / num_experts)
         self.register_buffer("load_share", even if scope == "global" else None)
@@ -88,12 +93,16 @@ class Balance(nn.Module):
 
     def losses(self, routing: Routing, assigned_E: torch.Tensor, num_sequences: int) -> BalanceLosses:
         """The losses of one micro-batch of `num_sequences` sequences, one after the other."""
+        group = self.tensor_group
         if self.scope == "sequence":
-            balance = sequence_balancing_loss(routing, num_sequences)
+            balance = sequence_balancing_loss(routing, num_sequences, group)
         else:
-            share_E = assigned_E / assigned_E.sum().clamp(min=1) if self.load_share is None else self.load_share
-            balance = load_balancing_loss(routing, share_E)
-        return BalanceLosses(balance, router_z_loss(routing))
+            share_E = self.load_share
+            if share_E is None:
+                counts_E = assigned_E if group.size == 1 else reduce(assigned_E, group)
+                share_E = counts_E / counts_E.sum().clamp(min=1)
+            balance = load_balancing_loss(routing, share_E, group)
+        return BalanceLosses(balance, router_z_loss(routing, group))
 
     def attach(self, output: torch.Tensor, losses: BalanceLosses, scale: float) -> torch.Tensor:
         """Return `output`, whose gradient takes that of the weighted losses along."""
@@ -130,49 +139,58 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     return counts.scatter_add_(0, flat_A, torch.ones_like(flat_A))[:num_experts]
 
 
-def load_balancing_loss(routing: Routing, share_E: torch.Tensor) -> torch.Tensor:
+def load_balancing_loss(routing: Routing, share_E: torch.Tensor, group: TensorGroup | None = None) -> torch.Tensor:
     """The Switch/GShard loss E * sum_e f_e * P_e, a scalar that is 1 under perfect balance.
 
     f_e (`share_E`) is the share of the assignments that chose expert e, before dropping, and P_e the mean over the
     tokens of e's score, normalised over the experts where it is a sigmoid's (Switch Transformer, eq. 4 to 6; for
-    k > 1, f is divided by k as in GShard, so the optimum stays 1; DeepSeek-V3, eq. 19).
+    k > 1, f is divided by k as in GShard, so the optimum stays 1; DeepSeek-V3, eq. 19). The tokens are those of all
+    ranks of `group`.
     """
-    mean_E = mean_over_tokens(routing.probabilities_TE, routing.mask_T)
+    mean_E = mean_over_tokens(routing.probabilities_TE, routing.mask_T, group)
     return share_E.numel() * torch.dot(share_E.to(mean_E.dtype), mean_E)
 
 
-def sequence_balancing_loss(routing: Routing, num_sequences: int) -> torch.Tensor:
+def sequence_balancing_loss(routing: Routing, num_sequences: int, group: TensorGroup | None = None) -> torch.Tensor:
     """The mean over the sequences of each one's E * sum_e f_e * P_e (DeepSeek-V3, eq. 17 to 20).
 
-    Sequences of which every token is masked are left out of the mean.
+    Sequences of which every token is masked are left out of the mean. Each rank of `group` has a part of every one.
     """
+    group = group or TensorGroup.alone()
     num_tokens, num_experts = routing.probabilities_TE.shape
     shape = (num_sequences, num_tokens // max(num_sequences, 1), -1)
     probabilities_BSE = routing.probabilities_TE.view(*shape[:2], num_experts)
     used_BS = probabilities_BSE.new_ones(shape[:2])
     if routing.mask_T is not None:
         used_BS = routing.mask_T.view(shape[:2]).to(used_BS.dtype)
-    length_B = used_BS.sum(dim=1).clamp(min=1)
-    mean_BE = (probabilities_BSE * used_BS[..., None]).sum(dim=1) / length_B[:, None]
+    length_B = sum_over_ranks(used_BS.sum(dim=1), group)
+    total_BE = sum_over_ranks((probabilities_BSE * used_BS[..., None]).sum(dim=1), group)
+    mean_BE = total_BE / length_B.clamp(min=1)[:, None]
     chosen_BA = routing.experts_TK.view(num_sequences, shape[1] * routing.experts_TK.shape[1])
     counts_BE = torch.zeros(num_sequences, num_experts + 1, dtype=mean_BE.dtype, device=mean_BE.device)
     counts_BE = counts_BE.scatter_add_(1, chosen_BA, torch.ones_like(chosen_BA, dtype=mean_BE.dtype))[:, :num_experts]
+    counts_BE = sum_over_ranks(counts_BE, group)
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
-    num_used = (used_BS.sum(dim=1) > 0).sum().clamp(min=1)
+    num_used = (length_B > 0).sum().clamp(min=1)
     return num_experts * (share_BE * mean_BE).sum() / num_used
 
 
-def router_z_loss(routing: Routing) -> torch.Tensor:
+def router_z_loss(routing: Routing, group: TensorGroup | None = None) -> torch.Tensor:
     """The mean squared logsumexp of the logits, a scalar that keeps them small (ST-MoE, eq. 5)."""
-    return mean_over_tokens(routing.logits_TE.logsumexp(dim=-1).square(), routing.mask_T)
+    return mean_over_tokens(routing.logits_TE.logsumexp(dim=-1).square(), routing.mask_T, group)
 
 
-def mean_over_tokens(values: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
-    """The mean of [T, ...] over the tokens that are not masked out."""
+def mean_over_tokens(
+    values: torch.Tensor, mask_T: torch.Tensor | None, group: TensorGroup | None = None
+) -> torch.Tensor:
+    """The mean of [T, ...] over the tokens of all ranks of `group` (equally many) that are not masked out."""
+    group = group or TensorGroup.alone()
     if mask_T is None:
-        return values.sum(dim=0) / max(len(values), 1)  # `mean` of no tokens would be NaN
+        # `mean` of no tokens would be NaN.
+        return sum_over_ranks(values.sum(dim=0), group) / max(len(values) * group.size, 1)
     weight = mask_T.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
-    return (values * weight).sum(dim=0) / mask_T.sum().clamp(min=1)
+    count = sum_over_ranks(mask_T.sum(), group)
+    return sum_over_ranks((values * weight).sum(dim=0), group) / count.clamp(min=1)
 
 
 def attach_loss(output: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:

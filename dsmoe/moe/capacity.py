@@ -53,17 +53,6 @@ class Assignments:
         expert_A = torch.where(self.kept_A, self.expert_A, self.assigned_E.numel())
         return torch.empty_like(expert_A).scatter_(0, self.order_A, expert_A).view(-1, self.num_choices)
 
-    def in_chunks(self, num_chunks: int) -> Assignments:
-        """What is kept, the tokens cut into chunks of equal length: expert e of chunk h is expert h * E + e.
-
-        A chunk is decided by nothing but the place among the tokens, after dropping, which so does not depend on it.
-        """
-        experts_TK, num_experts = self.kept_experts(), self.assigned_E.numel()
-        chunk_T = chunk_of_tokens(len(experts_TK), num_chunks, experts_TK.device)
-        virtual_TK = experts_TK + chunk_T[:, None] * num_experts
-        virtual_TK = torch.where(experts_TK < num_experts, virtual_TK, num_chunks * num_experts)
-        return Assignments.of(virtual_TK, num_chunks * num_experts, self.complete)
-
 
 class DropRateController(nn.Module):
     """Moves a capacity factor slowly so that a given share of the assignments is dropped.
@@ -182,6 +171,18 @@ def chunk_of_tokens(num_tokens: int, num_chunks: int, device: torch.device) -> t
     return torch.arange(num_tokens, device=device) * num_chunks // max(num_tokens, 1)
 
 
+def by_chunk(experts_TK: torch.Tensor, num_experts: int, num_chunks: int) -> torch.Tensor:
+    """[T, K], the expert of each choice when every chunk of tokens has experts of its own: e of chunk h is h * E + e.
+
+    E, which is none, becomes H * E.
+    """
+    if num_chunks == 1:
+        return experts_TK
+    chunk_T = chunk_of_tokens(len(experts_TK), num_chunks, experts_TK.device)
+    own_TK = experts_TK + chunk_T[:, None] * num_experts
+    return torch.where(experts_TK < num_experts, own_TK, num_chunks * num_experts)
+
+
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float | None, minimum: int) -> int | None:
     """C = max(minimum, ceil(T * K / E * factor)) assignments per expert and source rank; None is dropless.
 
@@ -245,6 +246,33 @@ def _by_expert(expert_A: torch.Tensor, assigned_E: torch.Tensor) -> tuple[torch.
     # Masked assignments carry expert E: they sort last, behind the end of the last real expert.
     first_E1 = torch.cat([assigned_E.new_zeros(1), assigned_E.cumsum(0)])
     return order_A, expert_A, torch.arange(expert_A.numel(), device=expert_A.device) - first_E1[expert_A]
+
+
+def spread_over_slices(assignments: Assignments, num_slices: int, num_local_experts: int) -> Assignments:
+    """The assignments of a layer whose experts are cut into slices on `num_slices` neighbouring ranks.
+
+    An expert's output is the sum of its slices' outputs, so each slice is an expert of its own which every token of
+    the whole expert chooses with the same weight: choice k becomes the choices k * num_slices, ..., one per slice.
+    Experts are numbered by rank and, on each, as before. Unlike `limit`, this leaves them in no order.
+    """
+    slices = torch.arange(num_slices, device=assignments.order_A.device)
+    first_A = assignments.expert_A // num_local_experts * (num_slices - 1) * num_local_experts + assignments.expert_A
+    number_AS = first_A[:, None] + slices * num_local_experts
+    num_experts = assignments.assigned_E.numel() * num_slices
+
+    def each(counts_E: torch.Tensor) -> torch.Tensor:
+        return counts_E.view(-1, 1, num_local_experts).expand(-1, num_slices, -1).flatten()
+
+    return dataclasses.replace(
+        assignments,
+        order_A=(assignments.order_A[:, None] * num_slices + slices).flatten(),
+        expert_A=number_AS.flatten().clamp(max=num_experts),  # masked ones have no expert in any slice
+        place_A=assignments.place_A.repeat_interleave(num_slices),
+        kept_A=assignments.kept_A.repeat_interleave(num_slices),
+        assigned_E=each(assignments.assigned_E),
+        kept_E=each(assignments.kept_E),
+        num_choices=assignments.num_choices * num_slices,
+    )
 
 
 def renormalize(weights_TK: torch.Tensor, assignments: Assignments) -> torch.Tensor:

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from dsmoe.moe.ffn import ACTIVATIONS
+from dsmoe.parallel.groups import TensorGroup
+from dsmoe.parallel.regions import enter_split
+from dsmoe.parallel.tensor import ColumnLinear, RowLinear
 
 
 class FeedForward(nn.Module):
@@ -18,19 +21,24 @@ class FeedForward(nn.Module):
         hidden_size: D.
         ffn_size: I.
         activation: a name in `dsmoe.moe.ffn.ACTIVATIONS`; the gate's rows of `gate_up` stand before the others.
+        group: the ranks over which I is cut; None is this one alone.
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int, activation: str = "swiglu") -> None:
+    def __init__(
+        self, hidden_size: int, ffn_size: int, activation: str = "swiglu", group: TensorGroup | None = None
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         self.activation = ACTIVATIONS[activation]
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size if self.activation.gated else ffn_size, bias=False)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+        self.group = group or TensorGroup.alone()
+        parts = 2 if self.activation.gated else 1
+        self.gate_up = ColumnLinear(hidden_size, parts * ffn_size, self.group, parts)
+        self.down = RowLinear(ffn_size, hidden_size, self.group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        z = self.gate_up(x)
+        z = self.gate_up(enter_split(x, self.group))
         if not self.activation.gated:
             return self.down(self.activation.act(z))
         gate, up = z.chunk(2, dim=-1)

@@ -33,7 +33,7 @@ from typing import Protocol
 
 import torch
 
-from dsmoe.moe.capacity import Assignments
+from dsmoe.moe.capacity import Assignments, by_chunk
 from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
 from dsmoe.parallel.agreement import agree
 from dsmoe.parallel.collectives import (
@@ -177,9 +177,11 @@ class VariableDispatch(OverRanks):
     def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> list[Arrival]:
         """See `Dispatch.dispatch`; S = N is what the ranks of the group send here."""
         num_chunks, ranks = self.num_chunks, self.group.size
-        agree(self.group, x_TD, assignments.assigned_E.numel(), f"not padded{in_chunks(num_chunks)}")
+        num_experts = assignments.assigned_E.numel()
+        agree(self.group, x_TD, num_experts, f"not padded{in_chunks(num_chunks)}")
         if num_chunks > 1:
-            assignments = assignments.in_chunks(num_chunks)
+            experts_TK = by_chunk(assignments.kept_experts(), num_experts, num_chunks)
+            assignments = Assignments.of(experts_TK, num_chunks * num_experts, assignments.complete)
         sent_E = assignments.kept_E
         sent_HRL = sent_E.view(num_chunks, ranks, -1)
         received = exchange_counts(sent_HRL.transpose(0, 1).flatten(), self.group)

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
 
 from dsmoe.moe.dispatch import Dispatched
 from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, expert_ffn
+from dsmoe.moe.router import Router
 from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
+from dsmoe.parallel.tensor import Shard, mark_split
 
 
 def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
-    """Tell DeepSpeed that these parameters differ between the ranks of an expert group.
+    """Tell DeepSpeed that these parameters differ between the ranks of an exchange group.
 
-    It then averages their gradients, counts their norm and shards their state over the expert-data group.
+    It then averages their gradients and shards their state over the expert-data group, and counts their norm on every
+    rank, also on those whose dense parameters are the slices of another's.
     """
     for parameter in module.parameters():
+        mark_split(parameter)
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = group_name  # type: ignore[attr-defined]
 
@@ -32,29 +37,38 @@ def seed_of(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def normal_from(seed: int, tensor: torch.Tensor, std: float) -> None:
-    """Fill `tensor` in place from N(0, std^2), with a generator of its own; a meta tensor has nothing to fill."""
+def normal_from(seed: int, tensor: torch.Tensor, std: float, shard: Shard | None = None) -> None:
+    """Fill `tensor` in place from N(0, std^2), with a generator of its own; a meta tensor has nothing to fill.
+
+    With a `shard` the whole weight is drawn, and `tensor` gets its part: the same numbers for any number of ranks.
+    """
     if tensor.is_meta:
         return
     generator = torch.Generator(device=tensor.device).manual_seed(seed)
+    shape = tensor.shape if shard is None else shard.whole_shape(tensor.shape)
     with torch.no_grad():
         # Drawn in fp32 whatever the dtype, so that bf16 weights are the rounded fp32 ones.
-        tensor.copy_(torch.empty_like(tensor, dtype=torch.float32).normal_(0.0, std, generator=generator))
+        whole = torch.empty(shape, dtype=torch.float32, device=tensor.device).normal_(0.0, std, generator=generator)
+        tensor.copy_(whole if shard is None else shard.of(whole))
 
 
 class StackedExperts(nn.Module):
     """L feed-forward experts in two stacked weights, computed together.
 
     `gate_up` [L, Z, D] and `down` [L, D, I]. A gated activation has Z = 2 I, the gate's rows before the others, and
-    computes down (act(gate x) * up x); otherwise Z = I, and there is no gate in `gate_up`. Rows of a grouped product
-    must start at multiples of 16 bytes, so D and I must be multiples of 8.
+    computes down (act(gate x) * up x); otherwise Z = I, and there is no gate in `gate_up`. With slices, I is that of
+    one. Rows of a grouped product must start at multiples of 16 bytes, so D and I must be multiples of 8.
+
+    An expert's output is the sum of its slices' outputs, so that each slice is like an expert of its own (see
+    `dsmoe.moe.capacity.spread_over_slices`).
 
     Args:
         hidden_size: D.
-        ffn_size: I.
+        ffn_size: I, over all slices.
         num_local_experts: L.
         activation: a name in `dsmoe.moe.ffn.ACTIVATIONS`.
         recompute: compute the pre-activation again in the backward pass; see `dsmoe.moe.ffn.ExpertRows`.
+        num_slices: into how many parts the experts' inner width is cut; this is one of them.
     """
 
     def __init__(
@@ -64,18 +78,23 @@ class StackedExperts(nn.Module):
         num_local_experts: int,
         activation: str = "swiglu",
         recompute: bool = False,
+        num_slices: int = 1,
     ) -> None:
         super().__init__()
-        if hidden_size % 8 or ffn_size % 8:
-            raise ValueError(f"hidden_size ({hidden_size}) and expert_ffn_size ({ffn_size}) must be multiples of 8")
+        if hidden_size % 8 or ffn_size % (8 * num_slices):
+            each = f" for each of {num_slices} slices" if num_slices > 1 else ""
+            raise ValueError(
+                f"hidden_size ({hidden_size}) and expert_ffn_size ({ffn_size}) must be multiples of 8{each}"
+            )
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         self.num_local_experts = num_local_experts
         self.activation = ACTIVATIONS[activation]
         self.recompute = recompute
-        width = 2 * ffn_size if self.activation.gated else ffn_size
-        self.gate_up = nn.Parameter(torch.empty(num_local_experts, width, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_size))
+        self.num_slices = num_slices
+        width, parts = ffn_size // num_slices, 2 if self.activation.gated else 1
+        self.gate_up = nn.Parameter(torch.empty(num_local_experts, parts * width, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, width))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
@@ -91,15 +110,37 @@ class StackedExperts(nn.Module):
             ExpertRows(dispatched.row_map, dispatched.ends_L, self.activation, self.recompute),
         )
 
-    def initialise(self, seed: int, first_expert: int, std: float, down_std: float) -> None:
+    def initialise(self, seed: int, first_expert: int, std: float, down_std: float, slice_index: int = 0) -> None:
         """Fill each expert from N(0, std^2) (`down`: down_std) by *global* id: the layout does not matter."""
+        gate_up, down = self.shards(slice_index)
         for local in range(self.num_local_experts):
-            normal_from(seed_of(seed, "gate_up", first_expert + local), self.gate_up[local], std)
-            normal_from(seed_of(seed, "down", first_expert + local), self.down[local], down_std)
+            normal_from(seed_of(seed, "gate_up", first_expert + local), self.gate_up[local], std, gate_up)
+            normal_from(seed_of(seed, "down", first_expert + local), self.down[local], down_std, down)
+
+    def shards(self, slice_index: int) -> tuple[Shard, Shard]:
+        """Which part of each expert's `gate_up` [Z, D] and `down` [D, I] slice number `slice_index` is."""
+        parts = 2 if self.activation.gated else 1
+        return Shard(0, slice_index, self.num_slices, parts), Shard(1, slice_index, self.num_slices)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """An entry per expert: the checkpoints of DeepSpeed's engine are a file per expert, told apart by these names.
+
+        They fail on a tensor that holds several experts. The entries are views: nothing is copied.
+        """
+        for name, stacked in self.named_parameters(recurse=False):
+            for local, one in enumerate(stacked if keep_vars else stacked.detach()):
+                destination[f"{prefix}deepspeed_experts.{local}.{name}"] = one
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, _ in self.named_parameters(recurse=False):
+            entries = [f"{prefix}deepspeed_experts.{local}.{name}" for local in range(self.num_local_experts)]
+            if all(entry in state_dict for entry in entries):
+                state_dict[f"{prefix}{name}"] = torch.stack([state_dict.pop(entry) for entry in entries])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class ModuleExperts(nn.Module):
-    """L copies of a user's own module, each over its own rows.
+    """L copies of a user's own module, each over its own rows; `deepspeed_experts`, as in DeepSpeed's layer.
 
     A Python loop that knows its row counts on the host: `StackedExperts` is the fast way.
 
@@ -111,7 +152,7 @@ class ModuleExperts(nn.Module):
     def __init__(self, expert: nn.Module, num_local_experts: int) -> None:
         super().__init__()
         self.num_local_experts = num_local_experts
-        self.experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_local_experts))
+        self.deepspeed_experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_local_experts))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
@@ -120,7 +161,7 @@ class ModuleExperts(nn.Module):
         ends = dispatched.ends_L.tolist()
         counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
         outputs = []
-        for expert, rows in zip(self.experts, rows_ND[: ends[-1]].split(counts), strict=True):
+        for expert, rows in zip(self.deepspeed_experts, rows_ND[: ends[-1]].split(counts), strict=True):
             output = expert(rows)
             outputs.append(output[0] if isinstance(output, tuple) else output)
         outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))
@@ -133,7 +174,7 @@ class ModuleExperts(nn.Module):
 
         A module of the user's without one keeps the values it was copied with.
         """
-        for local, expert in enumerate(self.experts):
+        for local, expert in enumerate(self.deepspeed_experts):
             devices = {p.device for p in expert.parameters() if p.device.type == "cuda"}
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed_of(seed, first_expert + local))
@@ -141,3 +182,30 @@ class ModuleExperts(nn.Module):
                     reset = getattr(module, "reset_parameters", None)
                     if callable(reset):
                         reset()
+
+
+class RouterAndExperts(nn.Module):
+    """Router and experts under the names that they have in DeepSpeed's layer, and what others read there.
+
+    So parameters have the same names in the same order in both layers, and the checkpoints of DeepSpeed's engine, which
+    goes by names, can be read by either.
+
+    Attributes:
+        l_aux: the second value that the layer's last forward pass returned.
+        exp_counts: the third.
+    """
+
+    l_aux: torch.Tensor
+    exp_counts: torch.Tensor
+
+    def __init__(self, gate: Router, experts: StackedExperts | ModuleExperts, ep_group_name: str, ep_size: int) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.ep_group_name = ep_group_name
+        self.ep_size = ep_size
+        self.num_local_experts = experts.num_local_experts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copying and pickling, which a tensor with a graph refuses: without what the last pass has left here."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("l_aux", "exp_counts")}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from dsmoe.moe.balance import count_experts
-from dsmoe.moe.capacity import Assignments, chunk_of_tokens
+from dsmoe.moe.capacity import Assignments, by_chunk, chunk_of_tokens
 from dsmoe.moe.dispatch import (
     Arrival,
     Dispatch,
@@ -58,27 +58,27 @@ class HierarchicalDispatch(OverRanks):
     def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> list[Arrival]:
         """See `Dispatch.dispatch`; S = what the ranks of this node hand on to this one."""
         assert self.group.levels is not None
-        num_experts, num_nodes = assignments.assigned_E.numel(), self.group.levels[0].size
-        agree(self.group, x_TD, num_experts, f"in two levels{in_chunks(self.num_chunks)}")
-        hops = self._plan(assignments)
-        if self.num_chunks > 1:
-            assignments = assignments.in_chunks(self.num_chunks)
+        num_chunks, num_nodes = self.num_chunks, self.group.levels[0].size
+        num_experts, experts_TK = assignments.assigned_E.numel(), assignments.kept_experts()
+        rank_experts = num_experts // self.group.size
+        agree(self.group, x_TD, num_experts, f"in two levels{in_chunks(num_chunks)}")
+        hops = self._plan(experts_TK // rank_experts)
         across = [hop for hop, _ in hops]
         # The experts of one chunk and node follow each other, so chunk and node together are the destination.
-        parcels = _pack(assignments.kept_experts(), assignments.assigned_E.numel(), num_experts // num_nodes, across)
+        own_TK = by_chunk(experts_TK, num_experts, num_chunks)
+        parcels = _pack(own_TK, num_chunks * num_experts, num_experts // num_nodes, across)
         flights = _send(x_TD, weights_TK, parcels, across)
-        sizes = (assignments.num_choices, num_experts // self.group.size)
         return [
-            _Relay(flight, inside, WayHome(parcels.rows, outside.rows), *sizes)
+            _Relay(flight, inside, WayHome(parcels.rows, outside.rows), assignments.num_choices, rank_experts)
             for flight, (outside, inside) in zip(flights, hops, strict=True)
         ]
 
-    def _plan(self, assignments: Assignments) -> list[tuple[_Hop, _Hop]]:
-        """How much travels across nodes and inside this one, for each chunk."""
+    def _plan(self, rank_TK: torch.Tensor) -> list[tuple[_Hop, _Hop]]:
+        """How much travels across nodes and inside this one, for each chunk; R is no rank."""
         assert self.group.levels is not None
         across, inside = self.group.levels
         places, mine = inside.size, inside.rank
-        told_HNV = _count(assignments, self.num_chunks, across.size, places)
+        told_HNV = _count(rank_TK, self.num_chunks, across.size, places)
         told_NPHV = told_HNV.transpose(0, 1)[:, None].expand(-1, places, -1, -1)
         heard = exchange_counts(told_NPHV.flatten(), self.group).view(across.size, places, self.num_chunks, -1)
         heard_HNV = heard[:, mine].transpose(0, 1)  # from those who send to this rank across nodes
@@ -92,8 +92,10 @@ class HierarchicalDispatch(OverRanks):
         ]
         passed_on_HV = heard_HPV[:, mine]
         inside_HP = [
-            *(passed_on_HV[:, rows], heard_HPV[..., 1 + mine]),
-            *(passed_on_HV[:, choices], heard_HPV[..., 1 + places + mine]),
+            passed_on_HV[:, rows],
+            heard_HPV[..., 1 + mine],
+            passed_on_HV[:, choices],
+            heard_HPV[..., 1 + places + mine],
         ]
         # The one host read of this dispatch: sent and received rows, sent and received choices, by chunk and peer.
         counts = torch.cat([torch.stack(outside_HN), torch.stack(inside_HP)], dim=-1).transpose(0, 1).tolist()
@@ -167,17 +169,16 @@ class _Relay:
         return Dispatched(rows_SD, weights_SK, row_map, ends_L.int(), self.home, relay)
 
 
-def _count(assignments: Assignments, num_chunks: int, num_nodes: int, places: int) -> torch.Tensor:
+def _count(rank_TK: torch.Tensor, num_chunks: int, num_nodes: int, places: int) -> torch.Tensor:
     """What this rank has for each node, [H, N, V]."""
-    experts_TK, num_ranks = assignments.kept_experts(), num_nodes * places
-    rank_TK = experts_TK * num_ranks // assignments.assigned_E.numel()  # R where there is none
-    chunk_T = chunk_of_tokens(len(rank_TK), num_chunks, rank_TK.device)
+    num_ranks = num_nodes * places
     visits_TR = torch.zeros(len(rank_TK), num_ranks + 1, dtype=torch.int32, device=rank_TK.device)
     visits_TNP = visits_TR.scatter_(1, rank_TK, 1)[:, :num_ranks].view(-1, num_nodes, places)
     visits_TNV = torch.cat([visits_TNP.amax(-1, keepdim=True), visits_TNP], dim=-1)
+    chunk_T = chunk_of_tokens(len(rank_TK), num_chunks, rank_TK.device)
     rows_HNV = visits_TNV.new_zeros(num_chunks, *visits_TNV.shape[1:]).index_add_(0, chunk_T, visits_TNV)
-    chosen_TK = torch.where(rank_TK < num_ranks, rank_TK + chunk_T[:, None] * num_ranks, num_chunks * num_ranks)
-    choices_HNP = count_experts(chosen_TK, num_chunks * num_ranks).view(num_chunks, num_nodes, places)
+    choices_A = count_experts(by_chunk(rank_TK, num_ranks, num_chunks), num_chunks * num_ranks)
+    choices_HNP = choices_A.view(num_chunks, num_nodes, places)
     return torch.cat([rows_HNV.long(), choices_HNP], dim=-1)
 
 

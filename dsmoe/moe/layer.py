@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,14 +15,21 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from dsmoe.moe.balance import Balance, count_experts
-from dsmoe.moe.capacity import Capacity
+from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch
-from dsmoe.moe.experts import ModuleExperts, StackedExperts, mark_expert_parameters, seed_of
+from dsmoe.moe.experts import (
+    ModuleExperts,
+    RouterAndExperts,
+    StackedExperts,
+    mark_expert_parameters,
+    seed_of,
+)
 from dsmoe.moe.hierarchical import choose_dispatch
 from dsmoe.moe.router import Router, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
-from dsmoe.parallel.groups import ExpertGroup
+from dsmoe.parallel.groups import ExpertGroup, TensorGroup
+from dsmoe.parallel.regions import sum_gradients
 
 _DEEPSPEED_NOISE = {None: "none", "None": "none", "Jitter": "jitter", "RSample": "gumbel"}
 """What DeepSpeed's `noisy_gate_policy` says, and what `noise` calls it."""
@@ -41,7 +49,7 @@ class MoE(DeepSpeedMoE):
         expert: a module that maps [n, D] to [n, D]; L copies of it are made. None makes experts of inner width
             `expert_ffn_size` in stacked weights, which is the fast way.
         num_experts: E, over all ranks.
-        ep_size: R, the ranks that share one copy of all experts.
+        ep_size: R, the ranks (times `expert_tensor`) that share one copy of all experts.
         k: experts per token.
         capacity_factor: see `dsmoe.moe.capacity.expert_capacity`; None is dropless.
         eval_capacity_factor: the same in evaluation, on its own: a layer that trains dropless with
@@ -53,7 +61,7 @@ class MoE(DeepSpeedMoE):
         drop_tokens: False is dropless, whatever the factors say.
         use_rts: no effect.
         use_tutel: no effect.
-        enable_expert_tensor_parallelism: must be False in this version.
+        enable_expert_tensor_parallelism: must be False under tensor parallelism; `expert_tensor` cuts experts.
         top2_2nd_expert_sampling: no effect.
         expert_ffn_size: I, where `expert` is None.
         shared_expert_ffn_size: inner width of a dense feed-forward that every token passes, added to the experts'
@@ -91,6 +99,10 @@ class MoE(DeepSpeedMoE):
             one of `hidden_states`) or `global`, which needs `dsmoe.moe.steps.update_routers` after every step.
         z_loss: coefficient of the router z-loss, which always flows by itself.
         bias_update_rate: > 0 balances by a bias on the selection, moved by this much in every `update_routers`.
+        expert_tensor: the ranks over which the inner width of each expert is cut, neighbours; 1 keeps experts whole.
+        tensor_group: the ranks of one micro-batch, each of which brings its equal part of every sequence. The balancing
+            losses are those of the whole micro-batch, the gradients of what all ranks have are summed over them, and
+            the shared expert is cut over them; capacity stays each rank's own. None is this rank alone.
         seed: what the experts, noise and random drops are drawn from; None draws one from torch's generator.
 
     Attributes:
@@ -141,13 +153,18 @@ class MoE(DeepSpeedMoE):
         balance_scope: str = "micro_batch",
         z_loss: float = 0.0,
         bias_update_rate: float = 0.0,
+        expert_tensor: int = 1,
+        tensor_group: TensorGroup | None = None,
         seed: int | None = None,
     ) -> None:
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
         _check_arguments(expert, expert_ffn_size, num_experts, ep_size, enable_expert_tensor_parallelism, use_tutel)
+        if expert is not None and expert_tensor > 1:
+            raise ValueError(f"expert_tensor ({expert_tensor}) cuts stacked experts only; give expert_ffn_size")
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size = ep_size
+        self.expert_tensor = expert_tensor
         self.expert_group_name = f"ep_size_{ep_size}"
         self.num_experts = num_experts
         self.k = k
@@ -158,7 +175,7 @@ class MoE(DeepSpeedMoE):
         noise = _one_noise(noise, noisy_gate_policy)
         groups = (num_groups, top_k_groups, group_score)
         rule = RoutingRule(k, choice, score, normalize, weight_scale, *groups, noise, force_balanced)
-        self.router = Router(hidden_size, num_experts, rule)
+        router = Router(hidden_size, num_experts, rule)
         self.balance = Balance(num_experts, aux_loss, balance_scope, z_loss, bias_update_rate)
         factors = (capacity_factor, eval_capacity_factor) if drop_tokens else (None, None)
         sizes = (k, num_experts, *factors, min_capacity)
@@ -168,30 +185,35 @@ class MoE(DeepSpeedMoE):
         self.limit = Capacity(*sizes, drop_policy, renormalize_dropped, *control, max_tokens)
         if choice == "expert":
             self._check_expert_choice()
-        self._make_experts(hidden_size, expert, expert_ffn_size, activation, recompute_experts)
+        experts = self._make_experts(hidden_size, expert, expert_ffn_size, activation, recompute_experts)
+        self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, ep_size)
+        self.tensor_group = tensor_group or TensorGroup.alone()
+        self.router.tensor_group = self.balance.tensor_group = self.tensor_group
         self._make_dense(hidden_size, expert, expert_ffn_size, activation, use_residual, shared_expert_ffn_size)
         self.statistics = RoutingStatistics(num_experts)
         self._redraw = expert is None or redraw_experts
         self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
-        self._expert_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
+        self._exchange_rank = dist.get_rank() % (ep_size * expert_tensor) if dist.is_initialized() else 0
         self.reset_experts()
         self._step = self._passes = 0
         self._replayed_pass: int | None = None
         self._dispatches: dict[bool, Dispatch] = {}
-        if ep_size == 1:
+        if ep_size * expert_tensor == 1:
             self.set_expert_group(ExpertGroup.alone())
 
     def _make_experts(
         self, hidden_size: int, expert: nn.Module | None, expert_ffn_size: int | None, activation: str, recompute: bool
-    ) -> None:
+    ) -> StackedExperts | ModuleExperts:
         self.num_local_experts = self.num_experts // self.ep_size
-        self.experts: StackedExperts | ModuleExperts
+        experts: StackedExperts | ModuleExperts
         if expert is None:
             assert expert_ffn_size is not None
-            self.experts = StackedExperts(hidden_size, expert_ffn_size, self.num_local_experts, activation, recompute)
+            sizes = (hidden_size, expert_ffn_size, self.num_local_experts)
+            experts = StackedExperts(*sizes, activation, recompute, self.expert_tensor)
         else:
-            self.experts = ModuleExperts(expert, self.num_local_experts)
-        mark_expert_parameters(self.experts, self.expert_group_name)
+            experts = ModuleExperts(expert, self.num_local_experts)
+        mark_expert_parameters(experts, self.expert_group_name)
+        return experts
 
     def _make_dense(
         self,
@@ -211,13 +233,28 @@ class MoE(DeepSpeedMoE):
                 f"use_residual and shared_expert_ffn_size ({shared_expert_ffn_size}) both add a dense feed-forward "
                 f"that every token passes; give one of them"
             )
+        # Within the layer every rank has its own tokens, as between the blocks under sequence parallelism.
+        group = replace(self.tensor_group, sequence=True)
+        if use_residual and expert is not None and group.size > 1:
+            raise ValueError(f"use_residual over {group.size} tensor ranks needs expert_ffn_size, not expert")
         self.use_residual = use_residual
         self.shared = self.mlp = None
         if shared_expert_ffn_size is not None:
-            self.shared = FeedForward(hidden_size, shared_expert_ffn_size, activation)
+            self.shared = FeedForward(hidden_size, shared_expert_ffn_size, activation, group)
         if use_residual:
-            self.mlp = expert if expert is not None else FeedForward(hidden_size, expert_ffn_size or 0, activation)
+            dense = expert if expert is not None else FeedForward(hidden_size, expert_ffn_size or 0, activation, group)
+            self.mlp = dense
             self.coefficient = nn.Linear(hidden_size, 2)
+
+    @property
+    def router(self) -> Router:
+        """Step 1 of the forward pass; `deepspeed_moe.gate`."""
+        return self.deepspeed_moe.gate
+
+    @property
+    def experts(self) -> StackedExperts | ModuleExperts:
+        """Step 5 of the forward pass; `deepspeed_moe.experts`."""
+        return self.deepspeed_moe.experts
 
     def _check_expert_choice(self) -> None:
         """Raise ValueError for what makes no sense where experts choose."""
@@ -245,23 +282,25 @@ class MoE(DeepSpeedMoE):
         Raises:
             RuntimeError: they would have to be, but have been changed since.
         """
-        assert group.size == self.ep_size, f"expert group of {group.size} for ep_size {self.ep_size}"
+        size = self.ep_size * self.expert_tensor
+        assert group.size == size, f"expert group of {group.size} for ep_size {self.ep_size} x {self.expert_tensor}"
         mark_expert_parameters(self.experts, self.expert_group_name)
-        if group.rank != self._expert_rank:
+        if group.rank != self._exchange_rank:
             if self._redraw and not self._are_as_drawn():
                 raise RuntimeError(
-                    f"rank {group.rank} of the expert group was made as if it were rank {self._expert_rank}, and its "
+                    f"rank {group.rank} of the expert group was made as if it were rank {self._exchange_rank}, and its "
                     f"experts have been changed since: make the MoE layer after the processes have joined "
                     f"(torch.distributed is initialised), and load weights after that"
                 )
-            self._expert_rank = group.rank
+            self._exchange_rank = group.rank
             self._draw(self.experts)
         self._dispatches = {padded: choose_dispatch(group, padded, self.overlap_chunks) for padded in (False, True)}
 
     def _draw(self, experts: StackedExperts | ModuleExperts) -> None:
-        first = self._expert_rank * self.num_local_experts
+        expert_rank, slice_index = divmod(self._exchange_rank, self.expert_tensor)
+        first = expert_rank * self.num_local_experts
         if isinstance(experts, StackedExperts):
-            experts.initialise(self._seed, first, *self._stds)
+            experts.initialise(self._seed, first, *self._stds, slice_index)
         elif self._redraw:
             experts.initialise(self._seed, first)
 
@@ -308,12 +347,16 @@ class MoE(DeepSpeedMoE):
 
         assignments = self.limit(routing, assigned_E, generator)
         weights_TK = self.limit.weights(routing, assignments)
+        sent, sent_weights_TK = assignments, weights_TK
+        if self.expert_tensor > 1:
+            sent = spread_over_slices(assignments, self.expert_tensor, self.num_local_experts)
+            sent_weights_TK = weights_TK.repeat_interleave(self.expert_tensor, dim=1)
         exchange = self._exchange(assignments.capacity)
-        arrivals = exchange.dispatch(x_TD, weights_TK, assignments)
+        arrivals = exchange.dispatch(x_TD, sent_weights_TK, sent)
         dense_TD = self._dense(x_TD)  # while the rows are on their way
         y_TD = exchange.combine(arrivals, self.experts)
         if dense_TD is not None:
-            mix_T2 = self.coefficient(x_TD).softmax(dim=-1) if self.use_residual else None
+            mix_T2 = self._mix(x_TD) if self.use_residual else None
             y_TD = join_dense(y_TD, dense_TD, mix_T2, routing.mask_T)
 
         if self.training:
@@ -321,7 +364,9 @@ class MoE(DeepSpeedMoE):
             if not self.recomputing:
                 self.statistics.count(routing, assignments, losses)
         output = y_TD.view(hidden_states.shape)
-        return output, losses.balance.detach() if self.balance.aux_loss else losses.balance, assigned_E
+        l_aux = losses.balance.detach() if self.balance.aux_loss else losses.balance
+        self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts = l_aux, assigned_E
+        return output, l_aux, assigned_E
 
     def begin_step(self, step: int) -> None:
         """Begin optimizer step `step`: what is random in it follows from its number, and its counts start from 0."""
@@ -370,6 +415,11 @@ class MoE(DeepSpeedMoE):
             )
         return self._dispatches[capacity is not None and self.pad]
 
+    def _mix(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """What experts and residual MLP count for each token, [T, 2]."""
+        weight, bias = (sum_gradients(p, self.tensor_group) for p in (self.coefficient.weight, self.coefficient.bias))
+        return nn.functional.linear(x_TD, weight, bias).softmax(dim=-1)
+
     def _dense(self, x_TD: torch.Tensor) -> torch.Tensor | None:
         """What every token passes besides its experts: the shared expert, the residual MLP, or nothing."""
         dense = self.mlp if self.use_residual else self.shared
@@ -415,6 +465,6 @@ def _check_arguments(
     if (expert is None) == (expert_ffn_size is None):
         raise ValueError("give either expert (a module of yours) or expert_ffn_size (stacked experts), and not both")
     if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:
-        raise ValueError("enable_expert_tensor_parallelism is not supported in this version; set it to False")
+        raise ValueError("enable_expert_tensor_parallelism is not supported; set it to False and give expert_tensor")
     if use_tutel:
         warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=3)

@@ -8,7 +8,7 @@ G groups of experts, B sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from dsmoe.moe.kernels import on_gpu
+from dsmoe.parallel.groups import TensorGroup
+from dsmoe.parallel.regions import sum_gradients
 
 CHOICES = ("token", "expert")
 SCORES = ("softmax", "sigmoid")
@@ -110,6 +112,9 @@ class Router(nn.Module):
         hidden_size: D.
         num_experts: E.
         rule: how logits become choices and weights.
+
+    Attributes:
+        tensor_group: the ranks that have the same weight and each route other tokens of one micro-batch.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, rule: RoutingRule) -> None:
@@ -117,8 +122,21 @@ class Router(nn.Module):
         rule.check(num_experts)
         self.num_experts = num_experts
         self.rule = rule
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.tensor_group = TensorGroup.alone()
+        # On meta, so that torch draws no weight only to have it replaced.
+        self.wg = nn.Linear(hidden_size, num_experts, bias=False, device="meta")
+        self.wg.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """[E, D]; `wg.weight`, as in DeepSpeed's gate."""
+        return cast("nn.Parameter", self.wg.weight)
+
+    @property
+    def k(self) -> int:
+        """K, as in DeepSpeed's gate."""
+        return self.rule.top_k
 
     def forward(
         self,
@@ -142,7 +160,7 @@ class Router(nn.Module):
             if self.training and self.rule.noise == "jitter":
                 x_TD = x_TD.float()
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - JITTER, 1.0 + JITTER, generator=generator)
-            logits_TE = _Logits.apply(x_TD, self.weight)
+            logits_TE = _Logits.apply(x_TD, sum_gradients(self.weight, self.tensor_group))
         decide = self._decide_fused if on_gpu(logits_TE) and self.rule.choice == "token" else self._decide
         scores_TE, weights_TK, experts_TK, valid_TK = decide(logits_TE, mask_T, bias_E, generator, capacity)
         probabilities_TE = scores_TE

@@ -6,6 +6,7 @@ the one `Topology` is what makes gradient reduction, partitioning and token disp
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from dsmoe.config.errors import UserError
 from dsmoe.parallel.distributed import join_processes
 from dsmoe.plan.topology import AXES, Axis, Topology
 
+_LOGGER = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """The ranks that hold one copy of all experts, as the MoE layer sees them.
+    """The ranks that together hold one copy of all experts, as the MoE layer sees them.
 
     `same_node[r]` says whether the r-th rank of the group is on this rank's node; it only sorts traffic by link.
     `label` names the layer that exchanges over the group, for messages. `levels` are, where tokens go first across
@@ -57,6 +60,26 @@ class ExpertGroup:
         )
 
 
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share the dense weights, and whether they share the sequence between the blocks as well."""
+
+    handle: dist.ProcessGroup | None
+    size: int
+    rank: int
+    sequence: bool = False
+
+    @classmethod
+    def alone(cls) -> TensorGroup:
+        """The group of a rank that has the weights for itself."""
+        return cls(None, 1, 0)
+
+    @property
+    def over_sequence(self) -> TensorGroup:
+        """The same ranks, each with its slice of the sequence: for weights that are used between the blocks."""
+        return self if self.sequence else TensorGroup.alone()
+
+
 class Groups:
     """One process group per axis of the topology, for this rank.
 
@@ -80,15 +103,18 @@ class Groups:
                 f"{topology.world_size} ranks, but the launcher started {dist.get_world_size()}; "
                 f"start as many processes as the config describes, or set the two keys to what is there"
             )
-        if topology.tensor > 1 or topology.expert_tensor > 1:
-            raise UserError("parallel.tensor and parallel.expert_tensor above 1 cannot be trained in this version")
         self.topology = topology
         self.rank = dist.get_rank()
-        self._handles = {axis: _new_group_of(topology, axis, self.rank, timeout) for axis in AXES}
+        # Where experts are whole, the expert groups are the exchange groups: one communicator serves both.
+        made: list[Axis] = [axis for axis in AXES if axis != "expert" or topology.expert_tensor > 1]
+        self._handles = {axis: _new_group_of(topology, axis, self.rank, timeout) for axis in made}
+        self._handles.setdefault("expert", self._handles["exchange"])
         self._levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         if levels := topology.exchange_levels():
             across, inside = (_own_group(groups, self.rank, timeout) for groups in levels)
             self._levels = across, inside
+        elif topology.all_to_all == "hierarchical":
+            _LOGGER.info("parallel.all_to_all: hierarchical is flat here: no copy of the experts is on several nodes")
         self._register_with_deepspeed()
 
     def handle(self, axis: Axis) -> dist.ProcessGroup:
@@ -101,17 +127,24 @@ class Groups:
 
     @property
     def expert_group_name(self) -> str:
-        """The name under which DeepSpeed knows the expert groups, and expert parameters name theirs."""
+        """The name under which DeepSpeed knows the exchange groups, and expert parameters name theirs."""
         return f"ep_size_{self.topology.expert}"
 
     def expert_group(self, layer: str | None = None) -> ExpertGroup:
-        """The expert group, with the nodes of its members, for the layer called `layer`."""
+        """The ranks that the layer called `layer` exchanges tokens over: all slices of all experts are among them."""
         topology = self.topology
         here = topology.node_of(self.rank)
-        same_node = tuple(topology.node_of(r) == here for r in topology.group_of("expert", self.rank))
+        ranks = topology.group_of("exchange", self.rank)
+        same_node = tuple(topology.node_of(r) == here for r in ranks)
         label = f"layer {layer}" if layer else ExpertGroup.label
-        levels = self._exchange_levels(label)
-        return ExpertGroup(self.handle("expert"), topology.expert, self.coordinate("expert"), same_node, label, levels)
+        return ExpertGroup(
+            self.handle("exchange"),
+            len(ranks),
+            self.coordinate("exchange"),
+            same_node,
+            label,
+            self._exchange_levels(label),
+        )
 
     def _exchange_levels(self, label: str) -> tuple[ExpertGroup, ExpertGroup] | None:
         if self._levels is None:
@@ -124,15 +157,62 @@ class Groups:
         across, inside = self._levels
         return level(across, near=False), level(inside, near=True)
 
+    def tensor_group(self, sequence: bool = False) -> TensorGroup:
+        """The tensor group; `sequence` cuts the sequence between the blocks (`parallel.sequence`)."""
+        degree = self.topology.tensor
+        return TensorGroup(self.handle("tensor"), degree, self.coordinate("tensor"), sequence and degree > 1)
+
+    @property
+    def mpu(self) -> ModelParallelUnit | None:
+        """What `deepspeed.initialize` takes as `mpu`; None without tensor parallelism."""
+        return ModelParallelUnit(self) if self.topology.tensor > 1 else None
+
     def _register_with_deepspeed(self) -> None:
         name, topology, rank = self.expert_group_name, self.topology, self.rank
         registry = deepspeed_groups
-        registry._EXPERT_PARALLEL_GROUP[name] = self.handle("expert")
-        registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("expert", rank))
+        # Over this group DeepSpeed adds up the experts' norms: all slices of all experts.
+        registry._EXPERT_PARALLEL_GROUP[name] = self.handle("exchange")
+        registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("exchange", rank))
         registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("expert_data")
         registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("expert_data", rank))
         # Without tensor parallelism the data group is the whole world, which DeepSpeed keeps a clone of.
-        registry._WORLD_GROUP = self.handle("data")
+        if topology.tensor == 1:
+            registry._WORLD_GROUP = self.handle("data")
+
+
+class ModelParallelUnit:
+    """The tensor and data groups under the names by which DeepSpeed asks Megatron's `mpu` for them."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """The tensor group."""
+        return self._groups.handle("tensor")
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank's place in its tensor group."""
+        return self._groups.coordinate("tensor")
+
+    def get_model_parallel_world_size(self) -> int:
+        """The tensor degree."""
+        return self._groups.topology.tensor
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks with the same dense weights."""
+        return self._groups.handle("data")
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Those ranks in the world."""
+        return list(self._groups.topology.group_of("data", self._groups.rank))
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return self._groups.coordinate("data")
+
+    def get_data_parallel_world_size(self) -> int:
+        """The data degree."""
+        return self._groups.topology.data
 
 
 def _new_group_of(topology: Topology, axis: Axis, rank: int, timeout: timedelta) -> dist.ProcessGroup:

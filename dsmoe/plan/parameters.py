@@ -38,6 +38,10 @@ class ParameterCounts:
     """[V, D], or 0 where it is the embedding."""
     attention: int
     """The query, key, value and output projections of all layers."""
+    key_value: int
+    """Of these, the key and value projections."""
+    num_kv_heads: int
+    """The key/value heads that those are for, in each layer."""
     dense_ffn: int
     """The SwiGLU blocks of the layers that are not MoE layers."""
     router: int
@@ -65,16 +69,18 @@ class ParameterCounts:
 
     @property
     def _without_experts(self) -> int:
-        return self._cut_by_tensor + self.router + self.residual_mix + self.norms
-
-    @property
-    def _cut_by_tensor(self) -> int:
-        return self.embedding + self.output_head + self.attention + self.dense_ffn + self.shared_experts
+        matrices = self.embedding + self.output_head + self.attention + self.dense_ffn + self.shared_experts
+        return matrices + self.router + self.residual_mix + self.norms
 
     def per_device(self, topology: Topology) -> DeviceParameters:
-        """Count what one rank holds: matrices cut by tensor, experts by expert x expert_tensor, the rest whole."""
+        """Count what one rank holds: matrices cut by tensor, experts by expert x expert_tensor, the rest whole.
+
+        Where there are fewer key/value heads than tensor ranks, each of these holds their projections whole.
+        """
+        shared_key_value = self.key_value if self.num_kv_heads % topology.tensor else 0
+        whole = self.router + self.residual_mix + self.norms + shared_key_value
         return DeviceParameters(
-            shared=self._cut_by_tensor // topology.tensor + self.router + self.residual_mix + self.norms,
+            shared=(self._without_experts - whole) // topology.tensor + whole,
             experts=self.experts // (topology.expert * topology.expert_tensor),
         )
 
@@ -100,6 +106,8 @@ def count_parameters(config: Config) -> ParameterCounts:
         embedding=table,
         output_head=0 if model.tie_embeddings else table,
         attention=model.num_layers * 2 * D * (query_width + kv_width),  # query and output; key and value
+        key_value=model.num_layers * 2 * D * kv_width,
+        num_kv_heads=num_kv_heads(model),
         dense_ffn=dense_layers * 3 * D * (model.ffn_size or 0),
         router=moe_layers * moe.num_experts * D if moe else 0,
         experts=moe_layers * moe.num_experts * expert if moe else 0,

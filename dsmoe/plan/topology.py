@@ -10,6 +10,9 @@ A group is an arithmetic progression of ranks, so nothing here searches:
     expert_tensor  1                        expert_tensor
     expert         expert_tensor            expert
     expert_data    expert_tensor * expert   world / (expert_tensor * expert)
+    exchange       1                        expert_tensor * expert
+
+An exchange group is a copy of all experts, every slice of each: the ranks among which tokens travel.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from typing import Literal, get_args
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 
-Axis = Literal["tensor", "data", "expert_tensor", "expert", "expert_data"]
+Axis = Literal["tensor", "data", "expert_tensor", "expert", "expert_data", "exchange"]
 
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 AllToAll = Literal["flat", "hierarchical"]
 
-Groups = tuple[tuple[int, ...], ...]
+RankGroups = tuple[tuple[int, ...], ...]
 """Disjoint groups of ranks: ranks ascending, groups in order of their first rank."""
 
 
@@ -76,7 +79,12 @@ class Topology:
     @property
     def expert_data(self) -> int:
         """Ranks that hold the same experts."""
-        return self.world_size // (self.expert * self.expert_tensor)
+        return self.world_size // self.exchange
+
+    @property
+    def exchange(self) -> int:
+        """Ranks that together hold one copy of all experts."""
+        return self.expert * self.expert_tensor
 
     def degree(self, axis: Axis) -> int:
         """Return the number of ranks in each of the axis' groups."""
@@ -118,13 +126,13 @@ class Topology:
         span = self._stride(axis) * self.degree(axis)
         return self.nodes > 1 and self.degree(axis) > 1 and self.devices_per_node % span != 0
 
-    def exchange_levels(self) -> tuple[Groups, Groups] | None:
+    def exchange_levels(self) -> tuple[RankGroups, RankGroups] | None:
         """Return the groups of the two levels of a hierarchical exchange; None where tokens are exchanged in one.
 
         Across: the ranks of equal place in their nodes, among those that hold one copy of the experts. Inside: the
         ranks of one node. Where a copy fits into a node there is nothing to do in two levels.
         """
-        copy, per_node = self.expert * self.expert_tensor, self.devices_per_node
+        copy, per_node = self.exchange, self.devices_per_node
         if self.all_to_all == "flat" or copy <= per_node:
             return None
         across = tuple(
@@ -137,7 +145,7 @@ class Topology:
 
     def _stride(self, axis: Axis) -> int:
         """Return the distance between neighbours in a group."""
-        strides = {"data": self.tensor, "expert": self.expert_tensor, "expert_data": self.expert_tensor * self.expert}
+        strides = {"data": self.tensor, "expert": self.expert_tensor, "expert_data": self.exchange}
         return strides.get(axis, 1)
 
     def _checked(self, rank: int) -> int:
@@ -179,7 +187,7 @@ class Topology:
         ]
 
     def _not_two_levels(self) -> list[str]:
-        copy, per_node = self.expert * self.expert_tensor, self.devices_per_node
+        copy, per_node = self.exchange, self.devices_per_node
         if self.all_to_all == "flat" or copy % per_node == 0 or per_node % copy == 0:
             return []
         return [

@@ -43,8 +43,13 @@ def initialize(
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             module.loss_scale = 1.0 / batch.accumulation_steps
-            if module.ep_size == groups.topology.expert:
+            if (module.ep_size, module.expert_tensor) == (groups.topology.expert, groups.topology.expert_tensor):
                 module.set_expert_group(groups.expert_group(name))
+            if module.tensor_group.size != groups.topology.tensor:
+                raise UserError(
+                    f"the MoE layer {name} was made for {module.tensor_group.size} tensor ranks, and parallel.tensor "
+                    f"is {groups.topology.tensor}: make it with tensor_group=groups.tensor_group()"
+                )
     options = config.optimizer
     routers = [module.router.weight for module in model.modules() if isinstance(module, MoE)]
     exact = [weight.detach().float().clone() for weight in routers]
@@ -60,6 +65,7 @@ def initialize(
         optimizer=make_optimizer,
         lr_scheduler=lambda inner: LambdaLR(inner, lambda step: learning_rate(options, batch.steps, step) / options.lr),
         config=to_deepspeed(config, batch.accumulation_steps),
+        mpu=groups.mpu,
         dist_init_required=False,
     )
     set_timeout_everywhere(timedelta(seconds=config.cluster.collective_timeout_seconds))
@@ -101,21 +107,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ZeRO finds it; since they do, DeepSpeed neither merges nor cuts them (it would lose the decay, and leave an empty
     group before a stacked parameter of more than 178,956,971 elements). ZeRO flattens a group into one buffer and
     takes the first parameter's dtype for the model's, so the fp32 routers of a bf16 model are a group, and the last.
+    What is cut over the tensor group is apart as well (`split`), for `clip_gradients`: the fp32 copies that DeepSpeed
+    puts into the groups at stage 0 do not say so themselves.
     """
-    groups: dict[tuple[str | None, bool, torch.dtype], list[nn.Parameter]] = {}
+    groups: dict[tuple[str | None, bool, bool, torch.dtype], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             expert_group = getattr(parameter, "group_name", None)
-            groups.setdefault((expert_group, parameter.dim() >= 2, parameter.dtype), []).append(parameter)
-    in_order = sorted(groups.items(), key=lambda item: item[0][2].itemsize)
+            split = getattr(parameter, "tensor_model_parallel", False)
+            groups.setdefault((expert_group, split, parameter.dim() >= 2, parameter.dtype), []).append(parameter)
+    in_order = sorted(groups.items(), key=lambda item: item[0][3].itemsize)
     return [
         {
             "params": parameters,
             "weight_decay": weight_decay if decayed else 0.0,
             "moe": expert_group is not None,
+            "split": split,
             "name": expert_group or ("matrices" if decayed else "vectors"),
         }
-        for (expert_group, decayed, _), parameters in in_order
+        for (expert_group, split, decayed, _), parameters in in_order
     ]
 
 
@@ -127,28 +137,27 @@ def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: f
 
     Args:
         optimizer: its groups are those of `parameter_groups`.
-        groups: the experts' norms are added up over the expert group.
+        groups: the experts' norms are added up over the exchange group, those of split weights over the tensor group.
         max_norm: 0 does not clip.
 
     Returns:
         The norm before clipping, a scalar on the device; 0-d float32. Nothing is read back to the host.
     """
-    dense, expert = (
-        [
-            p.grad
-            for group in optimizer.param_groups
-            if group["moe"] == moe
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        for moe in (False, True)
-    )
-    square = _square_norm(expert, dense[0].device)
-    if groups.topology.expert > 1:
-        dist.all_reduce(square, group=groups.handle("expert"))
-    norm = (square + _square_norm(dense, dense[0].device)).sqrt()
+    whole: list[torch.Tensor] = []
+    split: list[torch.Tensor] = []
+    expert: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        kind = expert if group["moe"] else split if group["split"] else whole
+        kind.extend(p.grad for p in group["params"] if p.grad is not None)
+    gradients = whole + split + expert
+    square = _square_norm(whole, gradients[0].device)
+    for parts, handle in ((split, groups.handle("tensor")), (expert, groups.handle("exchange"))):
+        part = _square_norm(parts, square.device)
+        dist.all_reduce(part, group=handle)
+        square += part
+    norm = square.sqrt()
     if max_norm > 0:
-        torch._foreach_mul_(dense + expert, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
     return norm.float()
 
 

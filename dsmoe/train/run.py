@@ -109,11 +109,13 @@ def _introduce(config: Config, batch: Batch) -> None:
     logger.info("run %s in %s", config.name, run_folder(config))
     logger.info("parameters: %s total, %s active per token", f"{counts.total:,}", f"{counts.active:,}")
     logger.info(
-        "ranks: %d = %d data x %d tensor; experts: %d expert x %d expert-data; ZeRO stage %d",
+        "ranks: %d = %d data x %d tensor%s; experts: %d expert x %d expert-tensor x %d expert-data; ZeRO stage %d",
         topology.world_size,
         topology.data,
         topology.tensor,
+        " (sequence cut)" if config.parallel.sequence else "",
         topology.expert,
+        topology.expert_tensor,
         topology.expert_data,
         config.parallel.zero_stage,
     )

@@ -39,17 +39,48 @@ def test_a_config_made_in_python_is_checked_as_well(tmp_path: Path) -> None:
 WORLD = "the number of devices (2 nodes x 4 = 8)"
 
 
-@pytest.mark.parametrize("key", ["tensor", "expert_tensor"])
-def test_tensor_parallelism_is_refused(tmp_path: Path, key: str) -> None:
-    assert check(tmp_path, f"parallel.{key}=2") == [
-        f"parallel.{key} (2): this version trains with {key}: 1 only; set parallel.{key}: 1"
+def test_tensor_must_divide_the_devices_and_the_batch_is_not_judged_then(tmp_path: Path) -> None:
+    overrides = "model.num_heads=6", "model.head_dim=16", "model.vocab_size=258", "train.sequence_length=240"
+    assert check(tmp_path, "parallel.tensor=3", "train.batch_tokens=1000", *overrides) == [
+        f"parallel.tensor (3) must divide {WORLD}; nearest: 2 or 4",
     ]
 
 
-def test_tensor_must_divide_the_devices_and_the_batch_is_not_judged_then(tmp_path: Path) -> None:
-    assert check(tmp_path, "parallel.tensor=3", "train.batch_tokens=1000") == [
-        "parallel.tensor (3): this version trains with tensor: 1 only; set parallel.tensor: 1",
-        f"parallel.tensor (3) must divide {WORLD}; nearest: 2 or 4",
+def test_what_is_cut_must_be_a_multiple_of_tensor(tmp_path: Path) -> None:
+    overrides = "model.num_heads=6", "model.head_dim=16", "model.dense_layers=1", "model.ffn_size=42"
+    assert check(tmp_path, "parallel.tensor=4", "train.sequence_length=250", "train.batch_tokens=1000", *overrides) == [
+        "model.num_heads (6) must be a multiple of parallel.tensor (4); the next is 8",
+        "model.vocab_size (257) must be a multiple of parallel.tensor (4); the next is 260",
+        "train.sequence_length (250) must be a multiple of parallel.tensor (4); the next is 252",
+        "model.ffn_size (42) must be a multiple of parallel.tensor (4); the next is 44",
+        "model.num_kv_heads (6) and parallel.tensor (4): one must divide the other, so that every rank has equally "
+        "many key/value heads",
+    ]
+
+
+def test_what_every_token_passes_is_cut_too(tmp_path: Path) -> None:
+    fitting = "parallel.tensor=4", "model.vocab_size=260"
+    assert check(tmp_path, *fitting, "moe.shared_expert_ffn_size=30") == [
+        "moe.shared_expert_ffn_size (30) must be a multiple of parallel.tensor (4); the next is 32"
+    ]
+    assert load(tmp_path, *fitting, "moe.residual=true")
+
+
+def test_tensor_layouts_that_fit(tmp_path: Path) -> None:
+    assert load(tmp_path, "parallel.tensor=4", "model.vocab_size=260", "model.num_kv_heads=2", "parallel.sequence=true")
+    assert load(tmp_path, "parallel.expert_tensor=2", "parallel.expert=4")
+
+
+def test_sequence_parallelism_needs_tensor_ranks(tmp_path: Path) -> None:
+    assert check(tmp_path, "parallel.sequence=true") == [
+        "parallel.sequence (true) would be unused: parallel.tensor is 1; remove it or raise parallel.tensor"
+    ]
+
+
+def test_slices_of_experts_keep_the_alignment(tmp_path: Path) -> None:
+    assert check(tmp_path, "parallel.expert_tensor=2", "moe.expert_ffn_size=24") == [
+        "moe.expert_ffn_size (24) must be a multiple of 16 for grouped_mm in each of 2 slices "
+        "(parallel.expert_tensor); nearest: 16 or 32"
     ]
 
 
@@ -77,13 +108,13 @@ def test_expert_must_divide_the_devices(tmp_path: Path) -> None:
 
 
 def test_expert_times_expert_tensor_must_divide_the_devices(tmp_path: Path) -> None:
-    assert check(tmp_path, "parallel.expert=8", "parallel.expert_tensor=2")[1:] == [
+    assert check(tmp_path, "parallel.expert=8", "parallel.expert_tensor=2") == [
         f"parallel.expert * parallel.expert_tensor (8 * 2 = 16) must divide {WORLD}; nearest parallel.expert: 4"
     ]
 
 
 def test_no_expert_degree_fits_beside_an_expert_tensor_degree_that_does_not(tmp_path: Path) -> None:
-    assert check(tmp_path, "parallel.expert_tensor=3")[1:] == [
+    assert check(tmp_path, "parallel.expert_tensor=3", "moe.expert_ffn_size=48") == [
         f"parallel.expert * parallel.expert_tensor (4 * 3 = 12) must divide {WORLD}; lower parallel.expert_tensor"
     ]
 
@@ -329,7 +360,7 @@ def test_the_batch_is_a_whole_number_of_passes(tmp_path: Path, tokens: int, near
 
 
 def test_the_data_degree_is_the_devices_over_the_tensor_degree(tmp_path: Path) -> None:
-    (_, problem) = check(tmp_path, "parallel.tensor=2", "train.batch_tokens=1000")
+    (problem,) = check(tmp_path, "parallel.tensor=2", "model.vocab_size=258", "train.batch_tokens=1000")
     assert "(4 * 2 * 256 = 2048); nearest: 2048" in problem
 
 

@@ -19,7 +19,7 @@ import dsmoe
 from dsmoe.model.transformer import Block, Transformer
 from dsmoe.moe import LayerStatistics, read_statistics
 from dsmoe.moe.capacity import renormalize
-from dsmoe.parallel import ExpertGroup
+from dsmoe.parallel import ExpertGroup, TensorGroup
 from tests.plan.configs import make_config
 from tests.ranks import run_ranks
 
@@ -80,7 +80,7 @@ class TestDropIn:
     def test_only_expert_parameters_are_marked_for_deepspeed(self) -> None:
         layer = make_layer(use_residual=True)
         marked = {name for name, parameter in layer.named_parameters() if not getattr(parameter, "allreduce", True)}
-        assert marked == {"experts.gate_up", "experts.down"}
+        assert marked == {"deepspeed_moe.experts.gate_up", "deepspeed_moe.experts.down"}
         assert {layer.get_parameter(name).group_name for name in marked} == {"ep_size_1"}
 
     def test_without_a_group_the_error_says_what_to_call(self) -> None:
@@ -112,7 +112,7 @@ class TestUsersModule:
         expected = run_reference(
             x64,
             exact.router.weight,
-            [lambda token, module=module: only_output(module, token) for module in exact.experts.experts],
+            [lambda token, module=module: only_output(module, token) for module in exact.experts.deepspeed_experts],
             Settings(top_k=2, capacity=16 if factor is None else 4),
         )
         expected.output.square().sum().backward()
@@ -128,7 +128,7 @@ class TestUsersModule:
         with torch.no_grad():
             layer.router.weight.zero_()[2] = 1.0
         layer(torch.ones(5, D))[0].sum().backward()
-        for idle in layer.experts.experts[:2]:
+        for idle in layer.experts.deepspeed_experts[:2]:
             assert all(parameter.grad is not None and not parameter.grad.any() for parameter in idle.parameters())
 
     def test_is_copied_not_used_itself(self) -> None:
@@ -179,7 +179,7 @@ def build_experts(ep_size: int, users: bool) -> dict[str, torch.Tensor]:
     layer = make_layer(ep_size=ep_size, seed=7, **({"expert": mlp()} if users else {}))
     if not users:
         return {name: parameter.detach() for name, parameter in layer.experts.named_parameters()}
-    each = [dict(expert.named_parameters()) for expert in layer.experts.experts]
+    each = [dict(expert.named_parameters()) for expert in layer.experts.deepspeed_experts]
     return {name: torch.stack([parameters[name].detach() for parameters in each]) for name in each[0]}
 
 
@@ -231,7 +231,7 @@ class TestWhatEveryTokenPasses:
     def test_is_dense_to_deepspeed_by_mark_and_by_name(self, arguments: dict[str, Any]) -> None:
         """DeepSpeed reduces by the mark, and leaves parameters with "expert" in their name out of its checkpoints."""
         named = dict(make_layer(**arguments).named_parameters())
-        experts = {name for name in named if name.startswith("experts.")}
+        experts = {name for name in named if ".experts." in name}
         assert {name for name, parameter in named.items() if hasattr(parameter, "group_name")} == experts
         assert len(named) > len(experts) + 1
         assert not any("expert" in name for name in named.keys() - experts)
@@ -590,7 +590,7 @@ class TestStatistics:
         for recompute in ("none", "full"):
             config = make_config(moe={"num_experts": 4, "expert_ffn_size": 8}, train={"recompute": recompute})
             torch.manual_seed(0)
-            model = Transformer(config, ExpertGroup.alone())
+            model = Transformer(config, ExpertGroup.alone(), TensorGroup.alone())
             with set_checkpoint_early_stop(False):  # else torch happens to stop just before the counting
                 model(torch.arange(30).view(2, 15)).sum().backward()
             counted[recompute] = [layer.statistics.sums for _, layer in model.moe_layers()]
@@ -602,7 +602,7 @@ class TestStatistics:
 
     def test_count_once_where_a_user_checkpoints_a_block(self) -> None:
         config = make_config(moe={"num_experts": 4, "expert_ffn_size": 8})
-        model = Transformer(config, ExpertGroup.alone())
+        model = Transformer(config, ExpertGroup.alone(), TensorGroup.alone())
         block = model.blocks[0]
         assert isinstance(block, Block)
         x = torch.randn(1, 6, 8, requires_grad=True)

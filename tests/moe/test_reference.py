@@ -121,12 +121,12 @@ def assert_equals_reference(
     """Run both forward and backward on [T, D] `x`, compare everything, and return what the reference says."""
     layer.loss_scale = loss_scale
     x = x.detach().requires_grad_()
-    actual = {"x": x, **dict(layer.named_parameters())}
+    actual = {"x": x, **{name.removeprefix("deepspeed_moe."): value for name, value in layer.named_parameters()}}
     exact = {name: value.detach().double().requires_grad_() for name, value in actual.items()}
     dense = {"none": None, "shared": "shared", "residual": "mlp"}[case.dense]
     expected = run_reference(
         exact["x"],
-        exact["router.weight"],
+        exact["gate.wg.weight"],
         list(map(swiglu_expert, exact["experts.gate_up"], exact["experts.down"])),
         case.settings(layer, len(x)),
         None if used is None else used.tolist(),

@@ -88,9 +88,36 @@ def test_a_world_of_another_size_is_refused_with_both_numbers() -> None:
         assert "2 x 4 = 8 ranks, but the launcher started 2" in message
 
 
-def test_tensor_parallelism_is_refused() -> None:
-    for message in run_ranks(2, refuse, Topology(1, 2, tensor=2)):
-        assert "parallel.tensor" in message
+def describe_folded() -> dict[str, Any]:
+    groups = Groups(Topology(2, 4, tensor=4, expert=2, expert_tensor=2))
+    deepspeed_groups.mpu = groups.mpu  # the engine does so
+    name = groups.expert_group_name
+    sequence, whole = groups.tensor_group(sequence=True), groups.tensor_group()
+    assert (sequence.handle, sequence.size, sequence.rank) == (groups.handle("tensor"), 4, dist.get_rank() % 4)
+    assert sequence.over_sequence is sequence
+    assert (whole.sequence, whole.over_sequence.size) == (False, 1)
+    assert groups.expert_group().size == 4
+    assert deepspeed_groups._get_model_parallel_world_size() == 4
+    assert deepspeed_groups._get_data_parallel_world_size() == 2
+    return {
+        "data": dist.get_process_group_ranks(deepspeed_groups._get_data_parallel_group()),
+        "experts": dist.get_process_group_ranks(deepspeed_groups._get_expert_parallel_group(name)),
+        "expert_data": dist.get_process_group_ranks(deepspeed_groups._get_expert_data_parallel_group(name)),
+        "tensor": dist.get_process_group_ranks(groups.mpu.get_model_parallel_group()),
+        "sources": (deepspeed_groups._get_broadcast_src_rank(), deepspeed_groups._get_expert_broadcast_src_rank(name)),
+    }
+
+
+def test_tensor_ranks_and_folded_experts_as_deepspeed_sees_them() -> None:
+    for rank, found in enumerate(run_ranks(8, describe_folded)):
+        first = rank // 4 * 4
+        assert found == {
+            "data": [rank % 4, rank % 4 + 4],
+            "experts": list(range(first, first + 4)),
+            "expert_data": [rank % 4, rank % 4 + 4],
+            "tensor": list(range(first, first + 4)),
+            "sources": (rank % 4, rank % 4),
+        }
 
 
 def registered_nodes() -> tuple[bool, ...]:

@@ -143,3 +143,11 @@ def test_one_device_holds_its_experts_and_its_slice_of_the_matrices() -> None:
     assert cut.experts == counts.experts // 8
     assert cut.shared == (counts.total - counts.experts - whole) // 4 + whole
     assert cut.total == cut.shared + cut.experts
+
+
+def test_few_key_value_heads_are_whole_on_every_tensor_rank() -> None:
+    counts = count_parameters(MIXTRAL)
+    assert counts.num_kv_heads == 8
+    whole = counts.router + counts.norms + counts.key_value
+    held = counts.per_device(Topology(nodes=8, devices_per_node=8, tensor=16))
+    assert held.shared == (counts.total - counts.experts - whole) // 16 + whole

@@ -51,6 +51,7 @@ def brute_force(world: int, tensor: int, expert: int, expert_tensor: int) -> dic
     return {
         **grid_groups({"tensor": tensor, "data": world // tensor}),
         **grid_groups({"expert_tensor": expert_tensor, "expert": expert, "expert_data": world // experts}),
+        **grid_groups({"exchange": experts, "expert_data": world // experts}),
     }
 
 

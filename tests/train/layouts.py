@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import torch
 import torch.distributed as dist
 
 from dsmoe.config.schema import Config
+from dsmoe.moe.experts import StackedExperts
 from dsmoe.parallel import Groups
 from dsmoe.parallel.distributed import Rank
+from dsmoe.parallel.tensor import Shard
 from dsmoe.plan import Topology
 from dsmoe.train import Trainer
 
@@ -81,16 +85,43 @@ def train(config: Config, steps: int) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "held_out": held_out, "weights": weights, "balance": balance}
 
 
-def named_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds of a weight."""
+
+    value: torch.Tensor
+    shard: Shard | None
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The same part of the whole weight."""
+        return whole if self.shard is None else self.shard.of(whole)
+
+
+def named_weights(trainer: Trainer) -> dict[str, Part]:
     """This rank's weights; one entry per global expert."""
-    first = dict(trainer.model.moe_layers())
     weights = {}
     for name, parameter in trainer.model.named_parameters():
         value = parameter.detach().float().clone()
-        if not hasattr(parameter, "group_name"):
-            weights[name] = value
+        module = trainer.model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, StackedExperts):
+            weights[name] = Part(value, getattr(module, "shard", None))
             continue
-        layer = first[int(name.split(".")[1])]
-        start = trainer.groups.coordinate("expert") * layer.num_local_experts
-        weights.update({f"{name}[{start + local}]": value[local] for local in range(len(value))})
+        start = trainer.groups.coordinate("expert") * module.num_local_experts
+        gate_up, down = module.shards(trainer.groups.coordinate("expert_tensor"))
+        shard = down if name.endswith("down") else gate_up
+        weights.update({f"{name}[{start + local}]": Part(value[local], shard) for local in range(len(value))})
     return weights
+
+
+def assemble(results: Sequence[dict[str, Part]]) -> dict[str, torch.Tensor]:
+    """The whole model's weights from every rank's parts, all of which must be there."""
+    wholes: dict[str, torch.Tensor] = {}
+    for weights in results:
+        for name, part in weights.items():
+            if part.shard is None:
+                wholes[name] = part.value
+                continue
+            empty = torch.full(part.shard.whole_shape(part.value.shape), float("nan"))
+            part.shard.put(part.value, wholes.setdefault(name, empty))
+    assert not any(whole.isnan().any() for whole in wholes.values())
+    return wholes

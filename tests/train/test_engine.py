@@ -35,9 +35,9 @@ def test_groups_separate_experts_and_decay_only_matrices() -> None:
         (group["name"], group["moe"], group["weight_decay"]): sorted(named[id(p)] for p in group["params"])
         for group in groups
     }
-    experts = "sparse.experts.experts"
+    experts = "sparse.deepspeed_moe.experts.deepspeed_experts"
     assert found == {
-        ("matrices", False, 0.1): ["dense.weight", "sparse.router.weight"],
+        ("matrices", False, 0.1): ["dense.weight", "sparse.deepspeed_moe.gate.wg.weight"],
         ("vectors", False, 0.0): ["dense.bias", "norm.weight"],
         ("ep_size_1", True, 0.1): [f"{experts}.{i}.weight" for i in range(4)],
         ("ep_size_1", True, 0.0): [f"{experts}.{i}.bias" for i in range(4)],
@@ -153,23 +153,40 @@ def test_initialize_clips_alike_at_every_stage(tmp_path: Path) -> None:
                 torch.testing.assert_close(weight, other_weights[name], rtol=1e-4, atol=1e-6)
 
 
-def clipped_norm(max_norm: float) -> tuple[float, list[torch.Tensor]]:
-    """Two experts of gradient (3, 0) and (0, 4 r) on rank r; a dense one of 12 on all ranks."""
-    groups = Groups(Topology(nodes=1, devices_per_node=2, expert=2))
-    dense, expert = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
-    dense.grad = torch.tensor([12.0])
+def clipped_norm(tensor: int, max_norm: float) -> tuple[float, list[torch.Tensor]]:
+    """Two experts of gradient (3, 0) and (0, 4 r) on rank r; a dense one of 12, whole or in two halves."""
+    groups = Groups(Topology(nodes=1, devices_per_node=2, tensor=tensor, expert=2))
+    whole, split, expert = (nn.Parameter(torch.zeros(n)) for n in (1, 1, 2))
+    whole.grad, split.grad = (torch.tensor([value]) for value in ((12.0, 0.0) if tensor == 1 else (0.0, 72.0**0.5)))
     expert.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]][dist.get_rank()])
-    adam = torch.optim.AdamW([{"params": [dense], "moe": False}, {"params": [expert], "moe": True}])
-    norm = float(clip_gradients(adam, groups, max_norm))
-    return norm, [dense.grad, expert.grad]
+    named = [
+        {"params": [whole], "moe": False, "split": False},
+        {"params": [split], "moe": False, "split": tensor > 1},
+        {"params": [expert], "moe": True, "split": True},
+    ]
+    norm = float(clip_gradients(torch.optim.AdamW(named), groups, max_norm))
+    return norm, [whole.grad, split.grad, expert.grad]
 
 
-def test_the_norm_counts_every_expert_once() -> None:
-    for norm, gradients in run_ranks(2, clipped_norm, 6.5):
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_norm_counts_every_part_once(tensor: int) -> None:
+    for norm, gradients in run_ranks(2, clipped_norm, tensor, 6.5):
         assert norm == pytest.approx(13.0)
-        assert float(gradients[0]) == pytest.approx(6.0)
-    for norm, gradients in run_ranks(2, clipped_norm, 0.0):
-        assert (norm, float(gradients[0])) == (13.0, 12.0)
+        assert float(gradients[tensor - 1]) == pytest.approx(6.0 if tensor == 1 else 18.0**0.5)
+    for norm, gradients in run_ranks(2, clipped_norm, tensor, 0.0):
+        assert (norm, float(gradients[tensor - 1])) == pytest.approx((13.0, 12.0 if tensor == 1 else 72.0**0.5))
+
+
+def made_for_one_rank(config: Config) -> str:
+    with pytest.raises(UserError) as error:
+        initialize(model=Small(1), config=config, groups=Groups(Topology.from_config(config)))
+    return str(error.value)
+
+
+def test_a_layer_that_does_not_know_of_its_tensor_ranks_is_refused(tmp_path: Path) -> None:
+    """Its router's gradient would silently be that of half of the tokens."""
+    for message in run_ranks(2, made_for_one_rank, small_config(tmp_path, ranks=2, parallel={"tensor": 2})):
+        assert "tensor_group=groups.tensor_group()" in message
 
 
 def test_a_wrapper_that_a_checkpoint_would_miss_is_refused() -> None:

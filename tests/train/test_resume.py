@@ -10,18 +10,28 @@ import torch
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.train import Trainer
 from dsmoe.train.checkpoint import find_checkpoint
 from tests.ranks import run_ranks
-from tests.train.layouts import make_trainer, named_weights, small_config
+from tests.train.layouts import make_trainer, small_config
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # DeepSpeed then takes another wrapper
+SPLIT = {"tensor": 2, "sequence": True}
 LAYOUTS = [
-    (1, 1, 0, "fp32", {}),
-    (2, 2, 0, "bf16", {}),
-    (2, 2, 1, "fp32", {}),
-    (2, 2, 1, "bf16", FP32_SUMS),
-    (4, 2, 2, "bf16", {}),
+    (1, 1, 0, "fp32", {}, {}),
+    (2, 2, 0, "bf16", {}, {}),
+    (2, 2, 1, "fp32", {}, {}),
+    (2, 2, 1, "bf16", FP32_SUMS, {}),
+    (2, 2, 1, "bf16", {}, SPLIT),
+    (4, 2, 2, "bf16", {}, {}),
+    (4, 4, 1, "fp32", {}, SPLIT),
 ]
+
+
+def own_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What this rank holds, buffers included."""
+    model = trainer.model
+    return {name: x.detach().clone() for name, x in (*model.named_parameters(), *model.named_buffers())}
 
 
 def train_and_save(config: Config, steps: int) -> dict[str, Any]:
@@ -36,20 +46,27 @@ def train_and_save(config: Config, steps: int) -> dict[str, Any]:
         trainer.log(norms[-1])
         factors.append(trainer.moe_layers[0].limit.factor)
     trainer.save()
-    weights = named_weights(trainer) | dict(trainer.model.named_buffers())
+    weights = own_weights(trainer)
     return {"norms": norms, "factors": factors, "weights": weights, "step": trainer.step_index}
 
 
-@pytest.mark.parametrize(("ranks", "expert", "zero_stage", "precision", "deepspeed"), LAYOUTS)
+@pytest.mark.parametrize(("ranks", "expert", "zero_stage", "precision", "deepspeed", "parallel"), LAYOUTS)
 def test_ten_and_ten_steps_equal_twenty_bit_for_bit(
-    ranks: int, expert: int, zero_stage: int, precision: str, deepspeed: dict[str, Any], tmp_path: Path
+    ranks: int,
+    expert: int,
+    zero_stage: int,
+    precision: str,
+    deepspeed: dict[str, Any],
+    parallel: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     def config(folder: str) -> Config:
         train = {"precision": precision, "steps": 20}
         optimizer = {"schedule": "cosine", "warmup_steps": 4}
         moe = {"capacity": {"factor": 1.0}}  # with dropping
-        options = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage, "deepspeed": deepspeed}
-        return small_config(tmp_path / folder, **options, train=train, optimizer=optimizer, moe=moe)
+        options = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage, "parallel": parallel}
+        sections = {"train": train, "optimizer": optimizer, "moe": moe, "deepspeed": deepspeed}
+        return small_config(tmp_path / folder, **options, **sections)
 
     whole = run_ranks(ranks, train_and_save, config("whole"), 20)
     first = run_ranks(ranks, train_and_save, config("halves"), 10)
@@ -165,7 +182,7 @@ def skip_a_step(config: Config, skipped: int, until: int) -> dict[str, Any]:
         if hook:
             hook.remove()
     trainer.save()
-    return {"rates": rates, "weights": named_weights(trainer), "skipped": trainer.engine.skipped_steps}
+    return {"rates": rates, "weights": own_weights(trainer), "skipped": trainer.engine.skipped_steps}
 
 
 def test_a_skipped_step_is_resumed_exactly_too(tmp_path: Path) -> None:
