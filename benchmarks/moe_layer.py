@@ -44,7 +44,8 @@ def main() -> None:
         for dtype in options.dtypes:
             for routing in options.routing:
                 rows += measure(shape, dtype, routing, options)
-    write(rows, options)
+    hardware = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
+    write(f"moe_layer_{options.device}", rows, hardware, options.threads)
 
 
 def measure(shape: Shape, dtype: str, routing: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -138,25 +139,24 @@ def saved_bytes(peer: Peer, x_TD: torch.Tensor) -> int:
     return sum(storages.values())
 
 
-def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Keep the figures with what is needed to get them again."""
+def write(name: str, rows: list[dict[str, Any]], hardware: str, threads: int) -> None:
+    """Keep the figures of the benchmark that was started with what is needed to get them again."""
     packages = {}
     for package in ("torch", "deepspeed", "transformers", "triton"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
             packages[package] = None
-    hardware = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
     report = {
-        "command": shlex.join(["python", "-m", "benchmarks.moe_layer", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "hardware": hardware,
-        "threads": options.threads,
+        "threads": threads,
         "python": platform.python_version(),
         "packages": packages,
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"moe_layer_{options.device}.json"
+    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwrote {path}")
 

@@ -99,6 +99,20 @@ def _expert_layout(config: Config) -> Iterator[Problem]:
         )
 
 
+def _all_to_all(config: Config) -> Iterator[Problem]:
+    """Check that nodes have equal parts of a copy of the experts where tokens go through every node's ranks alike."""
+    parallel, per_node = config.parallel, config.cluster.devices_per_node
+    copy = parallel.expert * parallel.expert_tensor
+    if parallel.all_to_all == "hierarchical" and copy % per_node and per_node % copy:
+        product = f"{parallel.expert} * {parallel.expert_tensor} = {copy}"
+        yield (
+            "parallel.all_to_all",
+            f"parallel.all_to_all (hierarchical) wants a copy of the experts to be on whole nodes, or within one: "
+            f"parallel.expert * parallel.expert_tensor ({product}) must be a multiple or a divisor of "
+            f"cluster.devices_per_node ({per_node}); change one of them, or set parallel.all_to_all: flat",
+        )
+
+
 def _experts(config: Config) -> Iterator[Problem]:
     model, moe = config.model, config.moe
     if moe is None:
@@ -430,6 +444,7 @@ _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _tensor_layout,
     _tensor_slices,
     _expert_layout,
+    _all_to_all,
     _attention,
     _layers,
     _experts,

@@ -71,6 +71,11 @@ class Parallel(Section):
     """Devices that share one expert, each holding a slice of its matrices."""
     sequence: bool = False
     """With `tensor`: between the blocks, each of its devices holds a slice of the sequence instead of all of it."""
+    all_to_all: Literal["flat", "hierarchical"] = "flat"
+    """How tokens reach experts on other nodes: one row for every choice, or one per node and token, which is handed on
+    inside the node. The same where all experts of a layer are within one node."""
+    overlap_chunks: PositiveInt = 1
+    """Into how many parts a micro-batch's exchange is cut, so that experts work on one while others travel."""
     zero_stage: Annotated[Literal[0, 1, 2], BeforeValidator(_whole_number)] = 1
     """What DeepSpeed shards over the data group: nothing, optimizer states (1), gradients as well (2)."""
 

@@ -153,6 +153,7 @@ def _moe_layer(config: Config, expert_group: ExpertGroup, tensor_group: TensorGr
         max_capacity_factor=moe.capacity.max_factor,
         pad=moe.capacity.pad,
         max_tokens=config.train.micro_batch_size * config.train.sequence_length // tensor_group.size,
+        overlap_chunks=config.parallel.overlap_chunks,
         aux_loss=moe.balance.aux_loss,
         balance_scope=moe.balance.scope,
         z_loss=moe.balance.z_loss,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dsmoe.moe.balance import count_experts
 from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 
@@ -38,6 +39,19 @@ class Assignments:
     num_choices: int
     complete: bool
     slots: int | None = None
+
+    @classmethod
+    def of(cls, experts_TK: torch.Tensor, num_experts: int, complete: bool = False) -> Assignments:
+        """Of choices that are all kept; E is none."""
+        counts_E = count_experts(experts_TK, num_experts)
+        order_A, expert_A, place_A = _by_expert(experts_TK.reshape(-1), counts_E)
+        kept_A = expert_A < num_experts
+        return cls(order_A, expert_A, place_A, kept_A, counts_E, counts_E, None, experts_TK.shape[1], complete)
+
+    def kept_experts(self) -> torch.Tensor:
+        """[T, K], the expert of each choice; E where it is dropped or masked."""
+        expert_A = torch.where(self.kept_A, self.expert_A, self.assigned_E.numel())
+        return torch.empty_like(expert_A).scatter_(0, self.order_A, expert_A).view(-1, self.num_choices)
 
 
 class DropRateController(nn.Module):
@@ -150,6 +164,23 @@ class Capacity(nn.Module):
         if not self.renormalize_dropped or assignments.capacity is None:
             return routing.weights_TK
         return renormalize(routing.weights_TK, assignments)
+
+
+def chunk_of_tokens(num_tokens: int, num_chunks: int, device: torch.device) -> torch.Tensor:
+    """[T], the chunk of each token: runs of neighbours, of equal lengths or nearly so."""
+    return torch.arange(num_tokens, device=device) * num_chunks // max(num_tokens, 1)
+
+
+def by_chunk(experts_TK: torch.Tensor, num_experts: int, num_chunks: int) -> torch.Tensor:
+    """[T, K], the expert of each choice when every chunk of tokens has experts of its own: e of chunk h is h * E + e.
+
+    E, which is none, becomes H * E.
+    """
+    if num_chunks == 1:
+        return experts_TK
+    chunk_T = chunk_of_tokens(len(experts_TK), num_chunks, experts_TK.device)
+    own_TK = experts_TK + chunk_T[:, None] * num_experts
+    return torch.where(experts_TK < num_experts, own_TK, num_chunks * num_experts)
 
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float | None, minimum: int) -> int | None:

@@ -17,7 +17,7 @@ from torch import nn
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.dense import FeedForward, join_dense
-from dsmoe.moe.dispatch import Dispatch, choose_dispatch
+from dsmoe.moe.dispatch import Dispatch
 from dsmoe.moe.experts import (
     ModuleExperts,
     RouterAndExperts,
@@ -25,6 +25,7 @@ from dsmoe.moe.experts import (
     mark_expert_parameters,
     seed_of,
 )
+from dsmoe.moe.hierarchical import choose_dispatch
 from dsmoe.moe.router import Router, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup, TensorGroup
@@ -87,6 +88,8 @@ class MoE(DeepSpeedMoE):
         max_tokens: the most tokens that any rank brings to a forward pass, the same on all ranks. With it a padded
             exchange has a static size; without it, the ranks agree on one at every pass, which reads a number on the
             host.
+        overlap_chunks: into how many parts the exchange is cut, so that the experts work on one while others travel.
+            Whether tokens go to other nodes one by one or in two levels is the expert group's to say.
         redraw_experts: draw each copy of `expert` anew, by its global id, through the `reset_parameters` of its
             modules, so that experts start different. False keeps the weights that `expert` came with in every copy,
             as DeepSpeed does (for pretrained or specially initialised ones).
@@ -144,6 +147,7 @@ class MoE(DeepSpeedMoE):
         max_capacity_factor: float = 2.0,
         pad: bool = True,
         max_tokens: int | None = None,
+        overlap_chunks: int = 1,
         redraw_experts: bool = True,
         aux_loss: float = 0.0,
         balance_scope: str = "micro_batch",
@@ -165,6 +169,7 @@ class MoE(DeepSpeedMoE):
         self.num_experts = num_experts
         self.k = k
         self.pad = pad
+        self.overlap_chunks = overlap_chunks
         self.loss_scale = 1.0
         normalize = choice == "token" and k > 1 if normalize_weights is None else normalize_weights
         noise = _one_noise(noise, noisy_gate_policy)
@@ -289,7 +294,7 @@ class MoE(DeepSpeedMoE):
                 )
             self._exchange_rank = group.rank
             self._draw(self.experts)
-        self._dispatches = {padded: choose_dispatch(group, padded) for padded in (False, True)}
+        self._dispatches = {padded: choose_dispatch(group, padded, self.overlap_chunks) for padded in (False, True)}
 
     def _draw(self, experts: StackedExperts | ModuleExperts) -> None:
         expert_rank, slice_index = divmod(self._exchange_rank, self.expert_tensor)
@@ -347,11 +352,9 @@ class MoE(DeepSpeedMoE):
             sent = spread_over_slices(assignments, self.expert_tensor, self.num_local_experts)
             sent_weights_TK = weights_TK.repeat_interleave(self.expert_tensor, dim=1)
         exchange = self._exchange(assignments.capacity)
-        arrival = exchange.dispatch(x_TD, sent_weights_TK, sent)
+        arrivals = exchange.dispatch(x_TD, sent_weights_TK, sent)
         dense_TD = self._dense(x_TD)  # while the rows are on their way
-        dispatched = arrival()
-        output_SD = self.experts(dispatched)
-        y_TD = exchange.combine(output_SD, dispatched)
+        y_TD = exchange.combine(arrivals, self.experts)
         if dense_TD is not None:
             mix_T2 = self._mix(x_TD) if self.use_residual else None
             y_TD = join_dense(y_TD, dense_TD, mix_T2, routing.mask_T)

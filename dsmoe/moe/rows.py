@@ -43,10 +43,17 @@ class RowMap:
         row_A = first_E1[expert_A] + assignments.place_A
         if not assignments.complete:
             row_A = torch.where(assignments.kept_A, row_A, num_rows)
-        row_SK = torch.empty_like(row_A).scatter_(0, order_A, row_A).view(-1, assignments.num_choices)
-        assignment_N = order_A.new_full((num_rows + 1,), num_assignments).scatter_(0, row_A, order_A)
         # A dropless buffer holds every assignment; one with a capacity may have rows over, or choices without a row.
         complete = assignments.complete and num_rows == num_assignments
+        return cls.placed(order_A, row_A, assignments.num_choices, num_rows, complete)
+
+    @classmethod
+    def placed(
+        cls, order_A: torch.Tensor, row_A: torch.Tensor, num_choices: int, num_rows: int, complete: bool
+    ) -> RowMap:
+        """Give choice `order_A[a]` (source * K + k) the row `row_A[a]` of a buffer of `num_rows`, or none: N."""
+        row_SK = torch.empty_like(row_A).scatter_(0, order_A, row_A).view(-1, num_choices)
+        assignment_N = order_A.new_full((num_rows + 1,), order_A.numel()).scatter_(0, row_A, order_A)
         bags = None if complete or on_gpu(row_SK) else _bags(row_SK, num_rows)
         return cls(row_SK, assignment_N[:num_rows], complete, bags)
 

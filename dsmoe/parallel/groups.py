@@ -6,7 +6,9 @@ the one `Topology` is what makes gradient reduction, partitioning and token disp
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,13 +20,16 @@ from dsmoe.config.errors import UserError
 from dsmoe.parallel.distributed import join_processes
 from dsmoe.plan.topology import AXES, Axis, Topology
 
+_LOGGER = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ExpertGroup:
     """The ranks that together hold one copy of all experts, as the MoE layer sees them.
 
     `same_node[r]` says whether the r-th rank of the group is on this rank's node; it only sorts traffic by link.
-    `label` names the layer that exchanges over the group, for messages.
+    `label` names the layer that exchanges over the group, for messages. `levels` are, where tokens go first across
+    nodes and then inside one, the groups of this rank for either; the group's ranks then stand node by node.
     """
 
     handle: dist.ProcessGroup | None
@@ -32,6 +37,7 @@ class ExpertGroup:
     rank: int
     same_node: tuple[bool, ...]
     label: str = "an MoE layer"
+    levels: tuple[ExpertGroup, ExpertGroup] | None = None
 
     @classmethod
     def alone(cls) -> ExpertGroup:
@@ -103,6 +109,12 @@ class Groups:
         made: list[Axis] = [axis for axis in AXES if axis != "expert" or topology.expert_tensor > 1]
         self._handles = {axis: _new_group_of(topology, axis, self.rank, timeout) for axis in made}
         self._handles.setdefault("expert", self._handles["exchange"])
+        self._levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+        if levels := topology.exchange_levels():
+            across, inside = (_own_group(groups, self.rank, timeout) for groups in levels)
+            self._levels = across, inside
+        elif topology.all_to_all == "hierarchical":
+            _LOGGER.info("parallel.all_to_all: hierarchical is flat here: no copy of the experts is on several nodes")
         self._register_with_deepspeed()
 
     def handle(self, axis: Axis) -> dist.ProcessGroup:
@@ -125,7 +137,25 @@ class Groups:
         ranks = topology.group_of("exchange", self.rank)
         same_node = tuple(topology.node_of(r) == here for r in ranks)
         label = f"layer {layer}" if layer else ExpertGroup.label
-        return ExpertGroup(self.handle("exchange"), len(ranks), self.coordinate("exchange"), same_node, label)
+        return ExpertGroup(
+            self.handle("exchange"),
+            len(ranks),
+            self.coordinate("exchange"),
+            same_node,
+            label,
+            self._exchange_levels(label),
+        )
+
+    def _exchange_levels(self, label: str) -> tuple[ExpertGroup, ExpertGroup] | None:
+        if self._levels is None:
+            return None
+
+        def level(handle: dist.ProcessGroup, near: bool) -> ExpertGroup:
+            size, rank = dist.get_world_size(handle), dist.get_group_rank(handle, self.rank)
+            return ExpertGroup(handle, size, rank, tuple(near or place == rank for place in range(size)), label)
+
+        across, inside = self._levels
+        return level(across, near=False), level(inside, near=True)
 
     def tensor_group(self, sequence: bool = False) -> TensorGroup:
         """The tensor group; `sequence` cuts the sequence between the blocks (`parallel.sequence`)."""
@@ -186,9 +216,13 @@ class ModelParallelUnit:
 
 
 def _new_group_of(topology: Topology, axis: Axis, rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Make every group of `axis`, as torch wants of every rank, and return the one that has `rank` in it."""
+    return _own_group(topology.groups(axis), rank, timeout)
+
+
+def _own_group(groups: Sequence[Sequence[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
+    """Make every group, as torch wants of every rank, and return the one that has `rank` in it."""
     mine = None
-    for ranks in topology.groups(axis):
+    for ranks in groups:
         handle = dist.new_group(list(ranks), timeout=timeout)
         if rank in ranks:
             mine = handle

@@ -27,6 +27,11 @@ Axis = Literal["tensor", "data", "expert_tensor", "expert", "expert_data", "exch
 
 AXES: tuple[Axis, ...] = get_args(Axis)
 
+AllToAll = Literal["flat", "hierarchical"]
+
+RankGroups = tuple[tuple[int, ...], ...]
+"""Disjoint groups of ranks: ranks ascending, groups in order of their first rank."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -34,7 +39,7 @@ class Topology:
 
     Raises:
         UserError: a degree does not divide the number of devices; every such degree is named with its nearest valid
-            values.
+            values. Or the exchange of tokens is hierarchical, and nodes have unequal parts of a copy of the experts.
     """
 
     nodes: int
@@ -42,9 +47,10 @@ class Topology:
     tensor: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    all_to_all: AllToAll = "flat"
 
     def __post_init__(self) -> None:
-        problems = self._too_small() or self._not_dividing()
+        problems = self._too_small() or self._not_dividing() or self._not_two_levels()
         if problems:
             raise UserError("\n".join(problems))
 
@@ -57,6 +63,7 @@ class Topology:
             tensor=config.parallel.tensor,
             expert=config.parallel.expert,
             expert_tensor=config.parallel.expert_tensor,
+            all_to_all=config.parallel.all_to_all,
         )
 
     @property
@@ -119,6 +126,23 @@ class Topology:
         span = self._stride(axis) * self.degree(axis)
         return self.nodes > 1 and self.degree(axis) > 1 and self.devices_per_node % span != 0
 
+    def exchange_levels(self) -> tuple[RankGroups, RankGroups] | None:
+        """Return the groups of the two levels of a hierarchical exchange; None where tokens are exchanged in one.
+
+        Across: the ranks of equal place in their nodes, among those that hold one copy of the experts. Inside: the
+        ranks of one node. Where a copy fits into a node there is nothing to do in two levels.
+        """
+        copy, per_node = self.exchange, self.devices_per_node
+        if self.all_to_all == "flat" or copy <= per_node:
+            return None
+        across = tuple(
+            tuple(range(first, block + copy, per_node))
+            for block in range(0, self.world_size, copy)
+            for first in range(block, block + per_node)
+        )
+        inside = tuple(tuple(range(first, first + per_node)) for first in range(0, self.world_size, per_node))
+        return across, inside
+
     def _stride(self, axis: Axis) -> int:
         """Return the distance between neighbours in a group."""
         strides = {"data": self.tensor, "expert": self.expert_tensor, "expert_data": self.exchange}
@@ -160,6 +184,17 @@ class Topology:
             f"nearest: {_nearest_divisors(degree, total)}"
             for key, degree, keys, values, total in divisions
             if total % degree
+        ]
+
+    def _not_two_levels(self) -> list[str]:
+        copy, per_node = self.exchange, self.devices_per_node
+        if self.all_to_all == "flat" or copy % per_node == 0 or per_node % copy == 0:
+            return []
+        return [
+            f"parallel.all_to_all (hierarchical) wants a copy of the experts to be on whole nodes, or within one: "
+            f"parallel.expert * parallel.expert_tensor ({self.expert} * {self.expert_tensor} = {copy}) must be a "
+            f"multiple or a divisor of cluster.devices_per_node ({per_node}); change one of them, or set "
+            f"parallel.all_to_all: flat"
         ]
 
 

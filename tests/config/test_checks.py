@@ -125,6 +125,23 @@ def test_expert_parallelism_needs_experts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("expert", "per_node"), [(4, 4), (4, 2), (4, 1), (4, 8), (2, 4)])
+def test_two_levels_with_whole_nodes_or_one(tmp_path: Path, expert: int, per_node: int) -> None:
+    cluster = f"cluster.nodes={8 // per_node}", f"cluster.devices_per_node={per_node}"
+    config = load(tmp_path, *cluster, f"parallel.expert={expert}", "parallel.all_to_all=hierarchical")
+    assert config.parallel.all_to_all == "hierarchical"
+
+
+def test_two_levels_with_uneven_parts_of_nodes_are_refused(tmp_path: Path) -> None:
+    overrides = "cluster.nodes=4", "cluster.devices_per_node=6", "train.batch_tokens=49152"
+    load(tmp_path, *overrides, "parallel.expert=4")
+    assert check(tmp_path, *overrides, "parallel.expert=4", "parallel.all_to_all=hierarchical") == [
+        "parallel.all_to_all (hierarchical) wants a copy of the experts to be on whole nodes, or within one: "
+        "parallel.expert * parallel.expert_tensor (4 * 1 = 4) must be a multiple or a divisor of "
+        "cluster.devices_per_node (6); change one of them, or set parallel.all_to_all: flat"
+    ]
+
+
 # Experts and layers
 
 

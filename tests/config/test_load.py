@@ -402,7 +402,8 @@ def test_wrong_override(tmp_path: Path, override: str, problem: str) -> None:
         ),
         (
             ("  expert: 4", "  expert: 4\n  q: 1"),
-            "parallel.q: unknown key; the keys here are tensor, expert, expert_tensor, sequence, zero_stage (x.yaml:7)",
+            "parallel.q: unknown key; the keys here are tensor, expert, expert_tensor, sequence, all_to_all, "
+            "overlap_chunks, zero_stage (x.yaml:7)",
         ),
         (
             ("name: tiny", "name: tiny\nmoe.top_k: 2"),

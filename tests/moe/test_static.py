@@ -95,6 +95,7 @@ def host_reads_over_ranks() -> dict[str, bool]:
     groups = Groups(Topology(1, dist.get_world_size(), expert=dist.get_world_size()))
     ways = {
         "padded to a known size": {"capacity_factor": 1.0, "max_tokens": T},
+        "padded to a known size, in chunks": {"capacity_factor": 1.0, "max_tokens": T, "overlap_chunks": 2},
         "padded to what the ranks agree on": {"capacity_factor": 1.0},
         "dropless": {"capacity_factor": None},
     }
@@ -112,7 +113,12 @@ def host_reads_over_ranks() -> dict[str, bool]:
 
 
 def test_over_ranks_only_padding_to_a_known_size_reads_nothing() -> None:
-    expected = {"padded to a known size": False, "padded to what the ranks agree on": True, "dropless": True}
+    expected = {
+        "padded to a known size": False,
+        "padded to a known size, in chunks": False,
+        "padded to what the ranks agree on": True,
+        "dropless": True,
+    }
     assert run_ranks(2, host_reads_over_ranks) == [expected] * 2
 
 

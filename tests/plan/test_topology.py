@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -155,9 +157,33 @@ def test_sixteen_thousand_ranks() -> None:
 
 def test_from_config_reads_cluster_and_parallel() -> None:
     config = make_config(
-        cluster={"nodes": 4, "devices_per_node": 6}, parallel={"tensor": 2, "expert": 3, "expert_tensor": 4}
+        cluster={"nodes": 4, "devices_per_node": 6},
+        parallel={"tensor": 2, "expert": 3, "expert_tensor": 4, "all_to_all": "hierarchical"},
     )
-    assert Topology.from_config(config) == Topology(4, 6, tensor=2, expert=3, expert_tensor=4)
+    expected = Topology(4, 6, tensor=2, expert=3, expert_tensor=4, all_to_all="hierarchical")
+    assert Topology.from_config(config) == expected
+
+
+@pytest.mark.parametrize("world", range(1, 25))
+def test_levels_are_the_equal_places_of_a_copys_nodes_and_the_nodes(world: int) -> None:
+    """From a table of every rank's (copy, node, place); refused exactly where nodes have unequal parts of a copy."""
+    for flat in topologies(world):
+        assert flat.exchange_levels() is None
+        copy, per_node = flat.expert * flat.expert_tensor, flat.devices_per_node
+        if copy % per_node and per_node % copy:
+            with pytest.raises(UserError, match=r"parallel.all_to_all \(hierarchical\) wants"):
+                replace(flat, all_to_all="hierarchical")
+            continue
+        levels = replace(flat, all_to_all="hierarchical").exchange_levels()
+        if not flat.crosses_nodes("expert") and not flat.crosses_nodes("expert_tensor"):
+            assert levels is None
+            continue
+        place_of = {rank: (rank // copy, rank // per_node, rank % per_node) for rank in range(world)}
+        across, inside = defaultdict(list), defaultdict(list)
+        for rank, (of_copy, node, place) in place_of.items():
+            across[of_copy, place].append(rank)
+            inside[of_copy, node].append(rank)
+        assert levels == tuple(tuple(map(tuple, groups.values())) for groups in (across, inside))
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,22 @@ def test_recompute_changes_nothing(recompute: str, folder: Path, reference: dict
     assert_same_training(results, reference)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "exchange", "recompute"),
+    [
+        (1, {"overlap_chunks": 3}, "none"),
+        (2, {"all_to_all": "hierarchical"}, "full"),
+        (2, {"all_to_all": "hierarchical", "overlap_chunks": 2}, "selective"),
+    ],
+)
+def test_every_exchange_trains_the_same_model(
+    nodes: int, exchange: dict[str, Any], recompute: str, folder: Path, reference: dict[str, Any]
+) -> None:
+    cluster = {"nodes": nodes, "devices_per_node": 4 // nodes}
+    config = small_config(folder, expert=4, cluster=cluster, parallel=exchange, train={"recompute": recompute})
+    assert_same_training(run_ranks(4, train, config, STEPS), reference)
+
+
 SPLIT = {  # a model with everything that is cut, replicated or shared in its own way; two sequences at a time
     "model": {"qk_norm": True},
     "moe": {
@@ -185,6 +201,12 @@ def test_tensor_layouts_train_the_same_model(
     parallel = {"tensor": tensor, "sequence": sequence, "expert_tensor": expert_tensor}
     options = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage, "parallel": parallel}
     assert_same_training(run_ranks(ranks, train, small_config(folder, **options, **SPLIT), STEPS), split_reference)
+
+
+def test_two_levels_take_slices_of_experts_as_they_take_experts(folder: Path, split_reference: dict[str, Any]) -> None:
+    parallel = {"tensor": 2, "sequence": True, "expert_tensor": 2, "all_to_all": "hierarchical", "overlap_chunks": 2}
+    options = {"expert": 2, "cluster": {"nodes": 2, "devices_per_node": 2}, "parallel": parallel}
+    assert_same_training(run_ranks(4, train, small_config(folder, **options, **SPLIT), STEPS), split_reference)
 
 
 def test_offloaded_optimizer_trains_the_same_model(folder: Path, split_reference: dict[str, Any]) -> None:
