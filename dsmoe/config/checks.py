@@ -1,6 +1,7 @@
 """What must hold between keys that are each right by themselves: arithmetic on the config, on any machine.
 
-Every message names the keys, their values and what to do.
+Every message names the keys, their values and what to do. Here are model, data, optimizer and training; layouts and
+`moe` have files of their own.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 
 from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS
+from dsmoe.config.errors import Problem
+from dsmoe.config.layout_checks import LAYOUT_CHECKS, world_size
+from dsmoe.config.moe_checks import MOE_CHECKS
+from dsmoe.config.nearest import divisors_of, nearest_multiples_of, nearest_of
 from dsmoe.config.schema import Config, Source
 
-Problem = tuple[str, str]
-"""The dotted key that a problem is about, for its place in the file, and the message."""
-
-_ROW_ALIGNMENT = 8
-"""grouped_mm reads rows in pieces of 16 bytes: 8 numbers in bf16."""
 _BYTES_VOCABULARY = 257
 """256 byte values and the end-of-document token."""
 
@@ -25,216 +25,6 @@ def cross_field_problems(config: Config) -> list[Problem]:
     return [problem for check in _CHECKS for problem in check(config)]
 
 
-def world_size(config: Config) -> int:
-    """Return the number of ranks: one for each device."""
-    return config.cluster.nodes * config.cluster.devices_per_node
-
-
-def _tensor_layout(config: Config) -> Iterator[Problem]:
-    tensor, world = config.parallel.tensor, world_size(config)
-    if world % tensor:
-        nearest = _nearest(tensor, _divisors(world))
-        yield (
-            "parallel.tensor",
-            f"parallel.tensor ({tensor}) must divide the number of devices ({_world(config)}); nearest: {nearest}",
-        )
-    if config.parallel.sequence and tensor == 1:
-        yield (
-            "parallel.sequence",
-            "parallel.sequence (true) would be unused: parallel.tensor is 1; remove it or raise parallel.tensor",
-        )
-
-
-def _tensor_slices(config: Config) -> Iterator[Problem]:
-    """Check that tensor ranks get equal parts of all that is cut."""
-    model, tensor = config.model, config.parallel.tensor
-    num_kv_heads = model.num_kv_heads or model.num_heads
-    sizes = {
-        "model.num_heads": model.num_heads,
-        "model.vocab_size": model.vocab_size,
-        "train.sequence_length": config.train.sequence_length,
-    }
-    if model.ffn_size is not None:
-        sizes["model.ffn_size"] = model.ffn_size
-    if config.moe is not None and config.moe.shared_expert_ffn_size is not None:
-        sizes["moe.shared_expert_ffn_size"] = config.moe.shared_expert_ffn_size
-    if config.moe is not None and config.moe.residual:
-        sizes["moe.expert_ffn_size"] = config.moe.expert_ffn_size
-    for key, size in sizes.items():
-        if size % tensor:
-            larger = -(-size // tensor) * tensor
-            yield key, f"{key} ({size}) must be a multiple of parallel.tensor ({tensor}); the next is {larger}"
-    if num_kv_heads % tensor and tensor % num_kv_heads:
-        yield (
-            "model.num_kv_heads",
-            f"model.num_kv_heads ({num_kv_heads}) and parallel.tensor ({tensor}): one must divide the other, so that "
-            f"every rank has equally many key/value heads",
-        )
-
-
-def _expert_layout(config: Config) -> Iterator[Problem]:
-    key, expert, inner = "parallel.expert", config.parallel.expert, config.parallel.expert_tensor
-    world = world_size(config)
-    fitting = [degree for degree in _divisors(world) if world % (degree * inner) == 0]
-    if config.moe is None:
-        if expert > 1:
-            yield key, f"parallel.expert ({expert}) needs experts, but moe is null; set parallel.expert: 1 or give moe"
-        if inner > 1:
-            yield (
-                "parallel.expert_tensor",
-                f"parallel.expert_tensor ({inner}) needs experts, but moe is null; set parallel.expert_tensor: 1",
-            )
-    elif config.moe.num_experts % expert:
-        num_experts = config.moe.num_experts
-        divisors = _divisors(num_experts)
-        message = f"parallel.expert ({expert}) must divide moe.num_experts ({num_experts})"
-        yield key, f"{message}; nearest: {_nearest(expert, divisors)}{_also_fits(expert, divisors, fitting, world)}"
-    if world % (expert * inner):
-        product = f"{expert} * {inner} = {expert * inner}"
-        remedy = f"nearest parallel.expert: {_nearest(expert, fitting)}" if fitting else "lower parallel.expert_tensor"
-        yield (
-            key,
-            f"parallel.expert * parallel.expert_tensor ({product}) must divide the number of devices "
-            f"({_world(config)}); {remedy}",
-        )
-
-
-def _all_to_all(config: Config) -> Iterator[Problem]:
-    """Check that nodes have equal parts of a copy of the experts where tokens go through every node's ranks alike."""
-    parallel, per_node = config.parallel, config.cluster.devices_per_node
-    copy = parallel.expert * parallel.expert_tensor
-    if parallel.all_to_all == "hierarchical" and copy % per_node and per_node % copy:
-        product = f"{parallel.expert} * {parallel.expert_tensor} = {copy}"
-        yield (
-            "parallel.all_to_all",
-            f"parallel.all_to_all (hierarchical) wants a copy of the experts to be on whole nodes, or within one: "
-            f"parallel.expert * parallel.expert_tensor ({product}) must be a multiple or a divisor of "
-            f"cluster.devices_per_node ({per_node}); change one of them, or set parallel.all_to_all: flat",
-        )
-
-
-def _experts(config: Config) -> Iterator[Problem]:
-    model, moe = config.model, config.moe
-    if moe is None:
-        return
-    if moe.top_k > moe.num_experts:
-        yield "moe.top_k", f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})"
-    if moe.top_k == 1 and moe.router.normalize_weights:
-        yield (
-            "moe.router.normalize_weights",
-            "moe.router.normalize_weights (true) with moe.top_k (1) makes every weight 1, so the loss gives the router "
-            "no gradient; set moe.router.normalize_weights: false",
-        )
-    if moe.residual and moe.shared_expert_ffn_size is not None:
-        yield (
-            "moe.residual",
-            f"moe.residual (true) and moe.shared_expert_ffn_size ({moe.shared_expert_ffn_size}) both add a dense "
-            "feed-forward that every token passes; remove one: the shared expert is added, the residual MLP is mixed "
-            "in by learned coefficients",
-        )
-    slices = config.parallel.expert_tensor
-    for key, size, unit in (
-        ("model.hidden_size", model.hidden_size, _ROW_ALIGNMENT),
-        ("moe.expert_ffn_size", moe.expert_ffn_size, _ROW_ALIGNMENT * slices),
-    ):
-        if size % unit:
-            nearest = _nearest_multiples(size, unit)
-            each = f" in each of {slices} slices (parallel.expert_tensor)" if unit > _ROW_ALIGNMENT else ""
-            yield key, f"{key} ({size}) must be a multiple of {unit} for grouped_mm{each}; nearest: {nearest}"
-
-
-def _expert_choice(config: Config) -> Iterator[Problem]:
-    """Check routing by the experts' choice."""
-    if config.moe is None or config.moe.router.choice == "token":
-        return
-    moe, router = config.moe, config.moe.router
-    if not router.leak_future:
-        yield (
-            "moe.router.choice",
-            "moe.router.choice (expert) lets a token of this causal model see the tokens after it: its loss would be "
-            "too low, and it could not generate; set moe.router.choice: token, or moe.router.leak_future: true to "
-            "train it all the same",
-        )
-    for name in ("factor", "eval_factor"):
-        if getattr(moe.capacity, name) is None:
-            key = f"moe.capacity.{name}"
-            yield (
-                key,
-                f"{key} (null) must be set with moe.router.choice: expert, as it says how many tokens an expert takes",
-            )
-    idle = {
-        "moe.router.normalize_weights": (router.normalize_weights, False),
-        "moe.router.num_groups": (router.num_groups, 1),
-        "moe.router.force_balanced": (router.force_balanced, False),
-        "moe.balance.bias_update_rate": (moe.balance.bias_update_rate, 0.0),
-        "moe.capacity.target_drop_percent": (moe.capacity.target_drop_percent, None),
-    }
-    for key, (value, default) in idle.items():
-        if value != default:
-            shown = "null" if default is None else str(default).lower()
-            yield key, f"{key} ({str(value).lower()}) has no meaning with moe.router.choice: expert; set it to {shown}"
-
-
-def _expert_groups(config: Config) -> Iterator[Problem]:
-    """Check group-limited routing; one group is none."""
-    if config.moe is None:
-        return
-    moe, router = config.moe, config.moe.router
-    if moe.num_experts % router.num_groups:
-        nearest = _nearest(router.num_groups, _divisors(moe.num_experts))
-        yield (
-            "moe.router.num_groups",
-            f"moe.router.num_groups ({router.num_groups}) must divide moe.num_experts ({moe.num_experts}); "
-            f"nearest: {nearest}",
-        )
-        return
-    size = moe.num_experts // router.num_groups
-    within = f"{router.top_k_groups} * {moe.num_experts} / {router.num_groups} = {router.top_k_groups * size}"
-    if router.top_k_groups > router.num_groups:
-        yield (
-            "moe.router.top_k_groups",
-            f"moe.router.top_k_groups ({router.top_k_groups}) must be at most moe.router.num_groups "
-            f"({router.num_groups})",
-        )
-    elif router.num_groups > 1 and moe.top_k > router.top_k_groups * size:
-        yield (
-            "moe.router.top_k_groups",
-            f"moe.top_k ({moe.top_k}) must fit into the moe.router.top_k_groups that a token may use ({within} "
-            f"experts); raise moe.router.top_k_groups to {-(-moe.top_k // size)}",
-        )
-    if router.num_groups > 1 and router.group_score == "top2_sum" and size < 2:
-        yield (
-            "moe.router.group_score",
-            f"moe.router.group_score (top2_sum) needs two experts in a group, and moe.router.num_groups "
-            f"({router.num_groups}) leaves one; set moe.router.group_score: max",
-        )
-
-
-def _capacity(config: Config) -> Iterator[Problem]:
-    if config.moe is None:
-        return
-    capacity = config.moe.capacity
-    target, factor = capacity.target_drop_percent, capacity.factor
-    if target is not None and factor is None:
-        yield (
-            "moe.capacity.target_drop_percent",
-            f"moe.capacity.target_drop_percent ({target:g}) needs a moe.capacity.factor to begin with, and that is "
-            "null (dropless); set moe.capacity.factor",
-        )
-    elif target is not None and factor is not None and factor > capacity.max_factor:
-        yield (
-            "moe.capacity.factor",
-            f"moe.capacity.factor ({factor:g}) must be at most moe.capacity.max_factor ({capacity.max_factor:g}) where "
-            "moe.capacity.target_drop_percent moves it",
-        )
-    if capacity.renormalize_dropped and factor is None and capacity.eval_factor is None:
-        yield (
-            "moe.capacity.renormalize_dropped",
-            "moe.capacity.renormalize_dropped (true) would be unused: moe.capacity.factor and eval_factor are null, so "
-            "nothing is dropped; remove it",
-        )
-
-
 def _attention(config: Config) -> Iterator[Problem]:
     model = config.model
     num_kv_heads = model.num_kv_heads or model.num_heads
@@ -242,13 +32,13 @@ def _attention(config: Config) -> Iterator[Problem]:
         yield (
             "model.num_kv_heads",
             f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({model.num_heads}); "
-            f"nearest: {_nearest(num_kv_heads, _divisors(model.num_heads))}",
+            f"nearest: {nearest_of(num_kv_heads, divisors_of(model.num_heads))}",
         )
     if model.head_dim is None and model.hidden_size % model.num_heads:
         yield (
             "model.num_heads",
             f"model.num_heads ({model.num_heads}) must divide model.hidden_size ({model.hidden_size}); "
-            f"nearest: {_nearest(model.num_heads, _divisors(model.hidden_size))}, or set model.head_dim",
+            f"nearest: {nearest_of(model.num_heads, divisors_of(model.hidden_size))}, or set model.head_dim",
         )
     elif model.head_dim is None and model.hidden_size // model.num_heads % 2:
         width = f"{model.hidden_size} / {model.num_heads} = {model.hidden_size // model.num_heads}"
@@ -261,7 +51,7 @@ def _attention(config: Config) -> Iterator[Problem]:
         yield (
             "model.head_dim",
             f"model.head_dim ({model.head_dim}) must be even, because rotary positions turn pairs; "
-            f"nearest: {_nearest_multiples(model.head_dim, 2)}",
+            f"nearest: {nearest_multiples_of(model.head_dim, 2)}",
         )
 
 
@@ -327,7 +117,7 @@ def _batch(config: Config) -> Iterator[Problem]:
             "train.batch_tokens",
             f"train.batch_tokens ({train.batch_tokens}) must be a multiple of data ranks * train.micro_batch_size * "
             f"train.sequence_length ({data_degree} * {train.micro_batch_size} * {train.sequence_length} = {unit}); "
-            f"nearest: {_nearest_multiples(train.batch_tokens, unit)}",
+            f"nearest: {nearest_multiples_of(train.batch_tokens, unit)}",
         )
 
 
@@ -436,21 +226,15 @@ def _observe(config: Config) -> Iterator[Problem]:
         yield (
             "observe.layer_detail_every",
             f"observe.layer_detail_every ({detail}) must be a multiple of observe.log_every ({every}); "
-            f"nearest: {_nearest_multiples(detail, every)}",
+            f"nearest: {nearest_multiples_of(detail, every)}",
         )
 
 
 _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
-    _tensor_layout,
-    _tensor_slices,
-    _expert_layout,
-    _all_to_all,
+    *LAYOUT_CHECKS,
     _attention,
     _layers,
-    _experts,
-    _expert_choice,
-    _expert_groups,
-    _capacity,
+    *MOE_CHECKS,
     _data,
     _learning_rate,
     _length,
@@ -459,40 +243,3 @@ _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _deepspeed,
     _unknown_to_deepspeed,
 )
-
-
-def _world(config: Config) -> str:
-    cluster = config.cluster
-    return f"{cluster.nodes} nodes x {cluster.devices_per_node} = {world_size(config)}"
-
-
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
-
-
-def _neighbours(value: int, valid: list[int]) -> list[int]:
-    """Return the valid values next to an invalid one, below and above."""
-    return [n for n in valid if n < value][-1:] + [n for n in valid if n > value][:1]
-
-
-def _either(values: Iterable[int]) -> str:
-    return " or ".join(map(str, values))
-
-
-def _nearest(value: int, valid: list[int]) -> str:
-    return _either(_neighbours(value, valid))
-
-
-def _nearest_multiples(value: int, unit: int) -> str:
-    below = value // unit * unit
-    return _either(n for n in (below, below + unit) if n)
-
-
-def _also_fits(expert: int, divisors: list[int], fitting: list[int], world: int) -> str:
-    """Name a degree that suits the devices too, where the nearest divisors of num_experts do not."""
-    both = [degree for degree in divisors if degree in fitting]
-    if not both or set(both) & set(_neighbours(expert, divisors)):
-        return ""
-    best = min(both, key=lambda degree: abs(degree - expert))
-    return f" ({best} divides the {world} devices as well)"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+Problem = tuple[str, str]
+"""The dotted key that a problem is about, for its place in the file, and the message."""
+
 
 class UserError(ValueError):
     """The input is wrong and the message says how to put it right; commands print it and exit with code 2."""

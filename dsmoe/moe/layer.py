@@ -14,6 +14,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
+from dsmoe.moe.arguments import check_dense, check_expert_choice, check_experts, one_noise
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.dense import FeedForward, join_dense
@@ -30,9 +31,6 @@ from dsmoe.moe.router import Router, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup, TensorGroup
 from dsmoe.parallel.regions import sum_gradients
-
-_DEEPSPEED_NOISE = {None: "none", "None": "none", "Jitter": "jitter", "RSample": "gumbel"}
-"""What DeepSpeed's `noisy_gate_policy` says, and what `noise` calls it."""
 
 
 class MoE(DeepSpeedMoE):
@@ -159,9 +157,12 @@ class MoE(DeepSpeedMoE):
     ) -> None:
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
-        _check_arguments(expert, expert_ffn_size, num_experts, ep_size, enable_expert_tensor_parallelism, use_tutel)
-        if expert is not None and expert_tensor > 1:
-            raise ValueError(f"expert_tensor ({expert_tensor}) cuts stacked experts only; give expert_ffn_size")
+        check_experts(expert, expert_ffn_size, num_experts, ep_size, expert_tensor)
+        check_dense(expert, use_residual, shared_expert_ffn_size, tensor_group)
+        if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:
+            raise ValueError("enable_expert_tensor_parallelism is not supported; set it to False, give expert_tensor")
+        if use_tutel:
+            warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=2)
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size = ep_size
         self.expert_tensor = expert_tensor
@@ -172,19 +173,18 @@ class MoE(DeepSpeedMoE):
         self.overlap_chunks = overlap_chunks
         self.loss_scale = 1.0
         normalize = choice == "token" and k > 1 if normalize_weights is None else normalize_weights
-        noise = _one_noise(noise, noisy_gate_policy)
+        noise = one_noise(noise, noisy_gate_policy)
         groups = (num_groups, top_k_groups, group_score)
         rule = RoutingRule(k, choice, score, normalize, weight_scale, *groups, noise, force_balanced)
         router = Router(hidden_size, num_experts, rule)
         self.balance = Balance(num_experts, aux_loss, balance_scope, z_loss, bias_update_rate)
         factors = (capacity_factor, eval_capacity_factor) if drop_tokens else (None, None)
-        sizes = (k, num_experts, *factors, min_capacity)
         if choice == "expert":
+            check_expert_choice(*factors, target_drop_percent, bias_update_rate)
             drop_policy = "position"  # nothing is dropped, and this one sorts least
+        sizes = (k, num_experts, *factors, min_capacity)
         control = (target_drop_percent, max_capacity_factor)
         self.limit = Capacity(*sizes, drop_policy, renormalize_dropped, *control, max_tokens)
-        if choice == "expert":
-            self._check_expert_choice()
         experts = self._make_experts(hidden_size, expert, expert_ffn_size, activation, recompute_experts)
         self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, ep_size)
         self.tensor_group = tensor_group or TensorGroup.alone()
@@ -228,22 +228,16 @@ class MoE(DeepSpeedMoE):
 
         Their names lack "expert": DeepSpeed's checkpoints leave out what has it (0.19.8, runtime/engine.py:5003).
         """
-        if use_residual and shared_expert_ffn_size is not None:
-            raise ValueError(
-                f"use_residual and shared_expert_ffn_size ({shared_expert_ffn_size}) both add a dense feed-forward "
-                f"that every token passes; give one of them"
-            )
         # Within the layer every rank has its own tokens, as between the blocks under sequence parallelism.
         group = replace(self.tensor_group, sequence=True)
-        if use_residual and expert is not None and group.size > 1:
-            raise ValueError(f"use_residual over {group.size} tensor ranks needs expert_ffn_size, not expert")
         self.use_residual = use_residual
         self.shared = self.mlp = None
         if shared_expert_ffn_size is not None:
             self.shared = FeedForward(hidden_size, shared_expert_ffn_size, activation, group)
         if use_residual:
-            dense = expert if expert is not None else FeedForward(hidden_size, expert_ffn_size or 0, activation, group)
-            self.mlp = dense
+            self.mlp = expert
+            if expert_ffn_size is not None:
+                self.mlp = FeedForward(hidden_size, expert_ffn_size, activation, group)
             self.coefficient = nn.Linear(hidden_size, 2)
 
     @property
@@ -255,18 +249,6 @@ class MoE(DeepSpeedMoE):
     def experts(self) -> StackedExperts | ModuleExperts:
         """Step 5 of the forward pass; `deepspeed_moe.experts`."""
         return self.deepspeed_moe.experts
-
-    def _check_expert_choice(self) -> None:
-        """Raise ValueError for what makes no sense where experts choose."""
-        limit = self.limit
-        if limit.factor is None or limit.eval_factor is None:
-            raise ValueError(
-                "choice 'expert' needs capacity_factor and eval_capacity_factor: how many tokens one takes"
-            )
-        if limit.controller is not None:
-            raise ValueError("target_drop_percent has no meaning where choice is 'expert': nothing is dropped")
-        if self.balance.bias is not None:
-            raise ValueError("bias_update_rate has no meaning where choice is 'expert': all take equally many tokens")
 
     def reset_experts(self, std: float = 0.02, down_std: float = 0.02, seed: int | None = None) -> None:
         """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
@@ -439,32 +421,3 @@ class _Replay(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self._layer._replayed_pass = None
-
-
-def _one_noise(noise: str, noisy_gate_policy: str | None) -> str:
-    """The noise that is asked for under our name, DeepSpeed's, or both."""
-    if noisy_gate_policy not in _DEEPSPEED_NOISE:
-        raise ValueError(f"noisy_gate_policy must be one of {tuple(_DEEPSPEED_NOISE)}, not {noisy_gate_policy!r}")
-    theirs = _DEEPSPEED_NOISE[noisy_gate_policy]
-    if "none" not in (noise, theirs) and noise != theirs:
-        raise ValueError(f"noise {noise!r} and noisy_gate_policy {noisy_gate_policy!r} contradict each other")
-    return theirs if noise == "none" else noise
-
-
-def _check_arguments(
-    expert: nn.Module | None,
-    expert_ffn_size: int | None,
-    num_experts: int,
-    ep_size: int,
-    enable_expert_tensor_parallelism: bool,
-    use_tutel: bool,
-) -> None:
-    """Raise ValueError for arguments that make no layer."""
-    if ep_size < 1 or num_experts % ep_size:
-        raise ValueError(f"ep_size ({ep_size}) must divide num_experts ({num_experts})")
-    if (expert is None) == (expert_ffn_size is None):
-        raise ValueError("give either expert (a module of yours) or expert_ffn_size (stacked experts), and not both")
-    if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:
-        raise ValueError("enable_expert_tensor_parallelism is not supported; set it to False and give expert_tensor")
-    if use_tutel:
-        warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=3)

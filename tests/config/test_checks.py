@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from dsmoe.config import Config
-from dsmoe.config.checks import cross_field_problems, world_size
+from dsmoe.config.checks import cross_field_problems
 from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS
+from dsmoe.config.layout_checks import world_size
 
 from .recipes import load, problems
 
