@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from dsmoe.parallel.groups import TensorGroup
 
 _DEEPSPEED_NOISE = {None: "none", "None": "none", "Jitter": "jitter", "RSample": "gumbel"}
 """What DeepSpeed's `noisy_gate_policy` says, and what `noise` calls it."""
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise ValueError for a size that is not a whole number of at least 1; None is no size."""
+    for name, value in sizes.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise ValueError for a number that is negative, infinite or none at all."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
 
 
 def check_experts(
@@ -18,6 +34,8 @@ def check_experts(
         raise ValueError(f"ep_size ({ep_size}) must divide num_experts ({num_experts})")
     if (expert is None) == (expert_ffn_size is None):
         raise ValueError("give either expert (a module of yours) or expert_ffn_size (stacked experts), and not both")
+    if expert is not None and not isinstance(expert, nn.Module):
+        raise ValueError(f"expert must be a torch.nn.Module, not {expert!r}")
     if expert is not None and expert_tensor > 1:
         raise ValueError(f"expert_tensor ({expert_tensor}) cuts stacked experts only; give expert_ffn_size")
 

@@ -104,13 +104,13 @@ class Balance(nn.Module):
             balance = load_balancing_loss(routing, share_E, group)
         return BalanceLosses(balance, router_z_loss(routing, group))
 
-    def attach(self, output: torch.Tensor, losses: BalanceLosses, scale: float) -> torch.Tensor:
-        """Return `output`, whose gradient takes that of the weighted losses along."""
+    def attach(self, weights_TK: torch.Tensor, losses: BalanceLosses, scale: float) -> torch.Tensor:
+        """Return the router weights, whose gradient takes that of the weighted losses along."""
         if self.aux_loss:
-            output = attach_loss(output, losses.balance, self.aux_loss * scale)
+            weights_TK = attach_loss(weights_TK, losses.balance, self.aux_loss * scale)
         if self.z_loss:
-            output = attach_loss(output, losses.z, self.z_loss * scale)
-        return output
+            weights_TK = attach_loss(weights_TK, losses.z, self.z_loss * scale)
+        return weights_TK
 
     @torch.no_grad()
     def update(self, counts_E: torch.Tensor) -> None:
@@ -193,21 +193,22 @@ def mean_over_tokens(
     return sum_over_ranks((values * weight).sum(dim=0), group) / count.clamp(min=1)
 
 
-def attach_loss(output: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `output` unchanged, and let the gradient of `scale * loss` flow when `output`'s does.
+def attach_loss(values: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return a copy of `values`, and let the gradient of `scale * loss` flow when theirs does.
 
-    The model's own loss need not know of `loss`, however deep the layer sits (Megatron-Core has the same trick).
+    The model's own loss need not know of `loss`, however deep the layer sits (Megatron-Core has the same trick). A copy
+    and not a view: torch.compile makes the views that leave a graph again by itself, and without what is attached.
     """
-    return _AttachLoss.apply(output, loss, scale)
+    return _AttachLoss.apply(values, loss, scale)
 
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.scale = scale
         ctx.loss_like = loss.new_ones(())
-        return output.view_as(output)
+        return values.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return grad_output, ctx.loss_like * ctx.scale, None
+    def backward(ctx: Any, grad_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return grad_values, ctx.loss_like * ctx.scale, None

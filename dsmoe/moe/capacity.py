@@ -15,7 +15,7 @@ from dsmoe.moe.router import Routing
 
 DROP_POLICIES = ("probability", "position", "random")
 LARGEST_MOVE = 0.03
-"""The most that `Capacity.hold_drop_rate` changes the factor by at once, as a share of it."""
+"""The most that `DropRateController.update` changes the factor by at once, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class DropRateController(nn.Module):
 
     def update(self, dropped_percent: float) -> None:
         """Take in the share that was dropped, over all ranks, in the step that is logged."""
+        if not 0 <= dropped_percent <= 100:
+            raise ValueError(f"the dropped share must be between 0 and 100 percent, not {dropped_percent}")
         move = (dropped_percent - self.target_percent) / 100
         self.factor = min(self.factor * (1 + min(max(move, -LARGEST_MOVE), LARGEST_MOVE)), self.max_factor)
 
@@ -124,7 +126,7 @@ class Capacity(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("capacity_factor", factor), ("eval_capacity_factor", eval_factor)):
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be > 0, or None for no limit; got {value}")
         if drop_policy not in DROP_POLICIES:
             raise ValueError(f"drop_policy must be one of {DROP_POLICIES}, not {drop_policy!r}")
@@ -137,6 +139,8 @@ class Capacity(nn.Module):
         self.max_tokens = max_tokens
         self.controller: DropRateController | None = None
         if target_drop_percent is not None:
+            if not 0 <= target_drop_percent < 100:
+                raise ValueError(f"target_drop_percent must be at least 0 and below 100, not {target_drop_percent}")
             if factor is None or factor > max_factor:
                 raise ValueError(f"target_drop_percent needs a capacity_factor of at most {max_factor}, not {factor}")
             self.controller = DropRateController(factor, target_drop_percent, max_factor)

@@ -155,7 +155,10 @@ class PaddedDispatch(OverRanks):
         if capacity is None:
             capacity = largest_of(assignments.capacity, self.group, x_TD.device)
         elif capacity < assignments.capacity:
-            raise ValueError(f"{len(x_TD)} tokens came to this MoE layer, which is more than its max_tokens")
+            raise ValueError(
+                f"{len(x_TD)} tokens came to this MoE layer, whose max_tokens has room for {capacity} rows per expert "
+                f"and not for {assignments.capacity}; raise max_tokens"
+            )
         num_chunks = min(self.num_chunks, capacity)
         sizes = [capacity * (chunk + 1) // num_chunks - capacity * chunk // num_chunks for chunk in range(num_chunks)]
         home = WayHome(_slots(assignments, capacity, num_chunks), Exchange(self.group, self.traffic))

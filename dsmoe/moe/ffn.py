@@ -40,6 +40,10 @@ class Activation:
     act: Pointwise
     slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+    def __reduce__(self) -> tuple[Callable[[str], Activation], tuple[str]]:
+        """Copied and pickled by name: operators of torch cannot be pickled."""
+        return _activation, (self.name,)
+
     def forward(self, z_NZ: torch.Tensor) -> torch.Tensor:
         """[N, Z] -> [N, I]."""
         if not self.gated:
@@ -119,6 +123,10 @@ class ExpertRows:
     recompute: bool = False
 
 
+def _activation(name: str) -> Activation:
+    return ACTIVATIONS[name]
+
+
 def expert_ffn(
     source_SD: torch.Tensor,
     weights_SK: torch.Tensor,
@@ -169,8 +177,11 @@ class _Grouped(torch.autograd.Function):
         grad_ND = row_map.gather(grad_SD)
         grad_hidden_NI = F.grouped_mm(grad_ND, down_LDI, offs=ends_L)
         hidden_NI, grad_z_NZ, grad_weight_N = rows.activation.weighted_backward(grad_hidden_NI, z_NZ, weight_N, ends_L)
-        grad_down_LDI = F.grouped_mm(grad_ND.t(), hidden_NI, offs=ends_L)
-        grad_up_LZD = F.grouped_mm(grad_z_NZ.t(), row_map.gather(source_SD), offs=ends_L)
+        grad_up_LZD = grad_down_LDI = None
+        if ctx.needs_input_grad[3]:
+            grad_down_LDI = F.grouped_mm(grad_ND.t(), hidden_NI, offs=ends_L)
+        if ctx.needs_input_grad[2]:
+            grad_up_LZD = F.grouped_mm(grad_z_NZ.t(), row_map.gather(source_SD), offs=ends_L)
         grad_source_SD = row_map.sum(F.grouped_mm(grad_z_NZ, up_LZD, offs=ends_L))
         grad_weights_SK = row_map.sum_weights(grad_weight_N.to(weights_SK.dtype))
         return grad_source_SD, grad_weights_SK, grad_up_LZD, grad_down_LDI, None
@@ -217,14 +228,17 @@ class _Looped(torch.autograd.Function):
         z_MZ, grad_z_MZ = (source_SD.new_empty(most, width) for _ in range(2))
         grad_hidden_MI = source_SD.new_empty(most, down_LDI.shape[2])
         grad_source_ND = source_SD.new_empty(row_map.num_rows, source_SD.shape[1])
-        grad_up_LZD, grad_down_LDI = torch.empty_like(up_LZD), torch.empty_like(down_LDI)
+        # Weights that are frozen cost nothing.
+        grad_up_LZD = torch.empty_like(up_LZD) if ctx.needs_input_grad[2] else None
+        grad_down_LDI = torch.empty_like(down_LDI) if ctx.needs_input_grad[3] else None
         source_N = row_map.sources()
         weight_N1 = row_map.gather_weights(weights_SK)[:, None].to(source_SD.dtype)
         grad_weight_N = weights_SK.new_zeros(row_map.num_rows)
         for expert, span in enumerate(ctx.spans):
             if not span:
-                grad_up_LZD[expert].zero_()
-                grad_down_LDI[expert].zero_()
+                for grad in (grad_up_LZD, grad_down_LDI):
+                    if grad is not None:
+                        grad[expert].zero_()
                 continue
             count, part = len(span), slice(span.start, span.stop)
             gathered, grad_rows, grad_z = rows_MD[:count], grad_rows_MD[:count], grad_z_MZ[:count]
@@ -233,8 +247,10 @@ class _Looped(torch.autograd.Function):
             z = torch.mm(gathered, up_LZD[expert].t(), out=z_MZ[:count]) if z_NZ is None else z_NZ[part]
             grad_hidden = torch.mm(grad_rows, down_LDI[expert], out=grad_hidden_MI[:count])
             hidden, grad_weight_N[part] = ctx.rows.activation.backward(grad_hidden, z, weight_N1[part], grad_z)
-            torch.mm(grad_rows.t(), hidden, out=grad_down_LDI[expert])
-            torch.mm(grad_z.t(), gathered, out=grad_up_LZD[expert])
+            if grad_down_LDI is not None:
+                torch.mm(grad_rows.t(), hidden, out=grad_down_LDI[expert])
+            if grad_up_LZD is not None:
+                torch.mm(grad_z.t(), gathered, out=grad_up_LZD[expert])
             torch.mm(grad_z, up_LZD[expert], out=grad_source_ND[part])
         grad_weights_SK = row_map.sum_weights(grad_weight_N)
         return row_map.sum(grad_source_ND), grad_weights_SK, grad_up_LZD, grad_down_LDI, None

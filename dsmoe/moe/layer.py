@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,14 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
-from dsmoe.moe.arguments import check_dense, check_expert_choice, check_experts, one_noise
+from dsmoe.moe.arguments import (
+    check_dense,
+    check_expert_choice,
+    check_experts,
+    check_not_negative,
+    check_sizes,
+    one_noise,
+)
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.dense import FeedForward, join_dense
@@ -105,7 +113,8 @@ class MoE(DeepSpeedMoE):
 
     Attributes:
         loss_scale: what the attached losses are multiplied by; `dsmoe.initialize` sets it to 1 / accumulation steps,
-            as the engine does with the model's loss.
+            as the engine does with the model's loss. In a loop of your own that scales its loss (accumulation, fp16),
+            set it to the same factor.
     """
 
     def __init__(
@@ -157,6 +166,19 @@ class MoE(DeepSpeedMoE):
     ) -> None:
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
+        check_sizes(
+            hidden_size=hidden_size,
+            num_experts=num_experts,
+            ep_size=ep_size,
+            k=k,
+            expert_ffn_size=expert_ffn_size,
+            shared_expert_ffn_size=shared_expert_ffn_size,
+            max_tokens=max_tokens,
+            expert_tensor=expert_tensor,
+        )
+        check_not_negative(
+            min_capacity=min_capacity, aux_loss=aux_loss, z_loss=z_loss, bias_update_rate=bias_update_rate
+        )
         check_experts(expert, expert_ffn_size, num_experts, ep_size, expert_tensor)
         check_dense(expert, use_residual, shared_expert_ffn_size, tensor_group)
         if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:
@@ -291,6 +313,12 @@ class MoE(DeepSpeedMoE):
         self._draw(fresh)
         return all(map(torch.equal, fresh.parameters(), self.experts.parameters()))
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
+        """Move or cast; where that makes new parameters (`to_empty`), they get the marks of the old."""
+        super()._apply(fn, recurse)
+        mark_expert_parameters(self.experts, self.expert_group_name)
+        return self
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After copying or unpickling: parameters lose the attributes by which DeepSpeed knows expert ones."""
         super().__setstate__(state)
@@ -321,14 +349,16 @@ class MoE(DeepSpeedMoE):
             The output [..., D]; the load-balancing loss, unweighted (detached where `aux_loss` > 0, since it then
             flows by itself); and the assignments per expert before dropping, [E] int64.
         """
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        x_TD, mask_T = self._tokens(hidden_states, used_token)
         generator = self._begin_pass(x_TD.device)
-        routing = self.router(x_TD, used_token, self.balance.bias, generator, self.limit.of(len(x_TD)))
+        routing = self.router(x_TD, mask_T, self.balance.bias, generator, self.limit.of(len(x_TD)))
         assigned_E = count_experts(routing.experts_TK, self.num_experts)
         losses = self.balance.losses(routing, assigned_E, hidden_states.shape[:-2].numel())
 
         assignments = self.limit(routing, assigned_E, generator)
         weights_TK = self.limit.weights(routing, assignments)
+        if self.training:
+            weights_TK = self.balance.attach(weights_TK, losses, self.loss_scale)
         sent, sent_weights_TK = assignments, weights_TK
         if self.expert_tensor > 1:
             sent = spread_over_slices(assignments, self.expert_tensor, self.num_local_experts)
@@ -341,14 +371,31 @@ class MoE(DeepSpeedMoE):
             mix_T2 = self._mix(x_TD) if self.use_residual else None
             y_TD = join_dense(y_TD, dense_TD, mix_T2, routing.mask_T)
 
-        if self.training:
-            y_TD = self.balance.attach(y_TD, losses, self.loss_scale)
-            if not self.recomputing:
-                self.statistics.count(routing, assignments, losses)
+        if self.training and not self.recomputing:
+            self.statistics.count(routing, assignments, losses)
         output = y_TD.view(hidden_states.shape)
         l_aux = losses.balance.detach() if self.balance.aux_loss else losses.balance
         self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts = l_aux, assigned_E
         return output, l_aux, assigned_E
+
+    def _tokens(
+        self, hidden_states: torch.Tensor, used_token: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens [T, D], zeros where they are masked, so that nothing of them goes on; and the mask [T] as bool."""
+        leading, width = hidden_states.shape[:-1], hidden_states.shape[-1]
+        hidden_size = self.router.weight.shape[1]
+        if width != hidden_size:
+            raise ValueError(f"hidden_states has width {width}, and this MoE layer hidden_size {hidden_size}")
+        x_TD = hidden_states.reshape(-1, width)
+        if used_token is None:
+            return x_TD, None
+        if used_token.shape not in (leading, x_TD.shape[:1]):
+            raise ValueError(
+                f"used_token has shape {tuple(used_token.shape)}; give one value per token, {tuple(leading)} or "
+                f"{tuple(x_TD.shape[:1])}"
+            )
+        mask_T = used_token.reshape(-1).bool()
+        return torch.where(mask_T[:, None], x_TD, 0.0), mask_T
 
     def begin_step(self, step: int) -> None:
         """Begin optimizer step `step`: what is random in it follows from its number, and its counts start from 0."""
@@ -363,9 +410,10 @@ class MoE(DeepSpeedMoE):
         return self._replayed_pass is not None
 
     def replay(self) -> AbstractContextManager[None]:
-        """A context in which the *next* forward pass in training is done again: same random draws, nothing counted.
+        """A context in which the forward passes in training that come *next* are done again, one after the other.
 
-        Made before that pass, it is the second context of `torch.utils.checkpoint`'s `context_fn`.
+        They draw the same random numbers and count nothing. Made before those passes, it is the second context of
+        `torch.utils.checkpoint`'s `context_fn`.
         """
         return _Replay(self, self._passes)
 
@@ -375,9 +423,12 @@ class MoE(DeepSpeedMoE):
         The seed follows from (seed of the layer, step, number of the pass in the step, rank) in training, and only
         from the layer's and the rank in evaluation, which so repeats itself.
         """
-        number = self._passes if self._replayed_pass is None else self._replayed_pass
-        if self.training and not self.recomputing:
-            self._passes += 1
+        if self._replayed_pass is not None:
+            number = self._replayed_pass
+            self._replayed_pass += 1
+        else:
+            number = self._passes
+            self._passes += self.training
         if self.router.rule.noise == "none" and self.limit.drop_policy != "random":
             return None
         when = (self._step, number) if self.training else ("evaluation",)
@@ -410,7 +461,7 @@ class MoE(DeepSpeedMoE):
 
 
 class _Replay(AbstractContextManager[None]):
-    """Forward passes of `layer` within it repeat number `number` of the step; it can be entered again and again."""
+    """Forward passes of `layer` within it repeat those of the step from `number` on; it can be entered again."""
 
     def __init__(self, layer: MoE, number: int) -> None:
         self._layer = layer

@@ -150,12 +150,11 @@ class Router(nn.Module):
 
         Args:
             x_TD: the tokens.
-            mask_T: where it is 0 or False the token goes nowhere.
+            mask_T: bool; where it is False the token goes nowhere.
             bias_E: added to the scores that choose, not to those that weigh (see `dsmoe.moe.balance.Balance`).
             generator: what noise is drawn from; None is torch's own.
             capacity: C, how many tokens an expert chooses where experts choose.
         """
-        mask_T = None if mask_T is None else mask_T.reshape(-1).bool()
         with torch.autocast(x_TD.device.type, enabled=False):
             if self.training and self.rule.noise == "jitter":
                 x_TD = x_TD.float()

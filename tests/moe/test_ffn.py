@@ -117,6 +117,18 @@ def test_bf16_is_near_fp32(way: type[torch.autograd.Function]) -> None:
         assert (mine.float() - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.parametrize("way", [_Looped, _Grouped])
+@pytest.mark.parametrize("frozen", [(2,), (3,), (2, 3)])
+def test_frozen_weights_change_no_other_gradient(way: type[torch.autograd.Function], frozen: tuple[int, ...]) -> None:
+    free, part = (Case("swiglu", 4, True, torch.float32) for _ in range(2))
+    for index in frozen:
+        part.inputs[index].requires_grad_(False)
+    for case in (free, part):
+        case.run(way).square().sum().backward()
+    for index, (mine, theirs) in enumerate(zip(part.inputs, free.inputs, strict=True)):
+        assert mine.grad is None if index in frozen else torch.equal(mine.grad, theirs.grad)
+
+
 @pytest.mark.parametrize(("recompute", "kept"), [(False, [(T * K, 2 * INNER)]), (True, [])])
 def test_what_is_kept_for_the_backward_pass_is_the_source_and_the_preactivation(
     recompute: bool, kept: list[tuple[int, ...]]

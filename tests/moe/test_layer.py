@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import pickle
 from contextlib import nullcontext
 from typing import Any
 
@@ -352,6 +353,24 @@ class TestRandomDraws:
         assert torch.equal(outputs[2], outputs[0])
         assert statistics(layer).micro_batches == 3
 
+    def test_a_layer_used_twice_in_a_block_repeats_both(self, arguments: dict[str, Any]) -> None:
+        layer, x = make_layer(**arguments), torch.randn(40, D)
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            return layer(layer(x)[0])[0]
+
+        gradients = []
+        for again in (False, True):
+            layer.begin_step(3)
+            layer.zero_grad()
+            contexts = lambda: (nullcontext(), layer.replay())  # noqa: E731
+            inputs = x.clone().requires_grad_()
+            output = checkpoint(block, inputs, use_reentrant=False, context_fn=contexts) if again else block(inputs)
+            output.square().sum().backward()
+            gradients.append([inputs.grad, layer.router.weight.grad.clone()])
+        for once, twice in zip(*gradients, strict=True):
+            assert torch.equal(once, twice)
+
     def test_evaluation_repeats_itself_and_disturbs_nothing(self, arguments: dict[str, Any]) -> None:
         layer, undisturbed, x = make_layer(**arguments), make_layer(**arguments), torch.randn(64, D)
         layer.limit.eval_factor = layer.limit.factor
@@ -472,7 +491,15 @@ EXPERTS_CHOOSE = {"choice": "expert", "capacity_factor": 1.0, "eval_capacity_fac
         ({"capacity_factor": 0.0}, r"capacity_factor must be > 0, or None for no limit; got 0.0"),
         ({"target_drop_percent": 1.0}, r"target_drop_percent needs a capacity_factor of at most 2.0, not None"),
         ({"k": 5}, r"k \(5\) must be between 1 and num_experts \(4\)"),
-        ({"k": 0}, r"k \(0\) must be between 1"),
+        ({"k": 0}, "k must be a whole number of at least 1, not 0"),
+        ({"k": 2.0}, r"k must be a whole number of at least 1, not 2\.0"),
+        ({"expert_ffn_size": -8}, "expert_ffn_size must be a whole number of at least 1, not -8"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1, not 0"),
+        ({"aux_loss": -0.1}, r"aux_loss must be a finite number of at least 0, not -0\.1"),
+        ({"z_loss": float("nan")}, "z_loss must be a finite number of at least 0, not nan"),
+        ({"capacity_factor": float("inf")}, "capacity_factor must be > 0, or None for no limit; got inf"),
+        ({"capacity_factor": 1.0, "target_drop_percent": 200.0}, "target_drop_percent must be .* below 100, not 200"),
+        ({"expert": "mlp", "expert_ffn_size": None}, "expert must be a torch.nn.Module, not 'mlp'"),
         ({"choice": "both"}, r"choice must be one of \('token', 'expert'\), not 'both'"),
         ({"choice": "expert", "normalize_weights": True}, "normalize_weights has no meaning where choice is 'expert'"),
         ({"choice": "expert"}, "choice 'expert' needs capacity_factor and eval_capacity_factor"),
@@ -491,6 +518,50 @@ def test_expert_tensor_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(deepspeed_groups, "mpu", object())
     with pytest.raises(ValueError, match="enable_expert_tensor_parallelism is not supported"):
         make_layer(enable_expert_tensor_parallelism=True)
+
+
+class TestMask:
+    @pytest.mark.parametrize("used", [torch.ones(1), torch.ones(()), torch.ones(6, 2), torch.ones(11)], ids=str)
+    def test_of_another_shape_is_refused(self, used: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match=r"used_token has shape .* give one value per token"):
+            make_layer()(torch.randn(2, 6, D), used)
+
+    @pytest.mark.parametrize("arguments", [{}, {"shared_expert_ffn_size": 8}, {"use_residual": True}], ids=str)
+    @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+    def test_what_a_masked_token_holds_goes_nowhere(self, arguments: dict[str, Any], poison: float) -> None:
+        layer = make_layer(**arguments, aux_loss=0.1, z_loss=0.1)
+        x, used = torch.randn(6, D), torch.arange(6) != 2
+        results = []
+        for value in (0.0, poison):
+            layer.zero_grad()
+            layer.statistics.clear()
+            filled = torch.where(used[:, None], x, value).requires_grad_()
+            output, aux_loss, _ = layer(filled, used)
+            output.sum().backward()
+            gradients = [filled.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+            results.append([output, aux_loss, layer.statistics.sums.clone(), *gradients])
+        for clean, poisoned in zip(*results, strict=True):
+            assert torch.equal(clean, poisoned)
+
+
+def test_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=rf"hidden_states has width {D + 1}, and this MoE layer hidden_size {D}"):
+        make_layer()(torch.randn(3, D + 1))
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_a_layer_can_be_pickled(users: bool) -> None:
+    layer = make_layer(**({"expert": mlp(), "expert_ffn_size": None} if users else {"activation": "relu2"}))
+    again, x = pickle.loads(pickle.dumps(layer)), torch.randn(6, D)
+    assert torch.equal(again(x)[0], layer(x)[0])
+    assert all(hasattr(parameter, "group_name") for parameter in again.experts.parameters())
+
+
+def test_new_parameters_of_to_empty_are_marked() -> None:
+    with torch.device("meta"):
+        layer = make_layer()
+    layer.to_empty(device="cpu")
+    assert all(hasattr(parameter, "group_name") for parameter in layer.experts.parameters())
 
 
 class TestShapes:

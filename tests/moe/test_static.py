@@ -139,3 +139,21 @@ def test_the_layer_compiles_to_one_graph_with_the_same_numbers(
         (output.square().sum() + 0.0 * aux_loss).backward()
         results.append([output, aux_loss, counts, x.grad, *(p.grad.clone() for p in layer.parameters())])
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("loss", ["aux_loss", "z_loss"])
+def test_attached_losses_flow_through_a_compiled_layer(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a graph ends behind the experts, as it does on a CPU: what follows was seen as a mere view there."""
+    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    torch._dynamo.reset()
+    x = torch.randn(2, T // 2, D, dtype=torch.bfloat16)
+    gradients = []
+    for compiled in (False, True):
+        layer = make_layer(capacity_factor=None, **{loss: 10.0}).bfloat16()
+        torch.nn.init.normal_(layer.router.weight, generator=torch.Generator().manual_seed(0))
+        layer.experts.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+        run = torch.compile(layer, dynamic=False, backend="aot_eager") if compiled else layer
+        (0.0 * run(x)[0]).sum().backward()
+        gradients.append(layer.router.weight.grad)
+    assert gradients[0].abs().max() > 0.01
+    torch.testing.assert_close(gradients[1], gradients[0])
