@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
 from dsmoe.config.show import json_schema
-from dsmoe.plan import Batch, resolve_device
+from dsmoe.plan import Batch, Plan, headline, resolve_device
 
-# Nothing above imports torch: `dsmoe config` answers at once, also on a login node. A command that needs more
-# imports it when it runs.
+# Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
+# that needs more imports it when it runs.
 
 _USER_ERROR = 2
 
@@ -46,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     schema = views.add_parser("schema", help="print the JSON Schema, for completion in editors")
     schema.set_defaults(run=_schema)
 
+    plan = commands.add_parser("plan", help="say what a run will be: its ranks and groups, batch, parameters, FLOPs")
+    plan.add_argument("--json", action="store_true", help="as one JSON object, for a program")
+    _takes_config(plan, _plan)
+
     prepare = commands.add_parser("prepare", help="tokenize and pack the corpora, once")
     _takes_config(prepare, _prepare)
     return parser
@@ -71,18 +75,16 @@ def _check(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     resolve_device(config.cluster.device)
     batch = Batch.from_config(config)  # lays out the topology, too
-    topology = batch.topology
-    layout = f"{topology.nodes} nodes x {topology.devices_per_node} devices"
     print(f"{arguments.config}: ok")
-    print(f"{config.name}: world size {topology.world_size} ({layout}), {_model(config)}")
+    print(headline(config, batch.topology))
     print(batch.explain())
 
 
-def _model(config: Config) -> str:
-    layers = f"{config.model.num_layers} layers"
-    if config.moe is None:
-        return f"{layers}, dense"
-    return f"{layers}, top {config.moe.top_k} of {config.moe.num_experts} experts"
+def _plan(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
+    resolve_device(config.cluster.device)
+    plan = Plan.from_config(config)
+    print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
 
 
 def _schema(arguments: argparse.Namespace) -> None:

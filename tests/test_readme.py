@@ -89,6 +89,13 @@ def test_the_wrong_command_is_answered_as_shown(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == answer
 
 
+def test_the_plan_is_printed_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    (shown,) = [block for block in blocks("text") if block.startswith("$ dsmoe plan")]
+    command, _, answer = shown.partition("\n")
+    assert cli.main(shlex.split(command)[2:]) == 0
+    assert capsys.readouterr().out == answer
+
+
 def test_the_table_of_recipes_is_what_the_configs_say() -> None:
     rows = re.findall(r"^\| `(configs/\w+\.yaml)` \| (.*?) \| (.*?) \| (\d+) x (\d+) (\S+) \| (\d+) \|$", README, re.M)
     assert {Path(name) for name, *_ in rows} == {

@@ -5,6 +5,7 @@ from dsmoe.plan.devices import KNOWN_DEVICES, DeviceFacts, resolve_device
 from dsmoe.plan.flops import Flops, flops_per_token
 from dsmoe.plan.layers import head_dim, is_moe_layer, num_kv_heads, num_moe_layers
 from dsmoe.plan.parameters import DeviceParameters, ParameterCounts, count_parameters
+from dsmoe.plan.report import Plan, headline
 from dsmoe.plan.topology import AXES, Axis, Topology
 
 __all__ = [
@@ -16,10 +17,12 @@ __all__ = [
     "DeviceParameters",
     "Flops",
     "ParameterCounts",
+    "Plan",
     "Topology",
     "count_parameters",
     "flops_per_token",
     "head_dim",
+    "headline",
     "is_moe_layer",
     "num_kv_heads",
     "num_moe_layers",

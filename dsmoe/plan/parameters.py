@@ -60,17 +60,27 @@ class ParameterCounts:
     @property
     def total(self) -> int:
         """All parameters."""
-        return self._without_experts + self.experts
+        return sum(total for total, _ in self.parts().values())
 
     @property
     def active(self) -> int:
         """Parameters that one token uses, the way model cards count: all but the experts it is not sent to."""
-        return self._without_experts + self.active_experts
+        return sum(active for _, active in self.parts().values())
 
-    @property
-    def _without_experts(self) -> int:
-        matrices = self.embedding + self.output_head + self.attention + self.dense_ffn + self.shared_experts
-        return matrices + self.router + self.residual_mix + self.norms
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Return of each part how many parameters it has, and how many of them one token uses."""
+        used_by_every_token = {
+            "embedding": self.embedding,
+            "output_head": self.output_head,
+            "attention": self.attention,
+            "dense_ffn": self.dense_ffn,
+            "router": self.router,
+            "shared_experts": self.shared_experts,
+            "residual_mix": self.residual_mix,
+            "norms": self.norms,
+        }
+        counts = {name: (count, count) for name, count in used_by_every_token.items()}
+        return {**counts, "experts": (self.experts, self.active_experts)}
 
     def per_device(self, topology: Topology) -> DeviceParameters:
         """Count what one rank holds: matrices cut by tensor, experts by expert x expert_tensor, the rest whole.
@@ -80,7 +90,7 @@ class ParameterCounts:
         shared_key_value = self.key_value if self.num_kv_heads % topology.tensor else 0
         whole = self.router + self.residual_mix + self.norms + shared_key_value
         return DeviceParameters(
-            shared=(self._without_experts - whole) // topology.tensor + whole,
+            shared=(self.total - self.experts - whole) // topology.tensor + whole,
             experts=self.experts // (topology.expert * topology.expert_tensor),
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _UNITS = (("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12))
 
 
@@ -17,3 +19,18 @@ def readable_count(count: int) -> str:
 def quantity(count: int, noun: str) -> str:
     """Write a count with its noun, in the plural unless it is one: `1 step`, `4,096 tokens`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def first_and_last(items: Sequence[object], shown: int = 4) -> list[str]:
+    """Write the items, of a long sequence the first few and the last: `0 1 2 ... 63` from 64 of them."""
+    texts = [str(item) for item in (items if len(items) <= shown else [*items[: shown - 1], items[-1]])]
+    return texts if len(items) <= shown else [*texts[:-1], "...", texts[-1]]
+
+
+def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """Write rows of equally many cells under each other, two spaces apart; `align` has `<` or `>` for each column."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(align))]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        for row in rows
+    ]

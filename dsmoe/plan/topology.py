@@ -17,6 +17,7 @@ An exchange group is a copy of all experts, every slice of each: the ranks among
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -91,9 +92,14 @@ class Topology:
         degree: int = getattr(self, axis)
         return degree
 
+    def stride(self, axis: Axis) -> int:
+        """Return the distance between neighbours in a group."""
+        strides = {"data": self.tensor, "expert": self.expert_tensor, "expert_data": self.exchange}
+        return strides.get(axis, 1)
+
     def groups(self, axis: Axis) -> tuple[tuple[int, ...], ...]:
         """Return every group of the axis: ranks ascending, groups in order of their first rank."""
-        stride, degree = self._stride(axis), self.degree(axis)
+        stride, degree = self.stride(axis), self.degree(axis)
         span = stride * degree
         return tuple(
             tuple(range(first, first + span, stride))
@@ -103,28 +109,27 @@ class Topology:
 
     def group_of(self, axis: Axis, rank: int) -> tuple[int, ...]:
         """Return the axis' group that `rank` is in, ranks ascending."""
-        stride, degree = self._stride(axis), self.degree(axis)
+        stride, degree = self.stride(axis), self.degree(axis)
         first = rank - self.coordinate(axis, rank) * stride
         return tuple(range(first, first + stride * degree, stride))
 
     def coordinate(self, axis: Axis, rank: int) -> int:
         """Return the place of `rank` in its group: `group_of(axis, rank)[coordinate] == rank`."""
-        return self._checked(rank) // self._stride(axis) % self.degree(axis)
+        return self._checked(rank) // self.stride(axis) % self.degree(axis)
 
     def node_of(self, rank: int) -> int:
         """Return the node that `rank` runs on."""
         return self._checked(rank) // self.devices_per_node
 
-    def local_rank(self, rank: int) -> int:
-        """Return the place of `rank` on its node, which is also the index of its device."""
-        return self._checked(rank) % self.devices_per_node
-
-    def crosses_nodes(self, axis: Axis) -> bool:
-        """Return whether some group of the axis has ranks on two nodes."""
-        # Blocks of `span` consecutive ranks hold whole groups, and some group of a block has ranks on both sides of
-        # every cut inside it. So no group crosses exactly when no node boundary falls inside a block.
-        span = self._stride(axis) * self.degree(axis)
-        return self.nodes > 1 and self.degree(axis) > 1 and self.devices_per_node % span != 0
+    def nodes_spanned(self, axis: Axis) -> int:
+        """Return over how many nodes a group of the axis is spread; where its groups differ, the most."""
+        stride, degree, per_node = self.stride(axis), self.degree(axis), self.devices_per_node
+        # Groups begin at every rank of `block * span + range(stride)`. The blocks' places within their nodes are the
+        # multiples of `step`, and the group that begins nearest to the end of its node reaches the furthest.
+        step = math.gcd(stride * degree, per_node)
+        latest_begin = per_node - step + min(stride, step) - 1
+        reached = (latest_begin + stride * (degree - 1)) // per_node + 1
+        return min(degree, reached)  # neighbours more than a node apart pass over nodes
 
     def exchange_levels(self) -> tuple[RankGroups, RankGroups] | None:
         """Return the groups of the two levels of a hierarchical exchange; None where tokens are exchanged in one.
@@ -142,11 +147,6 @@ class Topology:
         )
         inside = tuple(tuple(range(first, first + per_node)) for first in range(0, self.world_size, per_node))
         return across, inside
-
-    def _stride(self, axis: Axis) -> int:
-        """Return the distance between neighbours in a group."""
-        strides = {"data": self.tensor, "expert": self.expert_tensor, "expert_data": self.exchange}
-        return strides.get(axis, 1)
 
     def _checked(self, rank: int) -> int:
         if not 0 <= rank < self.world_size:

@@ -27,10 +27,8 @@ from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.watch import GRACE_SECONDS, LostRanksError, process_watch
-from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
-from dsmoe.plan.parameters import count_parameters
-from dsmoe.plan.topology import Topology
+from dsmoe.plan.report import Plan
 from dsmoe.train.engine import prepare_once
 from dsmoe.train.evaluate import evaluate_bigram_model
 from dsmoe.train.folder import check_run_folder, check_shared, make_run_folder, run_folder, write_environment
@@ -64,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(config: Config) -> None:
     """Train `config` on the ranks that the launcher started."""
-    topology, batch = Topology.from_config(config), Batch.from_config(config)
+    plan = Plan.from_config(config)
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
     rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda", timeout)
     quiet_deepspeed()
     _log_to_console(rank)
-    groups = Groups(topology, timeout)
+    groups = Groups(plan.topology, timeout)
     checkpoint = on_first_rank(lambda: check_run_folder(config))
     prepare_once(config)
     folder = run_folder(config)
@@ -78,8 +76,10 @@ def pretrain(config: Config) -> None:
     on_every_rank(lambda: check_shared(folder, token))
     if rank.is_first:
         logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
-        write_environment(folder, to_deepspeed(config, batch.accumulation_steps), rank.world_size)
-        _introduce(config, batch)
+        write_environment(folder, to_deepspeed(config, plan.batch.accumulation_steps), rank.world_size)
+        logger.info("run %s in %s", config.name, folder)
+        for line in plan.introduction():
+            logger.info("%s", line)
     trainer = Trainer(config, groups, rank, folder / "checkpoints")
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -101,25 +101,6 @@ def _train_and_tell(trainer: Trainer, folder: Path) -> None:
     trainer.run()
     if trainer.rank.is_first:
         logger.info("%s", summary(folder, bigram, trainer.config))
-
-
-def _introduce(config: Config, batch: Batch) -> None:
-    """Say what is about to be trained, with the arithmetic."""
-    counts, topology = count_parameters(config), batch.topology
-    logger.info("run %s in %s", config.name, run_folder(config))
-    logger.info("parameters: %s total, %s active per token", f"{counts.total:,}", f"{counts.active:,}")
-    logger.info(
-        "ranks: %d = %d data x %d tensor%s; experts: %d expert x %d expert-tensor x %d expert-data; ZeRO stage %d",
-        topology.world_size,
-        topology.data,
-        topology.tensor,
-        " (sequence cut)" if config.parallel.sequence else "",
-        topology.expert,
-        topology.expert_tensor,
-        topology.expert_data,
-        config.parallel.zero_stage,
-    )
-    logger.info("batch: %s", batch.explain())
 
 
 def _sinks(config: Config, folder: Path, resume_step: int) -> list[Sink]:

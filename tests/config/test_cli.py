@@ -14,6 +14,7 @@ import dsmoe
 from dsmoe.cli import main
 from dsmoe.config import Config, UserError, load_config
 from dsmoe.config.show import json_schema
+from dsmoe.plan import Plan
 
 from .recipes import VALID, write
 
@@ -62,6 +63,31 @@ def test_all_problems_come_at_once(config_path: str, capsys: pytest.CaptureFixtu
         "  - moe.top_kk: unknown key; did you mean 'top_k'? (command line)\n"
         '  - train.seed: expected a whole number >= 0, got "x" (command line)\n'
     )
+
+
+def test_plan_prints_text_or_json(config_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config_path, "moe.top_k=4"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("tiny: world size 8 (2 nodes x 4 devices), 4 layers, top 4 of 8 experts\nparameters: ")
+    assert err == ""
+    assert main(["plan", config_path, "moe.top_k=4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == Plan.from_config(load_config(config_path, ["moe.top_k=4"])).json()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("moe.top_k=9", "error: moe.top_k (9) must be at most moe.num_experts (8) (command line)\n"),
+        ("cluster.device=h100", "error: cluster.device ('h100') is not a known device; "),
+    ],
+)
+def test_plan_refuses_as_check_does(
+    override: str, message: str, config_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", config_path, override]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(message)
 
 
 def test_show_prints_what_loads_again(config_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

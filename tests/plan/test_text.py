@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from dsmoe.plan.text import quantity, readable_count
+from dsmoe.plan.text import first_and_last, quantity, readable_count, table
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,22 @@ def test_readable_count(count: int, text: str) -> None:
 
 def test_quantity_is_plural_unless_one() -> None:
     assert [quantity(count, "step") for count in (0, 1, 4096)] == ["0 steps", "1 step", "4,096 steps"]
+
+
+@pytest.mark.parametrize(
+    ("items", "text"),
+    [
+        (range(0), ""),
+        (range(4), "0 1 2 3"),
+        (range(5), "0 1 2 ... 4"),
+        (range(0, 64, 8), "0 8 16 ... 56"),
+        (["a", "b"], "a b"),
+    ],
+)
+def test_first_and_last(items: Sequence[object], text: str) -> None:
+    assert " ".join(first_and_last(items)) == text
+
+
+def test_table() -> None:
+    rows = [("axis", "size", "first"), ("tensor", "16,384", "0"), ("data", "1", "0 1 2")]
+    assert table(rows, "<><") == ["axis      size  first", "tensor  16,384  0", "data         1  0 1 2"]

@@ -66,11 +66,11 @@ def test_groups_equal_nested_loops(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_crosses_nodes_equals_looking_at_every_group(world: int) -> None:
+def test_nodes_spanned_equals_looking_at_every_group(world: int) -> None:
     for topology in topologies(world):
         for axis in AXES:
             nodes = [{rank // topology.devices_per_node for rank in group} for group in topology.groups(axis)]
-            assert topology.crosses_nodes(axis) == any(len(on) > 1 for on in nodes), (topology, axis)
+            assert topology.nodes_spanned(axis) == max(len(on) for on in nodes), (topology, axis)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -112,16 +112,15 @@ def test_experts_lie_on_consecutive_ranks_inside_a_node_where_they_fit(world: in
             }
             assert ranks == set(range(start, start + run))
         if topology.devices_per_node % run == 0:
-            assert not topology.crosses_nodes("expert")
-            assert not topology.crosses_nodes("expert_tensor")
+            assert topology.nodes_spanned("exchange") == 1
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_node_and_local_rank_number_the_devices_of_each_node_in_turn(world: int) -> None:
+def test_the_nodes_take_their_ranks_in_turn(world: int) -> None:
     for devices_per_node in divisors(world):
         topology = Topology(world // devices_per_node, devices_per_node)
-        devices = [(node, local) for node in range(topology.nodes) for local in range(devices_per_node)]
-        assert [(topology.node_of(rank), topology.local_rank(rank)) for rank in range(world)] == devices
+        nodes = [node for node in range(topology.nodes) for _ in range(devices_per_node)]
+        assert [topology.node_of(rank) for rank in range(world)] == nodes
 
 
 def test_deepspeed_example() -> None:
@@ -150,8 +149,9 @@ def test_sixteen_thousand_ranks() -> None:
         assert groups[-1] == topology.group_of(axis, 16_383)
         for rank in range(topology.world_size):
             assert topology.coordinate(axis, rank) < topology.degree(axis)
-    assert topology.crosses_nodes("expert")
-    assert not topology.crosses_nodes("tensor")
+    assert topology.nodes_spanned("expert") == 16
+    assert topology.nodes_spanned("expert_data") == 128
+    assert topology.nodes_spanned("tensor") == 1
     assert topology.group_of("expert", 16_383) == tuple(range(16_384 - 127, 16_384, 2))
 
 
@@ -175,7 +175,7 @@ def test_levels_are_the_equal_places_of_a_copys_nodes_and_the_nodes(world: int) 
                 replace(flat, all_to_all="hierarchical")
             continue
         levels = replace(flat, all_to_all="hierarchical").exchange_levels()
-        if not flat.crosses_nodes("expert") and not flat.crosses_nodes("expert_tensor"):
+        if flat.nodes_spanned("exchange") == 1:
             assert levels is None
             continue
         place_of = {rank: (rank // copy, rank // per_node, rank % per_node) for rank in range(world)}
@@ -227,6 +227,6 @@ def test_all_problems_are_reported_at_once() -> None:
 @pytest.mark.parametrize("rank", [-1, 16])
 def test_a_rank_outside_the_world_is_refused(rank: int) -> None:
     topology = Topology(nodes=2, devices_per_node=8)
-    for ask in (topology.node_of, topology.local_rank, lambda r: topology.group_of("data", r)):
+    for ask in (topology.node_of, lambda r: topology.group_of("data", r)):
         with pytest.raises(IndexError, match=f"rank {rank} is not among the 16 ranks"):
             ask(rank)
