@@ -21,7 +21,13 @@ _USER_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, with the process's own arguments by default, and return the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse takes no more overrides after an option: these come back as unknown.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         arguments.run(arguments)
     except UserError as error:

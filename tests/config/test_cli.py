@@ -70,8 +70,13 @@ def test_plan_prints_text_or_json(config_path: str, capsys: pytest.CaptureFixtur
     out, err = capsys.readouterr()
     assert out.startswith("tiny: world size 8 (2 nodes x 4 devices), 4 layers, top 4 of 8 experts\nparameters: ")
     assert err == ""
-    assert main(["plan", config_path, "moe.top_k=4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == Plan.from_config(load_config(config_path, ["moe.top_k=4"])).json()
+    expected = Plan.from_config(load_config(config_path, ["moe.top_k=4"])).json()
+    for order in (["moe.top_k=4", "--json"], ["--json", "moe.top_k=4"]):
+        assert main(["plan", config_path, *order]) == 0
+        assert json.loads(capsys.readouterr().out) == expected
+    with pytest.raises(SystemExit):
+        main(["plan", config_path, "--json", "moe.top_k=4", "--jsn"])
+    assert "unrecognized arguments: moe.top_k=4 --jsn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
