@@ -14,6 +14,7 @@ Shape suffixes: see `dsmoe.moe.dispatch`; Z width of the pre-activation, 2 I whe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -201,7 +202,7 @@ class _Looped(torch.autograd.Function):
         most = max(len(span) for span in spans)
         # Where z is not kept, every expert's stands in the same buffer.
         z_NZ = source_SD.new_empty(most if rows.recompute else row_map.num_rows, up_LZD.shape[1])
-        out_ND = source_SD.new_empty(row_map.num_rows, source_SD.shape[1])
+        out_ND = _scratch(source_SD, row_map.num_rows, source_SD.shape[1])
         rows_MD = source_SD.new_empty(most, source_SD.shape[1])
         source_N = row_map.sources()
         weight_N1 = row_map.gather_weights(weights_SK)[:, None].to(source_SD.dtype)
@@ -227,7 +228,7 @@ class _Looped(torch.autograd.Function):
         rows_MD, grad_rows_MD = (source_SD.new_empty(most, source_SD.shape[1]) for _ in range(2))
         z_MZ, grad_z_MZ = (source_SD.new_empty(most, width) for _ in range(2))
         grad_hidden_MI = source_SD.new_empty(most, down_LDI.shape[2])
-        grad_source_ND = source_SD.new_empty(row_map.num_rows, source_SD.shape[1])
+        grad_source_ND = _scratch(source_SD, row_map.num_rows, source_SD.shape[1])
         # Weights that are frozen cost nothing.
         grad_up_LZD = torch.empty_like(up_LZD) if ctx.needs_input_grad[2] else None
         grad_down_LDI = torch.empty_like(down_LDI) if ctx.needs_input_grad[3] else None
@@ -254,6 +255,23 @@ class _Looped(torch.autograd.Function):
             torch.mm(grad_z, up_LZD[expert], out=grad_source_ND[part])
         grad_weights_SK = row_map.sum_weights(grad_weight_N)
         return row_map.sum(grad_source_ND), grad_weights_SK, grad_up_LZD, grad_down_LDI, None
+
+
+_kept = threading.local()
+
+
+def _scratch(like: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
+    """A buffer for the time of one call; the thread's next call overwrites it.
+
+    A CPU's allocator returns large buffers to the system, which hands them out again page by page, zeroed.
+    """
+    if type(like) is not torch.Tensor:  # traced: nothing of it may be kept
+        return like.new_empty(num_rows, width)
+    size, buffer = num_rows * width, getattr(_kept, "buffer", None)
+    if buffer is None or buffer.dtype != like.dtype or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = _kept.buffer = torch.empty(size, dtype=like.dtype)
+    return buffer[:size].view(num_rows, width)
 
 
 def _spans(ends_L: torch.Tensor) -> list[range]:
