@@ -300,9 +300,14 @@ class MoE(DeepSpeedMoE):
             self._draw(self.experts)
         self._dispatches = {padded: choose_dispatch(group, padded, self.overlap_chunks) for padded in (False, True)}
 
-    def _draw(self, experts: StackedExperts | ModuleExperts) -> None:
+    @property
+    def expert_place(self) -> tuple[int, int]:
+        """The global id of this rank's first expert, and which slice of its experts it has."""
         expert_rank, slice_index = divmod(self._exchange_rank, self.expert_tensor)
-        first = expert_rank * self.num_local_experts
+        return expert_rank * self.num_local_experts, slice_index
+
+    def _draw(self, experts: StackedExperts | ModuleExperts) -> None:
+        first, slice_index = self.expert_place
         if isinstance(experts, StackedExperts):
             experts.initialise(self._seed, first, *self._stds, slice_index)
         elif self._redraw:

@@ -1,0 +1,75 @@
+"""Which boxes of the whole model's tensors a rank's tensors are: what names the same weight on every layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsmoe.parallel.tensor import Shard
+
+
+@dataclass(frozen=True)
+class Box:
+    """An n-dimensional part of a tensor: where it starts, and its shape."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def all_of(cls, shape: torch.Size | tuple[int, ...]) -> Box:
+        """The box that is the whole tensor."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of `tensor`, a view."""
+        return tensor[tuple(slice(first, first + size) for first, size in zip(self.start, self.shape, strict=True))]
+
+    def moved(self, by: tuple[int, ...]) -> Box:
+        """The same box somewhere else."""
+        return Box(tuple(first + step for first, step in zip(self.start, by, strict=True)), self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a rank's tensor, and where in the whole tensor it is."""
+
+    here: Box
+    there: Box
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A rank's tensor as pieces of the one that one rank alone would have."""
+
+    name: str
+    """The whole tensor's, which is the same on every layout."""
+    shape: tuple[int, ...]
+    """The whole tensor's."""
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def whole(cls, name: str, tensor: torch.Tensor) -> Placement:
+        """That of a tensor which every rank has all of."""
+        everything = Box.all_of(tensor.shape)
+        return cls(name, everything.shape, (Piece(everything, everything),))
+
+    @classmethod
+    def cut(cls, name: str, tensor: torch.Tensor, shard: Shard) -> Placement:
+        """That of a tensor which is `shard` of the whole."""
+        width = tensor.shape[shard.dim] // shard.parts
+        shape = (*tensor.shape[: shard.dim], width, *tensor.shape[shard.dim + 1 :])
+
+        def at(offset: int) -> Box:
+            return Box(tuple(offset if dim == shard.dim else 0 for dim in range(tensor.dim())), shape)
+
+        pieces = [
+            Piece(at(part * width), at((part * shard.count + shard.index) * width)) for part in range(shard.parts)
+        ]
+        return cls(name, tuple(shard.whole_shape(tensor.shape)), tuple(pieces))
+
+    def stacked(self, first: int, total: int) -> Placement:
+        """The same, where dimension 0 is a part, from `first` on, of `total` entries."""
+        by = (first, *(0 for _ in self.shape[1:]))
+        pieces = tuple(Piece(piece.here, piece.there.moved(by)) for piece in self.pieces)
+        return Placement(self.name, (total, *self.shape[1:]), pieces)
