@@ -15,7 +15,7 @@ train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not layouts"
 
 test-cluster: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs

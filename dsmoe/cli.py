@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,17 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under a launcher every rank has the same input
+            print(f"error: {error}", file=sys.stderr)
         return _USER_ERROR
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dsmoe", description="Pretrain Mixture-of-Experts language models on DeepSpeed from one YAML file."
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -55,6 +57,19 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say what a run will be: its ranks and groups, batch, parameters, FLOPs")
     plan.add_argument("--json", action="store_true", help="as one JSON object, for a program")
     _takes_config(plan, _plan)
+
+    parity = commands.add_parser("parity", help="train a few steps on several layouts: is it the same model?")
+    parity.add_argument(
+        "--layouts",
+        nargs="+",
+        required=True,
+        metavar="tp=2,ep=4",
+        help="degrees of each layout: tp, sp (sequence), ep, etp, dp, zero, a2a, chunks, nodes, or section.key",
+    )
+    parity.add_argument("--steps", type=_positive, default=5, help="optimizer steps on each layout (default: 5)")
+    parity.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
+    parity.add_argument("--full", action="store_true", help="the config's own sizes and corpora, not shrunk ones")
+    _takes_config(parity, _parity)
 
     prepare = commands.add_parser("prepare", help="tokenize and pack the corpora, once")
     _takes_config(prepare, _prepare)
@@ -91,6 +106,20 @@ def _plan(arguments: argparse.Namespace) -> None:
     resolve_device(config.cluster.device)
     plan = Plan.from_config(config)
     print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from dsmoe.train.parity import parity
+
+    options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
+    return 0 if parity(arguments.config, arguments.overrides, arguments.layouts, **options) else 1
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return number
 
 
 def _schema(arguments: argparse.Namespace) -> None:

@@ -170,6 +170,7 @@ class Groups:
     def _register_with_deepspeed(self) -> None:
         name, topology, rank = self.expert_group_name, self.topology, self.rank
         registry = deepspeed_groups
+        registry.mpu = self.mpu  # the engine overwrites that of an earlier topology only if there is a new one
         # Over this group DeepSpeed adds up the experts' norms: all slices of all experts.
         registry._EXPERT_PARALLEL_GROUP[name] = self.handle("exchange")
         registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("exchange", rank))

@@ -15,9 +15,9 @@ from dsmoe.config.schema import Config
 from dsmoe.model import Transformer, build_model, loss
 from dsmoe.moe.experts import StackedExperts
 from dsmoe.parallel import Groups
+from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
 from tests.plan.configs import make_config
-from tests.ranks import run_ranks
 
 MODEL = {
     "vocab_size": 40,

@@ -21,9 +21,9 @@ from dsmoe.model import Transformer, build_model
 from dsmoe.model import loss as loss_module
 from dsmoe.model.attention import Attention, Rotary, rotate
 from dsmoe.parallel import ExpertGroup, Groups, TensorGroup
+from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology, count_parameters, flops_per_token
 from tests.plan.configs import make_config
-from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {

@@ -15,7 +15,7 @@ from deepspeed.moe.utils import has_moe_layers, is_moe_param, split_params_into_
 from torch import nn
 
 import dsmoe
-from tests.ranks import run_ranks
+from dsmoe.parallel.local import run_ranks
 
 D, E = 16, 4
 

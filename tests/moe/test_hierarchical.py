@@ -12,10 +12,10 @@ import torch
 import dsmoe
 from dsmoe.moe.hierarchical import HierarchicalDispatch
 from dsmoe.parallel import Groups
+from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
 from tests.moe.test_parallel import cases, check_case
 from tests.moe.test_static import no_host_reads
-from tests.ranks import run_ranks
 
 D = 16
 

@@ -21,8 +21,8 @@ from dsmoe.model.transformer import Block, Transformer
 from dsmoe.moe import LayerStatistics, read_statistics
 from dsmoe.moe.capacity import renormalize
 from dsmoe.parallel import ExpertGroup, TensorGroup
+from dsmoe.parallel.local import run_ranks
 from tests.plan.configs import make_config
-from tests.ranks import run_ranks
 
 from .reference import Settings, run_reference
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 import dsmoe
 from dsmoe.parallel import ExpertGroup, Groups, collectives
+from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
-from tests.ranks import run_ranks
 
 D = 16
 

@@ -15,8 +15,8 @@ import dsmoe
 from dsmoe.moe.dispatch import LocalDispatch, PaddedDispatch, VariableDispatch
 from dsmoe.parallel import Groups
 from dsmoe.parallel.agreement import DisagreementError
+from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
-from tests.ranks import run_ranks
 
 D, E = 16, 4
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dsmoe
 from dsmoe.moe import ffn
 from dsmoe.parallel import Groups
+from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
-from tests.ranks import run_ranks
 
 D, E, T = 16, 4, 12
 DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

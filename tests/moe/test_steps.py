@@ -12,7 +12,7 @@ from torch import nn
 import dsmoe
 from dsmoe.moe import begin_step, hold_drop_rate, steps, update_routers
 from dsmoe.moe.capacity import DropRateController
-from tests.ranks import run_ranks
+from dsmoe.parallel.local import run_ranks
 
 D, E = 8, 4
 RATE = 0.25

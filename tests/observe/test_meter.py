@@ -15,10 +15,10 @@ from dsmoe.observe import Meter
 from dsmoe.observe import meter as meter_module
 from dsmoe.observe.meter import Constants
 from dsmoe.parallel import Groups
+from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Batch, Topology
 from dsmoe.plan.devices import DeviceFacts
 from dsmoe.plan.flops import Flops
-from tests.ranks import run_ranks
 
 FLOPS = Flops(forward=10**9)
 KNOWN = DeviceFacts("a test's", memory_gib=1.0, peak_tflops=0.5)

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from dsmoe.parallel import Groups
 from dsmoe.parallel.agreement import DisagreementError, agree
+from dsmoe.parallel.local import run_ranks
 from dsmoe.parallel.watch import process_watch
 from dsmoe.plan import Topology
-from tests.ranks import run_ranks
 
 
 def exchange_of(ranks: int, layer: str = "1") -> object:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dsmoe.config.errors import UserError
 from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import is_shared, on_every_rank, on_first_rank, set_timeout_everywhere
-from tests.ranks import CONTEXT, run_ranks
+from dsmoe.parallel.local import CONTEXT, run_ranks
 
 
 def test_cuda_without_a_device_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from dsmoe.parallel import Groups, TensorGroup
 from dsmoe.parallel import regions as r
+from dsmoe.parallel.local import run_ranks
 from dsmoe.parallel.tensor import Shard
 from dsmoe.plan import Topology
-from tests.ranks import run_ranks
 
 Crossing = Callable[[torch.Tensor, TensorGroup], torch.Tensor]
 B, S, D = 2, 4, 3

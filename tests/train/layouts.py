@@ -1,9 +1,7 @@
-"""Train a small model on a layout, for tests that compare layouts."""
+"""A small model to train on any layout, for tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,12 @@ import torch
 import torch.distributed as dist
 
 from dsmoe.config.schema import Config
-from dsmoe.moe.experts import StackedExperts
 from dsmoe.parallel import Groups
 from dsmoe.parallel.distributed import Rank
-from dsmoe.parallel.tensor import Shard
 from dsmoe.plan import Topology
 from dsmoe.train import Trainer
-
-TEXT = "".join(f"{n} times {n} is {n * n}; {n} plus {n} is {n + n}.\n" for n in range(400))
+from dsmoe.train.compare import Training, train_few_steps
+from dsmoe.train.parity import TEXT
 
 
 def small_config(
@@ -63,65 +59,16 @@ def small_config(
     return Config.model_validate(tree)
 
 
+def train(config: Config, steps: int) -> Training:
+    """Train on this rank of an already started world."""
+    return train_few_steps(config, this_rank(), steps)
+
+
+def this_rank() -> Rank:
+    """Who this process is."""
+    return Rank(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
 def make_trainer(config: Config) -> Trainer:
     """A trainer on this rank of an already started world."""
-    rank = Rank(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return Trainer(config, Groups(Topology.from_config(config)), rank, Path(config.runs_dir) / "checkpoints")
-
-
-def train(config: Config, steps: int) -> dict[str, Any]:
-    """Train on this rank; the global losses and gradient norms of every step, this rank's weights, and what balances.
-
-    Expert weights are split and named by global id, so that the union over the ranks is the whole model.
-    """
-    trainer = make_trainer(config)
-    losses, norms = [], []
-    for _ in range(steps):
-        norm = float(trainer.step())
-        losses.append(trainer.meter.read(layer_detail=False)["train/loss"])
-        norms.append(norm)
-    held_out = trainer.evaluate()["eval/loss"]
-    weights, balance = named_weights(trainer), trainer.moe_layers[0].balance.state_dict()
-    return {"losses": losses, "norms": norms, "held_out": held_out, "weights": weights, "balance": balance}
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one rank holds of a weight."""
-
-    value: torch.Tensor
-    shard: Shard | None
-
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The same part of the whole weight."""
-        return whole if self.shard is None else self.shard.of(whole)
-
-
-def named_weights(trainer: Trainer) -> dict[str, Part]:
-    """This rank's weights; one entry per global expert."""
-    weights = {}
-    for name, parameter in trainer.model.named_parameters():
-        value = parameter.detach().float().clone()
-        module = trainer.model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(module, StackedExperts):
-            weights[name] = Part(value, getattr(module, "shard", None))
-            continue
-        start = trainer.groups.coordinate("expert") * module.num_local_experts
-        gate_up, down = module.shards(trainer.groups.coordinate("expert_tensor"))
-        shard = down if name.endswith("down") else gate_up
-        weights.update({f"{name}[{start + local}]": Part(value[local], shard) for local in range(len(value))})
-    return weights
-
-
-def assemble(results: Sequence[dict[str, Part]]) -> dict[str, torch.Tensor]:
-    """The whole model's weights from every rank's parts, all of which must be there."""
-    wholes: dict[str, torch.Tensor] = {}
-    for weights in results:
-        for name, part in weights.items():
-            if part.shard is None:
-                wholes[name] = part.value
-                continue
-            empty = torch.full(part.shard.whole_shape(part.value.shape), float("nan"))
-            part.shard.put(part.value, wholes.setdefault(name, empty))
-    assert not any(whole.isnan().any() for whole in wholes.values())
-    return wholes
+    return Trainer(config, Groups(Topology.from_config(config)), this_rank(), Path(config.runs_dir) / "checkpoints")

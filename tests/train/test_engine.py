@@ -14,8 +14,8 @@ from dsmoe import Groups, MoE, Topology
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.model import build_model
+from dsmoe.parallel.local import run_ranks
 from dsmoe.train.engine import clip_gradients, initialize, master_weights, parameter_groups
-from tests.ranks import run_ranks
 from tests.train.layouts import make_trainer, small_config
 
 

@@ -1,33 +1,117 @@
-"""The same run on every layout: losses, gradient norms, held-out loss and weights of one rank are those of N."""
+"""The same run on every layout: losses, gradient norms, held-out loss and weights of one rank are those of N.
+
+In the ordinary run, the fewest layouts in which every pair of settings occurs; all of them with `-m layouts`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.ranks import run_ranks
-from tests.train.layouts import assemble, small_config, train
+from dsmoe.config.schema import Config
+from dsmoe.parallel.local import run_ranks
+from dsmoe.plan.comparison import parse_layout
+from dsmoe.train.compare import TOLERANCES, Training, difference
+from tests.train.layouts import small_config, train
 
 STEPS = 10
-LAYOUTS = [  # ranks, expert degree, ZeRO stage
-    (1, 1, 0),
-    (1, 1, 2),
-    (2, 1, 0),
-    (2, 2, 0),
-    (2, 2, 1),
-    (2, 1, 2),
-    (4, 1, 1),
-    (4, 2, 0),
-    (4, 2, 1),
-    (4, 2, 2),
-    (4, 4, 0),
-    (4, 4, 1),
-    (4, 4, 2),
-]
+MOST_RANKS = 8
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One choice of every setting; `copies` multiplies the fewest ranks that the degrees can do with."""
+
+    tensor: int
+    sequence: bool
+    expert: int
+    expert_tensor: int
+    zero_stage: int
+    all_to_all: str
+    chunks: int
+    copies: int
+
+    @property
+    def ranks(self) -> int:
+        return max(self.tensor, self.expert * self.expert_tensor) * self.copies
+
+    @property
+    def nodes(self) -> int:
+        return 2 if self.all_to_all == "hierarchical" else 1
+
+    @property
+    def can_be(self) -> bool:
+        if self.sequence and self.tensor == 1:
+            return False
+        # Two levels are two only where one copy of the experts is on several nodes of several ranks.
+        several = self.ranks >= 4 and self.expert * self.expert_tensor == self.ranks
+        return self.ranks <= MOST_RANKS and (self.nodes == 1 or several)
+
+    def __str__(self) -> str:
+        return (
+            f"tp={self.tensor},sp={str(self.sequence).lower()},ep={self.expert},etp={self.expert_tensor},"
+            f"zero={self.zero_stage},a2a={self.all_to_all},chunks={self.chunks},nodes={self.nodes},"
+            f"dp={self.ranks // self.tensor}"
+        )
+
+    def pairs(self) -> set[tuple[Any, ...]]:
+        return set(itertools.combinations(vars(self).items(), 2))
+
+
+def all_layouts() -> list[Layout]:
+    choices = ((1, 2, 4), (False, True), (1, 2, 4, 8), (1, 2), (0, 1, 2), ("flat", "hierarchical"), (1, 3), (1, 2))
+    layouts = (Layout(*choice) for choice in itertools.product(*choices))
+    return sorted((layout for layout in layouts if layout.can_be), key=lambda layout: layout.ranks)
+
+
+def covering(layouts: list[Layout]) -> Iterator[Layout]:
+    """Again and again the layout with the most pairs that have not been there; of equals the one of fewest ranks."""
+    left = set().union(*(layout.pairs() for layout in layouts))
+    while left:
+        best = max(layouts, key=lambda layout: len(layout.pairs() & left))
+        left -= best.pairs()
+        yield best
+
+
+LAYOUTS = list(covering(all_layouts()))
+OTHERS = [layout for layout in all_layouts() if layout not in LAYOUTS]
+
+WHOLE = {  # a model with everything that is cut, replicated or shared in its own way
+    "model": {"qk_norm": True},
+    "moe": {
+        "num_experts": 8,
+        "top_k": 2,
+        "expert_ffn_size": 32,
+        "shared_expert_ffn_size": 16,
+        "balance": {"aux_loss": 0.02, "z_loss": 0.001},
+    },
+    "train": {"batch_tokens": 16 * 32, "micro_batch_size": 2},
+    # Adam divides a gradient by its own size: the rounding of one near zero would be a whole step of the weight.
+    "optimizer": {"eps": 1e-6},
+}
+BALANCED = {  # by what is brought up to date between the steps
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_ffn_size": 32,
+    "router": {"score": "sigmoid", "scale": 1.5, "num_groups": 2, "top_k_groups": 1},
+    "balance": {"aux_loss": 0.02, "scope": "global", "bias_update_rate": 0.01},
+}
+MOE = {
+    "plain": {},
+    "balanced": BALANCED,
+    "residual": {"residual": True, "activation": "gelu", "expert_ffn_size": 32},
+    # A capacity that nothing can exceed: the other two dispatches, the same numbers.
+    "padded": {"capacity": {"factor": 2.0, "eval_factor": 2.0, "minimum": 64}},
+    "with a capacity": {"capacity": {"factor": 2.0, "eval_factor": 2.0, "minimum": 64, "pad": False}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,196 +119,88 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layouts")
 
 
+def config_of(folder: Path, layout: str, **sections: Settings) -> Config:
+    """The small model on a layout, written as for `dsmoe parity`."""
+    sections["optimizer"] = {**WHOLE["optimizer"], **sections.get("optimizer", {})}
+    for key, value in parse_layout(layout).overrides.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    return small_config(folder, **sections)
+
+
+def train_on(folder: Path, layout: str, steps: int = STEPS, **sections: Settings) -> list[Training]:
+    """What every rank of the layout has seen."""
+    config = config_of(folder, layout, **{name: dict(section) for name, section in sections.items()})
+    return run_ranks(config.cluster.nodes * config.cluster.devices_per_node, train, config, steps)
+
+
+def assert_same(trainings: list[Training], reference: Training) -> None:
+    off = difference(trainings, reference)
+    assert not off.beyond(TOLERANCES["fp32"]), off
+
+
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> dict[str, Any]:
-    """One rank, ZeRO stage 1."""
-    return run_ranks(1, train, small_config(folder), STEPS)[0]
+def reference(folder: Path) -> Training:
+    """The model with everything, on one rank."""
+    return train_on(folder, "tp=1", **WHOLE)[0]
 
 
-@pytest.mark.parametrize(("ranks", "expert", "zero_stage"), LAYOUTS)
-def test_every_layout_trains_the_same_model(
-    ranks: int, expert: int, zero_stage: int, folder: Path, reference: dict[str, Any]
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_pair_of_settings_trains_the_same_model(layout: Layout, folder: Path, reference: Training) -> None:
+    assert_same(train_on(folder, str(layout), **WHOLE), reference)
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize("layout", OTHERS, ids=str)
+def test_every_layout_trains_the_same_model(layout: Layout, folder: Path, reference: Training) -> None:
+    assert_same(train_on(folder, str(layout), **WHOLE), reference)
+
+
+def test_the_layouts_cover_every_pair_and_few_would_do() -> None:
+    pairs = set().union(*(layout.pairs() for layout in all_layouts()))
+    assert set().union(*(layout.pairs() for layout in LAYOUTS)) == pairs
+    assert len(LAYOUTS) < 25 < len(OTHERS)
+
+
+@pytest.fixture(scope="module", params=MOE)
+def routed(folder: Path, request: pytest.FixtureRequest) -> tuple[Settings, Training]:
+    """A moe section, and the training with it on one rank."""
+    moe = MOE[request.param]
+    return moe, train_on(folder, "tp=1", moe=moe)[0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [("dp=1", "full"), ("ep=2,zero=0", "selective"), ("tp=2,sp=true,ep=4,zero=2,dp=2", "full")],
+)
+def test_every_routing_is_the_same_on_every_layout(
+    layout: str, recompute: str, folder: Path, routed: tuple[Settings, Training]
 ) -> None:
-    results = run_ranks(ranks, train, small_config(folder, ranks=ranks, expert=expert, zero_stage=zero_stage), STEPS)
-    assert_same_training(results, reference)
+    moe, reference = routed
+    assert_same(train_on(folder, layout, moe=moe, train={"recompute": recompute}), reference)
 
 
-def test_clipping_was_active_and_training_moved(reference: dict[str, Any]) -> None:
-    assert min(reference["norms"]) > 0.5, "the other tests would not see a wrong clip"
-    assert reference["losses"][-1] < 0.8 * reference["losses"][0]
+def test_a_bias_that_balances_has_moved(folder: Path) -> None:
+    weights = train_on(folder, "tp=1", moe=BALANCED)[0].weights
+    assert weights["blocks.1.ffn.balance.bias"].abs().max() > 0.01
+    assert weights["blocks.1.ffn.balance.load_share"].sum() == pytest.approx(1.0)
 
 
-def test_losses_are_those_of_the_golden_file(reference: dict[str, Any]) -> None:
+def test_losses_are_those_of_the_golden_file(folder: Path) -> None:
     """The numbers of another day: a change that moves them is either a bug or belongs in its commit's message."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / "small.json").read_text())
-    assert {name: reference[name] for name in golden} == {
+    training = run_ranks(1, train, small_config(folder), STEPS)[0]
+    assert {name: getattr(training, name) for name in golden} == {
         name: pytest.approx(value, rel=1e-4) for name, value in golden.items()
     }
+    assert min(training.norms) > 0.5, "clipping was active: the other tests would not see a wrong clip"
+    assert training.losses[-1] < 0.8 * training.losses[0], "training moved"
 
 
-def test_static_padded_exchange_without_drops_is_the_same(folder: Path, reference: dict[str, Any]) -> None:
-    """A capacity that nothing can exceed, padded and not: the other two dispatches, the same numbers."""
-    for pad in (True, False):
-        moe = {"capacity": {"factor": 2.0, "eval_factor": 2.0, "minimum": 32, "pad": pad}}
-        results = run_ranks(2, train, small_config(folder, ranks=2, expert=2, moe=moe), STEPS)
-        assert_same_training(results, reference)
-
-
-BALANCED = {  # by what is brought up to date between the steps
-    "num_experts": 4,
-    "top_k": 2,
-    "expert_ffn_size": 24,
-    "router": {"score": "sigmoid", "scale": 1.5, "num_groups": 2, "top_k_groups": 1},
-    "balance": {"aux_loss": 0.02, "scope": "global", "bias_update_rate": 0.01},
-}
-
-
-@pytest.fixture(scope="module")
-def balanced_reference(folder: Path) -> dict[str, Any]:
-    return run_ranks(1, train, small_config(folder, moe=BALANCED), STEPS)[0]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "expert", "zero_stage", "recompute"),
-    [(1, 1, 1, "full"), (2, 1, 0, "none"), (2, 2, 1, "full"), (4, 2, 2, "none"), (4, 4, 1, "none")],
-)
-def test_global_balance_is_the_same_on_every_layout(
-    ranks: int, expert: int, zero_stage: int, recompute: str, folder: Path, balanced_reference: dict[str, Any]
-) -> None:
-    config = small_config(
-        folder, ranks=ranks, expert=expert, zero_stage=zero_stage, moe=BALANCED, train={"recompute": recompute}
-    )
-    results = run_ranks(ranks, train, config, STEPS)
-    assert_same_training(results, balanced_reference)
-    for result in results:
-        assert torch.equal(result["balance"]["bias"], balanced_reference["balance"]["bias"])
-        assert torch.equal(result["balance"]["load_share"], balanced_reference["balance"]["load_share"])
-    assert balanced_reference["balance"]["bias"].abs().max() > 0.01, "the bias moved"
-
-
-WITH_DENSE = {  # what every token passes, and how it meets the experts
-    "shared": {"shared_expert_ffn_size": 40},
-    "residual": {"residual": True, "activation": "gelu"},
-}
-
-
-@pytest.fixture(scope="module", params=WITH_DENSE)
-def dense_reference(folder: Path, request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The moe section, and the training on one rank."""
-    moe = WITH_DENSE[request.param]
-    return moe, run_ranks(1, train, small_config(folder, moe=moe), STEPS)[0]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "expert", "zero_stage", "recompute"),
-    [(1, 1, 2, "full"), (2, 2, 0, "none"), (2, 2, 1, "full"), (4, 2, 2, "none"), (4, 4, 1, "none")],
-)
-def test_what_every_token_passes_is_the_same_on_every_layout(
-    ranks: int, expert: int, zero_stage: int, recompute: str, folder: Path, dense_reference: tuple[Any, Any]
-) -> None:
-    moe, reference = dense_reference
-    layout = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage}
-    results = run_ranks(ranks, train, small_config(folder, **layout, moe=moe, train={"recompute": recompute}), STEPS)
-    assert_same_training(results, reference)
-
-
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recompute_changes_nothing(recompute: str, folder: Path, reference: dict[str, Any]) -> None:
-    results = run_ranks(2, train, small_config(folder, ranks=2, expert=2, train={"recompute": recompute}), STEPS)
-    assert_same_training(results, reference)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "exchange", "recompute"),
-    [
-        (1, {"overlap_chunks": 3}, "none"),
-        (2, {"all_to_all": "hierarchical"}, "full"),
-        (2, {"all_to_all": "hierarchical", "overlap_chunks": 2}, "selective"),
-    ],
-)
-def test_every_exchange_trains_the_same_model(
-    nodes: int, exchange: dict[str, Any], recompute: str, folder: Path, reference: dict[str, Any]
-) -> None:
-    cluster = {"nodes": nodes, "devices_per_node": 4 // nodes}
-    config = small_config(folder, expert=4, cluster=cluster, parallel=exchange, train={"recompute": recompute})
-    assert_same_training(run_ranks(4, train, config, STEPS), reference)
-
-
-SPLIT = {  # a model with everything that is cut, replicated or shared in its own way; two sequences at a time
-    "model": {"qk_norm": True},
-    "moe": {
-        "num_experts": 4,
-        "top_k": 2,
-        "expert_ffn_size": 32,
-        "shared_expert_ffn_size": 16,
-        "balance": {"aux_loss": 0.02, "z_loss": 0.001},
-    },
-    "train": {"micro_batch_size": 2},
-    # Adam divides a gradient by its own size: the rounding of one near zero would be a whole step of the weight.
-    "optimizer": {"eps": 1e-6},
-}
-
-
-@pytest.fixture(scope="module")
-def split_reference(folder: Path) -> dict[str, Any]:
-    return run_ranks(1, train, small_config(folder, **SPLIT), STEPS)[0]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "tensor", "sequence", "expert", "expert_tensor", "zero_stage"),
-    [
-        (2, 2, False, 1, 1, 0),
-        (2, 2, False, 2, 1, 1),
-        (2, 2, True, 2, 1, 2),
-        (2, 2, True, 1, 2, 0),
-        (2, 1, False, 1, 2, 1),
-        (4, 2, False, 4, 1, 1),
-        (4, 2, True, 4, 1, 0),
-        (4, 2, True, 2, 1, 2),
-        (4, 2, True, 2, 2, 1),
-        (4, 2, False, 1, 2, 2),
-        (4, 4, True, 4, 1, 1),
-        (4, 4, False, 2, 2, 0),
-        (4, 4, True, 1, 1, 2),
-    ],
-)
-def test_tensor_layouts_train_the_same_model(
-    ranks: int,
-    tensor: int,
-    sequence: bool,
-    expert: int,
-    expert_tensor: int,
-    zero_stage: int,
-    folder: Path,
-    split_reference: dict[str, Any],
-) -> None:
-    parallel = {"tensor": tensor, "sequence": sequence, "expert_tensor": expert_tensor}
-    options = {"ranks": ranks, "expert": expert, "zero_stage": zero_stage, "parallel": parallel}
-    assert_same_training(run_ranks(ranks, train, small_config(folder, **options, **SPLIT), STEPS), split_reference)
-
-
-def test_two_levels_take_slices_of_experts_as_they_take_experts(folder: Path, split_reference: dict[str, Any]) -> None:
-    parallel = {"tensor": 2, "sequence": True, "expert_tensor": 2, "all_to_all": "hierarchical", "overlap_chunks": 2}
-    options = {"expert": 2, "cluster": {"nodes": 2, "devices_per_node": 2}, "parallel": parallel}
-    assert_same_training(run_ranks(4, train, small_config(folder, **options, **SPLIT), STEPS), split_reference)
-
-
-def test_offloaded_optimizer_trains_the_same_model(folder: Path, split_reference: dict[str, Any]) -> None:
+def test_offloaded_optimizer_trains_the_same_model(folder: Path, reference: Training) -> None:
     """Another way to the norm in DeepSpeed."""
-    options = {"ranks": 4, "expert": 4, "zero_stage": 2, "parallel": {"tensor": 2}}
     offload = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    config = small_config(folder, **options, **SPLIT, deepspeed=offload)
-    assert_same_training(run_ranks(4, train, config, STEPS), split_reference)
-
-
-def test_balance_over_tensor_ranks_is_that_of_one(folder: Path) -> None:
-    balanced = {**SPLIT, "moe": {**BALANCED, "expert_ffn_size": 32}}
-    (one,) = run_ranks(1, train, small_config(folder, **balanced), STEPS)
-    balanced["train"] = {**balanced["train"], "recompute": "full"}
-    options = {"ranks": 4, "expert": 4, "parallel": {"tensor": 2, "sequence": True}}
-    results = run_ranks(4, train, small_config(folder, **options, **balanced), STEPS)
-    assert_same_training(results, one)
-    assert all(torch.equal(result["balance"]["bias"], one["balance"]["bias"]) for result in results)
+    assert_same(train_on(folder, "tp=2,ep=4,zero=2", **WHOLE, deepspeed=offload), reference)
 
 
 def test_bf16_norms_are_the_same_in_every_wrapper_and_near_those_of_one_rank(folder: Path) -> None:
@@ -232,33 +208,13 @@ def test_bf16_norms_are_the_same_in_every_wrapper_and_near_those_of_one_rank(fol
 
     One micro-batch per step, because the wrappers differ in how they accumulate.
     """
-    short = {**SPLIT, "train": {"micro_batch_size": 2, "precision": "bf16", "batch_tokens": 4 * 32}}
-    parallel = {"tensor": 2, "sequence": True, "expert_tensor": 2}
-    options = {"ranks": 4, "expert": 2, "parallel": parallel}
+    short = {**WHOLE, "train": {"micro_batch_size": 2, "precision": "bf16", "batch_tokens": 4 * 32}}
     sums = {"data_types": {"grad_accum_dtype": "fp32"}}
-    (one,) = run_ranks(1, train, small_config(folder, **short), 3)
-    plain = run_ranks(4, train, small_config(folder, **options, **short, zero_stage=0), 3)
-    assert plain[0]["losses"] == pytest.approx(one["losses"], rel=1e-3)
-    assert plain[0]["norms"] == pytest.approx(one["norms"], rel=4e-3)
+    (one,) = train_on(folder, "tp=1", 3, **short)
+    plain = train_on(folder, "tp=2,sp=true,ep=2,etp=2,zero=0", 3, **short)
+    assert not difference(plain, one).beyond(TOLERANCES["bf16"])
     for zero_stage, deepspeed in ((1, {}), (1, sums), (2, {})):
-        results = run_ranks(
-            4, train, small_config(folder, **options, **short, zero_stage=zero_stage, deepspeed=deepspeed), 3
-        )
-        for result in results:
-            assert result["norms"] == pytest.approx(plain[0]["norms"], rel=1e-5)
-            assert result["losses"] == pytest.approx(plain[0]["losses"], rel=1e-5)
-
-
-def assert_same_training(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
-    for result in results:
-        assert result["losses"] == pytest.approx(reference["losses"], rel=1e-5)
-        assert result["norms"] == pytest.approx(reference["norms"], rel=1e-5)
-        assert result["held_out"] == pytest.approx(reference["held_out"], rel=1e-5)
-    whole = assemble([reference["weights"]])
-    assert set(assemble([result["weights"] for result in results])) == set(whole)
-    for rank, result in enumerate(results):
-        for name, part in result["weights"].items():
-            where = f"{name} of rank {rank}"
-            torch.testing.assert_close(
-                part.value, part.of(whole[name]), rtol=1e-4, atol=1e-5, msg=lambda m, w=where: f"{w}: {m}"
-            )
+        layout = f"tp=2,sp=true,ep=2,etp=2,zero={zero_stage}"
+        for training in train_on(folder, layout, 3, **short, deepspeed=deepspeed):
+            assert training.norms == pytest.approx(plain[0].norms, rel=1e-5)
+            assert training.losses == pytest.approx(plain[0].losses, rel=1e-5)

@@ -10,9 +10,9 @@ import torch
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.parallel.local import run_ranks
 from dsmoe.train import Trainer
 from dsmoe.train.checkpoint import find_checkpoint
-from tests.ranks import run_ranks
 from tests.train.layouts import make_trainer, small_config
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # DeepSpeed then takes another wrapper

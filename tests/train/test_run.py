@@ -17,7 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsmoe.config import dump_config, load_config
-from tests.ranks import CONTEXT
+from dsmoe.parallel.local import CONTEXT
 from tests.train.layouts import small_config
 
 REPOSITORY = Path(__file__).parents[2]

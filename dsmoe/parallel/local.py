@@ -1,12 +1,13 @@
 """Run a function on N gloo ranks of this machine and get what each returned.
 
-Rendezvous is a file, so tests need no ports. The ranks are forked from a server that has imported torch and DeepSpeed
-once. If a rank fails, its traceback fails the test; if they do not end in time, all are killed.
+Rendezvous is a file, so no port is taken. The ranks are forked from a server that has imported torch and DeepSpeed
+once. If a rank fails, so does the call, with its error; if they do not end in time, all are killed.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
 import tempfile
 import time
@@ -17,14 +18,27 @@ from typing import Any
 
 import torch
 
+from dsmoe.parallel.distributed import join_processes
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dsmoe.train.run"])
+
+
+class RanksFailedError(RuntimeError):
+    """Some rank has failed, or they have not ended in time; says what each of them raised."""
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """`[function(*arguments) on rank 0, on rank 1, ...]`, with `torch.distributed` started and one thread per rank.
 
-    `function` must be defined at the top of a module. What it returns is carried by `torch.save`.
+    Args:
+        world_size: how many ranks.
+        function: defined at the top of a module; what it returns is carried by `torch.save`.
+        arguments: picklable.
+        timeout: seconds until all are killed.
+
+    Raises:
+        RanksFailedError: see there.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -52,7 +66,7 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
     if any(process.exitcode for process in processes):
         errors = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime)
         text = "\n".join(f"--- rank {path.name.removeprefix('error_')}\n{path.read_text()}" for path in errors)
-        raise AssertionError(text or f"ranks did not end within {timeout} s")
+        raise RanksFailedError(text or f"ranks did not end within {timeout} s")
 
 
 def _rank_main(
@@ -67,12 +81,11 @@ def _rank_main(
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
         )
-        from dsmoe.parallel.distributed import join_processes
-
         join_processes("cpu")
         torch.save(function(*arguments), Path(folder) / f"result_{rank}")
     except BaseException:
         (Path(folder) / f"error_{rank}").write_text(traceback.format_exc())
         os._exit(1)
     torch.distributed.barrier()
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # gives back semaphores, tqdm's for one
     os._exit(0)  # nothing is left to do, and tearing gloo down races with the other ranks

@@ -1,0 +1,181 @@
+"""`dsmoe parity`: does a config's model train the same on every layout? Trains a few steps on each and compares.
+
+Alone it starts the ranks of each layout on this machine's CPU, and compares with one rank. Under a launcher it trains
+every layout on the ranks that there are, and compares with the first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dsmoe.config import Config, UserError, load_config
+from dsmoe.parallel import join_processes, leave_processes
+from dsmoe.parallel.distributed import quiet_deepspeed
+from dsmoe.parallel.local import run_ranks
+from dsmoe.plan.comparison import (
+    ONE_RANK,
+    Layout,
+    as_overrides,
+    changes,
+    comparable,
+    parse_layout,
+    shrunk,
+)
+from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.text import quantity, table
+from dsmoe.train.compare import TOLERANCES, Difference, Training, difference, train_few_steps
+
+LOCAL_SECONDS = 3600.0
+"""After so long the local ranks of a layout are stopped."""
+
+TEXT = "".join(f"{n} times {n} is {n * n}; {n} plus {n} is {n + n}.\n" for n in range(400))
+"""What a shrunk model learns."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is asked for: a config, the layouts to train it on, and how.
+
+    Attributes:
+        path: the config's file.
+        overrides: settings of the user's over it.
+        layouts: the first is what the others are compared with.
+        steps: optimizer steps on each.
+        precision: `fp32` or `bf16`.
+        full: keep the config's own sizes and corpora.
+    """
+
+    path: str
+    overrides: Sequence[str]
+    layouts: Sequence[Layout]
+    steps: int
+    precision: str
+    full: bool
+
+    def config(self, layout: Layout, folder: Path) -> Config:
+        """The run on `layout`; whatever it writes is in `folder`.
+
+        Raises:
+            UserError: the layout does not suit the model.
+        """
+        given = load_config(self.path, self.overrides)
+        try:
+            return load_config(self.path, [*self.overrides, *as_overrides(self._settings(given, layout, folder))])
+        except UserError as error:
+            raise UserError(f"layout '{layout.text}': {error}") from None
+
+    def introduction(self) -> str:
+        """What is trained, and what was changed for it."""
+        given = load_config(self.path, self.overrides)
+        size = "as it is" if self.full else "shrunk (--full trains it as it is)"
+        line = f"{given.name}, {size}: {quantity(self.steps, 'step')} in {self.precision} on each layout"
+        routing = {key: value for key, value in comparable(given, 1, self.precision).items() if key.startswith("moe.")}
+        changed = changes(given, routing)
+        return f"{line}\nwithout what depends on the layout: {', '.join(changed)}" if changed else line
+
+    def _settings(self, given: Config, layout: Layout, folder: Path) -> dict[str, object]:
+        text = folder / "sums.txt"
+        text.write_text(TEXT)
+        small = {} if self.full else shrunk(given, self.layouts, str(text)) | {"data.cache_dir": str(folder / "cache")}
+        here = {"runs_dir": str(folder)}
+        return {**comparable(given, self.steps, self.precision), **small, **layout.overrides, **here}
+
+
+def parity(
+    path: str, overrides: Sequence[str], layouts: Sequence[str], *, steps: int = 5, precision: str = "fp32", full: bool
+) -> bool:
+    """Compare the layouts and print a table; whether all train the same model.
+
+    Raises:
+        UserError: a layout that cannot be, or that does not suit the model.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else None
+    parsed = [parse_layout(text, world_size) for text in (layouts if launched else [ONE_RANK, *layouts])]
+    comparison = Comparison(path, overrides, parsed, steps, precision, full)
+    with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as folder:
+        for layout in parsed:
+            _refuse_what_depends_on_slices(comparison.config(layout, Path(folder)), layout)
+        return (_under_launcher if launched else _on_this_machine)(comparison, Path(folder))
+
+
+def _on_this_machine(comparison: Comparison, folder: Path) -> bool:
+    print(comparison.introduction(), flush=True)
+    rows, reference = [], None
+    for layout in comparison.layouts:
+        print(f"training on {layout.text} ({quantity(layout.ranks, 'rank')}) ...", file=sys.stderr, flush=True)
+        config = comparison.config(layout, folder)
+        trainings = run_ranks(layout.ranks, _train_here, config, comparison.steps, timeout=LOCAL_SECONDS)
+        reference = reference or trainings[0]
+        rows.append((layout, difference(trainings, reference)))
+    return _print_table(rows, reference, comparison)
+
+
+def _train_here(config: Config, steps: int) -> Training:
+    quiet_deepspeed()
+    return train_few_steps(config, join_processes("cpu"), steps)
+
+
+def _under_launcher(comparison: Comparison, folder: Path) -> bool:
+    configs = [comparison.config(layout, folder) for layout in comparison.layouts]
+    facts = resolve_device(configs[0].cluster.device)
+    rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda")
+    quiet_deepspeed()
+    if rank.is_first:
+        print(comparison.introduction(), flush=True)
+    rows, reference = [], None
+    for layout, config in zip(comparison.layouts, configs, strict=True):
+        if rank.is_first:
+            print(f"training on {layout.text} ...", file=sys.stderr, flush=True)
+        training = train_few_steps(config, rank, comparison.steps)
+        trainings: list[Training | None] | None = [None] * rank.world_size if rank.is_first else None
+        dist.gather_object(training, trainings)
+        if trainings is not None:
+            reference = reference or training
+            rows.append((layout, difference([one for one in trainings if one is not None], reference)))
+    same = [_print_table(rows, reference, comparison)] if reference is not None else [None]
+    dist.broadcast_object_list(same, src=0)
+    leave_processes()
+    return bool(same[0])
+
+
+def _print_table(rows: Sequence[tuple[Layout, Difference]], reference: Training | None, comparison: Comparison) -> bool:
+    """The differences of each layout, and what they are differences from; whether all are within rounding."""
+    assert reference is not None
+    tolerance = TOLERANCES[comparison.precision]
+    (first, _), *others = rows
+    cells = [["layout", "ranks", "loss", "gradient norm", "held-out loss", "weights", "verdict"]]
+    cells.append([first.text, str(first.ranks), *_from_to(reference), f"{reference.held_out:.4f}", "", "reference"])
+    failed = 0
+    for layout, off in others:
+        wrong = off.beyond(tolerance)
+        failed += bool(wrong)
+        figures = [f"{value:.1e}" for value in (off.losses, off.norms, off.held_out, off.weights)]
+        verdict = "same" if not wrong else f"DIFFERENT: {', '.join(wrong)}"
+        cells.append([layout.text, str(layout.ranks), *figures, verdict])
+    print("\n".join(table(cells, "<>>>>><")))
+    print(
+        f"largest relative differences from {first.text}; same is up to {tolerance.losses:.0e} (losses), "
+        f"{tolerance.norms:.0e} (norms) and {tolerance.weights:.0e} (weights, of {reference.travelled:.2g}, the "
+        f"learning rate times the steps)"
+    )
+    return failed == 0
+
+
+def _from_to(reference: Training) -> list[str]:
+    return [f"{values[0]:.4f} -> {values[-1]:.4f}" for values in (reference.losses, reference.norms)]
+
+
+def _refuse_what_depends_on_slices(config: Config, layout: Layout) -> None:
+    if config.moe is not None and config.moe.router.choice == "expert" and config.parallel.tensor > 1:
+        raise UserError(
+            f"layout '{layout.text}': with moe.router.choice: expert each tensor rank's experts choose among its own "
+            f"tokens, so that tp={config.parallel.tensor} is another model than tp=1; compare layouts of tp=1"
+        )
