@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsmoe import cli, load_config
 from dsmoe.plan import Topology, count_parameters
 from dsmoe.plan.text import readable_count
+from dsmoe.train import parity
+from dsmoe.train.compare import Training
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -94,6 +97,29 @@ def test_the_plan_is_printed_as_shown(capsys: pytest.CaptureFixture[str]) -> Non
     command, _, answer = shown.partition("\n")
     assert cli.main(shlex.split(command)[2:]) == 0
     assert capsys.readouterr().out == answer
+
+
+def test_the_comparison_of_layouts_is_introduced_as_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the training: tests/train/test_parity.py has that."""
+    (shown,) = [block for block in blocks("text") if block.startswith("$ dsmoe parity")]
+    command, _, answer = shown.partition("\n")
+    words = shlex.split(command)[2:]
+    trained: list[int] = []
+    training = Training([1.0], [1.0], 1.0, {"w": torch.ones(1)}, apart=0.0, travelled=0.0015)
+
+    def train(ranks: int, *_: object, timeout: float) -> list[Training]:
+        trained.append(ranks)
+        return [training] * ranks
+
+    monkeypatch.setattr(parity, "run_ranks", train)
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    expected = answer.splitlines()
+    assert (printed[0], printed[-2:]) == (expected[0], expected[-2:])
+    assert trained == [int(row.split()[1]) for row in expected[2:-2]]
+    assert [line.split()[0] for line in printed] == [line.split()[0] for line in expected]
 
 
 def test_the_table_of_recipes_is_what_the_configs_say() -> None:

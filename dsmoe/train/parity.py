@@ -6,6 +6,7 @@ every layout on the ranks that there are, and compares with the first.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -161,11 +162,10 @@ def _print_table(rows: Sequence[tuple[Layout, Difference]], reference: Training 
         verdict = "same" if not wrong else f"DIFFERENT: {', '.join(wrong)}"
         cells.append([layout.text, str(layout.ranks), *figures, verdict])
     print("\n".join(table(cells, "<>>>>><")))
-    print(
-        f"largest relative differences from {first.text}; same is up to {tolerance.losses:.0e} (losses), "
-        f"{tolerance.norms:.0e} (norms) and {tolerance.weights:.0e} (weights, of {reference.travelled:.2g}, the "
-        f"learning rate times the steps)"
-    )
+    print(f"largest relative differences from {first.text}; weights in parts of {reference.travelled:.2g}, steps x lr")
+    limits = f"the same is up to {tolerance.losses:.0e} (losses), {tolerance.norms:.0e} (norm)"
+    judged = f", {tolerance.weights:.0e} (weights)" if math.isfinite(tolerance.weights) else "; weights are not judged"
+    print(f"in {comparison.precision} {limits}{judged}")
     return failed == 0
 
 
