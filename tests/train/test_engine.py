@@ -154,10 +154,10 @@ def test_initialize_clips_alike_at_every_stage(tmp_path: Path) -> None:
 
 
 def clipped_norm(tensor: int, max_norm: float) -> tuple[float, list[torch.Tensor]]:
-    """Two experts of gradient (3, 0) and (0, 4 r) on rank r; a dense one of 12, whole or in two halves."""
-    groups = Groups(Topology(nodes=1, devices_per_node=2, tensor=tensor, expert=2))
+    """Two experts, or two slices of one, of gradient (3, 0) and (0, 4 r) on rank r; 12 in dense ones, split or not."""
+    groups = Groups(Topology(nodes=1, devices_per_node=2, tensor=tensor, expert=2 // tensor, expert_tensor=tensor))
     whole, split, expert = (nn.Parameter(torch.zeros(n)) for n in (1, 1, 2))
-    whole.grad, split.grad = (torch.tensor([value]) for value in ((12.0, 0.0) if tensor == 1 else (0.0, 72.0**0.5)))
+    whole.grad, split.grad = (torch.tensor([value]) for value in ((12.0, 0.0) if tensor == 1 else (4.0, 8.0)))
     expert.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]][dist.get_rank()])
     named = [
         {"params": [whole], "moe": False, "split": False},
@@ -170,11 +170,12 @@ def clipped_norm(tensor: int, max_norm: float) -> tuple[float, list[torch.Tensor
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_the_norm_counts_every_part_once(tensor: int) -> None:
-    for norm, gradients in run_ranks(2, clipped_norm, tensor, 6.5):
-        assert norm == pytest.approx(13.0)
-        assert float(gradients[tensor - 1]) == pytest.approx(6.0 if tensor == 1 else 18.0**0.5)
-    for norm, gradients in run_ranks(2, clipped_norm, tensor, 0.0):
-        assert (norm, float(gradients[tensor - 1])) == pytest.approx((13.0, 12.0 if tensor == 1 else 72.0**0.5))
+    """12^2 + 3^2 + 4^2 = 13^2, and so is 4^2 + 2 * 8^2 + 3^2 + 4^2."""
+    dense = [12.0, 0.0] if tensor == 1 else [4.0, 8.0]
+    for max_norm, scale in ((6.5, 0.5), (0.0, 1.0)):
+        for norm, (whole, split, _) in run_ranks(2, clipped_norm, tensor, max_norm):
+            assert norm == pytest.approx(13.0)
+            assert [float(whole), float(split)] == pytest.approx([scale * value for value in dense])
 
 
 def made_for_one_rank(config: Config) -> str:

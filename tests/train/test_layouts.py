@@ -171,7 +171,7 @@ def routed(folder: Path, request: pytest.FixtureRequest) -> tuple[Settings, Trai
 
 @pytest.mark.parametrize(
     ("layout", "recompute"),
-    [("dp=1", "full"), ("ep=2,zero=0", "selective"), ("tp=2,sp=true,ep=4,zero=2,dp=2", "full")],
+    [("ep=2,zero=0", "selective"), ("tp=2,sp=true,ep=4,zero=2,dp=2", "full")],
 )
 def test_every_routing_is_the_same_on_every_layout(
     layout: str, recompute: str, folder: Path, routed: tuple[Settings, Training]

@@ -264,17 +264,20 @@ def refused(outcome: Outcome, message: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "parallel"),
     [
-        ("deepspeed", "--num_gpus", "2", "--master_port", "29817"),
-        ("torchrun", "--nproc-per-node", "2", "--master-port", "29818"),
+        (("deepspeed", "--num_gpus", "2", "--master_port", "29817"), ["parallel.expert=2"]),
+        (
+            ("torchrun", "--nproc-per-node", "2", "--master-port", "29818"),
+            ["parallel.expert=2", "parallel.tensor=2", "parallel.sequence=true"],
+        ),
     ],
     ids=["deepspeed", "torchrun"],
 )
-def test_two_ranks_under_a_launcher(launcher: tuple[str, ...], tmp_path: Path) -> None:
-    config = write_config(tmp_path, ranks=2, expert=2, train={"steps": 3}, runs_dir="runs")
+def test_two_ranks_under_a_launcher(launcher: tuple[str, ...], parallel: list[str], tmp_path: Path) -> None:
+    config = write_config(tmp_path, ranks=2, train={"steps": 3}, runs_dir="runs")
     script = str(REPOSITORY / "launch" / "pretrain.py")
-    outcome = launch(tmp_path, *launcher, script, "--config", str(config))
+    outcome = launch(tmp_path, *launcher, script, "--config", str(config), *parallel)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("step 3/3") == 1
     wrong = launch(tmp_path, *launcher, script, "--config", str(config), "name=wrong", "data.sources.0.path=/nowhere")

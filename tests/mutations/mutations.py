@@ -1,0 +1,265 @@
+"""Deliberate mistakes in the parallel code, each with the test that must fail because of it.
+
+None of them raises anything: the run would go on, slower or to a worse model. `test_mutations.py` makes them one by one
+in a copy of the package. To add one: say what is wrong, make the smallest edit that does it, name the fastest test that
+sees it. What no test sees is a missing test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which occurs once in `file`, becomes `new`; then `caught_by` fails."""
+
+    mistake: str
+    file: str
+    old: str
+    new: str
+    caught_by: str
+
+
+TENSOR_PARALLEL = "tests/model/test_tensor_parallel.py::test_the_split_model_is_the_whole_one[2]"
+CROSSINGS = "tests/parallel/test_regions.py::test_crossings_and_their_gradients"
+NORM = "tests/train/test_engine.py::test_the_norm_counts_every_part_once"
+LAYOUT = "tests/train/test_layouts.py::test_every_routing_is_the_same_on_every_layout[plain-ep=2,zero=0-selective]"
+TENSOR_LAYOUT = LAYOUT.replace("ep=2,zero=0-selective", "tp=2,sp=true,ep=4,zero=2,dp=2-full")
+
+MUTATIONS = [
+    # Groups and experts.
+    Mutation(
+        "the ranks of an expert group are a stride apart",
+        "dsmoe/plan/topology.py",
+        old='"expert": self.expert_tensor, "expert_data": self.exchange}',
+        new='"expert": self.expert_tensor * self.expert_data, "expert_data": self.expert_tensor}',
+        caught_by="tests/plan/test_topology.py::test_deepspeed_example",
+    ),
+    Mutation(
+        "the experts of a rank start alike",
+        "dsmoe/moe/experts.py",
+        old='seed_of(seed, "gate_up", first_expert + local)',
+        new='seed_of(seed, "gate_up", first_expert)',
+        caught_by="tests/moe/test_layer.py::TestInitialWeights::"
+        "test_experts_differ_and_follow_from_their_global_id[False]",
+    ),
+    Mutation(
+        "every rank starts with the experts of the first",
+        "dsmoe/moe/layer.py",
+        old="return expert_rank * self.num_local_experts, slice_index",
+        new="return 0, slice_index",
+        caught_by="tests/moe/test_layer.py::TestInitialWeights::"
+        "test_another_place_in_the_group_draws_that_places_experts",
+    ),
+    Mutation(
+        "experts' gradients are reduced over ranks that hold other experts",
+        "dsmoe/parallel/groups.py",
+        old='registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("expert_data")',
+        new='registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("data")',
+        caught_by="tests/parallel/test_groups.py::test_groups_are_the_topologys_and_deepspeeds[2-1]",
+    ),
+    Mutation(
+        "experts' gradients are divided by the number of their copies, not by that of data ranks",
+        "dsmoe/train/engine.py",
+        old="                module.set_expert_group(groups.expert_group(name))\n",
+        new="                module.set_expert_group(groups.expert_group(name))\n"
+        "                for weight in module.experts.parameters():\n"
+        "                    weight.register_hook(lambda g: g * groups.topology.data / groups.topology.expert_data)\n",
+        caught_by=LAYOUT,
+    ),
+    # Exchange and combine.
+    Mutation(
+        "the backward exchange brings zeros",
+        "dsmoe/parallel/collectives.py",
+        old="ctx.journey.exchange.reversed().start(grad_ND)",
+        new="ctx.journey.exchange.reversed().start(torch.zeros_like(grad_ND))",
+        caught_by="tests/parallel/test_collectives.py::test_uneven_exchange_and_its_gradient",
+    ),
+    Mutation(
+        "gradients stay where they are instead of travelling back",
+        "dsmoe/parallel/collectives.py",
+        old="return ctx.journey.arrive(), None",
+        new="return (ctx.journey.transfer.sent, ctx.journey.arrive())[0], None",
+        caught_by="tests/parallel/test_collectives.py::test_equal_exchange_and_its_gradient",
+    ),
+    Mutation(
+        "combine weights are applied twice",
+        "dsmoe/moe/layer.py",
+        old="sent, sent_weights_TK = assignments, weights_TK\n",
+        new="sent, sent_weights_TK = assignments, weights_TK.square()\n",
+        caught_by="tests/moe/test_reference.py::TestEverySetting::test_plain[2-position-None-True]",
+    ),
+    Mutation(
+        "the router gets no gradient from experts on other ranks",
+        "dsmoe/moe/dispatch.py",
+        old="gather_weights(weights_TK, sent)[:, None]",
+        new="gather_weights(weights_TK, sent)[:, None].detach()",
+        caught_by="tests/moe/test_parallel.py::test_every_dispatch_equals_one_rank[2-2-1]",
+    ),
+    Mutation(
+        "the partial sums of an expert's slices are averaged",
+        "dsmoe/moe/layer.py",
+        old="weights_TK.repeat_interleave(self.expert_tensor, dim=1)",
+        new="weights_TK.repeat_interleave(self.expert_tensor, dim=1) / self.expert_tensor",
+        caught_by="tests/moe/test_parallel.py::test_every_dispatch_equals_one_rank[2-1-2]",
+    ),
+    Mutation(
+        "on its way home the partial sum of a token in a node is added twice",
+        "dsmoe/moe/dispatch.py",
+        old="output_SD = dispatched.relay.take(output_SD)",
+        new="output_SD = 2 * dispatched.relay.take(output_SD)",
+        caught_by="tests/moe/test_hierarchical.py::test_two_levels_equal_one_rank[4-1-4-8-2-3]",
+    ),
+    Mutation(
+        "the chunk that came last goes home first",
+        "dsmoe/moe/dispatch.py",
+        old="_join([flight.wait() for flight, _ in leaving])",
+        new="_join([flight.wait() for flight, _ in reversed(leaving)])",
+        caught_by="tests/moe/test_overlap.py::test_the_number_of_chunks_changes_nothing[dropless-1]",
+    ),
+    Mutation(
+        "a place at the end of a padded chunk is taken for one of the chunk before",
+        "dsmoe/moe/dispatch.py",
+        old="chunk_A = ((place_A + 1) * num_chunks - 1) // capacity",
+        new="chunk_A = place_A * num_chunks // capacity",
+        caught_by="tests/moe/test_overlap.py::test_the_number_of_chunks_changes_nothing[dropping-1]",
+    ),
+    Mutation(
+        "no gradient flows through the shared expert to the tokens",
+        "dsmoe/moe/layer.py",
+        old="dense_TD = self._dense(x_TD)",
+        new="dense_TD = self._dense(x_TD.detach())",
+        caught_by="tests/moe/test_reference.py::test_what_every_token_passes[False-None-shared]",
+    ),
+    # Tensor and sequence parallelism.
+    Mutation(
+        "the router's gradient is that of one tensor rank's tokens",
+        "dsmoe/moe/router.py",
+        old="sum_gradients(self.weight, self.tensor_group)",
+        new="self.weight",
+        caught_by=TENSOR_PARALLEL,
+    ),
+    Mutation(
+        "under sequence parallelism a norm's gradient is that of one slice",
+        "dsmoe/model/transformer.py",
+        old="self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, group.over_sequence)",
+        new="self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, TensorGroup.alone())",
+        caught_by=TENSOR_PARALLEL,
+    ),
+    Mutation(
+        "the gradient of a key/value head that ranks share is that of one rank's queries",
+        "dsmoe/parallel/tensor.py",
+        old="sum_gradients(self.weight, self.group)[self.rows]",
+        new="self.weight[self.rows]",
+        caught_by=TENSOR_PARALLEL,
+    ),
+    Mutation(
+        "gate and up are cut as if they were one matrix",
+        "dsmoe/parallel/tensor.py",
+        old="self.shard = Shard(0, group.rank, group.size, parts)",
+        new="self.shard = Shard(0, group.rank, group.size)",
+        caught_by=TENSOR_PARALLEL,
+    ),
+    Mutation(
+        "without sequence parallelism the gradients of a column-parallel layer's input are not summed",
+        "dsmoe/parallel/regions.py",
+        old="_cross(x, group, _same, reduce)",
+        new="_cross(x, group, _same, _same)",
+        caught_by=CROSSINGS,
+    ),
+    Mutation(
+        "the cross entropy forgets the sums of the other slices of the vocabulary",
+        "dsmoe/model/loss.py",
+        old="parts_RN2[..., 0].logsumexp(dim=0)",
+        new="parts_RN2[..., 0].amax(dim=0)",
+        caught_by=TENSOR_PARALLEL,
+    ),
+    Mutation(
+        "the gradient of the cross entropy is that of a softmax over one slice of the vocabulary",
+        "dsmoe/model/loss.py",
+        old="ctx.save_for_backward(hidden_ND, head_VD, targets_N, lse_N)",
+        new="ctx.save_for_backward(hidden_ND, head_VD, targets_N, parts_N2[:, 0])",
+        caught_by=TENSOR_PARALLEL,
+    ),
+    # The gradient norm.
+    Mutation(
+        "ZeRO's norm forgets the experts of all tensor ranks but the first",
+        "dsmoe/moe/experts.py",
+        old="        mark_split(parameter)\n",
+        new="",
+        caught_by=TENSOR_LAYOUT,
+    ),
+    Mutation(
+        "without ZeRO the norm forgets the other slices of the experts",
+        "dsmoe/train/engine.py",
+        old='(expert, groups.handle("exchange"))',
+        new='(expert, groups.handle("expert"))',
+        caught_by=f"{NORM}[2]",
+    ),
+    Mutation(
+        "each rank clips by the norm of its own part",
+        "dsmoe/train/engine.py",
+        old="        dist.all_reduce(part, group=handle)\n",
+        new="",
+        caught_by=f"{NORM}[1]",
+    ),
+    Mutation(
+        "the norm counts a replicated weight once per tensor rank",
+        "dsmoe/train/engine.py",
+        old='kind = expert if group["moe"] else split if group["split"] else whole',
+        new='kind = expert if group["moe"] else split',
+        caught_by=f"{NORM}[2]",
+    ),
+    # Balance and data.
+    Mutation(
+        "the balancing loss sees the load of one tensor rank's tokens",
+        "dsmoe/moe/balance.py",
+        old="counts_E = assigned_E if group.size == 1 else reduce(assigned_E, group)",
+        new="counts_E = assigned_E",
+        caught_by=TENSOR_PARALLEL,
+    ),
+    Mutation(
+        "the balancing loss' mean over a tensor group's tokens divides by those of one rank",
+        "dsmoe/moe/balance.py",
+        old="max(len(values) * group.size, 1)",
+        new="max(len(values), 1)",
+        caught_by=TENSOR_PARALLEL,
+    ),
+    Mutation(
+        "balancing losses count once per micro-batch instead of once per step",
+        "dsmoe/train/engine.py",
+        old="module.loss_scale = 1.0 / batch.accumulation_steps",
+        new="module.loss_scale = 1.0",
+        caught_by=LAYOUT,
+    ),
+    Mutation(
+        "selection biases follow the loads of this rank alone",
+        "dsmoe/moe/steps.py",
+        old="    if dist.is_initialized():\n        dist.all_reduce(counts)\n",
+        new="",
+        caught_by="tests/moe/test_steps.py::"
+        "test_bias_and_load_share_follow_from_the_loads_of_all_ranks[2-signs1-share1]",
+    ),
+    Mutation(
+        "loads are counted again under recompute",
+        "dsmoe/moe/layer.py",
+        old="if self.training and not self.recomputing:",
+        new="if self.training:",
+        caught_by="tests/moe/test_layer.py::TestStatistics::test_count_once_under_recompute",
+    ),
+    Mutation(
+        "every data rank reads the same micro-batches",
+        "dsmoe/data/loader.py",
+        old="first, stride = self._rank * self._micro_batch_size,",
+        new="first, stride = 0,",
+        caught_by="tests/data/test_loader.py::test_all_ranks_together_read_what_one_rank_reads[2]",
+    ),
+    Mutation(
+        "the ranks of a tensor group read different data",
+        "dsmoe/train/engine.py",
+        old='groups.coordinate("data"), groups.topology.data)',
+        new="groups.rank % groups.topology.data, groups.topology.data)",
+        caught_by=TENSOR_LAYOUT,
+    ),
+]
