@@ -35,6 +35,7 @@ from dsmoe.moe.experts import (
     seed_of,
 )
 from dsmoe.moe.hierarchical import choose_dispatch
+from dsmoe.moe.passes import Passes
 from dsmoe.moe.router import Router, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.groups import ExpertGroup, TensorGroup
@@ -175,6 +176,7 @@ class MoE(DeepSpeedMoE):
             shared_expert_ffn_size=shared_expert_ffn_size,
             max_tokens=max_tokens,
             expert_tensor=expert_tensor,
+            overlap_chunks=overlap_chunks,
         )
         check_not_negative(
             min_capacity=min_capacity, aux_loss=aux_loss, z_loss=z_loss, bias_update_rate=bias_update_rate
@@ -207,7 +209,15 @@ class MoE(DeepSpeedMoE):
         sizes = (k, num_experts, *factors, min_capacity)
         control = (target_drop_percent, max_capacity_factor)
         self.limit = Capacity(*sizes, drop_policy, renormalize_dropped, *control, max_tokens)
-        experts = self._make_experts(hidden_size, expert, expert_ffn_size, activation, recompute_experts)
+        self.num_local_experts = num_experts // ep_size
+        experts: StackedExperts | ModuleExperts
+        if expert is None:
+            assert expert_ffn_size is not None
+            stack = (hidden_size, expert_ffn_size, self.num_local_experts)
+            experts = StackedExperts(*stack, activation, recompute_experts, expert_tensor)
+        else:
+            experts = ModuleExperts(expert, self.num_local_experts)
+        mark_expert_parameters(experts, self.expert_group_name)
         self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, ep_size)
         self.tensor_group = tensor_group or TensorGroup.alone()
         self.router.tensor_group = self.balance.tensor_group = self.tensor_group
@@ -217,25 +227,10 @@ class MoE(DeepSpeedMoE):
         self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
         self._exchange_rank = dist.get_rank() % (ep_size * expert_tensor) if dist.is_initialized() else 0
         self.reset_experts()
-        self._step = self._passes = 0
-        self._replayed_pass: int | None = None
+        self._passes = Passes()
         self._dispatches: dict[bool, Dispatch] = {}
         if ep_size * expert_tensor == 1:
             self.set_expert_group(ExpertGroup.alone())
-
-    def _make_experts(
-        self, hidden_size: int, expert: nn.Module | None, expert_ffn_size: int | None, activation: str, recompute: bool
-    ) -> StackedExperts | ModuleExperts:
-        self.num_local_experts = self.num_experts // self.ep_size
-        experts: StackedExperts | ModuleExperts
-        if expert is None:
-            assert expert_ffn_size is not None
-            sizes = (hidden_size, expert_ffn_size, self.num_local_experts)
-            experts = StackedExperts(*sizes, activation, recompute, self.expert_tensor)
-        else:
-            experts = ModuleExperts(expert, self.num_local_experts)
-        mark_expert_parameters(experts, self.expert_group_name)
-        return experts
 
     def _make_dense(
         self,
@@ -404,15 +399,14 @@ class MoE(DeepSpeedMoE):
 
     def begin_step(self, step: int) -> None:
         """Begin optimizer step `step`: what is random in it follows from its number, and its counts start from 0."""
-        self._step = step
-        self._passes = 0
+        self._passes.begin_step(step)
         self.statistics.clear()
         self.take_traffic()
 
     @property
     def recomputing(self) -> bool:
         """Whether a forward pass would repeat an earlier one, for activation checkpointing."""
-        return self._replayed_pass is not None
+        return self._passes.repeating
 
     def replay(self) -> AbstractContextManager[None]:
         """A context in which the forward passes in training that come *next* are done again, one after the other.
@@ -420,7 +414,7 @@ class MoE(DeepSpeedMoE):
         They draw the same random numbers and count nothing. Made before those passes, it is the second context of
         `torch.utils.checkpoint`'s `context_fn`.
         """
-        return _Replay(self, self._passes)
+        return self._passes.repeat_from_here()
 
     def _begin_pass(self, device: torch.device) -> torch.Generator | None:
         """What this forward pass draws from, None where nothing is random.
@@ -428,15 +422,10 @@ class MoE(DeepSpeedMoE):
         The seed follows from (seed of the layer, step, number of the pass in the step, rank) in training, and only
         from the layer's and the rank in evaluation, which so repeats itself.
         """
-        if self._replayed_pass is not None:
-            number = self._replayed_pass
-            self._replayed_pass += 1
-        else:
-            number = self._passes
-            self._passes += self.training
+        number = self._passes.begin(self.training)
         if self.router.rule.noise == "none" and self.limit.drop_policy != "random":
             return None
-        when = (self._step, number) if self.training else ("evaluation",)
+        when = (self._passes.step, number) if self.training else ("evaluation",)
         rank = dist.get_rank() if dist.is_initialized() else 0
         return torch.Generator(device).manual_seed(seed_of(self._seed, "random", *when, rank))
 
@@ -463,17 +452,3 @@ class MoE(DeepSpeedMoE):
         dense = self.mlp if self.use_residual else self.shared
         output = None if dense is None else dense(x_TD)
         return output[0] if isinstance(output, tuple) else output
-
-
-class _Replay(AbstractContextManager[None]):
-    """Forward passes of `layer` within it repeat those of the step from `number` on; it can be entered again."""
-
-    def __init__(self, layer: MoE, number: int) -> None:
-        self._layer = layer
-        self._number = number
-
-    def __enter__(self) -> None:
-        self._layer._replayed_pass = self._number
-
-    def __exit__(self, *_: object) -> None:
-        self._layer._replayed_pass = None
