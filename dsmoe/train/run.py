@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import UserError
@@ -31,7 +32,14 @@ from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.report import Plan
 from dsmoe.train.engine import prepare_once
 from dsmoe.train.evaluate import evaluate_bigram_model
-from dsmoe.train.folder import check_run_folder, check_shared, make_run_folder, run_folder, write_environment
+from dsmoe.train.folder import (
+    Beginning,
+    check_run_folder,
+    check_shared,
+    make_run_folder,
+    run_folder,
+    write_environment,
+)
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer
 
@@ -69,7 +77,7 @@ def pretrain(config: Config) -> None:
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
-    checkpoint = on_first_rank(lambda: check_run_folder(config))
+    beginning = on_first_rank(lambda: check_run_folder(config))
     prepare_once(config)
     folder = run_folder(config)
     token = on_first_rank(lambda: make_run_folder(config))
@@ -81,15 +89,35 @@ def pretrain(config: Config) -> None:
         for line in plan.introduction():
             logger.info("%s", line)
     trainer = Trainer(config, groups, rank, folder / "checkpoints")
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        logger.info("continuing from %s", checkpoint)
+    resumed = _begin(trainer, beginning)
     if rank.device.type == "cuda":
         process_watch().end_stalls(_end_stalled)
-    trainer.sinks = _sinks(config, folder, trainer.step_index if checkpoint else -1) if rank.is_first else []
+    trainer.sinks = _sinks(config, folder, trainer.step_index if resumed else -1) if rank.is_first else []
     _train_and_tell(trainer, folder)
     for sink in trainer.sinks:
         sink.close()
+
+
+def _begin(trainer: Trainer, beginning: Beginning) -> bool:
+    """Go on from the newest undamaged checkpoint, and say why from no newer one; returns whether there was one."""
+    for reason in beginning.passed_over:
+        logger.warning("passed over: %s", reason)
+    damaged: DamagedError | None = None
+    for checkpoint in beginning.checkpoints:
+        try:
+            trainer.resume(checkpoint)
+        except DamagedError as error:  # found before anything was loaded, and on every rank alike
+            logger.warning("passed over: %s", error)
+            damaged = error
+            continue
+        logger.info("continuing from %s", checkpoint)
+        return True
+    if damaged is not None:
+        raise damaged
+    if beginning.weights is not None:
+        trainer.take_weights(beginning.weights)
+        logger.info("beginning with the weights of %s", beginning.weights)
+    return False
 
 
 def _train_and_tell(trainer: Trainer, folder: Path) -> None:
