@@ -290,9 +290,19 @@ class Checkpoint(Section):
     """Steps between checkpoints; null saves only after the last step."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are multiples of this stay as well; null keeps none for its step."""
+    keep_best: NonNegativeInt = 0
+    """How many checkpoints of the lowest validation loss stay as well, of those that an evaluation came with."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is being written: training stands still for the copy to host memory only, which takes
+    about 12 bytes per parameter, divided by the ranks."""
     resume: str = "auto"
     """`auto` continues the run folder's newest checkpoint if there is one, `always` insists on one, `never` refuses
     a folder that has one; anything else is the path of a checkpoint."""
+    weights_from: str | None = None
+    """Path of a checkpoint whose weights a run begins with, for fine-tuning: optimizer state, schedule, data and step
+    begin anew. A run that has a checkpoint of its own continues that."""
 
 
 class Observe(Section):

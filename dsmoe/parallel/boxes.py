@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,25 @@ class Box:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of `tensor`, a view."""
         return tensor[tuple(slice(first, first + size) for first, size in zip(self.start, self.shape, strict=True))]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def overlap(self, other: Box) -> Box | None:
+        """What both have, if anything."""
+        start = tuple(map(max, self.start, other.start))
+        ends = [
+            min(first + size, there + other_size)
+            for first, size, there, other_size in zip(self.start, self.shape, other.start, other.shape, strict=True)
+        ]
+        shape = tuple(end - first for first, end in zip(start, ends, strict=True))
+        return Box(start, shape) if all(size > 0 for size in shape) else None
+
+    def seen_from(self, other: Box) -> Box:
+        """The same box, where `other` begins at zero."""
+        return self.moved(tuple(-first for first in other.start))
 
     def moved(self, by: tuple[int, ...]) -> Box:
         """The same box somewhere else."""
@@ -57,6 +77,8 @@ class Placement:
     @classmethod
     def cut(cls, name: str, tensor: torch.Tensor, shard: Shard) -> Placement:
         """That of a tensor which is `shard` of the whole."""
+        if shard.count == 1:
+            return cls.whole(name, tensor)
         width = tensor.shape[shard.dim] // shard.parts
         shape = (*tensor.shape[: shard.dim], width, *tensor.shape[shard.dim + 1 :])
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
@@ -69,7 +70,7 @@ def initialize(
         dist_init_required=False,
     )
     set_timeout_everywhere(timedelta(seconds=config.cluster.collective_timeout_seconds))
-    master_weights(engine)  # refuses now what a checkpoint could not save
+    fragments(engine)  # refuses now what a checkpoint could not save
     if config.parallel.zero_stage == 0:
         _forget_the_dry_step(engine)
         _clip_before_each_step(engine, groups, options.grad_clip)
@@ -159,32 +160,6 @@ def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: f
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
     return norm.float()
-
-
-def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
-    """Torch's AdamW, which ZeRO and the mixed-precision wrappers keep as `.optimizer`."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def master_weights(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
-    """This rank's fp32 master weights where the optimizer has some apart from the model's, in a fixed order.
-
-    Raises:
-        UserError: a wrapper that dsmoe does not know, whose weights a checkpoint would silently miss.
-    """
-    optimizer = engine.optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):  # fp32 without ZeRO: the model's own weights
-        return []
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2: this rank's flat shard of each group
-        return list(optimizer.single_partition_of_fp32_groups)
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 with fp32 accumulation at stage 1
-        return list(optimizer.fp32_groups_flat_partition)
-    if hasattr(optimizer, "fp32_groups"):  # bf16 at stage 0
-        return [master for group in optimizer.fp32_groups for master in group]
-    raise UserError(
-        f"the deepspeed section makes DeepSpeed use {type(optimizer).__name__}, whose state dsmoe cannot save; "
-        f"remove the settings that choose it"
-    )
 
 
 def _clip_before_each_step(engine: deepspeed.DeepSpeedEngine, groups: Groups, max_norm: float) -> None:

@@ -11,16 +11,17 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, step_of
 from dsmoe.config import load_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.config.show import dump_config
+from dsmoe.config.show import dump_config, flatten
 from dsmoe.plan.batch import Batch
-from dsmoe.train.checkpoint import find_checkpoint, read_manifest
 
 # What may change when a run goes on: how long, how often, where. Everything else is the run's identity.
 _CHANGEABLE = (
@@ -47,8 +48,20 @@ def run_folder(config: Config) -> Path:
     return Path(config.runs_dir) / config.name
 
 
-def check_run_folder(config: Config) -> Path | None:
-    """Check that the folder is this config's, and return the checkpoint to resume from; writes nothing.
+@dataclass(frozen=True)
+class Beginning:
+    """What a run can begin with, in the order of preference."""
+
+    checkpoints: tuple[Path, ...] = ()
+    """To go on from, newest first: each has all of its files, and the first undamaged one is taken."""
+    passed_over: tuple[str, ...] = ()
+    """Why newer ones are not among them."""
+    weights: Path | None = None
+    """Else a checkpoint whose weights are taken."""
+
+
+def check_run_folder(config: Config) -> Beginning:
+    """Check that the folder is this config's, and return what to begin with; writes nothing.
 
     Raises:
         UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
@@ -61,7 +74,16 @@ def check_run_folder(config: Config) -> Path | None:
                 f"{folder} belongs to another config: {'; '.join(differing)}. Give this run another name "
                 f"(name=...), or remove the folder"
             )
-    return _checkpoint_to_resume(config, folder / "checkpoints")
+    beginning = _beginning(config, folder / "checkpoints")
+    if beginning.checkpoints:
+        newest, steps = beginning.checkpoints[0], Batch.from_config(config).steps
+        if inspect(newest).facts.step > steps:
+            raise UserError(
+                f"{newest} is past this config's last step, {steps}; raise train.steps, or take another name"
+            )
+    elif beginning.weights is not None:
+        inspect(beginning.weights)
+    return beginning
 
 
 def make_run_folder(config: Config) -> str:
@@ -127,58 +149,42 @@ def write_environment(folder: Path, ds_config: Mapping[str, Any], world_size: in
     _replace_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def _checkpoint_to_resume(config: Config, checkpoints: Path) -> Path | None:
-    resume, found = config.checkpoint.resume, find_checkpoint(checkpoints)
-    if resume == "always" and found is None:
-        raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {checkpoints}")
-    if resume == "never" and found is not None:
+def _beginning(config: Config, folder: Path) -> Beginning:
+    resume = config.checkpoint.resume
+    found, passed_over = candidates(folder)
+    weights = Path(config.checkpoint.weights_from) if config.checkpoint.weights_from else None
+    if resume == "never" and (found or passed_over):
         raise UserError(
-            f"checkpoint.resume is 'never' and {found} is there; set checkpoint.resume: auto to go on from it, "
-            f"or give this run another name"
+            f"checkpoint.resume is 'never' and {all_checkpoints(folder)[-1]} is there; set checkpoint.resume: auto to "
+            f"go on from it, or give this run another name"
         )
-    if resume not in ("auto", "always", "never"):
-        step = int(read_manifest(Path(resume))["step"])
-        if found is not None and _step_of(found) > step:
+    if resume in ("auto", "always", "never"):
+        if passed_over and not found:
             raise UserError(
-                f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {found}: it would be taken "
-                f"for the newest afterwards. Remove it to go back, or give this run another name"
+                f"no checkpoint in {folder} is whole: {'; '.join(passed_over)}. Remove them to begin anew, or give "
+                f"this run another name"
             )
-        found = Path(resume)
-    if found is not None:
-        step, steps = int(read_manifest(found)["step"]), Batch.from_config(config).steps
-        if step > steps:
-            raise UserError(
-                f"{found} is past this config's last step, {steps}; raise train.steps, or take another name"
-            )
-    return found
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+        if resume == "always" and not found:
+            raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {folder}")
+        return Beginning(tuple(found), tuple(passed_over), weights)
+    chosen = Path(resume)
+    step = inspect(chosen).facts.step
+    if found and step_of(found[0]) > step:
+        raise UserError(
+            f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {found[0]}: it would be taken "
+            f"for the newest afterwards. Remove it to go back, or give this run another name"
+        )
+    return Beginning((chosen,))
 
 
 def _differences(there: Config, here: Config) -> list[str]:
     """Each key outside `_CHANGEABLE` whose values differ, as text."""
-    old, new = _flatten(there.model_dump()), _flatten(here.model_dump())
+    old, new = flatten(there.model_dump()), flatten(here.model_dump())
     return [
         f"{key} is {old.get(key, 'absent')} there and {new.get(key, 'absent')} here"
         for key in {**old, **new}
         if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in _CHANGEABLE))
     ]
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf under its dotted key, as overrides write it: `data.sources.0.path`."""
-    if isinstance(tree, Mapping):
-        items = list(tree.items())
-    elif isinstance(tree, list | tuple) and any(isinstance(item, Mapping) for item in tree):
-        items = list(enumerate(tree))
-    else:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def _replace_text(path: Path, text: str) -> None:

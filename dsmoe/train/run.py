@@ -1,6 +1,7 @@
 """From the command line to a finished run: `deepspeed launch/pretrain.py --config CONFIG [section.key=value ...]`.
 
-Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 stopped by a signal after a checkpoint
+(the same command goes on from it), 1 anything else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import UserError
@@ -31,13 +33,22 @@ from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.report import Plan
 from dsmoe.train.engine import prepare_once
 from dsmoe.train.evaluate import evaluate_bigram_model
-from dsmoe.train.folder import check_run_folder, check_shared, make_run_folder, run_folder, write_environment
+from dsmoe.train.folder import (
+    Beginning,
+    check_run_folder,
+    check_shared,
+    make_run_folder,
+    run_folder,
+    write_environment,
+)
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 5.0
+STOPPED = 75
+"""Exit code of a run that a signal has stopped, and that goes on when it is started again (EX_TEMPFAIL)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        pretrain(config)
+        finished = pretrain(config)
     except UserError as error:
         explain_end(error, f"error: {error}")
         return 2
@@ -57,11 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         explain_end(error, traceback.format_exc())
         return 1
     leave_processes()
-    return 0
+    return 0 if finished else STOPPED
 
 
-def pretrain(config: Config) -> None:
-    """Train `config` on the ranks that the launcher started."""
+def pretrain(config: Config) -> bool:
+    """Train `config` on the ranks that the launcher started; False if a signal has ended it before the last step."""
     plan = Plan.from_config(config)
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
@@ -69,7 +80,7 @@ def pretrain(config: Config) -> None:
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
-    checkpoint = on_first_rank(lambda: check_run_folder(config))
+    beginning = on_first_rank(lambda: check_run_folder(config))
     prepare_once(config)
     folder = run_folder(config)
     token = on_first_rank(lambda: make_run_folder(config))
@@ -81,26 +92,50 @@ def pretrain(config: Config) -> None:
         for line in plan.introduction():
             logger.info("%s", line)
     trainer = Trainer(config, groups, rank, folder / "checkpoints")
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        logger.info("continuing from %s", checkpoint)
+    resumed = _begin(trainer, beginning)
     if rank.device.type == "cuda":
         process_watch().end_stalls(_end_stalled)
-    trainer.sinks = _sinks(config, folder, trainer.step_index if checkpoint else -1) if rank.is_first else []
-    _train_and_tell(trainer, folder)
+    trainer.sinks = _sinks(config, folder, trainer.step_index if resumed else -1) if rank.is_first else []
+    finished = _train_and_tell(trainer, folder)
     for sink in trainer.sinks:
         sink.close()
+    return finished
 
 
-def _train_and_tell(trainer: Trainer, folder: Path) -> None:
-    """Evaluate, train, and say what was learnt."""
+def _begin(trainer: Trainer, beginning: Beginning) -> bool:
+    """Go on from the newest undamaged checkpoint, and say why from no newer one; returns whether there was one."""
+    for reason in beginning.passed_over:
+        logger.warning("passed over: %s", reason)
+    damaged: DamagedError | None = None
+    for checkpoint in beginning.checkpoints:
+        try:
+            trainer.resume(checkpoint)
+        except DamagedError as error:  # found before anything was loaded, and on every rank alike
+            logger.warning("passed over: %s", error)
+            damaged = error
+            continue
+        logger.info("continuing from %s", checkpoint)
+        return True
+    if damaged is not None:
+        raise damaged
+    if beginning.weights is not None:
+        trainer.take_weights(beginning.weights)
+        logger.info("beginning with the weights of %s", beginning.weights)
+    return False
+
+
+def _train_and_tell(trainer: Trainer, folder: Path) -> bool:
+    """Evaluate, train, and say what was learnt; False if a signal has ended it before."""
     bigram = on_first_rank(lambda: evaluate_bigram_model(trainer.held_out, trainer.config.model.vocab_size))
     logger.info("a bigram model of the same tokens reaches %.3f bits/byte on the held-out text", bigram[BITS_PER_BYTE])
     if trainer.step_index == 0:
         trainer.evaluate()
-    trainer.run()
-    if trainer.rank.is_first:
+    finished = trainer.run()
+    if not finished:
+        logger.info("stopped after step %d; run the same command again to go on", trainer.step_index)
+    elif trainer.rank.is_first:
         logger.info("%s", summary(folder, bigram, trainer.config))
+    return finished
 
 
 def _sinks(config: Config, folder: Path, resume_step: int) -> list[Sink]:

@@ -6,10 +6,12 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
+from dsmoe.checkpoint.checkpoints import Checkpoints
 from dsmoe.config.schema import Config
 from dsmoe.data import ValidationLoader, prepare
 from dsmoe.model import build_model
@@ -22,9 +24,10 @@ from dsmoe.parallel.watch import SAVING, process_watch
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
-from dsmoe.train.checkpoint import load_checkpoint, save_checkpoint
 from dsmoe.train.engine import initialize
 from dsmoe.train.evaluate import HeldOut, evaluate
+from dsmoe.train.placement import placements
+from dsmoe.train.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +59,19 @@ class Trainer:
         self.batch = Batch.from_config(config)
         self.step_index = 0
         """Optimizer steps done."""
-        self._checkpoint_folder = checkpoint_folder
         self.used_learning_rate = 0.0
         """That of the last step."""
         self._skipped_in_a_row = 0
+        self._validation_loss = math.nan
+        self._validated_step = -1
         self.sinks: Sequence[Sink] = ()
         """Where rank 0 writes metrics."""
         model = build_model(config, groups, rank.device)
         self.model = model
         self.moe_layers = [layer for _, layer in model.moe_layers()]
         self.engine, _, self.loader, self.scheduler = initialize(model=model, config=config, groups=groups)
+        self.checkpoints = Checkpoints(checkpoint_folder, self.engine, placements(model), config)
+        self.signals = StopSignals(timedelta(seconds=config.cluster.collective_timeout_seconds))
         self.sources = prepare(config)
         data_rank, data_degree = groups.coordinate("data"), groups.topology.data
         self.held_out = [
@@ -77,22 +83,35 @@ class Trainer:
         self.meter = Meter(constants, model.moe_layers(), rank.device)
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of the same layout."""
-        self.step_index = load_checkpoint(checkpoint, self.engine, self.config)
+        """Continue from a checkpoint, whatever layout wrote it."""
+        self.step_index = self.checkpoints.load(checkpoint).step
 
-    def run(self) -> None:
-        """Train to the last step, with evaluations and checkpoints on the way."""
+    def take_weights(self, checkpoint: Path) -> None:
+        """Begin with the weights of a checkpoint, whatever layout wrote it; everything else is new."""
+        self.checkpoints.load_weights(checkpoint)
+
+    def run(self) -> bool:
+        """Train to the last step, with evaluations and checkpoints on the way; False if a signal has ended it before.
+
+        When it returns, the state is on the disk.
+        """
         train, save_every = self.config.train, self.config.checkpoint.every
+        self.signals.listen()
         self.meter.restart_clock()
-        while self.step_index < self.batch.steps:
+        stop = False
+        while self.step_index < self.batch.steps and not stop:
             grad_norm = self.step()
-            last = self.step_index == self.batch.steps
-            if last or self.step_index % self.config.observe.log_every == 0:
+            stop, last = self.signals.agreed(), self.step_index == self.batch.steps
+            if last or stop or self.step_index % self.config.observe.log_every == 0:
                 self.log(grad_norm)
-            if last or (train.eval_every and self.step_index % train.eval_every == 0):
+            # The sender of a signal waits half a minute or so: that is for saving.
+            if last or (not stop and train.eval_every and self.step_index % train.eval_every == 0):
                 self.evaluate()
-            if last or (save_every and self.step_index % save_every == 0):
+            if last or stop or (save_every and self.step_index % save_every == 0):
                 self.save()
+        self.signals.finish()
+        self.checkpoints.flush()
+        return self.step_index == self.batch.steps
 
     def step(self) -> torch.Tensor | float:
         """One optimizer step; returns the gradient norm before clipping, on the device where it is there."""
@@ -142,6 +161,7 @@ class Trainer:
         """Held-out losses of every source, written down."""
         process_watch().note("evaluation")
         metrics = evaluate(self.model, self.held_out, self.rank.device)
+        self._validation_loss, self._validated_step = metrics["eval/loss"], self.step_index
         self._write(metrics)
         each = "  ".join(f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.sources)
         logger.info(
@@ -155,14 +175,13 @@ class Trainer:
         return metrics
 
     def save(self) -> Path:
-        """Save a checkpoint of this step."""
+        """Save a checkpoint of this step, or begin to; `checkpoints.flush` waits for its end."""
         process_watch().note(SAVING)
         begun = time.perf_counter()
-        path = save_checkpoint(self._checkpoint_folder, self.step_index, self.engine, self.config)
-        seconds = time.perf_counter() - begun
-        logger.info("saved %s in %.1f s", path, seconds)
+        loss = self._validation_loss if self._validated_step == self.step_index else None
+        path = self.checkpoints.save(self.step_index, self.step_index * self.batch.tokens_per_step, loss)
         self.meter.restart_clock()
-        self.meter.add_stall(seconds)
+        self.meter.add_stall(time.perf_counter() - begun)
         return path
 
     def _on_device(self, tokens: torch.Tensor) -> torch.Tensor:

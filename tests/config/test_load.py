@@ -497,8 +497,8 @@ def test_wrong_override(tmp_path: Path, override: str, problem: str) -> None:
         ),
         (
             ("name: tiny", "name: tiny\ncheckpoint:"),
-            "checkpoint: expected a mapping {every, keep, resume}, got null; leave the key out to get its defaults "
-            "(x.yaml:2)",
+            "checkpoint: expected a mapping {every, keep, keep_every, keep_best, asynchronous, resume, weights_from}, "
+            "got null; leave the key out to get its defaults (x.yaml:2)",
         ),
         (("name: tiny", "name: tiny\ndeepspeed: [a]"), 'deepspeed: expected a mapping, got ["a"] (x.yaml:2)'),
         (

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmoe import Groups, MoE, Topology
+from dsmoe.checkpoint.fragments import fragments
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.model import build_model
 from dsmoe.parallel.local import run_ranks
-from dsmoe.train.engine import clip_gradients, initialize, master_weights, parameter_groups
+from dsmoe.train.engine import clip_gradients, initialize, parameter_groups
 from tests.train.layouts import make_trainer, small_config
 
 
@@ -196,4 +197,4 @@ def test_a_wrapper_that_a_checkpoint_would_miss_is_refused() -> None:
 
     engine = type("Engine", (), {"optimizer": Wrapper()})()
     with pytest.raises(UserError, match="Wrapper, whose state dsmoe cannot save"):
-        master_weights(engine)
+        fragments(engine)

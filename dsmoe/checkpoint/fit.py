@@ -1,0 +1,89 @@
+"""Whether a checkpoint is of the model and the optimizer that are to take it, and if not, what differs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.config.errors import UserError
+from dsmoe.plan.text import table
+
+Row = tuple[str, str, str]
+"""A key, its value in the checkpoint, its value here."""
+
+_NO_PART = ("model.init_std", "model.max_sequence_length")
+"""Of the model section, what neither shapes a tensor nor changes what one means."""
+_EXPERT_KEYS = ("num_experts", "expert_ffn_size", "shared_expert_ffn_size", "residual", "activation", "top_k")
+_SHOWN = 30
+
+
+def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], optimizer: str | None) -> None:
+    """Check that the checkpoint is of the same model.
+
+    Args:
+        checkpoint: for the message.
+        manifest: its manifest.
+        config: the resolved config here.
+        optimizer: the optimizer here; None where only weights are wanted.
+
+    Raises:
+        UserError: it is of another; with a table of what differs.
+    """
+    saved, here = identity(manifest.facts.config), identity(config)
+    if optimizer is None:
+        # What balances the experts may begin anew; a bias is part of what the weights compute.
+        for key in ("moe.balance.scope is global", "moe.capacity.target_drop_percent is set"):
+            saved.pop(key, None), here.pop(key, None)
+    else:
+        saved["optimizer"], here["optimizer"] = manifest.facts.optimizer, optimizer
+    refuse(
+        checkpoint,
+        "another model" if saved.get("optimizer") == here.get("optimizer") else "another optimizer",
+        rows(saved, here),
+    )
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which tensors there are, their shapes and their meaning."""
+    found = {f"model.{key}": value for key, value in config["model"].items() if f"model.{key}" not in _NO_PART}
+    moe = config.get("moe")
+    if moe is None:
+        return {**found, "moe": None}
+    balance, capacity = moe["balance"], moe["capacity"]
+    return {
+        **found,
+        **{f"moe.{key}": moe[key] for key in _EXPERT_KEYS},
+        "moe.router.score": moe["router"]["score"],
+        "moe.balance.scope is global": balance["scope"] == "global",
+        "moe.balance.bias_update_rate is above 0": balance["bias_update_rate"] > 0,
+        "moe.capacity.target_drop_percent is set": capacity["target_drop_percent"] is not None,
+    }
+
+
+def rows(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[Row]:
+    """The keys whose values differ."""
+    return [
+        (key, str(saved.get(key, "absent")), str(here.get(key, "absent")))
+        for key in {**saved, **here}
+        if saved.get(key, "absent") != here.get(key, "absent")
+    ]
+
+
+def tensor_rows(manifest: Manifest, wanted: Mapping[str, tuple[int, ...]], kinds: Sequence[str]) -> list[Row]:
+    """The tensors of these kinds that are missing in the checkpoint, are not wanted here, or have another shape."""
+    saved = {key: t.shape for key, t in manifest.tensors.items() if key.partition("/")[0] in kinds}
+    return rows(
+        {key: list(shape) for key, shape in sorted(saved.items())},
+        {key: list(shape) for key, shape in sorted(wanted.items())},
+    )
+
+
+def refuse(checkpoint: Path, what: str, differing: Sequence[Row]) -> None:
+    """Raise the error that shows the rows, if there are any."""
+    if not differing:
+        return
+    lines = table([("key", "saved", "here"), *differing[:_SHOWN]], "<<<")
+    more = [f"and {len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
+    raise UserError(f"{checkpoint} is of {what}:\n  " + "\n  ".join([*lines, *more]))

@@ -1,0 +1,93 @@
+"""The folder of a run's checkpoints: which are there, and which go. No torch.
+
+There is no pointer to the newest one that could lie: it is the whole one of the highest step, by its name.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from dsmoe.checkpoint.manifest import DamagedError, Manifest, check_contents, check_files
+from dsmoe.config.schema import Checkpoint
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Every folder that has a checkpoint's name, whole or not, oldest first."""
+    named = [path for path in folder.glob("step_*") if path.name[len("step_") :].isdigit() and path.is_dir()]
+    return sorted(named, key=step_of)
+
+
+def inspect(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are there, of their sizes. What is in them is not looked at.
+
+    Raises:
+        DamagedError: they are not.
+    """
+    manifest = Manifest.read(checkpoint)
+    check_files(checkpoint, manifest)
+    return manifest
+
+
+def verify(checkpoint: Path) -> Manifest:
+    """The manifest of a whole checkpoint; reads all of its files.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    manifest = inspect(checkpoint)
+    check_contents(checkpoint, manifest, sorted(manifest.files))
+    return manifest
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that has all of its files; `verify` or loading it tells whether they are undamaged."""
+    return next(iter(candidates(folder)[0]), None)
+
+
+def candidates(folder: Path) -> tuple[list[Path], list[str]]:
+    """The checkpoints that have all of their files, newest first, and why others were passed over."""
+    found, passed_over = [], []
+    for checkpoint in reversed(all_checkpoints(folder)):
+        try:
+            inspect(checkpoint)
+            found.append(checkpoint)
+        except DamagedError as error:
+            passed_over.append(str(error))
+    return found, passed_over
+
+
+def remove_old(folder: Path, options: Checkpoint) -> list[Path]:
+    """Remove the checkpoints that nothing in `options` keeps, and return them. Call it when a newer one is safe."""
+    there = all_checkpoints(folder)
+    kept = set(there[-options.keep :])
+    if options.keep_every:
+        kept |= {checkpoint for checkpoint in there if step_of(checkpoint) % options.keep_every == 0}
+    if options.keep_best:
+        losses = {checkpoint: _validation_loss(checkpoint) for checkpoint in there}
+        known = [(loss, step_of(path), path) for path, loss in losses.items() if loss is not None]
+        kept |= {path for _, _, path in sorted(known)[: options.keep_best]}
+    removed = [checkpoint for checkpoint in there if checkpoint not in kept]
+    for checkpoint in removed:
+        # Under a name that nothing takes for a checkpoint: removing takes time, and may be interrupted.
+        going = checkpoint.with_name(f".{checkpoint.name}.removed")
+        checkpoint.rename(going)
+        shutil.rmtree(going)
+    return removed
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    try:
+        return Manifest.read(checkpoint).facts.validation_loss
+    except DamagedError:
+        return None

@@ -1,0 +1,106 @@
+"""Where DeepSpeed's optimizer wrappers keep this rank's share of the masters and of the optimizer's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from dsmoe.config.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state per element."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of a flattened parameter, and the optimizer's tensor that has its values in fp32."""
+
+    parameter: torch.nn.Parameter
+    start: int
+    master: torch.Tensor
+    """What the optimizer's state is filed under; the parameter itself where it is its own master."""
+    offset: int
+    """Where the range begins in the flattened master."""
+    numel: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The range in a tensor of the master's shape (its values, a moment): a flat view."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """Torch's AdamW, which ZeRO and the mixed-precision wrappers keep as `.optimizer`."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
+    """Every range of a parameter that this rank optimizes.
+
+    Raises:
+        UserError: a wrapper that dsmoe does not know, whose state a checkpoint would silently miss.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):  # fp32 without ZeRO: the model's own weights
+        return [Fragment(p, 0, p, 0, p.numel()) for group in optimizer.param_groups for p in group["params"]]
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2: this rank's part of each flat group
+        return _linked(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 with fp32 accumulation at stage 1
+        return _linked(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
+    if hasattr(optimizer, "fp32_groups"):  # bf16 at stage 0
+        return [
+            Fragment(weight, 0, master, 0, master.numel())
+            for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for weight, master in zip(weights, masters, strict=True)
+        ]
+    raise UserError(
+        f"the deepspeed section makes DeepSpeed use {type(optimizer).__name__}, whose state dsmoe cannot save; "
+        f"remove the settings that choose it"
+    )
+
+
+def check_links(found: list[Fragment]) -> None:
+    """Check, before the first step, that each master is the weight that DeepSpeed says it is of.
+
+    DeepSpeed's tables of ranges are for its own use: a wrong one would make a checkpoint that loads silently wrong.
+    """
+    for fragment in found:
+        weight = fragment.parameter.detach().view(-1).narrow(0, fragment.start, fragment.numel)
+        if not torch.equal(fragment.of(fragment.master).to(weight), weight):
+            raise RuntimeError(f"DeepSpeed's master of a weight {tuple(fragment.parameter.shape)} is of another one")
+
+
+def moments_of(engine: DeepSpeedEngine, fragment: Fragment) -> dict[str, torch.Tensor]:
+    """The optimizer's state for the fragment's master; empty before the first step."""
+    return inner_optimizer(engine).state.get(fragment.master, {})
+
+
+def make_moments(engine: DeepSpeedEngine, found: list[Fragment]) -> None:
+    """Let the optimizer have state for every master, as its first step would make it."""
+    optimizer = inner_optimizer(engine)
+    fused = optimizer.defaults.get("fused")
+    for master in {id(fragment.master): fragment.master for fragment in found}.values():
+        state = optimizer.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
+            state.update({name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS})
+
+
+def _linked(groups: list[list[torch.nn.Parameter]], partitions: list[torch.Tensor]) -> list[Fragment]:
+    """The range of each parameter that is in this rank's flat partition, as DeepSpeed has noted it there."""
+    links = [
+        (parameter, flat, link)
+        for parameters, flat in zip(groups, partitions, strict=True)
+        for parameter in parameters
+        if (link := parameter._hp_mapping) is not None  # type: ignore[attr-defined]
+    ]
+    return [
+        Fragment(
+            p, link.lp_fragment_address.start, flat, link.hp_fragment_address.start, link.hp_fragment_address.numel
+        )
+        for p, flat, link in links
+    ]

@@ -1,0 +1,232 @@
+"""`manifest.json`: what a checkpoint is, and the size and checksum of each of its files. No torch.
+
+A folder is a whole checkpoint exactly if it has a manifest that agrees with its own checksum, the files that the
+manifest lists, as they were written, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmoe.config.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = "dsmoe checkpoint 1"
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Size of an element by the dtype's name in safetensors files."""
+_FILE_NAME = re.compile(r"rank_\d{5,}_\d{3,}\.safetensors")
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not what was written, with the name of the file."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What a file should be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """A box of a tensor, and where its elements are."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    """In bytes, from the beginning of the file."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A global tensor: the boxes tile it."""
+
+    dtype: str
+    """As in safetensors files: `F32`, `BF16`, `U8`."""
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a checkpoint besides its tensors."""
+
+    step: int
+    """Optimizer steps done. The order of the data follows from it and the seed."""
+    tokens: int
+    """Tokens trained on."""
+    skipped_steps: int
+    """Steps that were not taken because gradients were not finite."""
+    schedule_step: int
+    """Where the learning-rate schedule is: a skipped step does not advance it."""
+    validation_loss: float | None
+    """Of an evaluation after this very step."""
+    optimizer: str
+    config: dict[str, Any]
+    """The run's, resolved."""
+    layout: dict[str, Any]
+    """Of the ranks that wrote it. Any other reads it; random states are those of ranks of this one."""
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a `manifest.json`."""
+
+    facts: Facts
+    files: dict[str, StoredFile]
+    tensors: dict[str, StoredTensor]
+
+    def text(self) -> str:
+        """The file's contents, a line per entry."""
+        content: dict[str, Any] = {"format": FORMAT, "facts": asdict(self.facts)}
+        content["files"] = {name: asdict(file) for name, file in sorted(self.files.items())}
+        content["tensors"] = {
+            key: [tensor.dtype, tensor.shape, [[box.start, box.shape, box.file, box.offset] for box in tensor.boxes]]
+            for key, tensor in sorted(self.tensors.items())
+        }
+        return _sealed(content)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Manifest:
+        """That of a folder.
+
+        Raises:
+            DamagedError: it is missing, or not what was written.
+        """
+        path = checkpoint / MANIFEST
+        if not path.is_file():
+            raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} is missing")
+        try:
+            text = path.read_text()
+            content = json.loads(text)
+            if content.get("format") != FORMAT:
+                raise DamagedError(f"{path} is of another format: {content.get('format')!r}, not {FORMAT!r}")
+            if _sealed({key: value for key, value in content.items() if key != "sha256"}) != text:
+                raise ValueError
+            manifest = cls(
+                Facts(**content["facts"]),
+                {name: StoredFile(**file) for name, file in content["files"].items()},
+                {key: _tensor(*entry) for key, entry in content["tensors"].items()},
+            )
+            manifest._check()
+        except OSError as error:
+            raise DamagedError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise DamagedError(f"{path} is damaged: it is not what was written") from None
+        return manifest
+
+    def bytes_of(self, *kinds: str) -> int:
+        """Size of all tensors of these kinds (`model`, `exp_avg`...)."""
+        return sum(
+            tensor.elements * BYTES[tensor.dtype]
+            for key, tensor in self.tensors.items()
+            if key.partition("/")[0] in kinds
+        )
+
+    def _check(self) -> None:
+        """Raise ValueError where the manifest contradicts itself."""
+        if not all(_FILE_NAME.fullmatch(name) for name in self.files):
+            raise ValueError
+        for tensor in self.tensors.values():
+            for box in tensor.boxes:
+                end = box.offset + math.prod(box.shape) * BYTES[tensor.dtype]
+                if box.offset < 0 or end > self.files[box.file].bytes:
+                    raise ValueError
+            if not tiles(tensor.shape, [(box.start, box.shape) for box in tensor.boxes]):
+                raise ValueError
+
+
+def check_files(checkpoint: Path, manifest: Manifest) -> None:
+    """Check that the folder has the manifest's files, of their sizes, and nothing else; reads no file.
+
+    Raises:
+        DamagedError: it has not.
+    """
+    there = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    for name in sorted(manifest.files.keys() | there):
+        path = checkpoint / name
+        if name not in manifest.files:
+            raise DamagedError(f"{path} is not part of the checkpoint: something else has put it there")
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != manifest.files[name].bytes:
+            raise DamagedError(f"{path} has {size:,} bytes instead of {manifest.files[name].bytes:,}")
+
+
+def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Check that the files called `names` have the manifest's checksums; reads all of them.
+
+    Raises:
+        DamagedError: one has not.
+    """
+    for name in names:
+        path = checkpoint / name
+        try:
+            with path.open("rb", buffering=0) as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise DamagedError(f"cannot read {path}: {error.strerror}") from None
+        if found != manifest.files[name].sha256:
+            raise DamagedError(f"{path} is damaged: it is not what was written")
+
+
+def tiles(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether boxes, (start, shape) each, cover a tensor of `shape`, every element once."""
+    if sum(math.prod(size) for _, size in boxes) != math.prod(shape):
+        return False
+    for start, size in boxes:
+        if not len(start) == len(size) == len(shape):
+            return False
+        if any(
+            first < 0 or part < 1 or first + part > whole for first, part, whole in zip(start, size, shape, strict=True)
+        ):
+            return False
+    return not any(True for _ in _overlapping(boxes))
+
+
+def _overlapping(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Iterator[tuple[int, int]]:
+    """Pairs of boxes that have an element in common, by their places in the order of their first rows."""
+    ordered = sorted(boxes)
+    open_: list[int] = []
+    for place, (start, size) in enumerate(ordered):
+        if start:
+            open_ = [i for i in open_ if ordered[i][0][0] + ordered[i][1][0] > start[0]]
+        for i in open_:
+            if all(a < d + e and d < a + b for a, b, d, e in zip(start, size, *ordered[i], strict=True)):
+                yield i, place
+        open_.append(place)
+
+
+def _tensor(dtype: str, shape: list[int], boxes: list[list[Any]]) -> StoredTensor:
+    stored = tuple(StoredBox(tuple(start), tuple(size), file, offset) for start, size, file, offset in boxes)
+    return StoredTensor(dtype, tuple(shape), stored)
+
+
+def _sealed(content: dict[str, Any]) -> str:
+    """JSON with a checksum of itself as the last entry."""
+    lines: list[str] = []
+    for key, value in content.items():
+        if key in ("files", "tensors"):
+            entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
+            lines.append(f"{json.dumps(key)}: {{\n{entries}\n}}")
+        else:
+            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    text = ",\n".join(lines)
+    return f'{{\n{text},\n"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'

@@ -1,0 +1,211 @@
+"""The disk of `torch.distributed.checkpoint`: a folder of safetensors files and a manifest, whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import (
+    LoadPlan,
+    LoadPlanner,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+    StorageReader,
+    StorageWriter,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from dsmoe.checkpoint.files import DTYPES, NAMES, MappedFile, sync_folder, write_tensors
+from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor
+
+FILE_BYTES = 1 << 33
+"""A rank begins another file when one has become as large as this."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a box was written, and what its file is."""
+
+    name: str
+    file: StoredFile
+    offset: int
+
+
+class FolderWriter(StorageWriter):
+    """Writes the folder `final`, under another name until it is whole and on the disk.
+
+    Args:
+        final: the folder. One of that name which is there already is replaced.
+        facts: what the manifest says besides.
+    """
+
+    def __init__(self, final: Path, facts: Facts) -> None:
+        self.final, self._facts = final, facts
+        self._partial = final.with_name(f".{final.name}.partial")
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin anew, which changes nothing: a writer writes one folder."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do yet."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make room: what saves that did not come to an end have left goes first."""
+        for left in self.final.parent.glob(".step_*"):
+            shutil.rmtree(left)
+        self._partial.mkdir(parents=True)
+        sync_folder(self.final.parent.parent)  # the first save makes the folder of all
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files and force them onto the disk."""
+        results: list[WriteResult] = []
+        for number, items in enumerate(_files(plan.items)):
+            name = f"rank_{dist.get_rank():05d}_{number:03d}.safetensors"
+            tensors = [(_label(item.index), planner.resolve_data(item)) for item in items]
+            file, offsets = write_tensors(self._partial / name, tensors)  # type: ignore[arg-type]  # no BytesIO here
+            results += [
+                WriteResult(item.index, _bytes(item), Written(name, file, offset))
+                for item, offset in zip(items, offsets, strict=True)
+            ]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the manifest, then give the folder its name."""
+        written = {(r.index.fqn, r.index.offset): r.storage_data for rank in results for r in rank}
+        tensors = {}
+        for key, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            boxes = [(chunk, written[key, chunk.offsets]) for chunk in tensor.chunks]
+            stored = (StoredBox(tuple(c.offsets), tuple(c.sizes), at.name, at.offset) for c, at in boxes)
+            tensors[key] = StoredTensor(NAMES[tensor.properties.dtype], tuple(tensor.size), tuple(stored))
+        files = {at.name: at.file for at in written.values()}
+        with (self._partial / MANIFEST).open("w") as stream:
+            stream.write(Manifest(self._facts, files, tensors).text())
+            stream.flush()
+            os.fsync(stream.fileno())
+        sync_folder(self._partial)
+        replaced = self.final.with_name(f".{self.final.name}.replaced")
+        if self.final.exists():
+            self.final.rename(replaced)
+        self._partial.rename(self.final)
+        sync_folder(self.final.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+    def discard(self) -> None:
+        """Remove what a failed save has written."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any path will do."""
+        return True
+
+
+class FolderReader(StorageReader):
+    """Reads a folder that `FolderWriter` wrote and that has been checked.
+
+    Args:
+        checkpoint: the folder.
+        manifest: its manifest, which `Manifest.read` gives.
+    """
+
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+        self._checkpoint, self._manifest = checkpoint, manifest
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin anew, which changes nothing: a reader reads one folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The manifest's tensors."""
+        tensors: dict[str, Any] = {
+            key: TensorStorageMetadata(
+                TensorProperties(DTYPES[tensor.dtype]),
+                torch.Size(tensor.shape),
+                [ChunkStorageMetadata(torch.Size(box.start), torch.Size(box.shape)) for box in tensor.boxes],
+            )
+            for key, tensor in self._manifest.tensors.items()
+        }
+        return Metadata(tensors)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do yet."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy the elements to where the planner wants them, file by file."""
+        tensors = self._manifest.tensors
+        boxes = [tensors[item.storage_index.fqn].boxes[item.storage_index.index or 0] for item in plan.items]
+        name, opened = "", None
+        for item, box in sorted(zip(plan.items, boxes, strict=True), key=lambda pair: (pair[1].file, pair[1].offset)):
+            if opened is None or box.file != name:
+                name, opened = box.file, MappedFile(self._checkpoint / box.file)
+            stored = opened.tensor(tensors[item.storage_index.fqn].dtype, box.shape, box.offset)
+            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                stored = stored.narrow(dim, start, length)
+            planner.resolve_tensor(item).copy_(stored)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any path will do."""
+        return True
+
+
+def _files(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """The items by the file that they go to, those of wider elements first, so that all are aligned."""
+    files: list[list[WriteItem]] = []
+    size = FILE_BYTES
+    for item in sorted(items, key=lambda item: -_element_bytes(item)):
+        if size >= FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(item)
+        size += _bytes(item)
+    return files
+
+
+def _element_bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return item.tensor_data.properties.dtype.itemsize
+
+
+def _bytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.sizes.numel() * _element_bytes(item)
+
+
+def _label(index: MetadataIndex) -> str:
+    """The name of a box within its file: `exp_avg/blocks.1.ffn.up.weight[128,0]`, by where it begins."""
+    assert index.offset is not None
+    return f"{index.fqn}[{','.join(map(str, index.offset))}]"

@@ -1,0 +1,98 @@
+"""Short trainings that save and load, and what is in a checkpoint, for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmoe.checkpoint.files import DTYPES, MappedFile
+from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.config.schema import Config
+from dsmoe.train import Trainer
+from tests.train.layouts import make_trainer, small_config
+
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+"""DeepSpeed then takes another wrapper for bf16."""
+OFFLOAD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+MODEL = {  # with everything that is cut, replicated, shared, or carried from step to step in its own way
+    "model": {"qk_norm": True},
+    "moe": {
+        "num_experts": 4,
+        "top_k": 2,
+        "expert_ffn_size": 32,
+        "shared_expert_ffn_size": 16,
+        "router": {"score": "sigmoid"},
+        "balance": {"aux_loss": 0.02, "z_loss": 0.001, "scope": "global", "bias_update_rate": 0.01},
+    },
+    # Adam divides a gradient by its own size: the rounding of one near zero would be a whole step of the weight.
+    "optimizer": {"eps": 1e-6, "schedule": "cosine", "warmup_steps": 2},
+}
+
+
+def layout_config(
+    folder: Path,
+    ranks: int = 1,
+    *,
+    tensor: int = 1,
+    expert: int = 1,
+    expert_tensor: int = 1,
+    zero: int = 1,
+    precision: str = "fp32",
+    deepspeed: dict[str, Any] | None = None,
+    **sections: Any,
+) -> Config:
+    """`MODEL` on a layout; two sequences at a time, so that tensor ranks can share one."""
+    parallel = {"tensor": tensor, "expert_tensor": expert_tensor, "sequence": tensor > 1}
+    train = {"micro_batch_size": 2, "precision": precision, **sections.pop("train", {})}
+    tree = {**MODEL, "parallel": parallel, "train": train, "deepspeed": deepspeed or {}, **sections}
+    return small_config(folder, ranks=ranks, expert=expert, zero_stage=zero, **tree)
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.runs_dir) / "checkpoints"
+
+
+def take_steps(trainer: Trainer, steps: int) -> dict[str, list[float]]:
+    """The losses and gradient norms of some more steps."""
+    losses, norms = [], []
+    for _ in range(steps):
+        norms.append(float(trainer.step()))
+        losses.append(trainer.meter.read(layer_detail=False)["train/loss"])
+    return {"losses": losses, "norms": norms}
+
+
+def save_between(config: Config, before: int, after: int) -> dict[str, list[float]]:
+    """Train, save, and train on while the checkpoint is being written; the figures of the later steps."""
+    trainer = make_trainer(config)
+    take_steps(trainer, before)
+    trainer.save()
+    figures = take_steps(trainer, after)
+    trainer.checkpoints.flush()
+    return figures
+
+
+def go_on(config: Config, checkpoint: Path, steps: int) -> dict[str, list[float]]:
+    """Load a checkpoint, save it again at once in the folder of `config`, and train on."""
+    trainer = make_trainer(config)
+    trainer.resume(checkpoint)
+    trainer.save()
+    figures = take_steps(trainer, steps)
+    trainer.checkpoints.flush()
+    return figures
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in a checkpoint, put together from its boxes; nothing is left unset."""
+    manifest = Manifest.read(checkpoint)
+    files = {name: MappedFile(checkpoint / name) for name in manifest.files}
+    found = {}
+    for key, tensor in manifest.tensors.items():
+        whole = torch.zeros(tensor.shape, dtype=DTYPES[tensor.dtype])
+        for box in tensor.boxes:
+            there = whole[tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))]
+            there.copy_(files[box.file].tensor(tensor.dtype, box.shape, box.offset))
+        found[key] = whole
+    return found

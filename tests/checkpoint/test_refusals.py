@@ -1,0 +1,217 @@
+"""A checkpoint that is damaged, foreign, or of another model is refused before anything is loaded, by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmoe.checkpoint.folder import candidates, verify
+from dsmoe.checkpoint.manifest import DamagedError
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+from dsmoe.parallel.local import run_ranks
+from tests.checkpoint.runs import MODEL, folder_of, layout_config, save_between, tensors_of
+from tests.train.layouts import make_trainer
+
+TWO = {"ranks": 2, "expert": 2, "zero": 1, "precision": "bf16"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint of two ranks."""
+    config = layout_config(tmp_path_factory.mktemp("saved"), **TWO)
+    run_ranks(2, save_between, config, 2, 0)
+    return folder_of(config) / "step_00000002"
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    """A copy that may be harmed."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints" / saved.name))
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def test_an_undamaged_one_is_whole_and_has_few_files(checkpoint: Path) -> None:
+    names = [path.name for path in files_of(checkpoint)]
+    assert names == ["manifest.json", "rank_00000_000.safetensors", "rank_00001_000.safetensors"]
+    assert verify(checkpoint).facts.step == 2
+
+
+def flip(content: bytes, place: float) -> bytes:
+    at = min(int(place * len(content)), len(content) - 1)
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("place", [0.0, 0.001, 0.1, 0.5, 0.9, 1.0])
+def test_a_flipped_bit_is_found_in_every_file(checkpoint: Path, place: float) -> None:
+    for path in files_of(checkpoint):
+        content = path.read_bytes()
+        path.write_bytes(flip(content, place))
+        with pytest.raises(DamagedError, match=re.escape(str(path))):
+            verify(checkpoint)
+        path.write_bytes(content)
+    verify(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+def test_a_truncated_or_missing_file_is_found_without_reading_any(checkpoint: Path, kept: float) -> None:
+    for path in files_of(checkpoint):
+        content = path.read_bytes()
+        for harm in (lambda p=path, c=content: p.write_bytes(c[: int(kept * len(c))]), path.unlink):
+            harm()
+            found, reasons = candidates(checkpoint.parent)
+            assert found == []
+            assert str(path) in reasons[0]
+            path.write_bytes(content)
+    assert candidates(checkpoint.parent) == ([checkpoint], [])
+
+
+class Harmful:
+    """What runs when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_a_malicious_pickle_is_not_executed_wherever_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    bomb = pickle.dumps(Harmful(mark))
+    pickle.loads(bomb)
+    assert mark.exists(), "the bomb works"
+    mark.unlink()
+    for name in ("rank_00002.pt", ".metadata", "rank_00000_000.safetensors", "manifest.json"):
+        path = checkpoint / name
+        content = path.read_bytes() if path.exists() else None
+        path.write_bytes(bomb)
+        with pytest.raises(DamagedError, match=re.escape(str(path))):
+            verify(checkpoint)
+        (message,) = run_ranks(1, refusal, layout_config(tmp_path), checkpoint)
+        assert str(path) in message
+        assert not mark.exists()
+        path.unlink() if content is None else path.write_bytes(content)
+
+
+def test_a_manifest_that_agrees_with_itself_is_still_checked(checkpoint: Path) -> None:
+    """Somebody may have written one by hand, checksum and all."""
+    from dsmoe.checkpoint.manifest import _sealed
+
+    path = checkpoint / "manifest.json"
+    whole = json.loads(path.read_text())
+    del whole["sha256"]
+
+    def refused(change: Callable[[dict[str, Any]], None]) -> None:
+        content = json.loads(json.dumps(whole))
+        change(content)
+        path.write_text(_sealed(content))
+        with pytest.raises(DamagedError, match=re.escape(str(path))):
+            verify(checkpoint)
+
+    key = "model/norm.weight"
+
+    def elsewhere(content: dict[str, Any]) -> None:
+        content["files"]["../../secret"] = content["files"].pop("rank_00000_000.safetensors")
+
+    refused(elsewhere)
+    refused(lambda content: content["tensors"][key][2].pop())
+    refused(lambda content: content["tensors"][key][2][0].__setitem__(3, 1 << 40))
+    refused(lambda content: content["tensors"].update({key: ["pickle", [1], []]}))
+    refused(lambda content: content.update(format="something else"))
+    refused(lambda content: content["facts"].pop("step"))
+    path.write_text(_sealed(whole))
+    verify(checkpoint)
+
+
+def refusal(config: Config, checkpoint: Path) -> str:
+    """The message; nothing may have been loaded."""
+    trainer = make_trainer(config)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    try:
+        trainer.resume(checkpoint)
+    except UserError as error:
+        after = trainer.model.state_dict()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        return str(error)
+    return "resumed"
+
+
+def test_resuming_names_the_damaged_file_on_every_rank(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "rank_00001_000.safetensors"
+    path.write_bytes(flip(path.read_bytes(), 0.7))
+    for message in run_ranks(2, refusal, layout_config(tmp_path, **TWO), checkpoint):
+        assert message == f"{path} is damaged: it is not what was written"
+
+
+OTHER = {
+    "width": ({"model": {**MODEL["model"], "hidden_size": 40}}, "model.hidden_size"),
+    "vocabulary": ({"model": {**MODEL["model"], "vocab_size": 272}}, "model.vocab_size"),
+    "experts": ({"moe": {**MODEL["moe"], "num_experts": 8}}, "moe.num_experts"),
+    "bias": ({"moe": {**MODEL["moe"], "balance": {}}}, "moe.balance.bias_update_rate is above 0"),
+    "dense": ({"moe": None, "model": {**MODEL["model"], "dense_layers": 0}}, "moe.num_experts"),
+}
+
+
+def refusals(configs: list[Config], checkpoint: Path) -> list[str]:
+    return [refusal(config, checkpoint) for config in configs]
+
+
+def test_another_model_is_refused_with_a_table(checkpoint: Path, tmp_path: Path) -> None:
+    configs = [layout_config(tmp_path, **changed) for changed, _ in OTHER.values()]
+    (messages,) = run_ranks(1, refusals, configs, checkpoint)
+    for message, (_, key) in zip(messages, OTHER.values(), strict=True):
+        head, columns, *rows = message.splitlines()
+        assert head == f"{checkpoint} is of another model:"
+        assert columns.split() == ["key", "saved", "here"]
+        (row,) = (row for row in rows if row.startswith(f"  {key} "))
+        assert row.index(row.split()[-1]) == columns.index("here"), "aligned"
+    assert "vocab_size  264    272" in messages[1]
+
+
+def test_a_tensor_too_many_or_too_few_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    from dsmoe.checkpoint.manifest import _sealed
+
+    path = checkpoint / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    content["tensors"]["model/nobody.knows"] = content["tensors"].pop("model/norm.weight")
+    path.write_text(_sealed(content))
+    (message,) = run_ranks(1, refusal, layout_config(tmp_path), checkpoint)
+    assert re.search(r"model/nobody\.knows +\[32\] +absent", message)
+    assert re.search(r"model/norm\.weight +absent +\[32\]", message)
+
+
+def fine_tune(config: Config, checkpoint: Path) -> dict[str, Any]:
+    trainer = make_trainer(config)
+    trainer.take_weights(checkpoint)
+    step, had_moments = trainer.step_index, bool(trainer.engine.optimizer.optimizer.state)
+    trainer.save()
+    trainer.step()
+    trainer.checkpoints.flush()
+    return {"step": step, "had_moments": had_moments}
+
+
+def test_weights_alone_are_taken_where_that_is_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    model = {**MODEL["model"], "max_sequence_length": 64}
+    config = layout_config(
+        tmp_path, 2, tensor=2, zero=2, model=model, moe={**MODEL["moe"], "balance": {"bias_update_rate": 0.1}}
+    )
+    for result in run_ranks(2, fine_tune, config, checkpoint):
+        assert result == {"step": 0, "had_moments": False}
+    there, here = tensors_of(checkpoint), tensors_of(folder_of(config) / "step_00000000")
+    for key, value in there.items():
+        if key.startswith("model/") or key.endswith("balance.bias"):
+            assert torch.equal(here[key], value), key
+    assert not any(key.startswith(("step/", "exp_avg")) for key in here), "the optimizer begins anew"

@@ -1,0 +1,236 @@
+"""A checkpoint exists whole or not at all, training goes on while it is written, and old ones go when they may."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmoe.checkpoint import files, storage
+from dsmoe.checkpoint.checkpoints import SaveError
+from dsmoe.checkpoint.folder import candidates, find_checkpoint, verify
+from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.config.schema import Config
+from dsmoe.parallel.local import run_ranks
+from tests.checkpoint.runs import folder_of, layout_config, take_steps, tensors_of
+from tests.train.layouts import make_trainer
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_partial_checkpoint_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / ".step_00000007.partial").mkdir()
+    (tmp_path / "step_00000005").mkdir()
+    (tmp_path / "step_notes").mkdir()
+    assert find_checkpoint(tmp_path) is None
+    assert candidates(tmp_path)[1] == [
+        f"{tmp_path}/step_00000005 is not a whole checkpoint: {tmp_path}/step_00000005/manifest.json is missing"
+    ]
+
+
+def save_every_step(config: Config, steps: int, losses: list[float]) -> None:
+    trainer = make_trainer(config)
+    for step in range(steps):
+        trainer.step()
+        if step < len(losses):
+            trainer._validation_loss, trainer._validated_step = losses[step], trainer.step_index
+        trainer.save()
+    trainer.checkpoints.flush()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep": 2}, [6, 7]),
+        ({"keep": 1, "keep_every": 3}, [3, 6, 7]),
+        ({"keep": 1, "keep_best": 2}, [2, 4, 7]),
+        ({"keep": 2, "keep_every": 5, "keep_best": 1, "asynchronous": False}, [2, 5, 6, 7]),
+    ],
+)
+def test_the_newest_the_milestones_and_the_best_are_kept(
+    options: dict[str, Any], kept: list[int], tmp_path: Path
+) -> None:
+    config = layout_config(tmp_path, checkpoint=options)
+    (tmp_path / "runs" / "small" / "checkpoints" / ".step_00000009.partial").mkdir(parents=True)
+    run_ranks(1, save_every_step, config, 7, [5.0, 1.0, 4.0, 2.0, 3.0])
+    assert steps_in(folder_of(config)) == [f"step_{step:08d}" for step in kept]
+    for step in kept:
+        verify(folder_of(config) / f"step_{step:08d}")
+
+
+def save_with_slow_disk(config: Config) -> dict[str, Any]:
+    trainer = make_trainer(config)
+    may_write, write = threading.Event(), storage.write_tensors
+
+    def slow_write(*arguments: Any) -> Any:
+        assert may_write.wait(30)
+        return write(*arguments)
+
+    storage.write_tensors = slow_write
+    trainer.step()
+    weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.save()
+    trainer.step()  # the disk has not moved
+    nothing_yet = find_checkpoint(folder_of(config))
+    threading.Timer(1.0, may_write.set).start()
+    begun = time.perf_counter()
+    trainer.save()
+    waited = time.perf_counter() - begun
+    first_is_there = find_checkpoint(folder_of(config))
+    trainer.checkpoints.flush()
+    return {"weights": weights, "nothing_yet": nothing_yet, "waited": waited, "first": first_is_there}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits(tmp_path: Path) -> None:
+    config = layout_config(tmp_path)
+    (result,) = run_ranks(1, save_with_slow_disk, config)
+    assert result["nothing_yet"] is None
+    assert result["waited"] > 0.8
+    assert result["first"] == folder_of(config) / "step_00000001"
+    saved = tensors_of(folder_of(config) / "step_00000001")
+    for name, weight in result["weights"].items():
+        assert torch.equal(saved[f"model/{name}"], weight), "the state of when it was saved"
+    assert steps_in(folder_of(config)) == ["step_00000001", "step_00000002"]
+
+
+def fail_to_save(config: Config, failing_rank: int) -> list[str]:
+    """Save, fail to save, fail again at the end."""
+    trainer, logged = make_trainer(config), []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dsmoe").addHandler(handler)
+    trainer.step()
+    trainer.save()
+    trainer.checkpoints.flush()
+    if trainer.rank.rank == failing_rank:
+
+        def full(path: Path, *_: Any) -> None:
+            path.write_bytes(b"some of it")
+            raise OSError(28, "No space left on device")
+
+        files._write = full
+    trainer.step()
+    trainer.save()
+    trainer.step()
+    trainer.save()
+    with pytest.raises(SaveError) as error:
+        trainer.checkpoints.flush()
+    return [*logged, str(error.value)]
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_full_disk_is_said_and_training_goes_on_with_the_old_ones(failing_rank: int, tmp_path: Path) -> None:
+    config = layout_config(tmp_path, 2)
+    folder = folder_of(config)
+    messages = run_ranks(2, fail_to_save, config, failing_rank)
+    name = f"rank_{failing_rank:05d}_000.safetensors"
+    for step, message in ((2, messages[0][-3]), (3, messages[0][-1]), (3, messages[1][-1])):
+        where = f"{folder}/.step_{step:08d}.partial/{name}: No space left on device (rank {failing_rank})"
+        assert message == f"cannot save {folder}/step_{step:08d}: {where}; the earlier checkpoints are there"
+    assert steps_in(folder) == ["step_00000001"]
+    verify(folder / "step_00000001")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        config = layout_config(tmp_path, runs_dir=str(disk))
+        (message,) = run_ranks(1, save_until_full, config)
+        assert "No space left on device" in message
+        whole, reasons = candidates(folder_of(config))
+        assert whole
+        assert not reasons
+        verify(whole[0])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def save_until_full(config: Config) -> str:
+    trainer = make_trainer(config)
+    for _ in range(9):
+        trainer.step()
+        trainer.save()
+        try:
+            trainer.checkpoints.flush()
+        except SaveError as error:
+            return str(error)
+    return "never full"
+
+
+def save_twice(config: Config) -> list[float]:
+    """The same step, saved by another run that had passed the first one over."""
+    trainer = make_trainer(config)
+    take_steps(trainer, 1)
+    trainer.save()
+    trainer.checkpoints.flush()
+    return [trainer.checkpoints.save(1, 0).stat().st_mtime_ns, trainer.checkpoints.save(1, 0).stat().st_mtime_ns]
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_good_one_is_left(tmp_path: Path) -> None:
+    config = layout_config(tmp_path)
+    final = folder_of(config) / "step_00000001"
+    final.mkdir(parents=True)
+    (final / "rank_00000_000.safetensors").write_text("damaged")
+    ((first, second),) = run_ranks(1, save_twice, config)
+    assert first == second
+    verify(final)
+    assert steps_in(folder_of(config)) == [final.name]
+
+
+LARGE = {
+    "model": {"vocab_size": 2048, "hidden_size": 128, "ffn_size": 256},
+    "moe": {"num_experts": 8, "top_k": 2, "expert_ffn_size": 256},
+}
+
+
+def save_one_step(config: Config) -> int:
+    trainer = make_trainer(config)
+    trainer.step()
+    trainer.save()
+    trainer.checkpoints.flush()
+    return sum(parameter.numel() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expert", "zero", "precision"), [(1, 1, 0, "fp32"), (2, 1, 0, "bf16"), (2, 2, 2, "bf16")]
+)
+def test_the_size_is_twelve_bytes_per_parameter_evenly_shared(
+    ranks: int, expert: int, zero: int, precision: str, tmp_path: Path
+) -> None:
+    config = layout_config(tmp_path, ranks, expert=expert, zero=zero, precision=precision, **LARGE)
+    local = run_ranks(ranks, save_one_step, config)[0]
+    manifest = Manifest.read(folder_of(config) / "step_00000001")
+    count = manifest.bytes_of("model") // 4
+    assert count >= local
+    checkpoint = folder_of(config) / "step_00000001"
+    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+    assert 12 * count < sum(sizes.values()) < 12.24 * count
+    ranks_sizes = [size for name, size in sizes.items() if name.startswith("rank_")]
+    assert len(ranks_sizes) == ranks
+    assert max(ranks_sizes) < 1.1 * min(ranks_sizes)
+
+
+def save_in_small_files(config: Config) -> None:
+    storage.FILE_BYTES = 200_000
+    save_one_step(config)
+
+
+def test_large_ranks_write_several_files(tmp_path: Path) -> None:
+    config = layout_config(tmp_path)
+    run_ranks(1, save_in_small_files, config)
+    checkpoint = folder_of(config) / "step_00000001"
+    assert 2 <= len(verify(checkpoint).files) <= 5
+    assert len(tensors_of(checkpoint)) > 10
