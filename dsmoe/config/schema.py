@@ -56,6 +56,9 @@ class Cluster(Section):
     device: str | Device | None = None
     """A name known to `dsmoe.plan.devices` (`cpu` trains over gloo), a description, or null: any CUDA device, without
     MFU."""
+    elastic: bool = False
+    """Train on whatever devices the launcher has started: `parallel.expert` and the micro-batch follow, the batch
+    stays. Else a world of another size is refused."""
     collective_timeout_seconds: PositiveInt = 1800
     """How long a collective may wait, in every process group, before the run is stopped."""
 

@@ -70,6 +70,14 @@ def join_processes(device: str = "cuda", timeout: timedelta = timedelta(minutes=
     return Rank(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), where)
 
 
+def launched_world() -> tuple[int, int]:
+    """How many nodes the launcher has started this run on, and processes on each; 1 and 1 without a launcher."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    return world_size // per_node, per_node
+
+
 def leave_processes() -> None:
     """Destroy every process group, so that the process ends without warnings."""
     stop_watching()

@@ -7,7 +7,6 @@ the one `Topology` is what makes gradient reduction, partitioning and token disp
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
-from dsmoe.parallel.distributed import join_processes
+from dsmoe.parallel.distributed import join_processes, launched_world
 from dsmoe.plan.topology import AXES, Axis, Topology
 
 _LOGGER = logging.getLogger(__name__)
@@ -49,8 +48,7 @@ class ExpertGroup:
         """The expert group that DeepSpeed knows under `name` (`ep_size_N`)."""
         handle = deepspeed_groups._get_expert_parallel_group(name)
         ranks = dist.get_process_group_ranks(handle)
-        # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
+        _, per_node = launched_world()
         here = dist.get_rank() // per_node
         return cls(
             handle,

@@ -8,6 +8,7 @@ from dsmoe.config.checks import cross_field_problems
 from dsmoe.config.errors import UserError
 from dsmoe.config.nearest import divisors_of, either, neighbours
 from dsmoe.config.schema import Config
+from dsmoe.config.show import flatten
 
 MOST_NODES = 4096
 """How far the nearest number of nodes is looked for."""
@@ -37,6 +38,12 @@ def fit_to_world(config: Config, nodes: int, devices_per_node: int) -> Config:
         f"{nodes} nodes x {devices_per_node} devices cannot train this config with its batch "
         f"({'; '.join(message for _, message in problems)}){nearest}"
     )
+
+
+def adjustments(given: Config, fitted: Config) -> list[str]:
+    """What `fit_to_world` has changed: `parallel.expert 8 -> 4`."""
+    old, new = flatten(given.model_dump()), flatten(fitted.model_dump())
+    return [f"{key} {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
 
 
 def _first_valid(config: Config, nodes: int, devices_per_node: int) -> Config | None:

@@ -27,9 +27,10 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import is_shared, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.distributed import is_shared, launched_world, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.watch import GRACE_SECONDS, LostRanksError, process_watch
 from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.elastic import adjustments, fit_to_world
 from dsmoe.plan.report import Plan
 from dsmoe.train.engine import prepare_once
 from dsmoe.train.evaluate import evaluate_bigram_model
@@ -71,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if finished else STOPPED
 
 
-def pretrain(config: Config) -> bool:
-    """Train `config` on the ranks that the launcher started; False if a signal has ended it before the last step."""
+def pretrain(given: Config) -> bool:
+    """Train `given` on the ranks that the launcher started; False if a signal has ended it before the last step."""
+    config = fit_to_world(given, *launched_world()) if given.cluster.elastic else given
     plan = Plan.from_config(config)
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
@@ -80,10 +82,10 @@ def pretrain(config: Config) -> bool:
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
-    beginning = on_first_rank(lambda: check_run_folder(config))
+    beginning = on_first_rank(lambda: check_run_folder(given))
     prepare_once(config)
     folder = run_folder(config)
-    token = on_first_rank(lambda: make_run_folder(config))
+    token = on_first_rank(lambda: make_run_folder(given))
     on_every_rank(lambda: check_shared(folder, token))
     if rank.is_first:
         logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
@@ -91,6 +93,8 @@ def pretrain(config: Config) -> bool:
         logger.info("run %s in %s", config.name, folder)
         for line in plan.introduction():
             logger.info("%s", line)
+        if adjusted := adjustments(given, config):
+            logger.info("elastic: %s", "; ".join(adjusted))
     trainer = Trainer(config, groups, rank, folder / "checkpoints")
     resumed = _begin(trainer, beginning)
     if rank.device.type == "cuda":

@@ -10,7 +10,7 @@ import pytest
 from dsmoe.config import UserError, load_config
 from dsmoe.config.checks import cross_field_problems
 from dsmoe.plan.batch import Batch
-from dsmoe.plan.elastic import fit_to_world
+from dsmoe.plan.elastic import adjustments, fit_to_world
 
 QWEN = Path(__file__).parents[2] / "configs" / "qwen3_30b_a3b.yaml"  # 8 x 8 devices, 128 experts, degree 8
 
@@ -30,6 +30,15 @@ def fitted(nodes: int, devices: int, *overrides: str) -> dict[str, Any]:
 def test_the_configs_own_devices_change_nothing() -> None:
     config = load_config(QWEN)
     assert fit_to_world(config, config.cluster.nodes, config.cluster.devices_per_node) is config
+
+
+def test_adjustments_are_said() -> None:
+    config = load_config(QWEN)
+    assert adjustments(config, fit_to_world(config, 1, 4)) == [
+        "cluster.nodes 8 -> 1",
+        "cluster.devices_per_node 8 -> 4",
+        "parallel.expert 8 -> 4",
+    ]
 
 
 @pytest.mark.parametrize(("nodes", "devices", "expert"), [(4, 8, 8), (1, 8, 8), (1, 4, 4), (2, 2, 4), (1, 1, 1)])
