@@ -183,14 +183,15 @@ def router_z_loss(routing: Routing, group: TensorGroup | None = None) -> torch.T
 def mean_over_tokens(
     values: torch.Tensor, mask_T: torch.Tensor | None, group: TensorGroup | None = None
 ) -> torch.Tensor:
-    """The mean of [T, ...] over the tokens of all ranks of `group` (equally many) that are not masked out."""
+    """The mean of [T, ...] over the tokens of all ranks of `group` that are not masked out; 0 where there are none."""
     group = group or TensorGroup.alone()
     if mask_T is None:
-        # `mean` of no tokens would be NaN.
-        return sum_over_ranks(values.sum(dim=0), group) / max(len(values) * group.size, 1)
-    weight = mask_T.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
-    count = sum_over_ranks(mask_T.sum(), group)
-    return sum_over_ranks((values * weight).sum(dim=0), group) / count.clamp(min=1)
+        count, total = values.new_full((), len(values)), values.sum(dim=0)
+    else:
+        weight = mask_T.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
+        count, total = mask_T.sum().to(values.dtype), (values * weight).sum(dim=0)
+    both = sum_over_ranks(torch.cat([total.reshape(-1), count.reshape(1)]), group)
+    return both[:-1].view_as(total) / both[-1].clamp(min=1)
 
 
 def attach_loss(values: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dsmoe.moe.experts import normal_from, seed_of
 from dsmoe.moe.ffn import ACTIVATIONS
 from dsmoe.parallel.groups import TensorGroup
 from dsmoe.parallel.regions import enter_split
@@ -35,6 +36,11 @@ class FeedForward(nn.Module):
         parts = 2 if self.activation.gated else 1
         self.gate_up = ColumnLinear(hidden_size, parts * ffn_size, self.group, parts)
         self.down = RowLinear(ffn_size, hidden_size, self.group)
+
+    def initialise(self, seed: int, std: float, down_std: float) -> None:
+        """Draw the weights from N(0, std^2) (`down`: down_std), the same for any number of ranks."""
+        normal_from(seed_of(seed, "gate_up"), self.gate_up.weight, std, self.gate_up.shard)
+        normal_from(seed_of(seed, "down"), self.down.weight, down_std, self.down.shard)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""

@@ -52,6 +52,14 @@ def normal_from(seed: int, tensor: torch.Tensor, std: float, shard: Shard | None
         tensor.copy_(whole if shard is None else shard.of(whole))
 
 
+def uniform_from(seed: int, tensor: torch.Tensor, bound: float) -> None:
+    """Fill `tensor` in place from U(-bound, bound), as torch's linear layers are (bound: one over the root of D)."""
+    if not tensor.is_meta:
+        generator = torch.Generator(device=tensor.device).manual_seed(seed)
+        with torch.no_grad():
+            tensor.uniform_(-bound, bound, generator=generator)
+
+
 class StackedExperts(nn.Module):
     """L feed-forward experts in two stacked weights, computed together.
 

@@ -33,6 +33,7 @@ from dsmoe.moe.experts import (
     StackedExperts,
     mark_expert_parameters,
     seed_of,
+    uniform_from,
 )
 from dsmoe.moe.hierarchical import choose_dispatch
 from dsmoe.moe.passes import Passes
@@ -110,7 +111,8 @@ class MoE(DeepSpeedMoE):
         tensor_group: the ranks of one micro-batch, each of which brings its equal part of every sequence. The balancing
             losses are those of the whole micro-batch, the gradients of what all ranks have are summed over them, and
             the shared expert is cut over them; capacity stays each rank's own. None is this rank alone.
-        seed: what the experts, noise and random drops are drawn from; None draws one from torch's generator.
+        seed: what all weights (but those of an `expert` without `reset_parameters`), noise and random drops are drawn
+            from; None draws one from torch's generator.
 
     Attributes:
         loss_scale: what the attached losses are multiplied by; `dsmoe.initialize` sets it to 1 / accumulation steps,
@@ -227,6 +229,7 @@ class MoE(DeepSpeedMoE):
         self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
         self._exchange_rank = dist.get_rank() % (ep_size * expert_tensor) if dist.is_initialized() else 0
         self.reset_experts()
+        self._draw_what_all_tokens_pass()
         self._passes = Passes()
         self._dispatches: dict[bool, Dispatch] = {}
         if ep_size * expert_tensor == 1:
@@ -272,6 +275,17 @@ class MoE(DeepSpeedMoE):
         self._seed = self._seed if seed is None else seed
         self._stds = (std, down_std)
         self._draw(self.experts)
+
+    def _draw_what_all_tokens_pass(self) -> None:
+        """Draw router, shared expert and residual MLP from the layer's seed: torch's draws would go by their slices."""
+        for name, dense in (("shared", self.shared), ("mlp", self.mlp)):
+            if isinstance(dense, FeedForward):
+                dense.initialise(seed_of(self._seed, name), *self._stds)
+        weights = {"router": self.router.weight}
+        if self.use_residual:
+            weights |= {f"coefficient.{name}": p for name, p in self.coefficient.named_parameters()}
+        for name, weight in weights.items():
+            uniform_from(seed_of(self._seed, name), weight, self.router.weight.shape[1] ** -0.5)
 
     def set_expert_group(self, group: ExpertGroup) -> None:
         """Exchange tokens over `group` from now on.

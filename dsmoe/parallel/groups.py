@@ -113,7 +113,7 @@ class Groups:
             self._levels = across, inside
         elif topology.all_to_all == "hierarchical":
             _LOGGER.info("parallel.all_to_all: hierarchical is flat here: no copy of the experts is on several nodes")
-        self._register_with_deepspeed()
+        self.register_with_deepspeed()
 
     def handle(self, axis: Axis) -> dist.ProcessGroup:
         """The process group of `axis` (one of `dsmoe.plan.topology.AXES`) that this rank is in."""
@@ -165,10 +165,11 @@ class Groups:
         """What `deepspeed.initialize` takes as `mpu`; None without tensor parallelism."""
         return ModelParallelUnit(self) if self.topology.tensor > 1 else None
 
-    def _register_with_deepspeed(self) -> None:
+    def register_with_deepspeed(self) -> None:
+        """Make these the groups that DeepSpeed finds, instead of those of an earlier topology of this process."""
         name, topology, rank = self.expert_group_name, self.topology, self.rank
         registry = deepspeed_groups
-        registry.mpu = self.mpu  # the engine overwrites that of an earlier topology only if there is a new one
+        registry.mpu = self.mpu
         # Over this group DeepSpeed adds up the experts' norms: all slices of all experts.
         registry._EXPERT_PARALLEL_GROUP[name] = self.handle("exchange")
         registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("exchange", rank))

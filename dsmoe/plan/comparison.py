@@ -66,7 +66,10 @@ def parse_layout(text: str, world_size: int | None = None) -> Layout:
     Raises:
         UserError: a key that does not exist, a value that is no number, or degrees that no number of ranks suits.
     """
-    given = dict(_pair(part, text) for part in text.split(","))
+    pairs = [_pair(part, text) for part in text.split(",")]
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise UserError(f"layout '{text}' has a key twice; keep one of them")
     if not given.keys() & {*SHORT_NAMES.values(), "dp"}:
         raise UserError(
             f"'{text}' is a setting for all layouts rather than a layout: write it before --layouts, or with a degree "
@@ -74,14 +77,15 @@ def parse_layout(text: str, world_size: int | None = None) -> Layout:
         )
     overrides = {f"parallel.{name}": value for name, value in Parallel().model_dump().items()}
     overrides |= {key: value for key, value in given.items() if key != "dp"}
-    tensor, expert, slices = (_degree(overrides, key, text) for key in ("tensor", "expert", "expert_tensor"))
-    data = given.get("dp")
+    degrees = ("parallel.tensor", "parallel.expert", "parallel.expert_tensor")
+    tensor, expert, slices = (_count(overrides[key], key, text) for key in degrees)
+    data = _count(given["dp"], "dp", text) if "dp" in given else None
     ranks = math.lcm(tensor, expert * slices) if data is None else tensor * data
     if world_size is not None:
         if data is not None and ranks != world_size:
             raise UserError(f"layout '{text}' has {tensor} x {data} = {ranks} ranks, and {world_size} were launched")
         return Layout(text, world_size, overrides)
-    nodes = overrides.setdefault("cluster.nodes", 1)
+    nodes = _count(overrides.setdefault("cluster.nodes", 1), "cluster.nodes", text)
     ranks = ranks if data is not None else math.lcm(ranks, nodes)
     if ranks % nodes:
         raise UserError(f"layout '{text}': {ranks} ranks cannot be on {nodes} nodes alike; change dp or nodes")
@@ -207,8 +211,7 @@ def _pair(part: str, text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _degree(overrides: Overrides, name: str, text: str) -> int:
-    value = overrides[f"parallel.{name}"]
+def _count(value: Any, key: str, text: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"layout '{text}': parallel.{name} is a number from 1 on, not {value}")
+        raise UserError(f"layout '{text}': {key} is a number from 1 on, not {value}")
     return value

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,7 +36,7 @@ def initialize(
     Args:
         model: any module; its `dsmoe.MoE` layers exchange tokens over `groups`.
         config: the run.
-        groups: this rank's process groups.
+        groups: this rank's process groups. What no tensor rank has a part of alone becomes the first one's on all.
 
     Returns:
         DeepSpeed's engine; its optimizer; the training data; the learning-rate scheduler, which the engine steps.
@@ -51,6 +53,7 @@ def initialize(
                     f"the MoE layer {name} was made for {module.tensor_group.size} tensor ranks, and parallel.tensor "
                     f"is {groups.topology.tensor}: make it with tensor_group=groups.tensor_group()"
                 )
+    _copy_first_tensor_rank(model, groups)
     options = config.optimizer
     routers = [module.router.weight for module in model.modules() if isinstance(module, MoE)]
     exact = [weight.detach().float().clone() for weight in routers]
@@ -69,6 +72,7 @@ def initialize(
         mpu=groups.mpu,
         dist_init_required=False,
     )
+    _reduce_over_own_groups(engine, groups)
     set_timeout_everywhere(timedelta(seconds=config.cluster.collective_timeout_seconds))
     fragments(engine)  # refuses now what a checkpoint could not save
     if config.parallel.zero_stage == 0:
@@ -87,6 +91,34 @@ def prepare_once(config: Config) -> list[PreparedSource]:
         prepare(config)
     dist.barrier()
     return prepare(config)
+
+
+def _reduce_over_own_groups(engine: deepspeed.DeepSpeedEngine, groups: Groups) -> None:
+    """Let the engine reduce over its own groups although DeepSpeed looks them up in one registry for all engines.
+
+    Without ZeRO it does so at every reduction (0.19.8, runtime/engine.py:3883), and would find those of the engine that
+    was made last.
+    """
+    reduce = engine.allreduce_gradients
+
+    def over_own_groups(*arguments: Any, **options: Any) -> None:
+        groups.register_with_deepspeed()
+        reduce(*arguments, **options)
+
+    engine.allreduce_gradients = over_own_groups
+
+
+def _copy_first_tensor_rank(model: nn.Module, groups: Groups) -> None:
+    """Give every tensor rank the first one's value of each parameter that all of them have; collective.
+
+    DeepSpeed does so among data ranks only, and ranks with other values would train other models without a word.
+    """
+    if groups.topology.tensor == 1:
+        return
+    first = groups.topology.group_of("tensor", groups.rank)[0]
+    for parameter in model.parameters():
+        if not hasattr(parameter, "group_name") and not getattr(parameter, "tensor_model_parallel", False):
+            dist.broadcast(parameter.data, src=first, group=groups.handle("tensor"))
 
 
 def restore_routers(weights: list[nn.Parameter], exact: list[torch.Tensor]) -> None:
@@ -138,7 +170,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: f
 
     Args:
         optimizer: its groups are those of `parameter_groups`.
-        groups: the experts' norms are added up over the exchange group, those of split weights over the tensor group.
+        groups: the norms of split weights are added up over the tensor group, the experts' over the group that
+            DeepSpeed knows by the name of theirs: layers of several `ep_size` have several.
         max_norm: 0 does not clip.
 
     Returns:
@@ -146,13 +179,14 @@ def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: f
     """
     whole: list[torch.Tensor] = []
     split: list[torch.Tensor] = []
-    expert: list[torch.Tensor] = []
+    experts: dict[str, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:
-        kind = expert if group["moe"] else split if group["split"] else whole
+        kind = experts.setdefault(group["name"], []) if group["moe"] else split if group["split"] else whole
         kind.extend(p.grad for p in group["params"] if p.grad is not None)
-    gradients = whole + split + expert
+    gradients = [*whole, *split, *chain(*experts.values())]
     square = _square_norm(whole, gradients[0].device)
-    for parts, handle in ((split, groups.handle("tensor")), (expert, groups.handle("exchange"))):
+    of_experts = [(parts, deepspeed_groups._get_expert_parallel_group(name)) for name, parts in experts.items()]
+    for parts, handle in ((split, groups.handle("tensor")), *of_experts):
         part = _square_norm(parts, square.device)
         dist.all_reduce(part, group=handle)
         square += part

@@ -22,6 +22,7 @@ class Mutation:
 
 
 TENSOR_PARALLEL = "tests/model/test_tensor_parallel.py::test_the_split_model_is_the_whole_one[2]"
+OWN_MODEL = "tests/train/test_own_model.py::test_it_trains_as_on_one_rank"
 CROSSINGS = "tests/parallel/test_regions.py::test_crossings_and_their_gradients"
 NORM = "tests/train/test_engine.py::test_the_norm_counts_every_part_once"
 LAYOUT = "tests/train/test_layouts.py::test_every_routing_is_the_same_on_every_layout[plain-ep=2,zero=0-selective]"
@@ -193,9 +194,37 @@ MUTATIONS = [
     Mutation(
         "without ZeRO the norm forgets the other slices of the experts",
         "dsmoe/train/engine.py",
-        old='(expert, groups.handle("exchange"))',
-        new='(expert, groups.handle("expert"))',
+        old="(parts, deepspeed_groups._get_expert_parallel_group(name))",
+        new='(parts, groups.handle("expert"))',
         caught_by=f"{NORM}[2]",
+    ),
+    Mutation(
+        "without ZeRO all experts' norms are added up over one group, whatever the ep_size of their layer",
+        "dsmoe/train/engine.py",
+        old="deepspeed_groups._get_expert_parallel_group(name)",
+        new='groups.handle("exchange")',
+        caught_by=f"{OWN_MODEL}[2-0-parallel0-1]",
+    ),
+    Mutation(
+        "tensor ranks keep different values of what all of them have",
+        "dsmoe/train/engine.py",
+        old="    _copy_first_tensor_rank(model, groups)\n    options",
+        new="    options",
+        caught_by=f"{OWN_MODEL}[2-1-parallel3-2]",
+    ),
+    Mutation(
+        "every tensor rank's slice of a shared expert is drawn alike",
+        "dsmoe/moe/dense.py",
+        old="self.gate_up.weight, std, self.gate_up.shard)",
+        new="self.gate_up.weight, std)",
+        caught_by=f"{OWN_MODEL}[2-1-parallel3-2]",
+    ),
+    Mutation(
+        "an engine reduces over the groups of the engine that was made last",
+        "dsmoe/train/engine.py",
+        old="        groups.register_with_deepspeed()\n",
+        new="",
+        caught_by="tests/train/test_own_model.py::test_engines_of_two_layouts_train_side_by_side[0]",
     ),
     Mutation(
         "each rank clips by the norm of its own part",
@@ -222,8 +251,8 @@ MUTATIONS = [
     Mutation(
         "the balancing loss' mean over a tensor group's tokens divides by those of one rank",
         "dsmoe/moe/balance.py",
-        old="max(len(values) * group.size, 1)",
-        new="max(len(values), 1)",
+        old="both[-1].clamp(min=1)",
+        new="count.clamp(min=1)",
         caught_by=TENSOR_PARALLEL,
     ),
     Mutation(

@@ -163,7 +163,7 @@ def clipped_norm(tensor: int, max_norm: float) -> tuple[float, list[torch.Tensor
     named = [
         {"params": [whole], "moe": False, "split": False},
         {"params": [split], "moe": False, "split": tensor > 1},
-        {"params": [expert], "moe": True, "split": True},
+        {"params": [expert], "moe": True, "split": True, "name": groups.expert_group_name},
     ]
     norm = float(clip_gradients(torch.optim.AdamW(named), groups, max_norm))
     return norm, [whole.grad, split.grad, expert.grad]

@@ -40,7 +40,8 @@ def test_under_a_launcher_the_first_layout_is_what_the_others_are_compared_with(
         [*command, "--layouts", *layouts], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
-    _, _, _, *rows, _ = done.stdout.splitlines()
+    _, _, _, *rows, _, _, last = done.stdout.splitlines()
+    assert last.startswith("nothing was compared with one rank")
     assert [row.split()[0] for row in rows] == layouts
     assert [row.split()[-1] for row in rows] == ["reference", "same", "same"]
 
@@ -55,6 +56,10 @@ def test_under_a_launcher_the_first_layout_is_what_the_others_are_compared_with(
         ("foo=2", "error: layout 'foo=2': there is no key foo; there are tp, "),
         ("tp", "error: layout 'tp': 'tp' is not written key=value, as in tp=2,ep=4,zero=1"),
         ("tp=x", "error: layout 'tp=x': parallel.tensor is a number from 1 on, not x"),
+        ("ep=2,dp=two", "error: layout 'ep=2,dp=two': dp is a number from 1 on, not two"),
+        ("ep=2,dp=0", "error: layout 'ep=2,dp=0': dp is a number from 1 on, not 0"),
+        ("ep=2,nodes=0", "error: layout 'ep=2,nodes=0': cluster.nodes is a number from 1 on, not 0"),
+        ("tp=2,tp=4", "error: layout 'tp=2,tp=4' has a key twice"),
         ("ep=64", "error: layout 'ep=64' takes 64 processes, and at most 16 are started on one machine"),
         ("moe.top_k=4", "error: 'moe.top_k=4' is a setting for all layouts rather than a layout: write it before"),
         ("tp=3,nodes=2,dp=1", "error: layout 'tp=3,nodes=2,dp=1': 3 ranks cannot be on 2 nodes alike"),
