@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
@@ -58,7 +59,21 @@ def _parser() -> argparse.ArgumentParser:
 
     prepare = commands.add_parser("prepare", help="tokenize and pack the corpora, once")
     _takes_config(prepare, _prepare)
+
+    checkpoint = commands.add_parser("checkpoint", help="look at a checkpoint, or check every byte of it")
+    actions = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    contents = actions.add_parser("show", help="what is inside: step, layout, sizes")
+    contents.add_argument("--tensors", action="store_true", help="every tensor as well")
+    contents.add_argument("--against", metavar="OTHER", help="a YAML file or a checkpoint: show what differs from it")
+    _takes_checkpoint(contents, _checkpoint_show)
+    verify = actions.add_parser("verify", help="check that every file is what was written; exit code 2 if not")
+    _takes_checkpoint(verify, _checkpoint_verify)
     return parser
+
+
+def _takes_checkpoint(parser: argparse.ArgumentParser, run: object) -> None:
+    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, or a run's folder: its newest one")
+    parser.set_defaults(run=run)
 
 
 def _takes_config(parser: argparse.ArgumentParser, run: object) -> None:
@@ -104,3 +119,22 @@ def _prepare(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sources = prepare(config)
     print(f"{len(sources)} sources ready in {config.data.cache_dir}")
+
+
+def _checkpoint_show(arguments: argparse.Namespace) -> None:
+    from dsmoe.checkpoint.show import compare, one_checkpoint, summary
+
+    checkpoint = one_checkpoint(arguments.path)
+    print(summary(checkpoint, arguments.tensors))
+    if arguments.against:
+        print(f"\n{compare(checkpoint, Path(arguments.against))}")
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> None:
+    from dsmoe.checkpoint.folder import verify
+    from dsmoe.checkpoint.show import gigabytes, one_checkpoint
+
+    checkpoint = one_checkpoint(arguments.path)
+    files = verify(checkpoint).files
+    size = sum(file.bytes for file in files.values())
+    print(f"{checkpoint} is whole: {len(files)} files, {gigabytes(size)}, every byte as it was written")

@@ -30,3 +30,8 @@ def test_code_runs(page: Path) -> None:
     layer = dsmoe.MoE(8, expert_ffn_size=8, num_experts=2, target_drop_percent=1.0, bias_update_rate=0.1)
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(code, {"layers": [layer], "step": 0, "percent": 2.0})
+
+
+def test_the_checkpoints_page_explains_every_key() -> None:
+    page = (DOCS / "checkpoints.md").read_text()
+    assert not [key for key in schema.Checkpoint.model_fields if f"| `{key}` |" not in page]

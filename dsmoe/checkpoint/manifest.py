@@ -57,9 +57,9 @@ class StoredTensor:
     boxes: tuple[StoredBox, ...]
 
     @property
-    def bytes(self) -> int:
-        """Size of all of it."""
-        return math.prod(self.shape) * BYTES[self.dtype]
+    def elements(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,11 @@ class Manifest:
 
     def bytes_of(self, *kinds: str) -> int:
         """Size of all tensors of these kinds (`model`, `exp_avg`...)."""
-        return sum(tensor.bytes for key, tensor in self.tensors.items() if key.partition("/")[0] in kinds)
+        return sum(
+            tensor.elements * BYTES[tensor.dtype]
+            for key, tensor in self.tensors.items()
+            if key.partition("/")[0] in kinds
+        )
 
     def _check(self) -> None:
         """Raise ValueError where the manifest contradicts itself."""

@@ -72,6 +72,7 @@ class FolderWriter(StorageWriter):
         for left in self.final.parent.glob(".step_*"):
             shutil.rmtree(left)
         self._partial.mkdir(parents=True)
+        sync_folder(self.final.parent.parent)  # the first save makes the folder of all
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -230,6 +230,25 @@ def _observe(config: Config) -> Iterator[Problem]:
         )
 
 
+def _checkpoint(config: Config) -> Iterator[Problem]:
+    options, evaluations = config.checkpoint, config.train.eval_every
+    every, milestones, best = options.every, options.keep_every, options.keep_best
+    if milestones is not None and (every is None or milestones % every):
+        nearest = f"; nearest: {nearest_multiples_of(milestones, every)}" if every else "; set that"
+        yield (
+            "checkpoint.keep_every",
+            f"checkpoint.keep_every ({milestones}) must be a multiple of checkpoint.every "
+            f"({'null' if every is None else every}){nearest}",
+        )
+    if best and (every is None or evaluations is None or (every % evaluations and evaluations % every)):
+        yield (
+            "checkpoint.keep_best",
+            f"checkpoint.keep_best ({best}) goes by evaluations of the steps that are saved: train.eval_every "
+            f"({'null' if evaluations is None else evaluations}) and checkpoint.every "
+            f"({'null' if every is None else every}) must be set, and one a multiple of the other",
+        )
+
+
 _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     *LAYOUT_CHECKS,
     _attention,
@@ -239,6 +258,7 @@ _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _learning_rate,
     _length,
     _batch,
+    _checkpoint,
     _observe,
     _deepspeed,
     _unknown_to_deepspeed,

@@ -1,7 +1,8 @@
-"""A configuration as text: the resolved YAML that loads again, and the JSON Schema that editors complete from."""
+"""A configuration as text: the resolved YAML that loads again, its dotted keys, and the JSON Schema for editors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dsmoe.config.schema import Config
@@ -31,3 +32,17 @@ def json_schema() -> dict[str, Any]:
         section.pop("required", None)
     schema["properties"] = {"include": _INCLUDE, **schema["properties"]}
     return schema
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf under its dotted key, as overrides write it: `data.sources.0.path`."""
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, list | tuple) and any(isinstance(item, Mapping) for item in tree):
+        items = list(enumerate(tree))
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

@@ -77,6 +77,8 @@ class Placement:
     @classmethod
     def cut(cls, name: str, tensor: torch.Tensor, shard: Shard) -> Placement:
         """That of a tensor which is `shard` of the whole."""
+        if shard.count == 1:
+            return cls.whole(name, tensor)
         width = tensor.shape[shard.dim] // shard.parts
         shape = (*tensor.shape[: shard.dim], width, *tensor.shape[shard.dim + 1 :])
 

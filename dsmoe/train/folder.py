@@ -20,7 +20,7 @@ from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, step_o
 from dsmoe.config import load_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.config.show import dump_config
+from dsmoe.config.show import dump_config, flatten
 from dsmoe.plan.batch import Batch
 
 # What may change when a run goes on: how long, how often, where. Everything else is the run's identity.
@@ -179,26 +179,12 @@ def _beginning(config: Config, folder: Path) -> Beginning:
 
 def _differences(there: Config, here: Config) -> list[str]:
     """Each key outside `_CHANGEABLE` whose values differ, as text."""
-    old, new = _flatten(there.model_dump()), _flatten(here.model_dump())
+    old, new = flatten(there.model_dump()), flatten(here.model_dump())
     return [
         f"{key} is {old.get(key, 'absent')} there and {new.get(key, 'absent')} here"
         for key in {**old, **new}
         if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in _CHANGEABLE))
     ]
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf under its dotted key, as overrides write it: `data.sources.0.path`."""
-    if isinstance(tree, Mapping):
-        items = list(tree.items())
-    elif isinstance(tree, list | tuple) and any(isinstance(item, Mapping) for item in tree):
-        items = list(enumerate(tree))
-    else:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def _replace_text(path: Path, text: str) -> None:

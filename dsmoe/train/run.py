@@ -1,6 +1,7 @@
 """From the command line to a finished run: `deepspeed launch/pretrain.py --config CONFIG [section.key=value ...]`.
 
-Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 stopped by a signal after a checkpoint
+(the same command goes on from it), 1 anything else.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from dsmoe.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 5.0
+STOPPED = 75
+"""Exit code of a run that a signal has stopped, and that goes on when it is started again (EX_TEMPFAIL)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        pretrain(config)
+        finished = pretrain(config)
     except UserError as error:
         explain_end(error, f"error: {error}")
         return 2
@@ -65,11 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         explain_end(error, traceback.format_exc())
         return 1
     leave_processes()
-    return 0
+    return 0 if finished else STOPPED
 
 
-def pretrain(config: Config) -> None:
-    """Train `config` on the ranks that the launcher started."""
+def pretrain(config: Config) -> bool:
+    """Train `config` on the ranks that the launcher started; False if a signal has ended it before the last step."""
     plan = Plan.from_config(config)
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
@@ -93,9 +96,10 @@ def pretrain(config: Config) -> None:
     if rank.device.type == "cuda":
         process_watch().end_stalls(_end_stalled)
     trainer.sinks = _sinks(config, folder, trainer.step_index if resumed else -1) if rank.is_first else []
-    _train_and_tell(trainer, folder)
+    finished = _train_and_tell(trainer, folder)
     for sink in trainer.sinks:
         sink.close()
+    return finished
 
 
 def _begin(trainer: Trainer, beginning: Beginning) -> bool:
@@ -120,15 +124,18 @@ def _begin(trainer: Trainer, beginning: Beginning) -> bool:
     return False
 
 
-def _train_and_tell(trainer: Trainer, folder: Path) -> None:
-    """Evaluate, train, and say what was learnt."""
+def _train_and_tell(trainer: Trainer, folder: Path) -> bool:
+    """Evaluate, train, and say what was learnt; False if a signal has ended it before."""
     bigram = on_first_rank(lambda: evaluate_bigram_model(trainer.held_out, trainer.config.model.vocab_size))
     logger.info("a bigram model of the same tokens reaches %.3f bits/byte on the held-out text", bigram[BITS_PER_BYTE])
     if trainer.step_index == 0:
         trainer.evaluate()
-    trainer.run()
-    if trainer.rank.is_first:
+    finished = trainer.run()
+    if not finished:
+        logger.info("stopped after step %d; run the same command again to go on", trainer.step_index)
+    elif trainer.rank.is_first:
         logger.info("%s", summary(folder, bigram, trainer.config))
+    return finished
 
 
 def _sinks(config: Config, folder: Path, resume_step: int) -> list[Sink]:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from dsmoe.plan.flops import flops_per_token
 from dsmoe.train.engine import initialize
 from dsmoe.train.evaluate import HeldOut, evaluate
 from dsmoe.train.placement import placements
+from dsmoe.train.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Trainer:
         self.moe_layers = [layer for _, layer in model.moe_layers()]
         self.engine, _, self.loader, self.scheduler = initialize(model=model, config=config, groups=groups)
         self.checkpoints = Checkpoints(checkpoint_folder, self.engine, placements(model), config)
+        self.signals = StopSignals(timedelta(seconds=config.cluster.collective_timeout_seconds))
         self.sources = prepare(config)
         data_rank, data_degree = groups.coordinate("data"), groups.topology.data
         self.held_out = [
@@ -87,20 +90,28 @@ class Trainer:
         """Begin with the weights of a checkpoint, whatever layout wrote it; everything else is new."""
         self.checkpoints.load_weights(checkpoint)
 
-    def run(self) -> None:
-        """Train to the last step, with evaluations and checkpoints on the way."""
+    def run(self) -> bool:
+        """Train to the last step, with evaluations and checkpoints on the way; False if a signal has ended it before.
+
+        When it returns, the state is on the disk.
+        """
         train, save_every = self.config.train, self.config.checkpoint.every
+        self.signals.listen()
         self.meter.restart_clock()
-        while self.step_index < self.batch.steps:
+        stop = False
+        while self.step_index < self.batch.steps and not stop:
             grad_norm = self.step()
-            last = self.step_index == self.batch.steps
-            if last or self.step_index % self.config.observe.log_every == 0:
+            stop, last = self.signals.agreed(), self.step_index == self.batch.steps
+            if last or stop or self.step_index % self.config.observe.log_every == 0:
                 self.log(grad_norm)
-            if last or (train.eval_every and self.step_index % train.eval_every == 0):
+            # The sender of a signal waits half a minute or so: that is for saving.
+            if last or (not stop and train.eval_every and self.step_index % train.eval_every == 0):
                 self.evaluate()
-            if last or (save_every and self.step_index % save_every == 0):
+            if last or stop or (save_every and self.step_index % save_every == 0):
                 self.save()
+        self.signals.finish()
         self.checkpoints.flush()
+        return self.step_index == self.batch.steps
 
     def step(self) -> torch.Tensor | float:
         """One optimizer step; returns the gradient norm before clipping, on the device where it is there."""

@@ -455,7 +455,27 @@ def test_bytes_need_257_rows(tmp_path: Path) -> None:
     assert load(tmp_path, "model.vocab_size=256", "data.tokenizer=tokenizer.json")
 
 
-# Observe and DeepSpeed
+# Checkpoint, observe and DeepSpeed
+
+
+def test_milestones_are_steps_that_are_saved(tmp_path: Path) -> None:
+    assert check(tmp_path, "checkpoint.every=10", "checkpoint.keep_every=25") == [
+        "checkpoint.keep_every (25) must be a multiple of checkpoint.every (10); nearest: 20 or 30"
+    ]
+    assert (
+        "checkpoint.every (null); set that" in check(tmp_path, "checkpoint.every=null", "checkpoint.keep_every=25")[0]
+    )
+    assert load(tmp_path, "checkpoint.every=10", "checkpoint.keep_every=30")
+
+
+def test_the_best_are_known_where_evaluations_fall_on_saved_steps(tmp_path: Path) -> None:
+    for evaluations in ("null", "15"):
+        assert check(tmp_path, "checkpoint.every=10", "checkpoint.keep_best=1", f"train.eval_every={evaluations}") == [
+            "checkpoint.keep_best (1) goes by evaluations of the steps that are saved: train.eval_every "
+            f"({evaluations}) and checkpoint.every (10) must be set, and one a multiple of the other"
+        ]
+    assert load(tmp_path, "checkpoint.every=10", "checkpoint.keep_best=1", "train.eval_every=5")
+    assert load(tmp_path, "checkpoint.every=10", "checkpoint.keep_best=1", "train.eval_every=20")
 
 
 def test_layer_detail_falls_on_logged_steps(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""What `dsmoe checkpoint show` and `verify` print. No torch: the tensors' data are not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsmoe.checkpoint.fit import rows
+from dsmoe.checkpoint.folder import find_checkpoint, inspect
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
+from dsmoe.config import load_config
+from dsmoe.config.show import flatten
+from dsmoe.plan.text import quantity, readable_count, table
+
+_KINDS = {
+    "model": "weights",
+    "exp_avg": "mean of the gradients",
+    "exp_avg_sq": "mean of their squares",
+    "step": "optimizer steps, per parameter",
+    "buffer": "buffers of the MoE layers",
+    "rng": "random states",
+}
+
+
+def one_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, or the newest below it where it is a run's folder or its folder of checkpoints.
+
+    Raises:
+        DamagedError: there is none.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    for folder in (path, path / "checkpoints"):
+        newest = find_checkpoint(folder)
+        if newest is not None:
+            return newest
+    raise DamagedError(f"{path} is neither a checkpoint nor a folder with whole ones: there is no {MANIFEST}")
+
+
+def summary(checkpoint: Path, tensors: bool = False) -> str:
+    """The step, the layout, the size and the contents, in lines; with `tensors`, each of them."""
+    manifest = inspect(checkpoint)
+    facts = manifest.facts
+    layout = ", ".join(f"{key} {value}" for key, value in facts.layout.items())
+    progress = f"step {facts.step}, {readable_count(facts.tokens)} tokens"
+    loss = "" if facts.validation_loss is None else f", validation loss {facts.validation_loss:.4f}"
+    size = sum(file.bytes for file in manifest.files.values())
+    lines = [
+        str(checkpoint),
+        f"{progress}, {quantity(facts.skipped_steps, 'skipped step')}{loss}",
+        f"run {facts.config['name']}, optimizer {facts.optimizer}; written by {layout}",
+        f"with {', '.join(f'{name} {number}' for name, number in facts.versions.items())}",
+        f"{quantity(len(manifest.files), 'file')}, {gigabytes(size)}",
+        "",
+        *table([("what", "tensors", "elements", "size"), *_kinds(manifest)], "<>>>"),
+    ]
+    if tensors:
+        entries = [
+            (key, t.dtype, "x".join(map(str, t.shape)), str(len(t.boxes))) for key, t in manifest.tensors.items()
+        ]
+        lines += ["", *table([("tensor", "dtype", "shape", "boxes"), *entries], "<<>>")]
+    return "\n".join(lines)
+
+
+def compare(checkpoint: Path, other: Path) -> str:
+    """Where a checkpoint's config differs from another's, or from a YAML file."""
+    saved = flatten(inspect(checkpoint).facts.config)
+    there = flatten(_config_of(other))
+    differing = rows(saved, there)
+    if not differing:
+        return f"the same config as {other}"
+    return "\n".join(table([("key", checkpoint.name, str(other)), *differing], "<<<"))
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes, for people: `1.25 GB`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def _config_of(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        return inspect(one_checkpoint(path)).facts.config
+    return load_config(path).model_dump(mode="json")
+
+
+def _kinds(manifest: Manifest) -> list[tuple[str, str, str, str]]:
+    found = []
+    for kind, label in _KINDS.items():
+        tensors = [t for key, t in manifest.tensors.items() if key.partition("/")[0] == kind]
+        if tensors:
+            size = manifest.bytes_of(kind)
+            dtypes = " and ".join(sorted({tensor.dtype for tensor in tensors}))
+            elements = readable_count(sum(tensor.elements for tensor in tensors))
+            found.append((f"{label} ({kind}, {dtypes})", str(len(tensors)), elements, gigabytes(size)))
+    return found

@@ -1,0 +1,58 @@
+"""SIGTERM, SIGINT and SIGUSR1: all ranks stop after the same step, whichever of them were told to."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Whether any rank has been told to stop, as all ranks agree. Making it is collective.
+
+    Hosts may be steps ahead of their devices and of one another, so that nobody can just stop. Every step begins a
+    reduction over the hosts and looks at the result of the one before: neither host nor device waits for it.
+
+    Args:
+        timeout: how long a rank may be behind the others.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._told: signal.Signals | None = None
+        self._asked = torch.zeros(1, dtype=torch.int32)
+        self._answer: dist.Work | None = None
+
+    def listen(self) -> None:
+        """Take note of signals from now on, in place of dying of them; a second SIGINT ends the process as usual."""
+        for number in SIGNALS:
+            signal.signal(number, self._take_note)
+
+    def agreed(self) -> bool:
+        """Whether to stop now: if any rank had been told when this was last called. Call it after every step."""
+        stop = False
+        if self._answer is not None:
+            self._answer.wait()
+            stop = bool(self._asked.item())
+        self._asked = torch.tensor([self._told is not None], dtype=torch.int32)
+        self._answer = dist.all_reduce(self._asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return stop
+
+    def finish(self) -> None:
+        """Let the last question be answered, so that no rank leaves while another asks."""
+        if self._answer is not None:
+            self._answer.wait()
+            self._answer = None
+
+    def _take_note(self, number: int, _: FrameType | None) -> None:
+        self._told = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.warning("%s: saving a checkpoint after one of the next steps, then stopping", self._told.name)

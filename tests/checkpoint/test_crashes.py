@@ -1,0 +1,195 @@
+"""A run that is killed, or whose newest checkpoints are damaged, goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+
+from dsmoe.checkpoint.folder import all_checkpoints, candidates, checkpoint_name, remove_old, verify
+from dsmoe.checkpoint.manifest import Facts
+from dsmoe.checkpoint.planning import PartsSavePlanner, by_key
+from dsmoe.checkpoint.state import whole_part
+from dsmoe.checkpoint.storage import FolderWriter
+from dsmoe.config.schema import Checkpoint as CheckpointSection
+from tests.ranks import CONTEXT, run_ranks
+from tests.train.test_run import _main_in_child, pretrain, refused, write_config
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_what_is_damaged_is_passed_over_and_said(tmp_path: Path) -> None:
+    options = {"train": {"steps": 8}, "checkpoint": {"every": 2, "keep": 4}, "runs_dir": "runs"}
+    config = str(write_config(tmp_path, **options))
+    assert pretrain(tmp_path, "--config", config).code == 0
+    run = tmp_path / "runs" / "small"
+    undisturbed = losses(run)
+    second, fourth, sixth, eighth = all_checkpoints(run / "checkpoints")
+    (eighth / "manifest.json").unlink()
+    damaged = sixth / "rank_00000_000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+
+    again = pretrain(tmp_path, "--config", config)
+    assert again.code == 0, again.err
+    relative = Path("runs/small/checkpoints")
+    assert f"passed over: {relative / eighth.name} is not a whole checkpoint" in again.out
+    assert f"passed over: {relative / sixth.name / damaged.name} is damaged" in again.out
+    assert f"continuing from {relative / fourth.name}" in again.out
+    assert losses(run) == undisturbed
+    for checkpoint in (second, fourth, sixth, eighth):
+        verify(checkpoint)
+
+    for checkpoint in (second, fourth, sixth, eighth):
+        path = checkpoint / "rank_00000_000.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    refused(pretrain(tmp_path, "--config", config), "is damaged: it is not what was written")
+    for checkpoint in (second, fourth, sixth, eighth):
+        (checkpoint / "manifest.json").unlink()
+    refused(pretrain(tmp_path, "--config", config), "Remove them to begin anew")
+
+
+KILLS = 4
+
+
+def test_killed_at_random_instants_a_run_goes_on_as_undisturbed(tmp_path: Path) -> None:
+    """It saves after every step, so that most instants are within a save."""
+    options = {"train": {"steps": 40}, "checkpoint": {"every": 1}, "runs_dir": "runs"}
+    config = str(write_config(tmp_path, **options))
+    assert pretrain(tmp_path, "--config", config, "name=undisturbed", "checkpoint.every=null").code == 0
+    folder, instants = tmp_path / "runs/small/checkpoints", random.Random(5)
+    for _ in range(KILLS):
+        before = all_checkpoints(folder)[-1:]
+        with tempfile.TemporaryDirectory() as streams:
+            process = CONTEXT.Process(target=_main_in_child, args=(str(tmp_path), ["--config", config], streams))
+            process.start()
+            deadline = time.monotonic() + 60
+            while all_checkpoints(folder)[-1:] == before and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(instants.uniform(0.0, 0.15))
+            os.kill(process.pid, signal.SIGKILL)
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL, (Path(streams) / "err").read_text()
+        newest = all_checkpoints(folder)[-1]
+        assert [newest] != before
+        verify(newest)
+    assert pretrain(tmp_path, "--config", config).code == 0
+    assert losses(folder.parent) == losses(tmp_path / "runs" / "undisturbed")
+
+
+class Killed(BaseException):
+    """Nothing of the process runs any more."""
+
+
+class Mortal:
+    """Lets the operations on the disk of a save through, up to one of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, lives: int) -> None:
+        self.lives = lives
+        for owner, name in ((Path, "mkdir"), (Path, "open"), (Path, "rename"), (os, "fsync"), (os, "unlink")):
+            patch.setattr(owner, name, self._watched(getattr(owner, name)))
+
+    def _watched(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self.lives -= 1
+            if self.lives < 0:
+                raise Killed
+            return operation(*arguments, **options)
+
+        return watched
+
+
+def save_small(folder: Path, step: int) -> None:
+    """What `Checkpoints` does on the disk, with next to nothing to save."""
+    parts = [whole_part("model/w", torch.full((3, 4), float(step))), whole_part("step/w", torch.tensor(0.0))]
+    facts = Facts(step, 0, 0, step, None, "AdamW", {"name": "small"}, {}, {})
+    writer = FolderWriter(folder / checkpoint_name(step), facts)
+    dcp.save(by_key(parts), storage_writer=writer, planner=PartsSavePlanner())
+    remove_old(folder, CheckpointSection(keep=2))
+
+
+def die_before_every_operation(folder: Path) -> list[int]:
+    """Of a save, one after the other, each time beginning with the same two checkpoints; the steps found afterwards."""
+    newest, operations = [], 0
+    while True:
+        here = folder / str(operations)
+        for step in (1, 2):
+            save_small(here, step)
+        with pytest.MonkeyPatch.context() as patch:
+            mortal = Mortal(patch, operations)
+            try:
+                save_small(here, 3)
+                return newest
+            except (Killed, CheckpointException):
+                assert mortal.lives < 0
+        found, passed_over = candidates(here)
+        assert not passed_over, "what has a checkpoint's name is one"
+        newest.append(verify(found[0]).facts.step)
+        save_small(here, 3)
+        left = sorted(path.name for path in here.iterdir())
+        assert left == ["step_00000002", "step_00000003"], (operations, left)
+        operations += 1
+
+
+def test_whatever_operation_is_the_last_one_a_whole_checkpoint_is_there(tmp_path: Path) -> None:
+    (newest,) = run_ranks(1, die_before_every_operation, tmp_path)
+    assert sorted(newest) == newest
+    assert newest.count(2) >= 7, "two files, their folder, and their names"
+    assert newest.count(3) >= 3, "the old one is removed afterwards"
+
+
+def record_a_save(folder: Path) -> list[tuple[str, str]]:
+    """What a save over an older one forces onto the disk, renames and removes, in order."""
+    for step in (1, 2):
+        save_small(folder, step)
+    done: list[tuple[str, str]] = []
+    fsync, rename, unlink = os.fsync, Path.rename, os.unlink
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        done.append(("rename", f"{path.name} {target.name}"))
+        return rename(path, target)
+
+    def noted_unlink(path: Any, **options: Any) -> None:
+        done.append(("remove", str(path)))
+        unlink(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noted_fsync)
+        patch.setattr(Path, "rename", noted_rename)
+        patch.setattr(os, "unlink", noted_unlink)
+        save_small(folder, 3)
+    return done
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the names of open files")
+def test_everything_is_on_the_disk_before_it_has_its_name_and_before_the_old_ones_go(tmp_path: Path) -> None:
+    """When the power goes, what was not forced onto the disk is lost, in any order."""
+    (done,) = run_ranks(1, record_a_save, tmp_path)
+    assert done.pop(0) == ("sync", tmp_path.parent.name)
+    assert done[:6] == [
+        ("sync", "rank_00000_000.safetensors"),
+        ("sync", "manifest.json"),
+        ("sync", ".step_00000003.partial"),
+        ("rename", ".step_00000003.partial step_00000003"),
+        ("sync", tmp_path.name),
+        ("rename", "step_00000001 .step_00000001.removed"),
+    ]
+    assert all(kind == "remove" for kind, _ in done[6:])
+    assert len(done) == 8
