@@ -1,7 +1,7 @@
 """The architectures of Hugging Face's that our options can be written as, and why others cannot.
 
-What each computes was read in transformers 5.23's own files (`models/NAME/modeling_NAME.py`). All of them turn halves of
-a head's vector (rotary positions) as we do.
+What each computes was read in transformers 5.23's own files (`models/NAME/modeling_NAME.py`). All of them turn halves
+of a head's vector (rotary positions) as we do.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu"}
 """Our gated activations by the name that the function of the gate has there."""
 
 MLA = (
-    "its attention (MLA) makes keys and values out of one normed low-rank latent, and every head has a part that is not "
-    "rotated: grouped-query attention cannot be written as that. Its routing can: export to glm4_moe, which has "
+    "its attention (MLA) makes keys and values out of one normed low-rank latent, and every head has a part that is "
+    "not rotated: grouped-query attention cannot be written as that. Its routing can: export to glm4_moe, which has "
     "DeepSeek-V3's (sigmoid scores, selection bias, groups, factor, shared expert) beside grouped-query attention"
 )
 
@@ -135,8 +135,8 @@ def _only_experts(config: Config) -> Iterator[str]:
     yield from _with_experts(config)
     if 0 < len(dense_layers(config)) < config.model.num_layers:
         yield (
-            f"model.dense_layers ({config.model.dense_layers}) and model.moe_every ({config.model.moe_every}) must be 0 "
-            f"and 1: all of its layers have experts"
+            f"model.dense_layers ({config.model.dense_layers}) and model.moe_every ({config.model.moe_every}) must be "
+            f"0 and 1: all of its layers have experts"
         )
 
 

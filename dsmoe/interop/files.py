@@ -67,7 +67,9 @@ class Slot:
         return mapped.tensor("U8", (size,), self.offset).clone().view(self.torch_dtype).view(self.shape)
 
 
-def write_items(path: Path, items: Sequence[Item], metadata: dict[str, str] | None = None) -> tuple[StoredFile, list[int]]:
+def write_items(
+    path: Path, items: Sequence[Item], metadata: dict[str, str] | None = None
+) -> tuple[StoredFile, list[int]]:
     """Write a file, one tensor after the other, and force it onto the disk.
 
     Args:

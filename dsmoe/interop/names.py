@@ -93,7 +93,9 @@ def _moe(config: Config, names: Names, there: str, here: str) -> Iterator[Match]
         for part, name in enumerate((gate, up)):
             box = Box((expert, part * inner, 0), (1, inner, width))
             whole = (experts, 2 * inner, width)
-            yield _part(f"{there}.experts.{expert}.{name}.weight", box.shape[1:], f"{here}{EXPERTS_GATE_UP}", whole, box)
+            yield _part(
+                f"{there}.experts.{expert}.{name}.weight", box.shape[1:], f"{here}{EXPERTS_GATE_UP}", whole, box
+            )
         box = Box((expert, 0, 0), (1, width, inner))
         whole = (experts, width, inner)
         yield _part(f"{there}.experts.{expert}.{down}.weight", box.shape[1:], f"{here}{EXPERTS_DOWN}", whole, box)

@@ -35,8 +35,8 @@ def tokenizer_files(config: Config, given: str | None) -> TokenizerFiles:
         path = Path(name).expanduser()
         if not path.is_file():
             raise UserError(
-                f"the tokenizer {path.absolute()} (data.tokenizer) is not there; say where it is with --tokenizer FILE, "
-                f"or export without one with --tokenizer none"
+                f"the tokenizer {path.absolute()} (data.tokenizer) is not there; say where it is with --tokenizer "
+                f"FILE, or export without one with --tokenizer none"
             )
         text = path.read_text(encoding="utf-8")
     vocabulary = _vocabulary(name, text)
