@@ -92,6 +92,13 @@ def _add_interop(actions: Any) -> None:
     importing.add_argument("--config", metavar="CONFIG", help="the YAML file of the run that is to begin with it")
     importing.set_defaults(run=_checkpoint_import)
     _compares_logits(importing)
+    upcycle = actions.add_parser("upcycle", help="make an MoE model's of a dense one that computes the same")
+    upcycle.add_argument("source", metavar="SOURCE", type=Path, help="a dense checkpoint, or a Hugging Face folder")
+    upcycle.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to write")
+    upcycle.add_argument("--config", metavar="CONFIG", required=True, help="the YAML file of the MoE run")
+    upcycle.add_argument("--noise", metavar="S", type=float, default=0.0, help="S times an expert's RMS is added to it")
+    upcycle.set_defaults(run=_checkpoint_upcycle)
+    _compares_logits(upcycle)
 
 
 def _compares_logits(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +188,13 @@ def _checkpoint_import(arguments: argparse.Namespace) -> None:
     if arguments.config is None:
         raise UserError("to write a checkpoint, give the run's YAML file: --config CONFIG")
     import_folder(arguments.folder, arguments.out, load_config(arguments.config), not arguments.no_check)
+
+
+def _checkpoint_upcycle(arguments: argparse.Namespace) -> None:
+    from dsmoe.interop.upcycle import upcycle
+
+    config = load_config(arguments.config)
+    upcycle(arguments.source, arguments.out, config, arguments.noise, not arguments.no_check)
 
 
 def _checkpoint_verify(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dsmoe.checkpoint.files import DTYPES, NAMES, MappedFile, sync_folder
+from dsmoe.checkpoint.files import DTYPES, NAMES, sync_folder
 from dsmoe.checkpoint.manifest import BYTES, StoredFile
 from dsmoe.config.errors import UserError
 
@@ -57,14 +58,18 @@ class Slot:
         return DTYPES[self.dtype]
 
     def read(self) -> torch.Tensor:
-        """The tensor, as a map of the file that is undone with the tensor: memory holds only what is looked at."""
-        if prod(self.shape) == 0:
-            return torch.empty(self.shape, dtype=self.torch_dtype)
-        mapped = MappedFile(self.path)
-        if self.offset % BYTES[self.dtype] == 0:
-            return mapped.tensor(self.dtype, self.shape, self.offset)
+        """The tensor, as a map of its part of the file: memory holds what is looked at, until the tensor is gone."""
         size = prod(self.shape) * BYTES[self.dtype]
-        return mapped.tensor("U8", (size,), self.offset).clone().view(self.torch_dtype).view(self.shape)
+        if size == 0:
+            return torch.empty(self.shape, dtype=self.torch_dtype)
+        before = self.offset % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as stream:
+            # A private map: torch wants memory that could be written.
+            part = mmap.mmap(stream.fileno(), before + size, offset=self.offset - before, access=mmap.ACCESS_COPY)
+        elements = torch.frombuffer(part, dtype=torch.uint8, count=size, offset=before)
+        if before % BYTES[self.dtype]:
+            elements = elements.clone()  # other people's files need not be aligned
+        return elements.view(self.torch_dtype).view(self.shape)
 
 
 def write_items(

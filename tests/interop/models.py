@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dsmoe import build_model
 from dsmoe.checkpoint.state import BUFFER, MODEL
@@ -13,7 +14,8 @@ from dsmoe.config.schema import Config
 from dsmoe.interop.tensors import Tensors, Tile, Tiled
 from dsmoe.interop.weights import write_checkpoint
 from dsmoe.parallel.boxes import Box
-from tests.train.layouts import small_config
+from tests.checkpoint.runs import take_steps
+from tests.train.layouts import make_trainer, small_config
 
 MIXTRAL: dict[str, Any] = {
     "model": {"dense_layers": 0, "ffn_size": None, "rope_theta": 5e4, "norm_eps": 1e-6},
@@ -72,3 +74,63 @@ def save(config: Config, checkpoint: Path) -> Tensors:
     checkpoint.mkdir(parents=True)
     write_checkpoint(checkpoint, config, tensors, "a test")
     return tensors
+
+
+COMMON = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "rms_norm_eps": 3e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 7e4},
+    "eos_token_id": 256,
+}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+THEIRS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+    "qwen3_moe": {**MOE, "num_experts": 4, "decoder_sparse_step": 2, "norm_topk_prob": False},
+    "glm4_moe": {
+        **MOE,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 2.5,
+        "n_group": 4,
+        "topk_group": 2,
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 7e4, "partial_rotary_factor": 1.0},
+    },
+    "llama": {},
+    "mistral": {"sliding_window": 40, "tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True},
+}
+
+
+def save_theirs(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> None:
+    """A model of transformers' own making, whose norms and biases matter."""
+    import transformers
+
+    torch.manual_seed(0)
+    settings = transformers.AutoConfig.for_model(name, **{**COMMON, **THEIRS[name], **changes})
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    for key, tensor in model.state_dict().items():
+        if "norm" in key or key.endswith("bias"):
+            tensor.add_(torch.randn_like(tensor), alpha=0.3)
+    model.to(dtype).save_pretrained(folder)
+
+
+def load_sections(text: str) -> dict[str, Any]:
+    # `make_config` has a width of dense layers, which not all of these have.
+    found = yaml.safe_load(text)
+    return {"model": {"ffn_size": None, **found["model"]}, "moe": found["moe"]}
+
+
+def train_on(config: Config) -> list[float]:
+    trainer = make_trainer(config)
+    trainer.take_weights(Path(config.checkpoint.weights_from or ""))
+    return take_steps(trainer, 3)["losses"]

@@ -167,6 +167,7 @@ def test_other_logits_end_it_and_leave_nothing(tmp_path: Path, monkeypatch: pyte
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_run_of_any_layout_is_exported(tmp_path: Path) -> None:
     sections = {"model": {"qk_norm": True, "ffn_size": 64}, "moe": {**GLM4_MOE["moe"], "num_experts": 4, "top_k": 2}}
     sections["moe"]["router"] = {"score": "sigmoid", "num_groups": 2, "top_k_groups": 1}

@@ -20,56 +20,20 @@ from dsmoe.interop import importing
 from dsmoe.interop.importing import fitting_sections, import_folder
 from dsmoe.interop.sections import architecture_of, sections_of
 from tests.checkpoint.runs import take_steps, tensors_of
-from tests.interop.models import GLM4_MOE, make_config, moe_model
+from tests.interop.models import (
+    COMMON,
+    GLM4_MOE,
+    THEIRS,
+    load_sections,
+    make_config,
+    moe_model,
+    save_theirs,
+    train_on,
+)
 from tests.ranks import run_ranks
 from tests.train.layouts import make_trainer
 
 transformers = pytest.importorskip("transformers")
-
-COMMON = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "rms_norm_eps": 3e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 7e4},
-    "eos_token_id": 256,
-}
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-THEIRS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
-    "qwen3_moe": {**MOE, "num_experts": 4, "decoder_sparse_step": 2, "norm_topk_prob": False},
-    "glm4_moe": {
-        **MOE,
-        "n_routed_experts": 8,
-        "n_shared_experts": 2,
-        "routed_scaling_factor": 2.5,
-        "n_group": 4,
-        "topk_group": 2,
-        "use_qk_norm": True,
-        "num_nextn_predict_layers": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 7e4, "partial_rotary_factor": 1.0},
-    },
-    "llama": {},
-    "mistral": {"sliding_window": 40, "tie_word_embeddings": True},
-    "qwen3": {"tie_word_embeddings": True},
-}
-
-
-def save_theirs(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> None:
-    """A model of transformers' own making, whose norms and biases matter."""
-    torch.manual_seed(0)
-    settings = transformers.AutoConfig.for_model(name, **{**COMMON, **THEIRS[name], **changes})
-    model = transformers.AutoModelForCausalLM.from_config(settings)
-    for key, tensor in model.state_dict().items():
-        if "norm" in key or key.endswith("bias"):
-            tensor.add_(torch.randn_like(tensor), alpha=0.3)
-    model.to(dtype).save_pretrained(folder)
 
 
 def config_for(folder: Path, where: Path, **others: Any) -> Config:
@@ -77,14 +41,6 @@ def config_for(folder: Path, where: Path, **others: Any) -> Config:
     text = fitting_sections(folder)
     sections = load_sections(text)
     return make_config(where, sections, **others)
-
-
-def load_sections(text: str) -> dict[str, Any]:
-    import yaml
-
-    # `make_config` has a width of dense layers, which not all of these have.
-    found = yaml.safe_load(text)
-    return {"model": {"ffn_size": None, **found["model"]}, "moe": found["moe"]}
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -101,12 +57,7 @@ def test_what_transformers_saved_computes_the_same_here(
     assert {weights[key] for key in weights if key not in biases} == {torch.bfloat16}
 
 
-def train_on(config: Config) -> list[float]:
-    trainer = make_trainer(config)
-    trainer.take_weights(Path(config.checkpoint.weights_from or ""))
-    return take_steps(trainer, 3)["losses"]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "glm4_moe"])
 def test_any_layout_trains_on(name: str, tmp_path: Path) -> None:
     save_theirs(name, tmp_path / name)
