@@ -126,8 +126,13 @@ def read_header(path: Path) -> dict[str, Slot]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         slots = {name: _slot(path, 8 + length, size, entry) for name, entry in header.items()}
-        if 8 + length + sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()) != size:
-            raise ValueError("there is more in it than its header says")
+        end = 0
+        for first, last in sorted(entry["data_offsets"] for entry in header.values()):
+            if first != end:
+                raise ValueError("its tensors do not stand one after the other")
+            end = last
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size:,} bytes, and its header describes {8 + length + end:,}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -143,7 +148,7 @@ def _slot(path: Path, start: int, size: int, entry: dict[str, object]) -> Slot:
     if first < 0 or last - first != prod(shape) * BYTES[dtype] or min(shape, default=0) < 0:
         raise ValueError("its header contradicts itself")
     if start + last > size:
-        raise ValueError(f"it has {size:,} bytes and should have {start + last:,} or more")
+        raise ValueError(f"it has {size:,} bytes, and its header describes {start + last:,} or more")
     return Slot(path, dtype, shape, start + first)
 
 
