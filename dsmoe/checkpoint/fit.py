@@ -34,15 +34,11 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
     saved, here = identity(manifest.facts.config), identity(config)
     if optimizer is None:
         # What balances the experts may begin anew; a bias is part of what the weights compute.
-        for key in ("moe.balance.scope is global", "moe.capacity.target_drop_percent is set"):
-            saved.pop(key, None), here.pop(key, None)
-    else:
-        saved["optimizer"], here["optimizer"] = manifest.facts.optimizer, optimizer
-    refuse(
-        checkpoint,
-        "another model" if saved.get("optimizer") == here.get("optimizer") else "another optimizer",
-        rows(saved, here),
-    )
+        begins_anew = {"moe.balance.scope is global", "moe.capacity.target_drop_percent is set"}
+        saved, here = ({key: d[key] for key in d if key not in begins_anew} for d in (saved, here))
+    refuse(checkpoint, "another model", rows(saved, here))
+    if optimizer is not None:
+        refuse(checkpoint, "another optimizer", rows({"optimizer": manifest.facts.optimizer}, {"optimizer": optimizer}))
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

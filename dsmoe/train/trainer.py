@@ -101,6 +101,7 @@ class Trainer:
         stop = False
         while self.step_index < self.batch.steps and not stop:
             grad_norm = self.step()
+            process_watch().note("agreeing whether to stop")
             stop, last = self.signals.agreed(), self.step_index == self.batch.steps
             if last or stop or self.step_index % self.config.observe.log_every == 0:
                 self.log(grad_norm)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dsmoe.checkpoint.folder import candidates, verify
-from dsmoe.checkpoint.manifest import DamagedError
+from dsmoe.checkpoint.manifest import DamagedError, _sealed
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from tests.checkpoint.runs import MODEL, folder_of, layout_config, save_between, tensors_of
@@ -107,8 +107,6 @@ def test_a_malicious_pickle_is_not_executed_wherever_it_is(checkpoint: Path, tmp
 
 def test_a_manifest_that_agrees_with_itself_is_still_checked(checkpoint: Path) -> None:
     """Somebody may have written one by hand, checksum and all."""
-    from dsmoe.checkpoint.manifest import _sealed
-
     path = checkpoint / "manifest.json"
     whole = json.loads(path.read_text())
     del whole["sha256"]
@@ -181,8 +179,6 @@ def test_another_model_is_refused_with_a_table(checkpoint: Path, tmp_path: Path)
 
 
 def test_a_tensor_too_many_or_too_few_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
-    from dsmoe.checkpoint.manifest import _sealed
-
     path = checkpoint / "manifest.json"
     content = json.loads(path.read_text())
     del content["sha256"]
@@ -191,6 +187,17 @@ def test_a_tensor_too_many_or_too_few_is_an_error(checkpoint: Path, tmp_path: Pa
     (message,) = run_ranks(1, refusal, layout_config(tmp_path), checkpoint)
     assert re.search(r"model/nobody\.knows +\[32\] +absent", message)
     assert re.search(r"model/norm\.weight +absent +\[32\]", message)
+
+
+def test_another_optimizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    content["facts"]["optimizer"] = "Muon"
+    path.write_text(_sealed(content))
+    (message,) = run_ranks(1, refusal, layout_config(tmp_path), checkpoint)
+    assert message.splitlines()[0] == f"{checkpoint} is of another optimizer:"
+    assert message.splitlines()[-1].split() == ["optimizer", "Muon", "AdamW"]
 
 
 def fine_tune(config: Config, checkpoint: Path) -> dict[str, Any]:
