@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="tokenize and pack the corpora, once")
     _takes_config(prepare, _prepare)
 
-    checkpoint = commands.add_parser("checkpoint", help="look at a checkpoint, or check every byte of it")
+    checkpoint = commands.add_parser("checkpoint", help="look at a checkpoint, check it, or convert it")
     actions = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
     contents = actions.add_parser("show", help="what is inside: step, layout, sizes")
     contents.add_argument("--tensors", action="store_true", help="every tensor as well")
@@ -83,7 +84,40 @@ def _parser() -> argparse.ArgumentParser:
     _takes_checkpoint(contents, _checkpoint_show)
     verify = actions.add_parser("verify", help="check that every file is what was written; exit code 2 if not")
     _takes_checkpoint(verify, _checkpoint_verify)
+    _add_interop(actions)
     return parser
+
+
+def _add_interop(actions: Any) -> None:
+    export = actions.add_parser("export", help="write it as a folder that Hugging Face transformers loads")
+    _takes_checkpoint(export, _checkpoint_export)
+    export.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    export.add_argument(
+        "--format", help="mixtral, qwen3_moe, glm4_moe (DeepSeek-V3's routing), llama, qwen3 or mistral"
+    )
+    export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: bf16)")
+    export.add_argument("--shard-gb", metavar="GB", type=float, default=5.0, help="the most in a file (default: 5)")
+    export.add_argument("--tokenizer", metavar="FILE", help="in place of data.tokenizer; `none` for none")
+    _compares_logits(export)
+    importing = actions.add_parser(
+        "import", help="make one of a Hugging Face folder, or print the sections that fit it"
+    )
+    importing.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json and *.safetensors")
+    importing.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the checkpoint; without, print sections")
+    importing.add_argument("--config", metavar="CONFIG", help="the YAML file of the run that is to begin with it")
+    importing.set_defaults(run=_checkpoint_import)
+    _compares_logits(importing)
+    upcycle = actions.add_parser("upcycle", help="make an MoE model's of a dense one that computes the same")
+    upcycle.add_argument("source", metavar="SOURCE", type=Path, help="a dense checkpoint, or a Hugging Face folder")
+    upcycle.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to write")
+    upcycle.add_argument("--config", metavar="CONFIG", required=True, help="the YAML file of the MoE run")
+    upcycle.add_argument("--noise", metavar="S", type=float, default=0.0, help="S times an expert's RMS is added to it")
+    upcycle.set_defaults(run=_checkpoint_upcycle)
+    _compares_logits(upcycle)
+
+
+def _compares_logits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-check", action="store_true", help="do not compare logits: the models exceed the memory")
 
 
 def _takes_checkpoint(parser: argparse.ArgumentParser, run: object) -> None:
@@ -157,6 +191,39 @@ def _checkpoint_show(arguments: argparse.Namespace) -> None:
     print(summary(checkpoint, arguments.tensors))
     if arguments.against:
         print(f"\n{compare(checkpoint, Path(arguments.against))}")
+
+
+def _checkpoint_export(arguments: argparse.Namespace) -> None:
+    from dsmoe.checkpoint.show import one_checkpoint
+    from dsmoe.interop.export import export
+
+    export(
+        one_checkpoint(arguments.path),
+        arguments.out,
+        arguments.format,
+        arguments.dtype,
+        int(arguments.shard_gb * 1e9),
+        arguments.tokenizer,
+        check=not arguments.no_check,
+    )
+
+
+def _checkpoint_import(arguments: argparse.Namespace) -> None:
+    from dsmoe.interop.importing import fitting_sections, import_folder
+
+    if arguments.out is None:
+        print(fitting_sections(arguments.folder), end="")
+        return
+    if arguments.config is None:
+        raise UserError("to write a checkpoint, give the run's YAML file: --config CONFIG")
+    import_folder(arguments.folder, arguments.out, load_config(arguments.config), not arguments.no_check)
+
+
+def _checkpoint_upcycle(arguments: argparse.Namespace) -> None:
+    from dsmoe.interop.upcycle import upcycle
+
+    config = load_config(arguments.config)
+    upcycle(arguments.source, arguments.out, config, arguments.noise, not arguments.no_check)
 
 
 def _checkpoint_verify(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,163 @@
+"""`dsmoe checkpoint export`: a checkpoint of ours as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from dsmoe.checkpoint.folder import verify
+from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.checkpoint.state import BUFFER, MODEL
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+from dsmoe.interop.architectures import Architecture, choose, common_settings
+from dsmoe.interop.files import Item, whole_folder, write_items, write_text
+from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
+from dsmoe.interop.names import Match, matches
+from dsmoe.interop.tensors import Tensors, checkpoint_tensors
+from dsmoe.interop.tokenizer import TokenizerFiles, tokenizer_files
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHARD_BYTES = 5_000_000_000
+"""The most that a file has by default, unless one tensor alone is larger."""
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    architecture: str | None = None,
+    dtype: str = "bf16",
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer: str | None = None,
+    check: bool = True,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the checkpoint's weights, config and tokenizer as the folder `out`, which is there whole or not at all.
+
+    One tensor is in memory at a time, but for the comparison of the logits.
+
+    Args:
+        checkpoint: ours.
+        out: a folder that is not there yet.
+        architecture: theirs; None takes the first that can express the model.
+        dtype: of the weights that are written, `bf16` or `fp32`. Selection biases stay fp32.
+        shard_bytes: the most that a file has.
+        tokenizer: a file in place of `data.tokenizer`; `none` for none.
+        check: compare what transformers' model computes with what ours does.
+        say: what is told about it goes here.
+
+    Raises:
+        UserError: the model cannot be expressed, the checkpoint is damaged, or the logits differ.
+    """
+    manifest = verify(checkpoint)
+    config = config_of(checkpoint, manifest)
+    chosen = choose(config, architecture)
+    say(f"{checkpoint}, step {manifest.facts.step}, as {chosen.name} in {dtype}")
+    if check:
+        check_memory(config)
+    files = tokenizer_files(config, tokenizer)
+    tensors = checkpoint_tensors(checkpoint, manifest)
+    pairs = list(matches(config, chosen.names))
+    check_complete(checkpoint, tensors, pairs)
+    with whole_folder(out) as partial_folder:
+        shards = _shards([_item(match, tensors, DTYPES[dtype]) for match in pairs], shard_bytes)
+        _write_weights(partial_folder, shards)
+        _write_settings(partial_folder, chosen, config, DTYPES[dtype], files)
+        if check:
+            agreement = compare(our_logits(config, tensors, DTYPES[dtype]), their_logits(partial_folder, config))
+            if not agreement.holds:
+                raise UserError(f"transformers' model computes something else: {agreement}; {out} was not written")
+            say(f"the same logits from transformers' model: {agreement}")
+        else:
+            say("not compared with transformers' model (--no-check)")
+    if config.moe is not None and config.moe.capacity.eval_factor is not None:
+        say(f"moe.capacity.eval_factor ({config.moe.capacity.eval_factor}) is left behind: transformers drops nothing")
+    size = sum(item.bytes for shard in shards for item in shard)
+    say(f"wrote {out}: {len(pairs)} tensors, {size / 1e9:.2f} GB in {len(shards)} file{'s' * (len(shards) > 1)}")
+
+
+def config_of(checkpoint: Path, manifest: Manifest) -> Config:
+    """The config of the run that wrote a checkpoint."""
+    try:
+        return Config.model_validate(manifest.facts.config)
+    except ValidationError as error:
+        raise UserError(f"{checkpoint} was written with a config that this version does not know: {error}") from None
+
+
+def check_complete(source: Path, tensors: Tensors, pairs: Sequence[Match]) -> None:
+    """Check that `tensors` has exactly what the pairs take of it.
+
+    Raises:
+        UserError: it lacks one, has one more, or one of another shape; with the names.
+    """
+    wanted = {pair.key: pair.whole for pair in pairs if pair.key is not None}
+    mapped = {key for key in tensors if key.startswith(f"{MODEL}/") or key.endswith("balance.bias")}
+    problems = [f"{key} is missing" for key in wanted if key not in tensors]
+    problems += [f"{key} has no counterpart" for key in sorted(mapped - wanted.keys())]
+    problems += [
+        f"{key} has shape {list(tensors[key].shape)} and should have {list(shape)}"
+        for key, shape in wanted.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    if problems:
+        raise UserError("\n  ".join([f"the tensors of {source} are not those of its model:", *sorted(problems)]))
+
+
+def _item(match: Match, tensors: Tensors, dtype: torch.dtype) -> Item:
+    if match.key is None:
+        return Item(match.theirs, torch.float32, match.shape, partial(torch.zeros, match.shape))
+    tensor = tensors[match.key]
+
+    def make() -> torch.Tensor:
+        return tensor.read(match.box).view(match.shape)
+
+    return Item(match.theirs, torch.float32 if match.key.startswith(BUFFER) else dtype, match.shape, make)
+
+
+def _shards(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
+    """The items by file, in order; within a file those of wider elements first, so that all are aligned."""
+    shards: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.bytes
+    return [sorted(shard, key=lambda item: -item.dtype.itemsize) for shard in shards]
+
+
+def _write_weights(folder: Path, shards: Sequence[Sequence[Item]]) -> None:
+    """Write `model.safetensors`, or numbered files and their index."""
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        write_items(folder / name, shard, {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(item.bytes for shard in shards for item in shard)
+        places = dict(sorted((i.name, name) for name, shard in zip(names, shards, strict=True) for i in shard))
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_settings(
+    folder: Path, architecture: Architecture, config: Config, dtype: torch.dtype, files: TokenizerFiles
+) -> None:
+    end = None if files.end is None else files.end[1]
+    special = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
+    name = str(dtype).removeprefix("torch.")
+    settings = common_settings(architecture, config) | special | {"dtype": name, "torch_dtype": name}
+    _write_json(folder / "config.json", settings)
+    _write_json(folder / "generation_config.json", special)
+    for file, text in files.files.items():
+        write_text(folder / file, text)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,163 @@
+"""Whether two models compute the same: their logits for the same tokens, in fp32 on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmoe.checkpoint.state import BUFFER, MODEL
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Capacity, Config
+from dsmoe.interop.tensors import Tensors
+from dsmoe.model import build_model
+from dsmoe.plan.parameters import count_parameters
+
+TOLERANCE = 1e-3
+"""Largest difference of a token's logits that is taken for rounding, relative to the root mean square of all. Another
+meaning of a weight gives about 1; sums in another order, 1e-6 in small models, and more in deep ones."""
+FLIPPED, FLIPPED_TOLERANCE = 0.1, 0.1
+"""This share of the tokens may differ by this much: where two experts of a token score the same to rounding, the two
+libraries may choose differently. In a model of many layers and experts, that befalls a few tokens in a hundred."""
+_SEQUENCES, _LENGTH = 2, 64
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two sets of logits are apart."""
+
+    largest: float
+    """Difference of any two logits."""
+    scale: float
+    """The root mean square of the first."""
+    apart: float
+    """Share of the tokens of which some logit differs by more than the tolerance."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether that is rounding; NaN is not."""
+        return self.apart <= FLIPPED and self.largest <= FLIPPED_TOLERANCE * self.scale
+
+    def __str__(self) -> str:
+        text = f"largest difference {self.largest:.3g}, the logits' root mean square {self.scale:.3g}"
+        return text if self.apart == 0 else f"{text}, {self.apart:.1%} of the tokens apart by more than rounding"
+
+
+def compare(ours: torch.Tensor, theirs: torch.Tensor) -> Agreement:
+    """The agreement of two sets of logits, [B, S, V]."""
+    scale = float(ours.square().mean().sqrt())
+    difference_BS = (ours - theirs).abs().amax(dim=-1)
+    apart = 1.0 - float((difference_BS <= TOLERANCE * scale).float().mean())
+    return Agreement(float(difference_BS.max()), scale, apart)
+
+
+def sample_tokens(config: Config) -> torch.Tensor:
+    """Tokens to compare on, always the same."""
+    length = min(_LENGTH, config.model.max_sequence_length)
+    return torch.randint(
+        config.model.vocab_size, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0), dtype=torch.int64
+    )
+
+
+@torch.no_grad()
+def our_logits(config: Config, tensors: Tensors, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Those of the model of `config`, which drops nothing, with `tensors` as weights.
+
+    Args:
+        config: the run.
+        tensors: its weights and selection biases.
+        dtype: what the weights are rounded to first; None leaves them.
+    """
+    model = build_model(dropless(config)).eval()
+    targets = {f"{MODEL}/{name}": parameter.data for name, parameter in model.named_parameters()}
+    targets |= {f"{BUFFER}/{name}": x for name, x in model.named_buffers() if name.endswith("balance.bias")}
+    for key, target in targets.items():
+        if key.startswith(BUFFER) and key not in tensors:
+            continue  # a model without selection biases: they begin at 0
+        tensor = tensors[key].read()
+        if dtype is not None and key.startswith(MODEL):
+            tensor = tensor.to(dtype)
+        target.copy_(tensor)
+    return model.logits(sample_tokens(config))
+
+
+@torch.no_grad()
+def their_logits(folder: Path, config: Config) -> torch.Tensor:
+    """Those of the transformers model in a folder; `config` is the run's that it is compared to.
+
+    Raises:
+        UserError: it cannot be loaded, or not with every tensor where it belongs.
+    """
+    transformers = import_transformers()
+    with _quiet(transformers):
+        try:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except Exception as error:  # whatever their code makes of a folder
+            raise UserError(f"transformers cannot load {folder}: {error}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            raise UserError(f"transformers reports {what.replace('_', ' ')} in {folder}: {sorted(report[what])[:5]}")
+    logits: torch.Tensor = model.eval()(sample_tokens(config)).logits
+    return logits
+
+
+def dropless(config: Config) -> Config:
+    """The same run on one rank, without a limit on what an expert accepts: no other library has one."""
+    if config.moe is None:
+        return config
+    parallel = config.parallel.model_copy(update={"overlap_chunks": 1})
+    moe = config.moe.model_copy(update={"capacity": Capacity()})
+    return config.model_copy(update={"parallel": parallel, "moe": moe})
+
+
+def check_memory(config: Config) -> None:
+    """Check that two models of this size fit into what memory is free.
+
+    Raises:
+        UserError: they do not.
+    """
+    needed = 2 * 4 * count_parameters(config).total
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # what the page cache holds is free as well
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    if needed > free:
+        raise UserError(
+            f"comparing the logits takes two models in fp32, about {needed / 2**30:.0f} GiB, and "
+            f"{free / 2**30:.0f} GiB are free; run it where there is more, or without the comparison (--no-check)"
+        )
+
+
+def import_transformers() -> Any:
+    """The library, or an error that says how to get it."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "this needs the `transformers` library: pip install 'dsmoe[hf]'. (An export can do without: --no-check.)"
+        ) from None
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's progress bars and its advice; what it reports is checked instead."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

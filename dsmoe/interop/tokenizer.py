@@ -1,0 +1,86 @@
+"""A run's tokenizer as the files that `transformers.AutoTokenizer` reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, ByteTokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """By name; and the end-of-document token, as text and number, where there is one."""
+
+    files: dict[str, str]
+    end: tuple[str, int] | None
+
+
+def tokenizer_files(config: Config, given: str | None) -> TokenizerFiles:
+    """Those of `data.tokenizer`, or of the file `given` in its place; none for `none`.
+
+    Raises:
+        UserError: there is no such file, or it is not a tokenizer.
+    """
+    if given == "none":
+        return TokenizerFiles({}, None)
+    name = given or config.data.tokenizer
+    if name == "bytes":
+        text = byte_tokenizer_json()
+    else:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"the tokenizer {path.absolute()} (data.tokenizer) is not there; say where it is with --tokenizer "
+                f"FILE, or export without one with --tokenizer none"
+            )
+        text = path.read_text(encoding="utf-8")
+    vocabulary = _vocabulary(name, text)
+    highest = max(vocabulary.values(), default=-1)
+    if highest >= config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {name} has token {highest}, and model.vocab_size is {config.model.vocab_size}: it is not "
+            f"the one that the model was trained with; give that with --tokenizer FILE"
+        )
+    end = next(((eod, vocabulary[eod]) for eod in END_OF_DOCUMENT_NAMES if eod in vocabulary), None)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.model.max_sequence_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    if end is not None:
+        settings |= {"eos_token": end[0], "pad_token": end[0]}
+    return TokenizerFiles({"tokenizer.json": text, "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}, end)
+
+
+def byte_tokenizer_json() -> str:
+    """The `bytes` tokenizer as one of the `tokenizers` library: a BPE without merges, with the same numbers.
+
+    That library writes a byte as a printable character: those that are one stand for themselves, and the others, in
+    order, for 256, 257 and so on (GPT-2's table).
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = AddedToken(END_OF_DOCUMENT_NAMES[0], special=True, normalized=False)
+    tokenizer.add_special_tokens([end])
+    assert tokenizer.token_to_id(end.content) == ByteTokenizer.end_of_document
+    return tokenizer.to_str()
+
+
+def _vocabulary(name: str, text: str) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises no narrower type
+        raise UserError(f"{name} is not a JSON file of the `tokenizers` library ({error})") from None
