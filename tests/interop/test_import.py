@@ -19,6 +19,7 @@ from dsmoe.config.show import dump_config
 from dsmoe.interop import importing
 from dsmoe.interop.importing import fitting_sections, import_folder
 from dsmoe.interop.sections import architecture_of, sections_of
+from dsmoe.parallel.local import run_ranks
 from tests.checkpoint.runs import take_steps, tensors_of
 from tests.interop.models import (
     COMMON,
@@ -30,7 +31,6 @@ from tests.interop.models import (
     save_theirs,
     train_on,
 )
-from tests.ranks import run_ranks
 from tests.train.layouts import make_trainer
 
 transformers = pytest.importorskip("transformers")

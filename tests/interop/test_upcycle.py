@@ -15,9 +15,9 @@ from dsmoe.config.show import dump_config
 from dsmoe.interop import upcycle as upcycling
 from dsmoe.interop.logits import compare, our_logits
 from dsmoe.interop.upcycle import cut_of, upcycle
+from dsmoe.parallel.local import run_ranks
 from tests.checkpoint.runs import tensors_of
 from tests.interop.models import LLAMA, QWEN3, load_sections, make_config, save, save_theirs, tiled, train_on
-from tests.ranks import run_ranks
 
 INNER = 48
 """The width of the dense model's feed-forward."""
