@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
 from typing import Any
@@ -24,6 +25,9 @@ from dsmoe.parallel.distributed import on_first_rank, set_timeout_everywhere
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
 from dsmoe.train.schedule import learning_rate
+
+ELEMENTS_PER_PIECE = 2**18
+"""Of a gradient on a CPU, when its norm is taken."""
 
 
 def initialize(
@@ -78,6 +82,8 @@ def initialize(
     if config.parallel.zero_stage == 0:
         _forget_the_dry_step(engine)
         _clip_before_each_step(engine, groups, options.grad_clip)
+    else:
+        _take_norms_in_pieces(engine.optimizer)
     return engine, optimizer, loader, scheduler
 
 
@@ -205,6 +211,29 @@ def _clip_before_each_step(engine: deepspeed.DeepSpeedEngine, groups: Groups, ma
     inner_optimizer(engine).register_step_pre_hook(clip)
 
 
+def _take_norms_in_pieces(optimizer: Any) -> None:
+    """Let ZeRO see large gradients on a CPU as several of one parameter each when it takes the norm.
+
+    It copies each to fp64, as a whole: of all experts of a layer, 16 MiB in bf16, that takes 34 ms, and 4 ms in pieces.
+    The sum is the same.
+    """
+    whole = getattr(optimizer, "get_grad_norm_direct", None)
+    if whole is None:  # another wrapper, which takes norms its own way
+        return
+
+    def in_pieces(gradients: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter], *rest: Any) -> torch.Tensor:
+        real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        pairs = [(piece, p) for gradient, p in zip(real, parameters, strict=False) for piece in _pieces(gradient)]
+        return whole([piece for piece, _ in pairs], [p for _, p in pairs], *rest)
+
+    optimizer.get_grad_norm_direct = in_pieces
+
+
+def _pieces(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
+    """On a CPU views of ELEMENTS_PER_PIECE, copies of which stay in the cache; anywhere else the gradient itself."""
+    return gradient.flatten().split(ELEMENTS_PER_PIECE) if gradient.device.type == "cpu" else (gradient,)
+
+
 def _forget_the_dry_step(engine: deepspeed.DeepSpeedEngine) -> None:
     """Undo the step on zero gradients by which DeepSpeed's stage-0 bf16 wrapper makes Adam's state.
 
@@ -224,4 +253,8 @@ def _square_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.T
     """The sum of squares of all elements, float64."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([norm.double() for norm in torch._foreach_norm([g.float() for g in gradients])]).square().sum()
+    if device.type == "cpu":  # where an fp32 norm of 8 million numbers is off by 7e-5
+        norms = [torch.linalg.vector_norm(piece.double()) for gradient in gradients for piece in _pieces(gradient)]
+    else:
+        norms = [norm.double() for norm in torch._foreach_norm([gradient.float() for gradient in gradients])]
+    return torch.stack(norms).square().sum()

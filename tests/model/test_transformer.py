@@ -86,6 +86,7 @@ class TestLoss:
         targets = torch.randint(7, (10,))
         pairs = []
         monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", tokens_per_chunk * 7)
+        monkeypatch.setattr(loss_module, "LOGITS_PER_BLOCK_ON_CPU", 2 * 7)
         for function in (loss_module.token_losses, lambda h, w, t: F.cross_entropy(h @ w.T, t, reduction="none")):
             leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
             losses = function(*leaves, targets)
@@ -95,7 +96,7 @@ class TestLoss:
             torch.testing.assert_close(actual, expected)
 
     def test_no_more_logits_than_a_chunk_are_alive(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Nothing that forward and backward compute is larger; the graph keeps the inputs and a number per token."""
+        """Nothing that is computed is larger. Kept are the inputs, a number per token and one chunk."""
         monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 4 * 70)
         hidden, head = torch.randn(40, 2, requires_grad=True), torch.randn(70, 2, requires_grad=True)
         targets, kept = torch.zeros(40, dtype=torch.int64), []
@@ -107,6 +108,19 @@ class TestLoss:
         assert largest.numel == 4 * 70
         inputs = {x.data_ptr() for x in (hidden, head, targets)}
         assert [x.shape for x in kept if x.data_ptr() not in inputs] == [(40,)]
+
+    def test_the_logits_of_the_forward_pass_are_used_once(self) -> None:
+        """Their gradient overwrites them: a second backward pass makes them anew."""
+        hidden, head = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+        losses = loss_module.token_losses(hidden, head, torch.randint(7, (5,)))
+        gradients, products = [], []
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                gradients.append(torch.autograd.grad(losses.sum(), (hidden, head), retain_graph=True))
+            products.append(counter.get_total_flops() / (2 * 5 * 4 * 7))
+        assert products == [2, 3]
+        for first, second in zip(*gradients, strict=True):
+            torch.testing.assert_close(first, second)
 
     def test_gradient_is_that_of_the_function(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 3 * 7)

@@ -16,6 +16,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.model import build_model
 from dsmoe.parallel.local import run_ranks
+from dsmoe.train import engine as engine_module
 from dsmoe.train.engine import clip_gradients, initialize, parameter_groups
 from tests.train.layouts import make_trainer, small_config
 
@@ -127,7 +128,8 @@ class Small(nn.Module):
         return self.sparse(self.inner(x))[0]
 
 
-def clipped_through_initialize(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
+def clipped_through_initialize(config: Config, elements: int) -> tuple[float, dict[str, torch.Tensor]]:
+    engine_module.ELEMENTS_PER_PIECE = elements
     groups = Groups(Topology.from_config(config))
     torch.manual_seed(0)
     model = Small(groups.topology.expert)
@@ -141,10 +143,13 @@ def clipped_through_initialize(config: Config) -> tuple[float, dict[str, torch.T
 
 
 def test_initialize_clips_alike_at_every_stage(tmp_path: Path) -> None:
-    """Four accumulation steps, so two optimizer steps with very different gradients, all of them clipped."""
+    """Four accumulation steps, so two optimizer steps with very different gradients, all of them clipped.
+
+    Norms are taken of whole gradients, or in pieces of less than one weight.
+    """
     results = [
-        run_ranks(2, clipped_through_initialize, small_config(tmp_path, ranks=2, expert=2, zero_stage=stage))
-        for stage in (0, 1, 2)
+        run_ranks(2, clipped_through_initialize, small_config(tmp_path, ranks=2, expert=2, zero_stage=stage), elements)
+        for stage, elements in ((0, 2**18), (0, 50), (1, 2**18), (1, 50), (2, 50))
     ]
     for other in results[1:]:
         for (norm, weights), (other_norm, other_weights) in zip(results[0], other, strict=True):
