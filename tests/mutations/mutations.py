@@ -236,8 +236,8 @@ MUTATIONS = [
     Mutation(
         "the norm counts a replicated weight once per tensor rank",
         "dsmoe/train/engine.py",
-        old='kind = expert if group["moe"] else split if group["split"] else whole',
-        new='kind = expert if group["moe"] else split',
+        old='if group["moe"] else split if group["split"] else whole',
+        new='if group["moe"] else split',
         caught_by=f"{NORM}[2]",
     ),
     # Balance and data.
