@@ -1,0 +1,283 @@
+"""Tokens per second of whole training steps: dsmoe, dsmoe's model with DeepSpeed's MoE layer, transformers' Qwen3-MoE.
+
+    python -m benchmarks.train_step --ranks 1 2 4 --dtypes bf16 --rounds 5
+
+A step is forward, backward, gradient reduction, clipping and AdamW. All contenders of a number of ranks live in the
+same processes, each with its own engine; every round steps each of them once, in an order that rotates, from a barrier
+to the end of the slowest rank. Ratios are medians over rounds of the ratio within a round. Writes
+`benchmarks/results/train_step_DEVICE.json`.
+
+Equal for all: the weights at the start; the global batch, the same in every round; layers, widths, heads, QK norm,
+vocabulary, experts, top 2 by softmax with normalised weights, a balancing loss of coefficient 0.01; PyTorch's
+`scaled_dot_product_attention`; the DeepSpeed configuration (ZeRO stage 1), parameter groups and torch's fused AdamW;
+one process per rank. No data are read. Loads are nearly even, as in a model that has been trained with a balancing loss
+(the fullest expert has 1.2 times the mean): who pads to the fullest expert pads little, and capacity 1.25 drops next to
+nothing.
+
+Not equal:
+
+* dsmoe runs through its `Trainer`, which also counts routing statistics. Its router's weight is fp32 in a bf16 run;
+  DeepSpeed's is bf16 multiplied in fp32, transformers' is bf16 multiplied in bf16.
+* DeepSpeed's layer stands in dsmoe's model, with dsmoe's attention and loss. Its second expert is the second best, not
+  a drawn one. It has the same expert parallel degree. `drop_tokens=False` is its dropless mode, which pads to the
+  fullest expert. With a capacity of 1.25 it computes full buffers; dsmoe does so on CUDA, and on a CPU only what is
+  kept.
+* transformers has experts as `grouped_mm`, is dropless, and data-parallel only, at every layout. Its cross entropy
+  takes whole fp32 logits; its balancing loss is one over all layers, dsmoe's and DeepSpeed's are one per layer.
+* In rows with `tensor=2` only dsmoe is tensor-parallel (with sequence parallelism): half as many data ranks, each with
+  twice the tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.moe_layer import DTYPES, cpu_name, seconds, write
+from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender, transformers_contender
+from dsmoe.config.schema import Config
+from dsmoe.parallel import Rank, join_processes, leave_processes
+from dsmoe.parallel.distributed import quiet_deepspeed
+from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.flops import flops_per_token
+
+CAPACITIES = {"dropless": None, "capacity 1.25": 1.25}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab": 264, "hidden": 32, "layers": 2, "experts": 4, "ffn": 32, "length": 32, "sequences": 2},
+    "cpu": {"vocab": 8192, "hidden": 512, "layers": 4, "experts": 16, "ffn": 512, "length": 512, "sequences": 4},
+    "gpu": {"vocab": 32768, "hidden": 2048, "layers": 4, "experts": 32, "ffn": 768, "length": 2048, "sequences": 8},
+}
+"""Of a model, and how many sequences of which length each rank has in a step; top 2, heads 16 or more wide."""
+HEADS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured in one set of processes."""
+
+    ranks: int
+    dtype: str
+    shape: str
+    rounds: int
+    device: str | None
+    """As `cluster.device`: `cpu`, the name of a GPU whose peak is known, or None."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step over all ranks."""
+        return self.ranks * SHAPES[self.shape]["sequences"] * SHAPES[self.shape]["length"]
+
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """The `parallel` sections of dsmoe's rows."""
+        if self.ranks == 1:
+            return {"expert=1": {"expert": 1}}
+        return {
+            "expert=1": {"expert": 1},
+            f"expert={self.ranks}": {"expert": self.ranks},
+            f"expert={self.ranks} tensor=2": {"expert": self.ranks, "tensor": 2, "sequence": True},
+        }
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
+    parser.add_argument("--shape", default="gpu" if on_gpu else "cpu", choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=5, help="after a first that is not counted")
+    parser.add_argument("--device", default=None if on_gpu else "cpu", help="a name of dsmoe.plan.devices, for MFU")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(Run(**options.worker))
+        return
+    rows = []
+    for dtype in options.dtypes:
+        for ranks in options.ranks:
+            rows += measure(Run(ranks, dtype, options.shape, options.rounds, options.device), options.threads)
+    hardware = cpu_name() if options.device == "cpu" else torch.cuda.get_device_name()
+    write("train_step_cpu" if options.device == "cpu" else "train_step_cuda", rows, hardware, options.threads)
+    print(table(rows))
+
+
+def measure(run: Run, threads: int) -> list[dict[str, Any]]:
+    """Start the ranks, and make a row of every layout."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)]
+    command = [*launcher, "-m", "benchmarks.train_step", "--worker", json.dumps(asdict(run))]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "corpus.txt").write_text("a training step\n" * 64 * SHAPES[run.shape]["length"])
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RESULTS": folder}
+        subprocess.run(command, env=environment, check=True)
+        measured = json.loads((Path(folder) / "measured.json").read_text())
+    crowded = run.device == "cpu" and run.ranks * threads > (os.cpu_count() or 1)
+    rows = []
+    for layout in run.layouts():
+        rows.append({"ranks": run.ranks, "dtype": run.dtype, "layout": layout, "more_ranks_than_cores": crowded})
+        rows[-1].update(summarise(run, layout, measured))
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One row: dsmoe at `layout`, and its peers with the same number of ranks and expert parallel degree."""
+    expert = layout.split()[0]
+    keys = {f"dsmoe {capacity}": f"dsmoe {layout} {capacity}" for capacity in CAPACITIES}
+    keys |= {f"deepspeed {capacity}": f"deepspeed {expert} {capacity}" for capacity in CAPACITIES}
+    keys |= {"transformers": "transformers"} if "transformers" in measured else {}
+    of = {name: measured[key] for name, key in keys.items()}
+    pairs = [(peer, f"dsmoe {peer.partition(' ')[2] or 'dropless'}") for peer in keys if not peer.startswith("dsmoe")]
+    row: dict[str, Any] = {
+        "tokens_per_second": {name: run.tokens / statistics.median(m["seconds"]) for name, m in of.items()},
+        "speed_over": {
+            peer: statistics.median(a / b for a, b in zip(of[peer]["seconds"], of[ours]["seconds"], strict=True))
+            for peer, ours in pairs
+        },
+        "loss": {name: m["loss"] for name, m in of.items()},
+    }
+    facts = resolve_device(run.device)
+    if run.device != "cpu":
+        row["peak_gib"] = {name: m["peak_bytes"] / 2**30 for name, m in of.items()}
+    if facts is not None and facts.peak_tflops is not None:
+        flops = flops_per_token(make_config(run, {}, None, Path()), SHAPES[run.shape]["length"]).training
+        peak = facts.peak_tflops * 1e12 * run.ranks
+        row["mfu_percent"] = {name: 100 * rate * flops / peak for name, rate in row["tokens_per_second"].items()}
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    peers = list(rows[0]["speed_over"])
+    lines = [
+        "| ranks | layout | dtype | dsmoe tokens/s | " + " | ".join(f"over {peer}" for peer in peers) + " |",
+        "|---" * (4 + len(peers)) + "|",
+    ]
+    for row in rows:
+        ratios = " | ".join(f"{row['speed_over'][peer]:.2f}" for peer in peers)
+        rate = row["tokens_per_second"]["dsmoe dropless"]
+        lines.append(f"| {row['ranks']} | `{row['layout']}` | {row['dtype']} | {rate:.0f} | {ratios} |")
+    return "\n".join(lines)
+
+
+def make_config(run: Run, parallel: dict[str, Any], capacity: float | None, folder: Path) -> Config:
+    """A run of `run`'s shape; `folder` has the corpus that a `Trainer` wants to see."""
+    shape = SHAPES[run.shape]
+    tensor = parallel.get("tensor", 1)
+    return Config.model_validate(
+        {
+            "name": "train_step",
+            "cluster": {"devices_per_node": run.ranks, "device": run.device},
+            "parallel": {**parallel, "zero_stage": 1},
+            "model": {
+                "vocab_size": shape["vocab"],
+                "hidden_size": shape["hidden"],
+                "num_layers": shape["layers"],
+                "num_heads": HEADS,
+                "num_kv_heads": HEADS // 2,
+                "head_dim": max(shape["hidden"] // HEADS, 16),
+                "max_sequence_length": shape["length"],
+                "norm_eps": 1e-6,
+                "qk_norm": True,
+                # So small that a token's experts depend on its own embedding: a fresh model of 0.02 sends 3 times the
+                # mean to the fullest, because what attention adds is larger, and much the same for all tokens.
+                "init_std": 0.002,
+            },
+            "moe": {
+                "num_experts": shape["experts"],
+                "top_k": 2,
+                "expert_ffn_size": shape["ffn"],
+                "balance": {"aux_loss": 0.01},
+                # On a CPU nothing is gained by static shapes.
+                "capacity": {"factor": capacity, "pad": run.device != "cpu"},
+            },
+            "data": {
+                "sources": ({"name": "corpus", "path": str(folder / "corpus.txt")},),
+                "cache_dir": str(folder / "cache"),
+            },
+            "optimizer": {"lr": 1e-5, "schedule": "constant"},  # so small that loads stay as they are
+            "train": {
+                "steps": run.rounds + 1,
+                "batch_tokens": run.tokens,
+                "micro_batch_size": shape["sequences"] * tensor,
+                "sequence_length": shape["length"],
+                "precision": run.dtype,
+            },
+        }
+    )
+
+
+def work(run: Run) -> None:
+    """One rank: all contenders in turn, once per round."""
+    rank = join_processes("cpu" if run.device == "cpu" else "cuda")
+    quiet_deepspeed()
+    folder = Path(os.environ["RESULTS"])
+    contenders = make_contenders(run, rank, folder)
+    shape = SHAPES[run.shape]
+    size = (run.ranks * shape["sequences"], shape["length"] + 1)
+    tokens = torch.randint(shape["vocab"], size, generator=torch.Generator().manual_seed(0))
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(run.rounds + 1):
+        names = list(contenders)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            contender = contenders[name]
+            contender.activate()
+            gc.collect()
+            dist.barrier()
+            with contender.memory_counted():
+                of_step = seconds(partial(contender.step, contender.part_of(tokens)), rank.device.type)
+            if number:
+                taken[name].append(of_step)
+    report = {}
+    for name, contender in contenders.items():
+        contender.activate()
+        worst = torch.tensor([*taken[name], contender.peak_bytes], dtype=torch.float64, device=rank.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        with torch.no_grad():
+            loss = contender.loss(contender.part_of(tokens)) / run.ranks
+        dist.all_reduce(loss)
+        *slowest, peak_bytes = worst.tolist()
+        report[name] = {"seconds": slowest, "peak_bytes": peak_bytes, "loss": loss.item()}
+    if rank.is_first:
+        (folder / "measured.json").write_text(json.dumps(report))
+    leave_processes()
+
+
+def make_contenders(run: Run, rank: Rank, folder: Path) -> dict[str, Contender]:
+    """Every contender for this number of ranks, by the names that `summarise` knows."""
+    contenders: dict[str, Contender] = {}
+
+    def add(name: str, make: Callable[..., Contender], config: Config, *arguments: object) -> None:
+        before = torch.cuda.memory_allocated()
+        contenders[name] = make(config, rank, *arguments)
+        contenders[name].kept_bytes = torch.cuda.memory_allocated() - before
+
+    for layout, parallel in run.layouts().items():
+        for capacity, factor in CAPACITIES.items():
+            config = make_config(run, parallel, factor, folder)
+            add(f"dsmoe {layout} {capacity}", dsmoe_contender, config, folder)
+            if "tensor" not in parallel:
+                add(f"deepspeed {layout} {capacity}", deepspeed_contender, config)
+    try:
+        add("transformers", transformers_contender, make_config(run, {}, None, folder))
+    except ImportError as error:
+        if rank.is_first:
+            print(f"transformers: left out ({error})", file=sys.stderr)
+    return contenders
+
+
+if __name__ == "__main__":
+    main()
