@@ -17,13 +17,9 @@ from tests.train.layouts import make_trainer, small_config
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # DeepSpeed then takes another wrapper
 SPLIT = {"tensor": 2, "sequence": True}
-LAYOUTS = [
+LAYOUTS = [  # tests/checkpoint/test_elastic.py has more, three steps each
     (1, 1, 0, "fp32", {}, {}),
-    (2, 2, 0, "bf16", {}, {}),
-    (2, 2, 1, "fp32", {}, {}),
     (2, 2, 1, "bf16", FP32_SUMS, {}),
-    (2, 2, 1, "bf16", {}, SPLIT),
-    (4, 2, 2, "bf16", {}, {}),
     (4, 4, 1, "fp32", {}, SPLIT),
 ]
 
@@ -114,12 +110,9 @@ def test_what_is_random_or_carried_on_in_the_layers_continues_as_well(
 
 
 @pytest.mark.parametrize("dense", [{"shared_expert_ffn_size": 40}, {"residual": True}])
-@pytest.mark.parametrize("zero_stage", [1, 2])
-def test_what_every_token_passes_is_saved_with_its_optimizer_state(
-    dense: dict[str, Any], zero_stage: int, tmp_path: Path
-) -> None:
+def test_what_every_token_passes_is_saved_with_its_optimizer_state(dense: dict[str, Any], tmp_path: Path) -> None:
     def config(folder: str) -> Config:
-        return small_config(tmp_path / folder, ranks=2, expert=2, zero_stage=zero_stage, moe=dense)
+        return small_config(tmp_path / folder, ranks=2, expert=2, zero_stage=2, moe=dense)
 
     whole = run_ranks(2, train_and_save, config("whole"), 6)
     run_ranks(2, train_and_save, config("halves"), 3)
