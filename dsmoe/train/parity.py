@@ -82,9 +82,8 @@ class Comparison:
         return f"{line}\nwithout what depends on the layout: {', '.join(changed)}" if changed else line
 
     def _settings(self, given: Config, layout: Layout, folder: Path) -> dict[str, object]:
-        text = folder / "sums.txt"
-        text.write_text(TEXT)
-        small = {} if self.full else shrunk(given, self.layouts, str(text)) | {"data.cache_dir": str(folder / "cache")}
+        text, cache = str(folder / "sums.txt"), str(folder / "cache")
+        small = {} if self.full else {**shrunk(given, self.layouts, text), "data.cache_dir": cache}
         here = {"runs_dir": str(folder)}
         return {**comparable(given, self.steps, self.precision), **small, **layout.overrides, **here}
 
@@ -102,17 +101,18 @@ def parity(
     parsed = [parse_layout(text, world_size) for text in (layouts if launched else [ONE_RANK, *layouts])]
     comparison = Comparison(path, overrides, parsed, steps, precision, full)
     with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as folder:
-        for layout in parsed:
-            _refuse_what_depends_on_slices(comparison.config(layout, Path(folder)), layout)
-        return (_under_launcher if launched else _on_this_machine)(comparison, Path(folder))
+        (Path(folder) / "sums.txt").write_text(TEXT)
+        configs = [comparison.config(layout, Path(folder)) for layout in parsed]
+        for layout, config in zip(parsed, configs, strict=True):
+            _refuse_what_depends_on_slices(config, layout)
+        return (_under_launcher if launched else _on_this_machine)(comparison, configs)
 
 
-def _on_this_machine(comparison: Comparison, folder: Path) -> bool:
+def _on_this_machine(comparison: Comparison, configs: Sequence[Config]) -> bool:
     print(comparison.introduction(), flush=True)
     rows, reference = [], None
-    for layout in comparison.layouts:
+    for layout, config in zip(comparison.layouts, configs, strict=True):
         print(f"training on {layout.text} ({quantity(layout.ranks, 'rank')}) ...", file=sys.stderr, flush=True)
-        config = comparison.config(layout, folder)
         trainings = run_ranks(layout.ranks, _train_here, config, comparison.steps, timeout=LOCAL_SECONDS)
         reference = reference or trainings[0]
         rows.append((layout, difference(trainings, reference)))
@@ -124,8 +124,7 @@ def _train_here(config: Config, steps: int) -> Training:
     return train_few_steps(config, join_processes("cpu"), steps)
 
 
-def _under_launcher(comparison: Comparison, folder: Path) -> bool:
-    configs = [comparison.config(layout, folder) for layout in comparison.layouts]
+def _under_launcher(comparison: Comparison, configs: Sequence[Config]) -> bool:
     facts = resolve_device(configs[0].cluster.device)
     rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda")
     quiet_deepspeed()
