@@ -71,7 +71,7 @@ def test_a_shaped_link_is_slow_and_its_bytes_are_counted() -> None:
             sender = first.run([sys.executable, "-c", timed, "send", second.address, str(size)])
             receiver.wait(10)
             assert least < float(sender.output) < most
-            assert size < first.sent_bytes() - before < 1.06 * size
+            assert size < first.sent_bytes() - before < 1.3 * size  # headers, and what the bucket dropped, again
 
 
 def test_two_clusters_do_not_meet() -> None:
