@@ -16,6 +16,7 @@ from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
 from dsmoe.config.show import json_schema
 from dsmoe.launch.job import Request, default_folder
+from dsmoe.launch.world import join_slurm
 from dsmoe.plan import Batch, Plan, headline, resolve_device
 
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     try:
+        join_slurm()
         return arguments.run(arguments) or 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under a launcher every rank has the same input
@@ -187,6 +189,8 @@ def _launch(arguments: argparse.Namespace) -> None:
     else:
         for path in job.write(Path(folder)):
             print(f"wrote {path}")
+    if job.warning:
+        print(f"\n{job.warning}")
     print(f"\nto start it, type in this folder:\n{job.command}")
 
 
