@@ -21,7 +21,7 @@ import torch.distributed
 from deepspeed import comm
 
 from dsmoe.config.errors import UserError
-from dsmoe.launch.world import join_slurm
+from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel.watch import process_watch, stop_watching
 
 T = TypeVar("T")
@@ -66,6 +66,9 @@ def join_processes(
         _use_interface(interface)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    world = launched_world()
+    if "OMP_NUM_THREADS" not in os.environ and (world.devices_per_node or world.size) > 1:
+        torch.set_num_threads(1)  # as torchrun does: every rank would take all cores
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         _take_device(local_rank)
