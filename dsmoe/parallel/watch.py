@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -33,12 +33,27 @@ STORE_SECONDS = 10.0
 
 FAILED = "dsmoe/failed"
 """The key of the first rank that failed."""
+ASKED = "dsmoe/asked"
+"""The key of how often a rank was asked for reports."""
 SAVING = "saving a checkpoint"
 """A note that is not timed: how long it takes depends on the storage."""
 
 _LOST = re.compile(
     r"gloo|ncclRemoteError|Connection (closed|reset)|Broken pipe|[Tt]imed out|Watchdog|recvValue|sendBytes", re.I
 )
+
+
+class Reporter(Protocol):
+    """Who writes down where this rank stands; see `dsmoe.train.reports`."""
+
+    def write(self, why: str) -> None:
+        """Write a report."""
+
+    def of_failure(self, why: str, error: BaseException | None = None) -> None:
+        """Write one of a failure, if it is the first."""
+
+    def gather(self, explanation: str) -> str:
+        """Wait for the other ranks' reports, and sum them up."""
 
 
 class LostRanksError(RuntimeError):
@@ -78,7 +93,10 @@ class Watch:
         for clone in (self._beats, self.store):
             clone.set_timeout(timedelta(seconds=STORE_SECONDS))
         self._now = Note(socket.gethostname())
-        self._doing: tuple[int, int, str] = (0, 0, "starting")
+        self._doing: tuple[int, int, str, float] = (0, 0, "starting", time.monotonic())
+        self.reports: Reporter | None = None
+        """Told when another rank has failed, or any was asked for reports."""
+        self._asked, self._answered = False, 0
         self.timeout = timedelta(minutes=30)
         """How long this rank waits for others before it calls them missing."""
         self.agreed: dict[tuple[int, ...], set[str]] = {}
@@ -93,8 +111,17 @@ class Watch:
 
     def note(self, doing: str, step: int | None = None) -> None:
         """Say what this rank is about to do; costs an assignment, so it may stand before every collective."""
-        notes, last_step, _ = self._doing
-        self._doing = (notes + 1, last_step if step is None else step, doing)
+        notes, last_step, _, _ = self._doing
+        self._doing = (notes + 1, last_step if step is None else step, doing, time.monotonic())
+
+    def now(self) -> tuple[Note, float]:
+        """The last note, and how many seconds ago it was made."""
+        notes, step, doing, since = self._doing
+        return replace(self._now, notes=notes, step=step, doing=doing), time.monotonic() - since
+
+    def ask_for_reports(self) -> None:
+        """Let all other ranks write reports, within two beats."""
+        self._asked = True
 
     def end_stalls(self, action: Callable[[LostRanksError], None]) -> None:
         """Call `action`, in the watch's thread, if no note is made within a step for `timeout` and a little more.
@@ -138,8 +165,7 @@ class Watch:
         """
         if not is_lost(error):
             return None
-        notes, step, doing = self._doing
-        here = replace(self._now, notes=notes, step=step, doing=doing)
+        here, _ = self.now()
         missing = None
         if self._store_answers:
             missing = _within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(here))
@@ -190,18 +216,29 @@ class Watch:
                 self._publish()
                 if self._first_failed is None and self._beats.check([FAILED]):
                     self._first_failed = int(self._beats.get(FAILED).decode())
+                    if self.reports and self._first_failed != self.rank:
+                        self.reports.of_failure(f"rank {self._first_failed} has failed")
+                self._hand_on_questions()
             except Exception:
                 return  # the store is gone, and with it the run: the main thread will find out and say so
-            notes, step, doing = self._doing
+            notes, step, doing, _ = self._doing
             if notes != last or step == 0 or doing == SAVING:
                 last, since = notes, time.monotonic()
             elif self._on_stall and time.monotonic() - since > self.timeout.total_seconds() + BEAT_SECONDS:
                 self._on_stall(LostRanksError(f"nothing has gone on for {self.timeout.total_seconds():.0f} s"))
 
+    def _hand_on_questions(self) -> None:
+        """Tell the others that this rank was asked for reports, or report because another was."""
+        asked_here, self._asked = self._asked, False
+        asked = self._beats.add(ASKED, int(asked_here))
+        if self.reports and asked - asked_here > self._answered:
+            self.reports.write("another rank was asked to")
+        self._answered = asked
+
     def _publish(self) -> None:
         with self._publishing:
-            notes, step, doing = self._doing
-            self._now = replace(self._now, beat=self._now.beat + 1, notes=notes, step=step, doing=doing)
+            now, _ = self.now()
+            self._now = replace(now, beat=now.beat + 1)
             self._beats.set(_key(self.rank), json.dumps(asdict(self._now)))
 
 

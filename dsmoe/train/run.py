@@ -44,6 +44,8 @@ from dsmoe.train.folder import (
     make_run_folder,
     run_folder,
 )
+from dsmoe.train.reports import FOLDER as FAILURES
+from dsmoe.train.reports import Reports, make_folder, record_collectives
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer
 
@@ -82,15 +84,18 @@ def pretrain(given: Config) -> bool:
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
     device = "cpu" if facts is not None and facts.name == "cpu" else "cuda"
+    folder = run_folder(config)
+    record_collectives(folder / FAILURES)
     rank = join_processes(device, timeout, config.cluster.interface)
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
     beginning = on_first_rank(lambda: check_run_folder(given))
     prepare_once(config)
-    folder = run_folder(config)
     token = on_first_rank(lambda: make_run_folder(given))
     on_every_rank(lambda: check_shared(folder, token))
+    reports = Reports(on_first_rank(lambda: make_folder(folder / FAILURES)), process_watch())
+    reports.listen()
     ranks = on_every_rank(of_this_rank)
     if rank.is_first:
         logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
@@ -108,6 +113,7 @@ def pretrain(given: Config) -> bool:
     finished = _train_and_tell(trainer, folder)
     for sink in trainer.sinks:
         sink.close()
+    reports.close()
     return finished
 
 
@@ -204,8 +210,13 @@ def explain_end(error: Exception, text: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     watch = process_watch()
     speaker = watch.speaker()
+    if watch.reports:
+        watch.reports.of_failure("it has failed" if speaker == rank else "a collective failed", error)
     if speaker == rank or (speaker is None and os.environ.get("LOCAL_RANK", "0") == "0"):
-        print(f"[rank {rank}] {(watch.explain(error) or text).rstrip()}", file=sys.stderr, flush=True)
+        explanation = f"[rank {rank}] {(watch.explain(error) or text).rstrip()}"
+        print(explanation, file=sys.stderr, flush=True)
+        if watch.reports:
+            print(watch.reports.gather(explanation), file=sys.stderr, flush=True)
         watch.tell()
         return
     if speaker is not None:

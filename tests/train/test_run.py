@@ -309,6 +309,7 @@ def test_a_rank_that_fails_takes_the_others_down_and_only_it_explains(tmp_path: 
     assert everything.count("RuntimeError: the disk is on fire") == 1
     assert everything.count("Traceback (most recent call last)") == 1
     assert "[rank 1] Traceback" in everything
+    assert "failing (" in (next((tmp_path / "runs" / "small" / "failures").iterdir()) / "summary.txt").read_text()
 
 
 @pytest.mark.slow
@@ -378,13 +379,22 @@ def test_a_hanging_rank_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
         "os._exit(run.main())\n"
     )
     command = ("deepspeed", "--num_gpus", "2", "--master_port", "29820", str(script), "--config", str(config))
-    outcome = launch(tmp_path, *command, timeout=90)  # subprocess.TimeoutExpired is the failure
+    outcome = launch(tmp_path, *command, timeout=150)  # subprocess.TimeoutExpired is the failure
     assert outcome.code == 1
     everything = outcome.out + outcome.err
     assert "10000ms" in everything
     assert everything.count("a collective failed at step 3, layer blocks.1.ffn, exchange of rows") == 1
     assert re.search(r"rank 1 on \S+ is missing: alive, but still at step 2, reducing metrics", everything)
     assert "Traceback" not in everything
+    (folder,) = (tmp_path / "runs" / "small" / "failures").iterdir()
+    for text in (everything, (tmp_path / "runs" / "small" / "train.log").read_text()):
+        assert f"where each rank stood is in runs/small/failures/{folder.name} (2 of 2 have written)" in text
+        assert re.search(r"rank 0: step 3, layer blocks.1.ffn, exchange.*; all_to_all_single \(torch/", text)
+        assert re.search(rf"rank 1: step 2, reducing metrics; hanging \({script}:6\), called by run \(", text)
+    stuck = (folder / "rank_00001.txt").read_text()
+    assert "because rank 0 has failed" in stuck
+    assert "time.sleep(300)" in stuck.split("--- thread MainThread")[1]
+    assert "gloo:all_to_all" in (folder / "rank_00000.txt").read_text().split("--- the error")[0]
 
 
 def test_no_lock_of_a_dead_run_is_waited_for_and_nothing_is_compiled(

@@ -1,0 +1,222 @@
+"""Where every rank stands when the run fails, hangs, or is asked: `failures/<start of the run>/rank_00003.txt`.
+
+A rank writes its report when its own main thread fails, when the watch sees that another's has, and on SIGQUIT, which
+one rank hands on to all and which ends nothing. The rank that hangs is the one to read: its main thread is somewhere
+else than the others'. Reports are written by the watch's thread or one of their own, so that a main thread that waits
+for a device, a disk or a lock is described as well. A crash leaves the bare stacks, and so does SIGABRT, which is left
+where not even a thread can run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmoe.parallel.watch import Watch
+
+FOLDER = "failures"
+KEPT_FOLDERS = 5
+WAIT_SECONDS = 5.0
+"""How long the rank that speaks waits for the others' reports, which come within a beat of the watch."""
+LAST_COLLECTIVES = 5
+_STANDS = "stands at: "
+_PACKAGE = str(Path(__file__).parents[1])
+GIB = 2**30
+
+
+def record_collectives(folder: Path) -> None:
+    """Switch torch's flight recorder on, whatever the environment has set apart; before process groups are made.
+
+    What NCCL's watchdog dumps at a timeout goes to `folder`: `torchfrtrace` reads it.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # torch 2.13's name, and the older
+        os.environ.setdefault(name, str(folder.absolute() / "flight_recorder_rank_"))
+
+
+def make_folder(failures: Path) -> Path:
+    """Make the folder of this start of the run, and remove the oldest ones and those without a report."""
+    for old in sorted(path for path in failures.glob("2*") if path.is_dir()):
+        for file in old.iterdir():
+            if not file.stat().st_size:
+                file.unlink()
+        if not any(old.iterdir()):
+            old.rmdir()
+    for old in sorted(failures.glob("2*"))[: 1 - KEPT_FOLDERS]:
+        shutil.rmtree(old)
+    folder = failures / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    folder.mkdir(parents=True)
+    return folder
+
+
+class Reports:
+    """This rank's reports of one start of the run.
+
+    Args:
+        folder: the same on all ranks, of storage that they share.
+        watch: what this rank notes, and by whom it hears of the others.
+    """
+
+    def __init__(self, folder: Path, watch: Watch) -> None:
+        self.folder = folder
+        self._watch = watch
+        self._file = (folder / f"rank_{watch.rank:05d}.txt").open("ab", buffering=0)
+        self._writing = threading.Lock()
+        self._has_failed = False
+
+    def listen(self) -> None:
+        """Write a report whenever there is cause to, from now on; called by the main thread."""
+        faulthandler.enable(self._file)
+        # Python's handler does nothing; that it is there makes Python send the signal's number through the pipe.
+        signal.signal(signal.SIGQUIT, lambda *_: None)
+        numbers, sending = os.pipe()
+        os.set_blocking(sending, False)
+        signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+        threading.Thread(target=self._answer, args=(numbers,), daemon=True, name="dsmoe reports").start()
+        self._watch.reports = self
+
+    def of_failure(self, why: str, error: BaseException | None = None) -> None:
+        """Write a report, unless there has been one of a failure: what follows the first is its consequence."""
+        if not self._has_failed:
+            self._has_failed = True
+            self.write(why, error)
+
+    def write(self, why: str, error: BaseException | None = None) -> None:
+        """Append a report; what hinders that (a full disk) is nobody's concern but its own."""
+        try:
+            with self._writing:
+                self._file.write(self._text(why, error).encode())
+        except Exception as problem:
+            print(f"[rank {self._watch.rank}] no report: {problem}", file=sys.stderr, flush=True)
+
+    def gather(self, explanation: str) -> str:
+        """Wait a moment for the other ranks' reports, and return which ranks stand together where.
+
+        Both go to the log of the run and to `summary.txt`, whichever rank explains its end.
+        """
+        ranks, deadline = self._watch.world_size, time.monotonic() + WAIT_SECONDS
+        while len(places := self._places()) < ranks and time.monotonic() < deadline:
+            time.sleep(0.1)
+        together: dict[str, list[int]] = {}
+        for rank, place in sorted(places.items()):
+            together.setdefault(place, []).append(rank)
+        lines = [f"where each rank stood is in {self.folder} ({len(places)} of {ranks} have written):"]
+        lines += [f"  {_ranks(who)}: {place}" for place, who in sorted(together.items(), key=lambda item: len(item[1]))]
+        text = "\n".join(lines)
+        for path in (self.folder / "summary.txt", self.folder.parents[1] / "train.log"):
+            with contextlib.suppress(OSError), path.open("a") as file:  # a full disk is not what ended the run
+                file.write(f"{explanation}\n{text}\n")
+        return text
+
+    def close(self) -> None:
+        """At an orderly end: leave nothing where nothing was reported."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+        faulthandler.disable()
+        self._watch.reports = None
+        if not os.fstat(self._file.fileno()).st_size:
+            Path(self._file.name).unlink()
+            with contextlib.suppress(OSError):  # other ranks' files are in it still; the last one removes it
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
+
+    def _answer(self, numbers: int) -> None:
+        while sent := os.read(numbers, 64):
+            if signal.SIGQUIT in sent:
+                self.write("it was asked to (SIGQUIT)")
+                self._watch.ask_for_reports()
+
+    def _text(self, why: str, error: BaseException | None) -> str:
+        note, seconds = self._watch.now()
+        frames = sys._current_frames()
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        main = threading.main_thread().ident
+        assert main is not None
+        stack = traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack(frames[main])
+        lines = [
+            f"=== rank {self._watch.rank} of {self._watch.world_size} on {socket.gethostname()}, process {os.getpid()}",
+            f"{datetime.now():%Y-%m-%d %H:%M:%S}, because {why}",
+            f"last note:  {note.place} (number {note.notes}, {seconds:.1f} s ago)",
+            f"{_STANDS}{note.place}; {_innermost(stack)}",
+            *_memory(),
+            *_collectives(),
+        ]
+        if error is not None:
+            lines += ["", "--- the error", "".join(traceback.format_exception(error)).rstrip()]
+        for thread in sorted(frames, key=lambda ident: ident != main):
+            name = names.get(thread, str(thread))
+            if not name.startswith("dsmoe "):  # the watch's thread, and the one here
+                lines += ["", f"--- thread {name}", "".join(traceback.format_stack(frames[thread])).rstrip()]
+        return "\n".join(lines) + "\n\n"
+
+    def _places(self) -> dict[int, str]:
+        """By rank, where its last report says that it stood."""
+        places = {}
+        for path in self.folder.glob("rank_*.txt"):
+            lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith(_STANDS)]
+            if lines:
+                places[int(path.stem.removeprefix("rank_"))] = lines[-1].removeprefix(_STANDS)
+        return places
+
+
+def _memory() -> Iterator[str]:
+    """Of the process, and what torch's allocator has of the device, which it knows without asking one that hangs."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    yield f"memory:     {pages * resource.getpagesize() / GIB:.2f} GiB resident, {peak:.2f} at most"
+    if torch.cuda.is_initialized():
+        now, reserved, most = (
+            f() / GIB
+            for f in (torch.cuda.memory_allocated, torch.cuda.memory_reserved, torch.cuda.max_memory_allocated)
+        )
+        yield f"device:     {now:.2f} GiB allocated of {reserved:.2f} reserved, {most:.2f} at most"
+
+
+def _collectives() -> Iterator[str]:
+    """The last ones that torch's flight recorder has, where torch has one: the last is the one that waits."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    entries = json.loads(dump()).get("entries", []) if dump else []
+    for entry in sorted(entries, key=lambda entry: entry["time_created_ns"])[-LAST_COLLECTIVES:]:
+        yield f"collective: {_collective(entry)}"
+
+
+def _collective(entry: Mapping[str, Any]) -> str:
+    name, description = entry["process_group"]
+    group = name if description == "undefined" else f"{name} ({description})"
+    ended = "ended" if entry["retired"] else "not ended"
+    age = time.time() - entry["time_created_ns"] / 1e9
+    return f"{entry['profiling_name']} of {entry['input_sizes']} in group {group}, begun {age:.1f} s ago, {ended}"
+
+
+def _innermost(stack: traceback.StackSummary) -> str:
+    """The line that is being run, and the last one of dsmoe on the way to it."""
+    frames = [frame for frame in stack if frame.filename != __file__]
+    ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
+    shown = [frames[-1]] if not ours or ours[-1] is frames[-1] else [frames[-1], ours[-1]]
+    files = [frame.filename.split("/site-packages/")[-1] for frame in shown]
+    return ", called by ".join(f"{one.name} ({file}:{one.lineno})" for one, file in zip(shown, files, strict=True))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """`ranks 0-2, 5`."""
+    runs = [[rank for _, rank in run] for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(parts)}"

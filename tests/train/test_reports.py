@@ -1,0 +1,148 @@
+"""Reports of where ranks stand: of failures, on SIGQUIT, of crashes; and what they leave behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dsmoe.parallel import watch as module
+from dsmoe.parallel.local import CONTEXT, run_ranks
+from dsmoe.parallel.watch import Watch
+from dsmoe.train.reports import KEPT_FOLDERS, Reports, make_folder
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def of_rank(folder: Path, rank: int) -> str:
+    return (folder / f"rank_{rank:05d}.txt").read_text()
+
+
+def two_ranks_in_one_process(folder: Path) -> list[Reports]:
+    module.BEAT_SECONDS = 0.02  # type: ignore[misc]
+    store = dist.HashStore()
+    both = [Reports(folder, Watch(store, rank, 2)) for rank in range(2)]
+    for rank, reports in enumerate(both):
+        reports._watch.reports = reports
+        reports._watch.note(f"layer {rank}, exchange", step=7)
+    return both
+
+
+def ask(folder: Path) -> None:
+    first, _ = two_ranks_in_one_process(folder)
+    first.listen()
+    os.kill(os.getpid(), signal.SIGQUIT)
+    wait_until(lambda: "another rank was asked" in of_rank(folder, 1))
+    asked = of_rank(folder, 0)
+    assert asked.startswith(f"=== rank 0 of 2 on {os.uname().nodename}, process {os.getpid()}\n")
+    assert "it was asked to (SIGQUIT)" in asked
+    assert "stands at: step 7, layer 0, exchange; wait_until (" in asked
+    assert "GiB resident" in asked
+    assert "time.sleep(0.02)" in asked.split("--- thread MainThread")[1]
+    os.kill(os.getpid(), signal.SIGQUIT)  # and again
+    wait_until(lambda: of_rank(folder, 1).count("another rank was asked") == 2)
+    time.sleep(0.2)
+    assert of_rank(folder, 0).count("=== rank 0") == 2, "the asked rank is not asked by itself"
+
+
+def test_a_rank_that_is_asked_reports_and_hands_it_on(tmp_path: Path) -> None:
+    run_ranks(1, ask, tmp_path)
+
+
+def fail(folder: Path) -> str:
+    first, second = two_ranks_in_one_process(folder)
+    assert second._watch.speaker() == 1
+    try:
+        raise RuntimeError("the disk is on fire")
+    except RuntimeError as error:
+        second.of_failure("it has failed", error)
+    wait_until(lambda: "rank 1 has failed" in of_rank(folder, 0))
+    first.of_failure("a collective failed")
+    assert of_rank(folder, 0).count("===") == 1, "what follows a failure is not another"
+    assert "RuntimeError: the disk is on fire" in of_rank(folder, 1)
+    return second.gather("[rank 1] the disk is on fire")
+
+
+def test_when_one_rank_fails_all_report(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "failures")
+    (text,) = run_ranks(1, fail, folder)
+    assert f"is in {folder} (2 of 2 have written)" in text
+    assert "rank 0: step 7, layer 0, exchange; " in text
+    assert f"rank 1: step 7, layer 1, exchange; fail ({__file__}:" in text
+    for written in (folder / "summary.txt", tmp_path / "train.log"):
+        assert written.read_text() == f"[rank 1] the disk is on fire\n{text}\n"
+
+
+def stand_together(folder: Path) -> str:
+    module.BEAT_SECONDS = 0.02  # type: ignore[misc]
+    store = dist.HashStore()
+    for rank in (0, 1, 2, 4, 5):
+        reports = Reports(folder, Watch(store, rank, 6))
+        reports._watch.note("layer 1, exchange" if rank != 4 else "reading data", step=3)
+        reports.of_failure("a collective failed")
+    return reports.gather("gone")
+
+
+def test_the_odd_rank_comes_first_and_who_is_silent_is_counted(tmp_path: Path) -> None:
+    (text,) = run_ranks(1, stand_together, make_folder(tmp_path / "failures"))
+    first, odd, others = text.splitlines()
+    assert first.endswith("(5 of 6 have written):")
+    assert odd.startswith("  rank 4: step 3, reading data; stand_together (")
+    assert others.startswith("  ranks 0-2, 5: step 3, layer 1, exchange; stand_together (")
+
+
+def crash(folder: Path) -> None:
+    Reports(folder, Watch(dist.HashStore(), 0, 1)).listen()
+    ctypes.string_at(0)
+
+
+def test_a_crash_leaves_the_stacks(tmp_path: Path) -> None:
+    process = CONTEXT.Process(target=crash, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGSEGV
+    assert "Segmentation fault" in of_rank(tmp_path, 0)
+    assert "in crash" in of_rank(tmp_path, 0)
+
+
+def fill_the_disk(folder: Path) -> None:
+    (folder / "rank_00000.txt").symlink_to("/dev/full")
+    reports = Reports(folder, Watch(dist.HashStore(), 0, 1))
+    reports.of_failure("it has failed")
+    (folder / "rank_00000.txt").unlink()  # reading /dev/full never ends
+
+
+def test_a_full_disk_does_not_hide_the_failure(tmp_path: Path) -> None:
+    run_ranks(1, fill_the_disk, tmp_path)
+
+
+def end_well(failures: Path) -> None:
+    folder = make_folder(failures)
+    both = [Reports(folder, Watch(dist.HashStore(), rank, 2)) for rank in range(2)]
+    for reports in both:
+        reports.listen()
+        reports.close()
+
+
+def test_nothing_is_left_of_a_run_that_ends_well(tmp_path: Path) -> None:
+    run_ranks(1, end_well, tmp_path / "failures")
+    assert not list(tmp_path.iterdir())
+
+
+def test_old_folders_go_and_so_do_those_without_a_report(tmp_path: Path) -> None:
+    folders = []
+    for number in range(KEPT_FOLDERS + 2):
+        folders.append(make_folder(tmp_path))
+        (folders[-1] / "rank_00000.txt").write_text("a report" if number != 1 else "")
+    newest = make_folder(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [*folders[3:], newest]
