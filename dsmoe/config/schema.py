@@ -56,6 +56,15 @@ class Cluster(Section):
     device: str | Device | None = None
     """A name known to `dsmoe.plan.devices` (`cpu` trains over gloo), a description, or null: any CUDA device, without
     MFU."""
+    intra_node_gbps: PositiveFloat | None = None
+    """What a device can send to another of its node, in GB/s one way; null promises nothing. `dsmoe preflight` measures
+    it."""
+    inter_node_gbps: PositiveFloat | None = None
+    """What a device can send to another node while all devices of its node send, in GB/s one way."""
+    intra_node_us: PositiveFloat | None = None
+    """Microseconds that an exchange of next to nothing takes inside a node."""
+    inter_node_us: PositiveFloat | None = None
+    """The same between nodes."""
     elastic: bool = False
     """Train on whatever devices the launcher has started: `parallel.expert` and the micro-batch follow, the batch
     stays. Else a world of another size is refused."""

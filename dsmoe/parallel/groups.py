@@ -95,12 +95,7 @@ class Groups:
     def __init__(self, topology: Topology, timeout: timedelta = timedelta(minutes=30)) -> None:
         if not dist.is_initialized():
             join_processes("cuda" if torch.cuda.is_available() else "cpu", timeout)
-        if topology.world_size != dist.get_world_size():
-            raise UserError(
-                f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "
-                f"{topology.world_size} ranks, but the launcher started {dist.get_world_size()}; "
-                f"start as many processes as the config describes, or set the two keys to what is there"
-            )
+        check_world(topology)
         self.topology = topology
         self.rank = dist.get_rank()
         # Where experts are whole, the expert groups are the exchange groups: one communicator serves both.
@@ -213,6 +208,20 @@ class ModelParallelUnit:
     def get_data_parallel_world_size(self) -> int:
         """The data degree."""
         return self._groups.topology.data
+
+
+def check_world(topology: Topology) -> None:
+    """Check that as many ranks have joined as the topology has.
+
+    Raises:
+        UserError: they are others.
+    """
+    if topology.world_size != dist.get_world_size():
+        raise UserError(
+            f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "
+            f"{topology.world_size} ranks, but the launcher started {dist.get_world_size()}; "
+            f"start as many processes as the config describes, or set the two keys to what is there"
+        )
 
 
 def _new_group_of(topology: Topology, axis: Axis, rank: int, timeout: timedelta) -> dist.ProcessGroup:

@@ -1,0 +1,56 @@
+"""Where rank 0 hears all ranks and tells them what to do, through the store that they have met at.
+
+Not a collective: a rank whose device has failed can still say so, and one that says nothing is known by its number.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from dsmoe.parallel.watch import STORE_SECONDS, LostRanksError, process_watch
+from dsmoe.preflight.results import RankReport
+
+Answer = dict[str, Any]
+
+
+def meet(name: str, mine: RankReport, decide: Callable[[Sequence[RankReport]], Answer], timeout: timedelta) -> Answer:
+    """Bring `mine` to rank 0, which decides on the reports of all ranks; returns what it has decided.
+
+    Raises:
+        LostRanksError: ranks do not come within `timeout`.
+    """
+    store, prefix = process_watch().store, f"dsmoe/preflight/{name}"
+    keys = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[mine.rank], json.dumps(mine.json()))
+    if mine.rank == 0:
+        _wait(store, keys, timeout)
+        answer = decide([RankReport.from_json(json.loads(store.get(key))) for key in keys])
+        store.set(f"{prefix}/answer", json.dumps(answer))
+        return answer
+    _wait(store, [f"{prefix}/answer"], timeout + timedelta(seconds=STORE_SECONDS))
+    heard: Answer = json.loads(store.get(f"{prefix}/answer"))
+    return heard
+
+
+def part() -> None:
+    """Let rank 0, which may hold the store, end last."""
+    store, world = process_watch().store, dist.get_world_size()
+    store.add("dsmoe/preflight/parted", 1)
+    deadline = time.monotonic() + STORE_SECONDS
+    if dist.get_rank() == 0:
+        while store.add("dsmoe/preflight/parted", 0) < world and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def _wait(store: dist.Store, keys: Sequence[str], timeout: timedelta) -> None:
+    try:
+        store.wait(list(keys), timeout)
+    except RuntimeError as error:
+        missing = [key.rsplit("/", 1)[1] for key in keys if not store.check([key])]
+        raise LostRanksError(f"no word of {', '.join(missing[:8])} within {timeout.total_seconds():.0f} s") from error
