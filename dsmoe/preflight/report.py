@@ -78,7 +78,7 @@ def write_json(path: Path, config: Config, verdict: Verdict, reports: Sequence[R
 def _table(checks: Sequence[Check]) -> list[str]:
     rows = [["check", "with", "median", "worst", "of median", "where", "promised", "reached"]]
     for check in checks:
-        worst = [amount(check.worst), share(check.worst, check.median), check.where] if check.where else ["", "", ""]
+        worst = [amount(check.worst), share(check.worst, check.median), check.where] if check.where else [""] * 3
         promise = [amount(check.promised), share(check.median, check.promised)] if check.promised else ["", ""]
         rows.append([check.name, check.size, f"{amount(check.median)} {check.unit}", *worst, *promise])
     return table(rows, "<<>>><>>")

@@ -204,8 +204,8 @@ class Preflight:
                 handle = groups.handle(message.groups)  # type: ignore[arg-type]
             assert handle is not None
             rate, size = collective_rate(message, handle, device, dtype, self._room // 2)
-            part = "" if size >= message.bytes else f" of {_mib(message.bytes)}"
-            self._sizes[message.name] = f"{_mib(size)}{part}, {message.size} ranks"
+            part = "" if size >= message.bytes else f" of {_bytes(message.bytes)}"
+            self._sizes[message.name] = f"{_bytes(size)}{part}, {message.size} ranks"
             self.report.collective_gbps[message.name] = rate
 
 
@@ -222,5 +222,5 @@ def _file(token: str, node: int) -> str:
     return f".preflight_{token}_{node}"
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.3g} MiB"
+def _bytes(size: int) -> str:
+    return f"{size / 2**20:,.3g} MiB" if size >= 2**20 else f"{size / 2**10:,.3g} KiB"

@@ -20,7 +20,7 @@ Operation = Literal["all_reduce", "all_to_all"]
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default `zero_optimization.reduce_bucket_size`: larger gradients are reduced in parts."""
 MAX_ROUNDS = 16
-"""How many others each is paired with: all of up to 17, else evenly spaced ones. A slow node is slow with each."""
+"""How many others each is paired with: all, of up to 16, else evenly spaced ones. A slow node is slow with each."""
 
 Pairs = tuple[tuple[int, int], ...]
 

@@ -126,10 +126,9 @@ def _slow_links(
         expected = typical(same) if reports[a].node == reports[b].node and len(same) > 1 else usual
         if (not rate or rate < limits.link * expected) and not {a, b} & slow:
             verdict.blamed |= {a, b}
-            verdict.say(
-                f"{name}: {amount(rate)} GB/s on {between((a, b), reports)}, {share(rate, expected)} x the median "
-                f"{amount(expected)}"
-            )
+            reached = f"{amount(rate)} GB/s on" if rate else "no number on"
+            compared = f", {share(rate, expected)} x the median {amount(expected)}" if rate else ""
+            verdict.say(f"{name}: {reached} {between((a, b), reports)}{compared}")
 
 
 def _latencies(

@@ -10,13 +10,14 @@ SHOWN = 4
 
 
 def who(ranks: Iterable[int], reports: Sequence[RankReport]) -> str:
-    """`rank 3 (host1, device 1)`, `host1 (all of its 8 ranks)`, and so on for several."""
+    """`rank 3 (host1, device 1)`, `host1 (all of its 8 ranks)`, `host1 (rank 3)` where a node has one."""
     wanted = set(ranks)
     parts = []
     for members in _nodes(reports):
         there = [report for report in members if report.rank in wanted]
-        if len(there) == len(members) > 1:
-            parts.append(f"{members[0].host} (all of its {len(members)} ranks)")
+        if len(there) == len(members):
+            which = f"all of its {len(members)} ranks" if len(members) > 1 else f"rank {members[0].rank}"
+            parts.append(f"{members[0].host} ({which})")
         else:
             parts += [f"rank {report.rank} ({report.host}, device {report.local_rank})" for report in there]
     return _few(parts)
@@ -42,7 +43,9 @@ def amount(value: float) -> str:
 
 def share(value: float, of: float) -> str:
     """`0.62`: how many times `of` it is."""
-    return f"{value / of:.2g}" if of else "nan"
+    if not of:
+        return "nan"
+    return f"{value / of:.2f}" if value / of >= 0.1 else f"{value / of:.2g}"
 
 
 def _nodes(reports: Sequence[RankReport]) -> list[list[RankReport]]:
