@@ -28,6 +28,7 @@ from dsmoe.plan import Topology, resolve_device
 from dsmoe.plan.elastic import fit_to_world
 from dsmoe.preflight.facts import this_place
 from dsmoe.preflight.judge import Verdict
+from dsmoe.preflight.meeting import call_roll
 from dsmoe.preflight.report import text, write_json
 from dsmoe.preflight.results import RankReport
 from dsmoe.preflight.stages import Preflight
@@ -66,7 +67,8 @@ def preflight(path: str, overrides: Sequence[str], output: Path | None) -> int:
         code = _check(load_config(path, overrides), output)
     except Exception as error:
         wrong_input = isinstance(error, UserError)
-        message = f"error: {error}" if wrong_input else traceback.format_exc()
+        expected = isinstance(error, LostRanksError)
+        message = f"error: {error}" if wrong_input or expected else traceback.format_exc()
         if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
             explain_end(error, message)
         else:
@@ -81,6 +83,7 @@ def _check(given: Config, output: Path | None) -> int:
     config = fit_to_world(given, *launched_world()) if given.cluster.elastic else given
     topology, facts = Topology.from_config(config), resolve_device(config.cluster.device)
     on_cpu = facts is not None and facts.name == "cpu"
+    call_roll(topology, timedelta(seconds=JOIN_SECONDS))
     rank = join_processes("cpu" if on_cpu else "cuda", timedelta(seconds=JOIN_SECONDS))
     quiet_deepspeed()
     check_world(topology)
