@@ -1,9 +1,9 @@
 """Timings of this rank's device and of the wires to the others; each function returns numbers and judges nothing.
 
 A time is the median of several: one hiccup does not move it, and what is slow half of the time does not hide in a best
-one. Only a CPU's products and copies are timed by the best, because a process that the system has set aside for a while
-is not a slow device. On CUDA the device's own events take the time, from the end of what came before to the end of what
-is timed, since a launch returns long before its kernel does.
+one. On CUDA the device's own events take it, from the end of what came before to the end of what is timed, since a
+launch returns long before its kernel does. A CPU's products and copies are timed by the seconds that this process had
+the CPU, because one that waits for others to have theirs is not slow.
 
 Functions of the second half are collective. Their sizes are cut until a repetition takes no more than a moment on the
 slowest link of all, so that one bad cable does not make the others wait for minutes; all ranks cut alike.
@@ -27,7 +27,7 @@ from dsmoe.preflight.results import Link
 from dsmoe.preflight.workload import Message, Product
 
 WINDOW_SECONDS = 0.5
-"""How long each product and copy goes on: many times what a scheduler grants at a time, on a CPU."""
+"""How long each product and copy goes on."""
 BATCH_SECONDS = 0.02
 REPEATS = 5
 PROBE_BYTES = 2**20
@@ -99,23 +99,23 @@ def write_rate(path: Path) -> float:
 def _seconds(action: Callable[[], object], device: torch.device) -> float:
     """Seconds of one `action`, done often enough in a row that launching it does not count."""
     _timed(action, 2, device)  # the first calls choose kernels and allocate
-    on_cpu = device.type == "cpu"
-    batch_seconds = BATCH_SECONDS / 4 if on_cpu else BATCH_SECONDS  # so that some are not interrupted
-    runs = max(1, int(batch_seconds / max(_timed(action, 1, device), 1e-7)))
+    runs = max(1, int(BATCH_SECONDS / max(_timed(action, 1, device), 1e-7)))
     seconds: list[float] = []
     deadline = time.perf_counter() + WINDOW_SECONDS
     while len(seconds) < 3 or time.perf_counter() < deadline:
-        seconds.append(_timed(action, runs, device) / runs)
-    return min(seconds) if on_cpu else statistics.median(seconds)
+        seconds.append(_timed(action, runs, device, _cpu_clock) / runs)
+    return statistics.median(seconds)
 
 
-def _timed(action: Callable[[], object], runs: int, device: torch.device) -> float:
-    """Seconds until `runs` of `action` are done."""
+def _timed(
+    action: Callable[[], object], runs: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds until `runs` of `action` are done; by `clock` where there are no events."""
     if device.type != "cuda":
-        begun = time.perf_counter()
+        begun = clock()
         for _ in range(runs):
             action()
-        return time.perf_counter() - begun
+        return clock() - begun
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(runs):
@@ -123,6 +123,11 @@ def _timed(action: Callable[[], object], runs: int, device: torch.device) -> flo
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def _cpu_clock() -> float:
+    """Seconds that each of torch's threads has computed, on average."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def largest(value: float, device: torch.device) -> float:

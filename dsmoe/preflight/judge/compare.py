@@ -30,8 +30,8 @@ class Limits:
 
 
 ON_DEVICES = Limits(compute=0.85, link=0.6, latency=3.0)
-ON_HOSTS = Limits(compute=0.2, link=0.15, latency=20.0)
-"""On the CPU, ranks share cores, caches and memory with each other and with whatever else their host does."""
+ON_HOSTS = Limits(compute=0.5, link=0.15, latency=20.0)
+"""A message over gloo waits for a CPU as well, and for whatever else that host does."""
 
 
 @dataclass(frozen=True)
