@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+import torch.distributed as dist
+
+from dsmoe.parallel.draw import seed_of
+
 
 class Passes:
     """Counts a layer's forward passes in training, step by step; activation checkpointing repeats some of them."""
@@ -24,13 +28,25 @@ class Passes:
         """Whether the next pass repeats an earlier one."""
         return self._repeated is not None
 
-    def begin(self, training: bool) -> int:
-        """Begin a pass: its number in the step, that of the earlier one where it repeats one."""
+    def begin(self, training: bool) -> int | None:
+        """Begin a pass: its number in the step, that of the earlier one where it repeats one; None in evaluation."""
+        if not training:
+            return None
         if self._repeated is not None:
             self._repeated += 1
             return self._repeated - 1
-        self._count += training
-        return self._count - training
+        self._count += 1
+        return self._count - 1
+
+    def seed(self, layer_seed: int, number: int | None) -> int:
+        """What is random in a pass follows from this.
+
+        It depends on (seed of the layer, step, number of the pass, rank) in training, and only on the layer's and the
+        rank in evaluation, which so repeats itself.
+        """
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        when = ("evaluation",) if number is None else (self.step, number)
+        return seed_of(layer_seed, "random", *when, rank)
 
     def repeat_from_here(self) -> AbstractContextManager[None]:
         """A context in which the passes that come *next* are repeated, one after the other; it can be entered again."""

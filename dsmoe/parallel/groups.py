@@ -16,7 +16,8 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
-from dsmoe.parallel.distributed import join_processes, launched_world
+from dsmoe.launch.world import launched_world
+from dsmoe.parallel.distributed import join_processes
 from dsmoe.plan.topology import AXES, Axis, Topology
 
 _LOGGER = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class ExpertGroup:
         """The expert group that DeepSpeed knows under `name` (`ep_size_N`)."""
         handle = deepspeed_groups._get_expert_parallel_group(name)
         ranks = dist.get_process_group_ranks(handle)
-        _, per_node = launched_world()
+        world = launched_world()
+        per_node = world.devices_per_node or world.size
         here = dist.get_rank() // per_node
         return cls(
             handle,
@@ -95,7 +97,12 @@ class Groups:
     def __init__(self, topology: Topology, timeout: timedelta = timedelta(minutes=30)) -> None:
         if not dist.is_initialized():
             join_processes("cuda" if torch.cuda.is_available() else "cpu", timeout)
-        check_world(topology)
+        if topology.world_size != dist.get_world_size():
+            raise UserError(
+                f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "
+                f"{topology.world_size} ranks, but the launcher started {dist.get_world_size()}; "
+                f"start as many processes as the config describes, or set the two keys to what is there"
+            )
         self.topology = topology
         self.rank = dist.get_rank()
         # Where experts are whole, the expert groups are the exchange groups: one communicator serves both.
@@ -208,20 +215,6 @@ class ModelParallelUnit:
     def get_data_parallel_world_size(self) -> int:
         """The data degree."""
         return self._groups.topology.data
-
-
-def check_world(topology: Topology) -> None:
-    """Check that as many ranks have joined as the topology has.
-
-    Raises:
-        UserError: they are others.
-    """
-    if topology.world_size != dist.get_world_size():
-        raise UserError(
-            f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "
-            f"{topology.world_size} ranks, but the launcher started {dist.get_world_size()}; "
-            f"start as many processes as the config describes, or set the two keys to what is there"
-        )
 
 
 def _new_group_of(topology: Topology, axis: Axis, rank: int, timeout: timedelta) -> dist.ProcessGroup:

@@ -57,18 +57,17 @@ def product_rate(product: Product, device: torch.device, dtype: torch.dtype) -> 
     """
     generator = torch.Generator(device).manual_seed(0)
     rows_ND = torch.randn(product.rows, product.inner, dtype=dtype, device=device, generator=generator)
-    weights_LDZ = torch.randn(
-        product.count, product.inner, product.width, dtype=dtype, device=device, generator=generator
-    )
+    shape = (product.count, product.width, product.inner)
+    weights_LZD = torch.randn(shape, dtype=dtype, device=device, generator=generator)
     each = product.rows // product.count
     ends_L = torch.arange(each, product.rows + 1, each, dtype=torch.int32, device=device)
     out_NZ = rows_ND.new_empty(product.rows, product.width)
 
     def multiply() -> torch.Tensor:
         if product.count > 1 and device.type == "cuda":
-            return F.grouped_mm(rows_ND, weights_LDZ, offs=ends_L)
+            return F.grouped_mm(rows_ND, weights_LZD.transpose(-2, -1), offs=ends_L)
         for expert, part in enumerate(rows_ND.split(each)):
-            torch.mm(part, weights_LDZ[expert], out=out_NZ[expert * each :][:each])
+            torch.mm(part, weights_LZD[expert].t(), out=out_NZ[expert * each :][:each])
         return out_NZ
 
     checksum = float(multiply().abs().mean(dtype=torch.float64))
@@ -137,6 +136,11 @@ def largest(value: float, device: torch.device) -> float:
     return float(values)
 
 
+def wait_for_all(device: torch.device) -> None:
+    """A barrier; not torch's, which over NCCL warns of a device that it was not given."""
+    largest(0.0, device)
+
+
 def link_rates(partners: Sequence[int | None], device: torch.device, most_bytes: int) -> list[Link]:
     """Exchange with `partners`, one after the other; None sits out a round.
 
@@ -148,7 +152,7 @@ def link_rates(partners: Sequence[int | None], device: torch.device, most_bytes:
     tiny: dict[int, float] = {}
     slowest = 0.0
     for number, partner in enumerate(partners):
-        _begin_round(f"latency, round {number + 1} of {len(partners)}", partner)
+        _begin_round(f"latency, round {number + 1} of {len(partners)}", partner, device)
         if partner is not None:
             _exchange(partner, *small)
             tiny[number] = _timed(partial(_exchange, partner, *small), TINY_REPEATS, device) / TINY_REPEATS
@@ -157,7 +161,7 @@ def link_rates(partners: Sequence[int | None], device: torch.device, most_bytes:
     buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)]
     links = []
     for number, partner in enumerate(partners):
-        _begin_round(f"bandwidth, round {number + 1} of {len(partners)}", partner)
+        _begin_round(f"bandwidth, round {number + 1} of {len(partners)}", partner, device)
         if partner is not None:
             _exchange(partner, *small)
             times = [_timed(partial(_exchange, partner, *buffers), 1, device) for _ in range(REPEATS)]
@@ -178,7 +182,7 @@ def collective_rate(
         return lambda: dist.all_to_all_single(received, buffer, group=group)
 
     probe = action(min(message.bytes, PROBE_BYTES))
-    _begin_round(message.name, dist.get_rank())
+    _begin_round(message.name, None, device)
     _timed(probe, 1, device)  # makes the connections
     slowest = largest(_timed(probe, 1, device), device)
     size = _fitting(message.bytes, slowest, most_bytes)
@@ -188,9 +192,9 @@ def collective_rate(
     return size * message.bus_factor / seconds / 1e9, size
 
 
-def _begin_round(what: str, partner: int | None) -> None:
-    note(f"{what}{'' if partner in (None, dist.get_rank()) else f' with rank {partner}'}")
-    dist.barrier()
+def _begin_round(what: str, partner: int | None, device: torch.device) -> None:
+    note(what if partner is None else f"{what} with rank {partner}")
+    wait_for_all(device)
 
 
 def _exchange(peer: int, sent: torch.Tensor, received: torch.Tensor) -> None:

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from dsmoe.config import load_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel import join_processes, leave_processes
-from dsmoe.parallel.distributed import launched_world, quiet_deepspeed, set_timeout_everywhere
-from dsmoe.parallel.groups import check_world
+from dsmoe.parallel.distributed import HostError, quiet_deepspeed, set_timeout_everywhere
 from dsmoe.parallel.watch import LostRanksError, process_watch
 from dsmoe.plan import Topology, resolve_device
 from dsmoe.plan.elastic import fit_to_world
@@ -64,6 +64,7 @@ def end_process(code: int) -> None:
 def preflight(path: str, overrides: Sequence[str], output: Path | None) -> int:
     """Check the cluster on every rank that the launcher has started; returns the exit code, the same on all."""
     try:
+        join_slurm()
         code = _check(load_config(path, overrides), output)
     except Exception as error:
         wrong_input = isinstance(error, UserError)
@@ -80,13 +81,16 @@ def preflight(path: str, overrides: Sequence[str], output: Path | None) -> int:
 
 def _check(given: Config, output: Path | None) -> int:
     begun = time.monotonic()
-    config = fit_to_world(given, *launched_world()) if given.cluster.elastic else given
+    world, config = launched_world(), given
+    if given.cluster.elastic:
+        config = fit_to_world(given, *world.shape(given.cluster.devices_per_node))
+    else:
+        world.check(given)
     topology, facts = Topology.from_config(config), resolve_device(config.cluster.device)
     on_cpu = facts is not None and facts.name == "cpu"
     call_roll(topology, timedelta(seconds=JOIN_SECONDS))
-    rank = join_processes("cpu" if on_cpu else "cuda", timedelta(seconds=JOIN_SECONDS))
+    rank = join_processes("cpu" if on_cpu else "cuda", timedelta(seconds=JOIN_SECONDS), config.cluster.interface)
     quiet_deepspeed()
-    check_world(topology)
     timeout = timedelta(seconds=min(TIMEOUT_SECONDS, config.cluster.collective_timeout_seconds))
     set_timeout_everywhere(timeout)
     if not on_cpu:
@@ -110,7 +114,8 @@ def _check(given: Config, output: Path | None) -> int:
 def _explain_alone(error: Exception) -> None:
     """Say what is wrong with this node before the ranks have met, unless it is wrong everywhere and rank 0 has."""
     time.sleep(LINGER_SECONDS)
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
+    of_every_rank_here = isinstance(error, UserError) and not isinstance(error, HostError)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not of_every_rank_here:
         print(f"{this_place()}: {error}", file=sys.stderr, flush=True)
 
 

@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from dsmoe.config.schema import Config
 from dsmoe.parallel import Groups, Rank
@@ -24,7 +23,16 @@ from dsmoe.parallel.watch import process_watch
 from dsmoe.plan import Topology, count_parameters, resolve_device
 from dsmoe.preflight.facts import steering, versions
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS, Verdict, Workload, judge
-from dsmoe.preflight.measure import GIB, collective_rate, copy_rate, link_rates, memory_gib, product_rate, write_rate
+from dsmoe.preflight.measure import (
+    GIB,
+    collective_rate,
+    copy_rate,
+    link_rates,
+    memory_gib,
+    product_rate,
+    wait_for_all,
+    write_rate,
+)
 from dsmoe.preflight.meeting import Answer, meet, part
 from dsmoe.preflight.results import SQUARE, Promise, RankReport
 from dsmoe.preflight.workload import Pairs, Product, group_ranks, messages, products, rounds
@@ -125,7 +133,7 @@ class Preflight:
         report.versions = versions(self.config, self.rank.device)
         report.environment = steering(os.environ)
         report.memory_total_gib, report.memory_free_gib = memory_gib(self.rank.device)
-        dist.barrier()
+        wait_for_all(self.rank.device)
         report.clock = time.time()
         if self.rank.is_first:
             try:

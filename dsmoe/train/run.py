@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
@@ -25,9 +26,10 @@ from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import is_shared, launched_world, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.distributed import HostError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.watch import GRACE_SECONDS, LostRanksError, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments, fit_to_world
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     options = parser.parse_intermixed_args(arguments)
     try:
+        join_slurm()
         config = load_config(options.config, options.overrides)
         finished = pretrain(config)
     except UserError as error:
@@ -74,11 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(given: Config) -> bool:
     """Train `given` on the ranks that the launcher started; False if a signal has ended it before the last step."""
-    config = fit_to_world(given, *launched_world()) if given.cluster.elastic else given
+    world = launched_world()
+    config = given
+    if given.cluster.elastic:
+        config = fit_to_world(given, *world.shape(given.cluster.devices_per_node))
+    else:
+        world.check(given)
     plan = Plan.from_config(config)
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
-    rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda", timeout)
+    rank = join_processes(
+        "cpu" if facts is not None and facts.name == "cpu" else "cuda", timeout, config.cluster.interface
+    )
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
@@ -178,7 +188,9 @@ def explain_end(error: Exception, text: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     # Before the processes have joined, what is wrong is wrong on every rank alike: the config, the command line.
     if not dist.is_initialized() or is_shared(error):
-        if rank == 0:
+        if isinstance(error, HostError) and rank > 0 and os.environ.get("LOCAL_RANK") == "0":
+            print(f"[rank {rank} on {platform.node()}] {text.rstrip()}", file=sys.stderr, flush=True)
+        elif rank == 0:
             print(text.rstrip(), file=sys.stderr, flush=True)
         else:
             time.sleep(LINGER_SECONDS)

@@ -33,7 +33,8 @@ def write_config(folder: Path, nodes: int, per_node: int, timeout: int = 30, **s
 
 
 def check(path: Path, overrides: list[str] | None = None) -> int:
-    os.environ["LOCAL_RANK"] = str(dist.get_rank() % load_config(path).cluster.devices_per_node)
+    per_node = min(load_config(path).cluster.devices_per_node, dist.get_world_size())
+    os.environ.update(LOCAL_RANK=str(dist.get_rank() % per_node), LOCAL_WORLD_SIZE=str(per_node))
     with (path.parent / f"stderr_{dist.get_rank()}").open("w") as file:
         os.dup2(file.fileno(), 2)
     run.leave_processes = lambda: None  # run_ranks does
@@ -161,4 +162,4 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
 
 def test_a_world_of_another_size_is_the_users_error(tmp_path: Path) -> None:
     assert run_ranks(2, check, write_config(tmp_path, 1, 4, parallel={"expert": 4})) == [2, 2]
-    assert stderr(tmp_path).count("= 4 ranks, but the launcher started 2") == 1
+    assert stderr(tmp_path).count("started 1 x 2 = 2 ranks, but cluster.nodes x cluster.devices_per_node is 1 x 4") == 1
