@@ -57,15 +57,6 @@ class Cluster(Section):
     device: str | Device | None = None
     """A name known to `dsmoe.plan.devices` (`cpu` trains over gloo), a description, or null: any CUDA device, without
     MFU."""
-    intra_node_gbps: PositiveFloat | None = None
-    """What a device can send to another of its node, in GB/s one way; null promises nothing. `dsmoe preflight` measures
-    it."""
-    inter_node_gbps: PositiveFloat | None = None
-    """What a device can send to another node while all devices of its node send, in GB/s one way."""
-    intra_node_us: PositiveFloat | None = None
-    """Microseconds that an exchange of next to nothing takes inside a node."""
-    inter_node_us: PositiveFloat | None = None
-    """The same between nodes."""
     interface: Annotated[str, Field(pattern=r"^[^\s=^,]+$")] | None = None
     """The network interface between nodes (`eth0`, `ib0`), as `ip address` lists it on every one of them; null leaves
     the choice to NCCL and gloo, which are wrong at times where there are several."""
@@ -78,6 +69,15 @@ class Cluster(Section):
     stays. Else a world of another size is refused."""
     collective_timeout_seconds: PositiveInt = 1800
     """How long a collective may wait, in every process group, before the run is stopped."""
+    intra_node_gbps: PositiveFloat | None = None
+    """What a device can send to another of its node, in GB/s one way; null promises nothing. `dsmoe preflight` measures
+    it."""
+    inter_node_gbps: PositiveFloat | None = None
+    """What a device can send to another node while all devices of its node send, in GB/s one way."""
+    intra_node_us: PositiveFloat | None = None
+    """Microseconds that an exchange of next to nothing takes inside a node."""
+    inter_node_us: PositiveFloat | None = None
+    """The same between nodes."""
 
 
 class Parallel(Section):

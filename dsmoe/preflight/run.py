@@ -73,7 +73,7 @@ def preflight(path: str, overrides: Sequence[str], output: Path | None) -> int:
         if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
             explain_end(error, message)
         else:
-            _explain_alone(error)
+            _explain_alone(error, is_here=Path(path).exists())
         return 2 if wrong_input else 1
     leave_processes()
     return code
@@ -111,11 +111,12 @@ def _check(given: Config, output: Path | None) -> int:
     return checks.end(conclude)
 
 
-def _explain_alone(error: Exception) -> None:
-    """Say what is wrong with this node before the ranks have met, unless it is wrong everywhere and rank 0 has."""
+def _explain_alone(error: Exception, is_here: bool) -> None:
+    """Say what is wrong with this node before the ranks have met; rank 0 says what is wrong with the config."""
     time.sleep(LINGER_SECONDS)
-    of_every_rank_here = isinstance(error, UserError) and not isinstance(error, HostError)
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not of_every_rank_here:
+    if not is_here:
+        error = HostError(f"the config is not there: {error}")
+    if isinstance(error, HostError) or not isinstance(error, UserError):
         print(f"{this_place()}: {error}", file=sys.stderr, flush=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,3 +50,11 @@ def test_all_who_come_join_afterwards(tmp_path: Path) -> None:
 def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
     (text,) = results_of([0], 1, tmp_path)
     assert text.startswith("3 of 4 ranks, of node 0, 1 (from 0), have not come within 1 s to 127.0.0.1:")
+
+
+def test_a_node_without_the_config_says_so_itself(tmp_path: Path) -> None:
+    environment = {**os.environ, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "dsmoe", "preflight", str(tmp_path / "absent.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"rank 3 ({socket.gethostname()}, device 1): the config is not there: " in done.stderr

@@ -29,9 +29,9 @@ def test_the_section_loads_again_and_says_what_it_replaces(tmp_path: Path) -> No
         "  nodes: 2",
         "  devices_per_node: 2",
         "  device: h100-sxm",
+        "  collective_timeout_seconds: 60",
         "  inter_node_gbps: 41.2  # measured; was 50",
         "  intra_node_us: 12  # measured; was 9",
-        "  collective_timeout_seconds: 60",
         "  intra_node_gbps: 312  # measured",
     ]
     pasted = Config.model_validate({**config.model_dump(), "cluster": yaml.safe_load(section)["cluster"]})
