@@ -91,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--full", action="store_true", help="the config's own sizes and corpora, not shrunk ones")
     _takes_config(parity, _parity)
 
+    preflight = commands.add_parser("preflight", help="under a launcher: check every node and link before a long job")
+    preflight.add_argument("--json", metavar="FILE", type=Path, help="the numbers (default: preflight.json of the run)")
+    _takes_config(preflight, _preflight)
+
     prepare = commands.add_parser("prepare", help="tokenize and pack the corpora, once")
     _takes_config(prepare, _prepare)
 
@@ -199,6 +203,12 @@ def _parity(arguments: argparse.Namespace) -> int:
 
     options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
     return 0 if parity(arguments.config, arguments.overrides, arguments.layouts, **options) else 1
+
+
+def _preflight(arguments: argparse.Namespace) -> None:
+    from dsmoe.preflight.run import end_process, preflight
+
+    end_process(preflight(arguments.config, arguments.overrides, arguments.json))
 
 
 def _positive(text: str) -> int:

@@ -69,6 +69,15 @@ class Cluster(Section):
     stays. Else a world of another size is refused."""
     collective_timeout_seconds: PositiveInt = 1800
     """How long a collective may wait, in every process group, before the run is stopped."""
+    intra_node_gbps: PositiveFloat | None = None
+    """What a device can send to another of its node, in GB/s one way; null promises nothing. `dsmoe preflight` measures
+    it."""
+    inter_node_gbps: PositiveFloat | None = None
+    """What a device can send to another node while all devices of its node send, in GB/s one way."""
+    intra_node_us: PositiveFloat | None = None
+    """Microseconds that an exchange of next to nothing takes inside a node."""
+    inter_node_us: PositiveFloat | None = None
+    """The same between nodes."""
 
 
 class Parallel(Section):
