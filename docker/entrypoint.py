@@ -85,6 +85,8 @@ def environments(config: Config, environment: Mapping[str, str]) -> list[dict[st
         # More threads than cores make ranks many times slower; torchrun has the same default.
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
     }
+    if config.cluster.device == "cpu":
+        shared["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no other
     return [{**shared, "RANK": str(node * devices + device), "LOCAL_RANK": str(device)} for device in range(devices)]
 
 
