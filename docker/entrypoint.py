@@ -105,7 +105,7 @@ def supervise(command: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> int
     for number in SIGNALS:
         signal.signal(number, hand_on)
     failure, deadline = 0, math.inf
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:
         if not failure and (failure := _failure(processes)):
             hand_on(signal.SIGTERM, None)
             deadline = time.monotonic() + GRACE_SECONDS
