@@ -8,18 +8,26 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
 from dsmoe.config.show import json_schema
+from dsmoe.launch.job import Request, default_folder
 from dsmoe.plan import Batch, Plan, headline, resolve_device
 
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
 # that needs more imports it when it runs.
 
 _USER_ERROR = 2
+_WAYS = {
+    "--hostfile": ("hosts", "a hostfile and an environment, for `deepspeed` over ssh"),
+    "--slurm": ("slurm", "job scripts, for sbatch"),
+    "--docker": ("docker", "a compose file, for containers"),
+}
+"""How `dsmoe launch` can start a run: the option, the module of dsmoe.launch that writes it, and what it writes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say what a run will be: its ranks and groups, batch, parameters, FLOPs")
     plan.add_argument("--json", action="store_true", help="as one JSON object, for a program")
     _takes_config(plan, _plan)
+
+    launch = commands.add_parser("launch", help="write what starts the run on a cluster, and print the command")
+    way = launch.add_mutually_exclusive_group(required=True)
+    for option, (module, what) in _WAYS.items():
+        way.add_argument(option, dest="renderer", action="store_const", const=module, help=what)
+    launch.add_argument("--dry-run", action="store_true", help="print the files' text, and write nothing")
+    launch.add_argument("--out", metavar="DIR", help="the folder to write to (default: launch/NAME of the run)")
+    _takes_config(launch, _launch)
 
     parity = commands.add_parser("parity", help="train a few steps on several layouts: is it the same model?")
     parity.add_argument(
@@ -155,6 +171,23 @@ def _plan(arguments: argparse.Namespace) -> None:
     resolve_device(config.cluster.device)
     plan = Plan.from_config(config)
     print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
+    resolve_device(config.cluster.device)
+    topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
+    folder = arguments.out or default_folder(config)
+    request = Request(config, arguments.config, tuple(arguments.overrides), folder)
+    job = import_module(f"dsmoe.launch.{arguments.renderer}").job(request)
+    print(headline(config, topology))
+    if arguments.dry_run:
+        for name, text in job.files.items():
+            print(f"\n==> {Path(folder) / name}\n{text}", end="")
+    else:
+        for path in job.write(Path(folder)):
+            print(f"wrote {path}")
+    print(f"\nto start it, type in this folder:\n{job.command}")
 
 
 def _parity(arguments: argparse.Namespace) -> int:

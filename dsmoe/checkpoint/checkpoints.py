@@ -38,9 +38,9 @@ from dsmoe.checkpoint.state import (
 from dsmoe.checkpoint.storage import FolderReader, FolderWriter
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.moe.experts import seed_of
 from dsmoe.parallel.boxes import Placement
 from dsmoe.parallel.distributed import on_every_rank, on_first_rank
+from dsmoe.parallel.draw import seed_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

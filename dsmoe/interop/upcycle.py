@@ -41,8 +41,8 @@ from dsmoe.interop.names import EXPERTS_DOWN, EXPERTS_GATE_UP, ROUTER, matches
 from dsmoe.interop.sections import architecture_of, describe, sections_of
 from dsmoe.interop.tensors import Tensors, Tile, Tiled, checkpoint_tensors
 from dsmoe.interop.weights import write_checkpoint
-from dsmoe.moe.experts import normal_from, seed_of
 from dsmoe.parallel.boxes import Box
+from dsmoe.parallel.draw import normal_from, seed_of
 from dsmoe.plan.layers import is_moe_layer
 
 SMALL_LOGITS = 0.01

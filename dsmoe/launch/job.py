@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+
+
+def default_folder(config: Config) -> str:
+    """Where the files of a run go unless another folder is named: two runs do not share one."""
+    return f"launch/{config.name}"
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,22 @@ class Request:
     """The YAML file, as it was typed."""
     overrides: tuple[str, ...] = ()
     """`section.key=value`, as typed; part of `config` already."""
+    folder: str = ""
+    """Where the files will be, as it is typed from the folder in which `dsmoe launch` is run."""
 
     @property
     def arguments(self) -> str:
         """What follows `launch/pretrain.py` on a shell's command line."""
         return shlex.join(["--config", self.path, *self.overrides])
+
+    def path_of(self, name: str) -> str:
+        """One of the files, as the command names it."""
+        return shlex.quote(str(Path(self.folder) / name))
+
+    def written_by(self, way: str) -> str:
+        """The command that writes the files again: `way` is `--hostfile`, `--slurm` or `--docker`."""
+        out = [] if self.folder == default_folder(self.config) else ["--out", self.folder]
+        return shlex.join(["dsmoe", "launch", self.path, *self.overrides, way, *out])
 
 
 @dataclass(frozen=True)
@@ -38,14 +55,27 @@ class Job:
     """The files that are run by their name."""
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the files, whole or not at all each; returns their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, text in self.files.items():
-            path = folder / name
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text)
-            temporary.chmod(0o755 if name in self.executable else 0o644)
-            temporary.replace(path)
-            paths.append(path)
-        return paths
+        """Write the files, whole or not at all each; returns their paths.
+
+        Raises:
+            UserError: one of them is there with other text, which somebody may have put in, or cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            paths = {folder / name: text for name, text in self.files.items()}
+            edited = [str(path) for path, text in paths.items() if path.exists() and path.read_text() != text]
+            if edited:
+                raise UserError(
+                    f"{', '.join(edited)}: exists, with other text than would be written; remove it if nothing in it "
+                    f"is yours, or name another folder: --out DIR"
+                )
+            for path, text in paths.items():
+                temporary = path.with_name(f".{path.name}.tmp")
+                temporary.write_text(text)
+                temporary.chmod(0o755 if path.name in self.executable else 0o644)
+                temporary.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {error.filename}: {error.strerror}; name another folder: --out DIR"
+            ) from None
+        return list(paths)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from dsmoe.config.schema import Config
-from dsmoe.moe.experts import normal_from, seed_of
 from dsmoe.moe.layer import MoE
+from dsmoe.parallel.draw import normal_from, seed_of
 
 if TYPE_CHECKING:
     from dsmoe.model.transformer import Transformer

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dsmoe.moe.experts import normal_from, seed_of
 from dsmoe.moe.ffn import ACTIVATIONS
+from dsmoe.parallel.draw import normal_from, seed_of
 from dsmoe.parallel.groups import TensorGroup
 from dsmoe.parallel.regions import enter_split
 from dsmoe.parallel.tensor import ColumnLinear, RowLinear

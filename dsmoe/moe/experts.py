@@ -6,7 +6,7 @@ Shape suffixes: see `dsmoe.moe.router`.
 from __future__ import annotations
 
 import copy
-import hashlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from dsmoe.moe.dispatch import Dispatched
 from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, expert_ffn
 from dsmoe.moe.router import Router
 from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
+from dsmoe.parallel.draw import normal_from, seed_of
 from dsmoe.parallel.tensor import Shard, mark_split
 
 
@@ -29,35 +30,6 @@ def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
         mark_split(parameter)
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = group_name  # type: ignore[attr-defined]
-
-
-def seed_of(seed: int, *names: object) -> int:
-    """A 63-bit seed that depends on all of `seed` and `names` and on nothing else, on any machine."""
-    text = "/".join(str(part) for part in (seed, *names))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def normal_from(seed: int, tensor: torch.Tensor, std: float, shard: Shard | None = None) -> None:
-    """Fill `tensor` in place from N(0, std^2), with a generator of its own; a meta tensor has nothing to fill.
-
-    With a `shard` the whole weight is drawn, and `tensor` gets its part: the same numbers for any number of ranks.
-    """
-    if tensor.is_meta:
-        return
-    generator = torch.Generator(device=tensor.device).manual_seed(seed)
-    shape = tensor.shape if shard is None else shard.whole_shape(tensor.shape)
-    with torch.no_grad():
-        # Drawn in fp32 whatever the dtype, so that bf16 weights are the rounded fp32 ones.
-        whole = torch.empty(shape, dtype=torch.float32, device=tensor.device).normal_(0.0, std, generator=generator)
-        tensor.copy_(whole if shard is None else shard.of(whole))
-
-
-def uniform_from(seed: int, tensor: torch.Tensor, bound: float) -> None:
-    """Fill `tensor` in place from U(-bound, bound), as torch's linear layers are (bound: one over the root of D)."""
-    if not tensor.is_meta:
-        generator = torch.Generator(device=tensor.device).manual_seed(seed)
-        with torch.no_grad():
-            tensor.uniform_(-bound, bound, generator=generator)
 
 
 class StackedExperts(nn.Module):
@@ -190,6 +162,54 @@ class ModuleExperts(nn.Module):
                     reset = getattr(module, "reset_parameters", None)
                     if callable(reset):
                         reset()
+
+
+@dataclass(frozen=True)
+class ExpertDraw:
+    """What a rank's experts are drawn from, so that they can be drawn again where its place turns out to be another."""
+
+    seed: int
+    rank: int
+    """The rank in the exchange group, `expert_tensor` neighbours to a set of experts."""
+    expert_tensor: int
+    copies: bool
+    """Whether they are copies of a user's module whose weights stay as they came."""
+    stds: tuple[float, float] = (0.02, 0.02)
+    """Standard deviations of the first and the second weight of stacked experts."""
+
+    def place(self, num_local_experts: int) -> tuple[int, int]:
+        """The global id of the first expert, and which slice of the experts the rank has."""
+        expert_rank, slice_index = divmod(self.rank, self.expert_tensor)
+        return expert_rank * num_local_experts, slice_index
+
+    def fill(self, experts: StackedExperts | ModuleExperts) -> None:
+        """Draw the experts."""
+        first, slice_index = self.place(experts.num_local_experts)
+        if isinstance(experts, StackedExperts):
+            experts.initialise(self.seed, first, *self.stds, slice_index)
+        elif not self.copies:
+            experts.initialise(self.seed, first)
+
+    def moved_to(self, rank: int, experts: StackedExperts | ModuleExperts) -> ExpertDraw:
+        """The same draw on another rank, with `experts` drawn anew if it is another.
+
+        Raises:
+            RuntimeError: they would have to be, but have been changed since they were drawn.
+        """
+        if rank == self.rank:
+            return self
+        if not self.copies:
+            fresh = copy.deepcopy(experts)
+            self.fill(fresh)
+            if not all(map(torch.equal, fresh.parameters(), experts.parameters())):
+                raise RuntimeError(
+                    f"rank {rank} of the expert group was made as if it were rank {self.rank}, and its experts have "
+                    f"been changed since: make the MoE layer after the processes have joined (torch.distributed is "
+                    f"initialised), and load weights after that"
+                )
+        moved = replace(self, rank=rank)
+        moved.fill(experts)
+        return moved
 
 
 class RouterAndExperts(nn.Module):

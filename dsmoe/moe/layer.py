@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,17 +27,17 @@ from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch
 from dsmoe.moe.experts import (
+    ExpertDraw,
     ModuleExperts,
     RouterAndExperts,
     StackedExperts,
     mark_expert_parameters,
-    seed_of,
-    uniform_from,
 )
 from dsmoe.moe.hierarchical import choose_dispatch
 from dsmoe.moe.passes import Passes
 from dsmoe.moe.router import Router, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
+from dsmoe.parallel.draw import seed_of, uniform_from
 from dsmoe.parallel.groups import ExpertGroup, TensorGroup
 from dsmoe.parallel.regions import sum_gradients
 
@@ -225,9 +224,9 @@ class MoE(DeepSpeedMoE):
         self.router.tensor_group = self.balance.tensor_group = self.tensor_group
         self._make_dense(hidden_size, expert, expert_ffn_size, activation, use_residual, shared_expert_ffn_size)
         self.statistics = RoutingStatistics(num_experts)
-        self._redraw = expert is None or redraw_experts
-        self._seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
-        self._exchange_rank = dist.get_rank() % (ep_size * expert_tensor) if dist.is_initialized() else 0
+        seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
+        place = dist.get_rank() % (ep_size * expert_tensor) if dist.is_initialized() else 0
+        self._draw = ExpertDraw(seed, place, expert_tensor, copies=expert is not None and not redraw_experts)
         self.reset_experts()
         self._draw_what_all_tokens_pass()
         self._passes = Passes()
@@ -272,20 +271,19 @@ class MoE(DeepSpeedMoE):
 
     def reset_experts(self, std: float = 0.02, down_std: float = 0.02, seed: int | None = None) -> None:
         """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
-        self._seed = self._seed if seed is None else seed
-        self._stds = (std, down_std)
-        self._draw(self.experts)
+        self._draw = replace(self._draw, seed=self._draw.seed if seed is None else seed, stds=(std, down_std))
+        self._draw.fill(self.experts)
 
     def _draw_what_all_tokens_pass(self) -> None:
         """Draw router, shared expert and residual MLP from the layer's seed: torch's draws would go by their slices."""
         for name, dense in (("shared", self.shared), ("mlp", self.mlp)):
             if isinstance(dense, FeedForward):
-                dense.initialise(seed_of(self._seed, name), *self._stds)
+                dense.initialise(seed_of(self._draw.seed, name), *self._draw.stds)
         weights = {"router": self.router.weight}
         if self.use_residual:
             weights |= {f"coefficient.{name}": p for name, p in self.coefficient.named_parameters()}
         for name, weight in weights.items():
-            uniform_from(seed_of(self._seed, name), weight, self.router.weight.shape[1] ** -0.5)
+            uniform_from(seed_of(self._draw.seed, name), weight, self.router.weight.shape[1] ** -0.5)
 
     def set_expert_group(self, group: ExpertGroup) -> None:
         """Exchange tokens over `group` from now on.
@@ -298,34 +296,13 @@ class MoE(DeepSpeedMoE):
         size = self.ep_size * self.expert_tensor
         assert group.size == size, f"expert group of {group.size} for ep_size {self.ep_size} x {self.expert_tensor}"
         mark_expert_parameters(self.experts, self.expert_group_name)
-        if group.rank != self._exchange_rank:
-            if self._redraw and not self._are_as_drawn():
-                raise RuntimeError(
-                    f"rank {group.rank} of the expert group was made as if it were rank {self._exchange_rank}, and its "
-                    f"experts have been changed since: make the MoE layer after the processes have joined "
-                    f"(torch.distributed is initialised), and load weights after that"
-                )
-            self._exchange_rank = group.rank
-            self._draw(self.experts)
+        self._draw = self._draw.moved_to(group.rank, self.experts)
         self._dispatches = {padded: choose_dispatch(group, padded, self.overlap_chunks) for padded in (False, True)}
 
     @property
     def expert_place(self) -> tuple[int, int]:
         """The global id of this rank's first expert, and which slice of its experts it has."""
-        expert_rank, slice_index = divmod(self._exchange_rank, self.expert_tensor)
-        return expert_rank * self.num_local_experts, slice_index
-
-    def _draw(self, experts: StackedExperts | ModuleExperts) -> None:
-        first, slice_index = self.expert_place
-        if isinstance(experts, StackedExperts):
-            experts.initialise(self._seed, first, *self._stds, slice_index)
-        elif self._redraw:
-            experts.initialise(self._seed, first)
-
-    def _are_as_drawn(self) -> bool:
-        fresh = copy.deepcopy(self.experts)
-        self._draw(fresh)
-        return all(map(torch.equal, fresh.parameters(), self.experts.parameters()))
+        return self._draw.place(self.num_local_experts)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
         """Move or cast; where that makes new parameters (`to_empty`), they get the marks of the old."""
@@ -431,17 +408,11 @@ class MoE(DeepSpeedMoE):
         return self._passes.repeat_from_here()
 
     def _begin_pass(self, device: torch.device) -> torch.Generator | None:
-        """What this forward pass draws from, None where nothing is random.
-
-        The seed follows from (seed of the layer, step, number of the pass in the step, rank) in training, and only
-        from the layer's and the rank in evaluation, which so repeats itself.
-        """
-        number = self._passes.begin(self.training)
+        """What this forward pass draws from, None where nothing is random."""
+        seed = self._passes.begin(self.training, self._draw.seed)
         if self.router.rule.noise == "none" and self.limit.drop_policy != "random":
             return None
-        when = (self._passes.step, number) if self.training else ("evaluation",)
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return torch.Generator(device).manual_seed(seed_of(self._seed, "random", *when, rank))
+        return torch.Generator(device).manual_seed(seed)
 
     def take_traffic(self) -> tuple[float, float]:
         """Bytes sent over (intra-node, inter-node) links since the last call, backward passes included."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+import torch.distributed as dist
+
+from dsmoe.parallel.draw import seed_of
+
 
 class Passes:
     """Counts a layer's forward passes in training, step by step; activation checkpointing repeats some of them."""
@@ -24,13 +28,23 @@ class Passes:
         """Whether the next pass repeats an earlier one."""
         return self._repeated is not None
 
-    def begin(self, training: bool) -> int:
-        """Begin a pass: its number in the step, that of the earlier one where it repeats one."""
+    def begin(self, training: bool, seed: int) -> int:
+        """Begin a pass of the layer that has `seed`: the seed of what is random in it.
+
+        It follows from (seed of the layer, step, number of the pass in the step, rank) in training, where a repeated
+        pass has the number of the earlier one, and only from the layer's and the rank in evaluation, which so repeats
+        itself.
+        """
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if not training:
+            return seed_of(seed, "random", "evaluation", rank)
         if self._repeated is not None:
+            number = self._repeated
             self._repeated += 1
-            return self._repeated - 1
-        self._count += training
-        return self._count - training
+        else:
+            number = self._count
+            self._count += 1
+        return seed_of(seed, "random", self.step, number, rank)
 
     def repeat_from_here(self) -> AbstractContextManager[None]:
         """A context in which the passes that come *next* are repeated, one after the other; it can be entered again."""

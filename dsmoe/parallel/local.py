@@ -21,7 +21,8 @@ import torch
 from dsmoe.parallel.distributed import join_processes
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dsmoe.train.run"])
+# Besides our own, what every rank would else import by itself: DeepSpeed's optimizers bring torch's compiler (2 s).
+CONTEXT.set_forkserver_preload(["dsmoe.train.run", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 class RanksFailedError(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from dsmoe.train.parity import TEXT
 def small_config(
     folder: Path, *, ranks: int = 1, expert: int = 1, zero_stage: int = 1, **sections: dict[str, Any]
 ) -> Config:
-    """A two-layer model (one dense, one MoE) on a text file in `folder`; `sections` update the tree."""
-    corpus = folder / "corpus.txt"
+    """A two-layer model (one dense, one MoE) that runs in `folder`; `sections` update the tree."""
+    shared = Path(os.environ["DSMOE_TESTS_CORPUS"])  # prepared once, not by every test
+    corpus = shared / "corpus.txt"
     if not corpus.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         corpus.write_text(TEXT)
     tree: dict[str, Any] = {
         "name": "small",
@@ -42,7 +43,7 @@ def small_config(
             "init_std": 0.08,
         },
         "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 24, "balance": {"aux_loss": 0.02, "z_loss": 0.001}},
-        "data": {"sources": ({"name": "sums", "path": str(corpus)},), "cache_dir": str(folder / "cache")},
+        "data": {"sources": ({"name": "sums", "path": str(corpus)},), "cache_dir": str(shared / "cache")},
         "optimizer": {"lr": 3e-3, "schedule": "constant", "grad_clip": 0.5, "weight_decay": 0.1},
         "train": {
             "steps": 10,
