@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -18,23 +19,17 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True)
     if importlib.util.find_spec("triton") is None:
         return
-    from triton.backends.nvidia import driver
-    from triton.runtime.build import _build
+    from triton.backends.nvidia.driver import dirname, include_dirs
 
-    # The driver's library is the running machine's. The linker asks only that one of its name is there.
+    headers = [f"-I{path}" for path in (*include_dirs, sysconfig.get_paths()["include"])]
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run(["gcc", "-shared", "-o", f"{scratch}/libcuda.so.1", "-x", "c", "/dev/null"], check=True)
-        source = Path(driver.dirname, "driver.c")
-        made = _build(
-            "cuda_utils",
-            str(source),
-            scratch,
-            [driver.libdevice_dir, scratch],
-            driver.include_dirs,
-            driver.libraries,
-            [],
-        )
-        (folder / "cuda_utils.so").write_bytes(Path(made).read_bytes())
+        # The driver's library is the running machine's. Here its name is enough, which the module asks for when it is
+        # loaded: some compilers leave out the names of libraries from which they use nothing.
+        driver = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null", "-o", f"{scratch}/libcuda.so.1"]
+        subprocess.run(driver, check=True)
+        link = ["-Wl,--no-as-needed", f"-L{scratch}", "-l:libcuda.so.1", "-o", f"{folder}/cuda_utils.so"]
+        options = ["-O3", "-shared", "-fPIC", "-Wno-psabi"]
+        subprocess.run(["gcc", *options, f"{dirname}/driver.c", *headers, *link], check=True)
 
 
 main(Path(sys.argv[1]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
@@ -73,8 +72,8 @@ services:
 {variables}"""
 
 
-def job(request: Request, folder: str = "docker") -> Job:
-    """A compose file, to be put in `folder`.
+def job(request: Request) -> Job:
+    """A compose file.
 
     Nodes without GPUs, and a single node, are services on this machine's network. Several nodes with GPUs are one
     machine each: the same file with one service, started on each of them.
@@ -83,7 +82,7 @@ def job(request: Request, folder: str = "docker") -> Job:
         UserError: a file that the config names is outside the folder that the containers see.
     """
     config = request.config
-    compose = f"docker compose --file {shlex.quote(f'{folder}/compose.yaml')}"
+    compose = f"docker compose --file {request.path_of('compose.yaml')}"
     facts = resolve_device(config.cluster.device)
     is_cpu = facts is not None and facts.name == "cpu"
     one_machine = is_cpu or config.cluster.nodes == 1
@@ -101,10 +100,9 @@ ON_A_MACHINE = 'NODE_RANK=0 MASTER_ADDR="$(hostname)" SHARED=/shared USER_ID="$(
 
 def _heading(request: Request, compose: str, command: str, one_machine: bool) -> str:
     config = request.config
-    written = shlex.join(["dsmoe", "launch", request.path, *request.overrides, "--docker"])
     lines = [
         headline(config, Topology.from_config(config)),
-        f"Written by `{written}`.",
+        f"Written by `{request.written_by('--docker')}`.",
         "",
         "Start, in the folder from which that was run:",
         f"    {command}",

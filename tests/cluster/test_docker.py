@@ -159,7 +159,7 @@ def _two_nodes_train(engine: Engine, folder: Path) -> None:
     subprocess.run([*alone, f"data.cache_dir={folder}/cache"], cwd=REPOSITORY, env=environment, check=True)
 
     overrides += ["cluster.nodes=2", "cluster.devices_per_node=1"]
-    job(Request(load_config(REPOSITORY / path, overrides), path, tuple(overrides))).write(folder)
+    job(Request(load_config(REPOSITORY / path, overrides), path, tuple(overrides), str(folder))).write(folder)
     project = f"dsmoe_test_{os.getpid()}"
     compose = ["podman-compose", ULIMIT, "--project-name", project, "--file", str(folder / "compose.yaml")]
     engine.environment |= {"DSMOE_IMAGE": "dsmoe:test", "PWD": str(REPOSITORY)}

@@ -23,7 +23,7 @@ DOCKER = REPOSITORY / "docker"
 
 
 def render(path: str, *overrides: str) -> Job:
-    return job(Request(load_config(REPOSITORY / path, overrides), path, overrides))
+    return job(Request(load_config(REPOSITORY / path, overrides), path, overrides, "docker"))
 
 
 def parsed(rendered: Job) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_the_builder_sees_what_the_dockerfile_copies_and_no_more() -> None:
 
 def test_the_committed_compose_file_is_what_its_command_writes() -> None:
     text = (DOCKER / "compose.yaml").read_text()
-    (written,) = re.findall(r"Written by `dsmoe launch (.*) --docker`", text)
+    (written,) = re.findall(r"Written by `dsmoe launch (.*) --docker --out docker`", text)
     path, *overrides = shlex.split(written)
     rendered = render(path, *overrides)
     assert rendered.files == {"compose.yaml": text}
