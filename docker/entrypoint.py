@@ -2,7 +2,7 @@
 
 Which ranks it starts, by what it sees in the environment:
 
-    RANK and WORLD_SIZE, or SLURM_PROCID   this process is one rank, that another launcher has started
+    RANK and WORLD_SIZE, or srun's step    this process is one rank, that another launcher has started
     NODE_RANK, or JOB_COMPLETION_INDEX     one rank per device of this node, of NNODES nodes; the first is MASTER_ADDR
     none of them                           one rank per device of this machine, which is the only one
 
@@ -31,6 +31,8 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 STOPPED = 75
 """Exit code of a rank that a signal has stopped after a checkpoint."""
 USER_ERROR = 2
+RANKS_OF_OTHERS = ({"RANK", "WORLD_SIZE"}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"})
+"""What a launcher's rank has in its environment; a batch script of Slurm has no SLURM_STEP_NUM_TASKS."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 30.0
 """How long the other ranks may take to say what they saw, after one has failed."""
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
     command = [sys.executable, str(script), *rest]
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() or "SLURM_PROCID" in os.environ:
+    if any(keys <= os.environ.keys() for keys in RANKS_OF_OTHERS):
         _become(command)
     try:
         ranks = environments(_config(rest), os.environ)

@@ -31,7 +31,7 @@ got = []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, _: got.append(number))
 keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-print(json.dumps([sys.argv[1:], {key: os.environ.get(key) for key in keys}]), flush=True)
+os.write(1, json.dumps([sys.argv[1:], {key: os.environ.get(key) for key in keys}]).encode() + b"\\n")
 if rank == "0":
     open("listening", "w").close()
 while rank == "1" and not os.path.exists("listening"):
@@ -43,7 +43,7 @@ if rank == "1" and "name=dies" in sys.argv:
 if "name=done" not in sys.argv:
     while not got:
         time.sleep(0.01)
-    print(f"rank {rank} got {signal.Signals(got[0]).name} {len(got)}", flush=True)
+    os.write(1, f"rank {rank} got {signal.Signals(got[0]).name} {len(got)}\\n".encode())
     sys.exit(75)
 """
 
@@ -117,7 +117,9 @@ def test_a_node_that_is_not_told_which(environment: dict[str, str], message: str
         environments(small_config(tmp_path, cluster={"nodes": 2}), environment)
 
 
-@pytest.mark.parametrize("launcher", [{"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "1"}])
+@pytest.mark.parametrize(
+    "launcher", [{"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}]
+)
 def test_another_launchers_rank_takes_the_place_of_the_entry_point(launcher: dict[str, str], image: Path) -> None:
     process = start(image, "pretrain", "--config", "config.yaml", **launcher)
     assert process.stdout is not None
