@@ -29,6 +29,10 @@ CONTAINERS = """
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime = "runc"
+[containers]
+default_ulimits = ["nofile=16384:16384", "{nproc}"]
+[network]
+network_config_dir = "{folder}/networks"
 """
 STORAGE = """
 [storage]
@@ -36,8 +40,8 @@ driver = "overlay"
 graphroot = "{folder}/storage"
 runroot = "{folder}/running"
 """
-ULIMIT = "--podman-run-args=--ulimit=nproc=32768:32768"
-"""podman asks for more processes than this machine may allow, where a compose file names another limit."""
+NPROC = "nproc=32768:32768"
+"""podman asks for more processes than a machine may allow, also where a compose file names other limits."""
 
 
 def start_pod(host: Host, index: int, first: Host, config: Path) -> Task:
@@ -79,7 +83,7 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "storage.conf").write_text(STORAGE.format(folder=folder))
-        (folder / "containers.conf").write_text(CONTAINERS)
+        (folder / "containers.conf").write_text(CONTAINERS.format(nproc=NPROC, folder=folder))
         files = {"CONTAINERS_STORAGE_CONF": "storage.conf", "CONTAINERS_CONF": "containers.conf"}
         self.environment = {**os.environ, **{key: str(folder / name) for key, name in files.items()}}
 
@@ -125,7 +129,7 @@ class Engine:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine = Engine(tmp_path_factory.mktemp("engine"))
     yield engine
-    engine.run("podman", "system", "reset", "--force", check=False)
+    engine.run("podman", "rmi", "--all", "--force", check=False)
 
 
 @pytest.mark.containers
@@ -161,7 +165,14 @@ def _two_nodes_train(engine: Engine, folder: Path) -> None:
     overrides += ["cluster.nodes=2", "cluster.devices_per_node=1"]
     job(Request(load_config(REPOSITORY / path, overrides), path, tuple(overrides), str(folder))).write(folder)
     project = f"dsmoe_test_{os.getpid()}"
-    compose = ["podman-compose", ULIMIT, "--project-name", project, "--file", str(folder / "compose.yaml")]
+    compose = [
+        "podman-compose",
+        f"--podman-run-args=--ulimit={NPROC}",
+        "--project-name",
+        project,
+        "--file",
+        str(folder / "compose.yaml"),
+    ]
     engine.environment |= {"DSMOE_IMAGE": "dsmoe:test", "PWD": str(REPOSITORY)}
     nodes = [f"{project}_node{number}_1" for number in range(2)]
     try:
