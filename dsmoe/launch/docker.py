@@ -13,7 +13,8 @@ from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.report import headline
 from dsmoe.plan.topology import Topology
 
-BUILTIN = "builtin:"
+ON_A_MACHINE = 'NODE_RANK=0 MASTER_ADDR="$(hostname)" SHARED=/shared USER_ID="$(id -u)"'
+"""What machine 0 of several is started with; the others have their number, and its name."""
 
 NODE = """\
 x-node: &node
@@ -92,10 +93,6 @@ def job(request: Request) -> Job:
         command, text = f"{ON_A_MACHINE} {compose} up", _anywhere(config)
     text = "\n".join([_heading(request, compose, command, one_machine), _node(request, is_cpu, one_machine), text])
     return Job(files={"compose.yaml": text}, command=command)
-
-
-ON_A_MACHINE = 'NODE_RANK=0 MASTER_ADDR="$(hostname)" SHARED=/shared USER_ID="$(id -u)"'
-"""What machine 0 of several is started with; the others have their number, and its name."""
 
 
 def _heading(request: Request, compose: str, command: str, one_machine: bool) -> str:
