@@ -16,6 +16,7 @@ from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
 from dsmoe.config.show import json_schema
 from dsmoe.launch.job import Request, default_folder
+from dsmoe.launch.world import join_slurm
 from dsmoe.plan import Batch, Plan, headline, resolve_device
 
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     try:
+        join_slurm()
         return arguments.run(arguments) or 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under a launcher every rank has the same input
@@ -180,13 +182,16 @@ def _launch(arguments: argparse.Namespace) -> None:
     folder = arguments.out or default_folder(config)
     request = Request(config, arguments.config, tuple(arguments.overrides), folder)
     job = import_module(f"dsmoe.launch.{arguments.renderer}").job(request)
-    print(headline(config, topology))
+    heading = headline(config, topology)
     if arguments.dry_run:
+        print(heading)
         for name, text in job.files.items():
             print(f"\n==> {Path(folder) / name}\n{text}", end="")
     else:
-        for path in job.write(Path(folder)):
-            print(f"wrote {path}")
+        paths = job.write(Path(folder))
+        print("\n".join([heading, *(f"wrote {path}" for path in paths)]))
+    if job.warning:
+        print(f"\n{job.warning}")
     print(f"\nto start it, type in this folder:\n{job.command}")
 
 

@@ -56,6 +56,13 @@ class Cluster(Section):
     device: str | Device | None = None
     """A name known to `dsmoe.plan.devices` (`cpu` trains over gloo), a description, or null: any CUDA device, without
     MFU."""
+    interface: str | None = None
+    """The network interface between nodes (`eth0`, `ib0`), as `ip address` lists it on every one of them; null leaves
+    the choice to NCCL and gloo, which are wrong at times where there are several."""
+    hosts: str | None = None
+    """The nodes' names, rank 0's first, for `dsmoe launch --hostfile`: `node[01-08]`, or `alpha,beta`."""
+    hostfile: str | None = None
+    """Instead of `hosts`: a file that has them already, with `NAME slots=DEVICES` on each line."""
     elastic: bool = False
     """Train on whatever devices the launcher has started: `parallel.expert` and the micro-batch follow, the batch
     stays. Else a world of another size is refused."""

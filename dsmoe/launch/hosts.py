@@ -1,18 +1,169 @@
-"""A run over ssh: the hostfile and the environment that `deepspeed` takes to its hosts."""
+"""A run over ssh: the hostfile of `deepspeed`, and the environment that it takes to the hosts."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
+from collections import Counter
+from pathlib import Path
 
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
 from dsmoe.launch.job import Job, Request
+from dsmoe.launch.nodelist import expand
+from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.report import headline
+from dsmoe.plan.text import quantity
+from dsmoe.plan.topology import Topology
+
+HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+
+PLACEHOLDERS = """\
+# THESE NAMES ARE PLACEHOLDERS: put those of your hosts here, or into the config as cluster.hosts and write this again.
+#
+"""
+
+OVER_SSH = """\
+# Start it on one of these hosts, in a folder that all of them share:
+#
+#     {command}
+#
+# It reaches the others by ssh, which must not ask for a password. That a host is gone is noticed with these lines in
+# ~/.ssh/config:
+#
+#     Host *
+#         ServerAliveInterval 5
+#         ServerAliveCountMax 2
+#
+# Without ssh, in the same folder, one of these on each host. K is 0 on the first of them, 1 on the next, and so on:
+#
+#     {no_ssh}
+#     {torchrun}
+#
+# {environment}, beside this file, is what ssh takes to the hosts, in place of ~/.deepspeed_env: the path to this
+# Python's programs. DeepSpeed takes PYTHONPATH by itself, and what begins with NCCL_ where it sees a GPU. A comment
+# or an empty line in that file would break its command.
+#
+# Hosts on several networks: with cluster.interface=NAME in the config, NCCL and gloo use that one.
+#
+"""
+
+ON_ONE_HOST = """\
+# Start it on this host with one of
+#
+#     {no_ssh}
+#     {torchrun}
+#
+"""
 
 
 def job(request: Request) -> Job:
-    """A hostfile and a file of environment variables."""
+    """A file of environment variables, and a hostfile unless the config names one.
+
+    Raises:
+        UserError: the config's hosts are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
+    """
     cluster = request.config.cluster
-    lines = [f"node{number:02d} slots={cluster.devices_per_node}\n" for number in range(1, cluster.nodes + 1)]
-    files = {"hostfile": "".join(lines), "deepspeed_env": f"PATH={sys.prefix}/bin:$PATH\nOMP_NUM_THREADS=1\n"}
-    hostfile, environment = request.path_of("hostfile"), request.path_of("deepspeed_env")
-    return Job(
-        files, f"DS_ENV_FILE={environment} deepspeed --hostfile {hostfile} launch/pretrain.py {request.arguments}"
+    if cluster.hostfile is not None and cluster.hosts is not None:
+        raise UserError("cluster.hosts and cluster.hostfile both say which hosts there are; set one of them to null")
+    path = request.path_of(HOSTFILE) if cluster.hostfile is None else shlex.quote(cluster.hostfile)
+    names = _named(request.config) or _placeholders(request.config)
+    commands = _commands(request, path, names[0])
+    files = {ENVIRONMENT: _environment(request.config)} if cluster.nodes > 1 else {}
+    if cluster.hostfile is None:
+        files = {HOSTFILE: _hostfile(request, names, commands), **files}
+    if cluster.nodes == 1:
+        return Job(files, commands["no_ssh"])
+    warning = f"the names in {path} are placeholders: put those of your hosts there, or set cluster.hosts"
+    return Job(files, commands["command"], warning="" if _named(request.config) else warning)
+
+
+def _named(config: Config) -> list[str]:
+    """The hosts that the config names, if any, checked."""
+    cluster = config.cluster
+    if cluster.hostfile is not None:
+        return _read_hostfile(config, cluster.hostfile)
+    if cluster.hosts is None:
+        return []
+    names = expand(cluster.hosts)
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"cluster.hosts names {', '.join(twice)} more than once; every host is one node")
+    if len(names) != cluster.nodes:
+        raise UserError(
+            f"cluster.hosts names {quantity(len(names), 'host')} and cluster.nodes is {cluster.nodes}; "
+            f"set cluster.nodes={len(names)}, or name {cluster.nodes}"
+        )
+    return names
+
+
+def _read_hostfile(config: Config, name: str) -> list[str]:
+    """Read a hostfile as DeepSpeed does, and check that it has the config's nodes and devices."""
+    try:
+        lines = [line.strip() for line in Path(name).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"cluster.hostfile ({name}) cannot be read: {reason}") from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        match = _LINE.match(line)
+        if match is None:
+            raise UserError(f"{name}:{number}: expected `HOST slots=DEVICES`, got {line!r}")
+        if match[1] in slots:
+            raise UserError(f"{name}:{number}: {match[1]} is named a second time; every host is one node")
+        slots[match[1]] = int(match[2])
+    nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
+    if len(slots) != nodes:
+        raise UserError(
+            f"cluster.hostfile ({name}) has {quantity(len(slots), 'host')} and cluster.nodes is {nodes}; "
+            f"set cluster.nodes={len(slots)}, or have {quantity(nodes, 'line')} in the file"
+        )
+    others = [f"{host} slots={count}" for host, count in slots.items() if count != devices]
+    if others:
+        raise UserError(
+            f"cluster.hostfile ({name}): {', '.join(others)}, and cluster.devices_per_node is {devices}; every "
+            f"node has equally many: write slots={devices}, or set cluster.devices_per_node"
+        )
+    return list(slots)
+
+
+def _placeholders(config: Config) -> list[str]:
+    nodes = config.cluster.nodes
+    if nodes == 1:
+        return ["localhost"]  # which needs no other name
+    width = max(2, len(str(nodes)))
+    return [f"node{number:0{width}d}" for number in range(1, nodes + 1)]
+
+
+def _commands(request: Request, hostfile: str, first: str) -> dict[str, str]:
+    """What can be typed, by the name that the heading gives it."""
+    cluster = request.config.cluster
+    address = f"--master_addr {first} --node_rank {'0' if cluster.nodes == 1 else 'K'}"
+    size = f"--nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node}"
+    return {
+        "command": f"DS_ENV_FILE={request.path_of(ENVIRONMENT)} deepspeed --hostfile {hostfile} {request.program}",
+        "no_ssh": f"deepspeed --hostfile {hostfile} --no_ssh {address} {request.program}",
+        "torchrun": f"torchrun {size} {address.replace('_', '-')} {request.program}",
+    }
+
+
+def _hostfile(request: Request, names: list[str], commands: dict[str, str]) -> str:
+    config = request.config
+    written = (
+        f"# {headline(config, Topology.from_config(config))}\n# Written by `{request.written_by('--hostfile')}`.\n"
     )
+    how = (OVER_SSH if len(names) > 1 else ON_ONE_HOST).format(**commands, environment=ENVIRONMENT)
+    to_edit = PLACEHOLDERS if len(names) > 1 and not _named(config) else ""
+    slots = "".join(f"{name} slots={config.cluster.devices_per_node}\n" for name in names)
+    return f"{written}#\n{to_edit}{how}{slots}"
+
+
+def _environment(config: Config) -> str:
+    """What DeepSpeed exports on every host, in double quotes: the host's own PATH follows this Python's."""
+    facts = resolve_device(config.cluster.device)
+    accelerator = "DS_ACCELERATOR=cpu\n" if facts is not None and facts.name == "cpu" else ""
+    return f"PATH={sys.prefix}/bin:$PATH\n{accelerator}"

@@ -33,6 +33,13 @@ class Request:
         """What follows `launch/pretrain.py` on a shell's command line."""
         return shlex.join(["--config", self.path, *self.overrides])
 
+    @property
+    def program(self) -> str:
+        """`launch/pretrain.py` and its arguments, on a shell's command line; by its full path in other folders."""
+        script = Path("launch/pretrain.py")
+        there = script if script.exists() else Path(__file__).parents[2] / script
+        return f"{shlex.quote(str(there))} {self.arguments}"
+
     def path_of(self, name: str) -> str:
         """One of the files, as the command names it."""
         return shlex.quote(str(Path(self.folder) / name))
@@ -51,6 +58,8 @@ class Job:
     """Text by file name, in one folder."""
     command: str
     """To be typed in the folder from which `dsmoe launch` was run."""
+    warning: str = ""
+    """What has to be done first, if anything."""
     executable: frozenset[str] = field(default=frozenset())
     """The files that are run by their name."""
 

@@ -1,13 +1,14 @@
 """Join this process to the others of its run: rank, device, backend, timeout.
 
-Works the same under `deepspeed`, `torchrun` and `python` alone (one rank): each of the first two sets RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for the last they are filled in here.
+Works the same under `deepspeed`, `torchrun`, `srun` and `python` alone (one rank): the first two set RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for the others they are filled in.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -20,9 +21,14 @@ import torch.distributed
 from deepspeed import comm
 
 from dsmoe.config.errors import UserError
+from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel.watch import process_watch, stop_watching
 
 T = TypeVar("T")
+
+
+class HostError(UserError):
+    """What is wrong on this host, and may be right on the others."""
 
 
 @dataclass(frozen=True)
@@ -40,42 +46,41 @@ class Rank:
         return self.rank == 0
 
 
-def join_processes(device: str = "cuda", timeout: timedelta = timedelta(minutes=30)) -> Rank:
+def join_processes(
+    device: str = "cuda", timeout: timedelta = timedelta(minutes=30), interface: str | None = None
+) -> Rank:
     """Start `torch.distributed` and DeepSpeed's view of it, once per process.
 
     Args:
         device: `cuda` (NCCL) or `cpu` (gloo).
         timeout: how long a collective of the world group may wait; `Groups` gives its own groups the same.
+        interface: the network interface between nodes; None leaves the choice to NCCL and gloo.
 
     Raises:
-        UserError: no CUDA device where one is asked for.
+        HostError: no CUDA device for this rank, or no such interface, on this host.
+        UserError: ranks that srun has laid over the nodes in a way that is not supported; or the port is taken.
     """
+    join_slurm()
     _choose_accelerator(device)
+    if interface is not None:
+        _use_interface(interface)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    world = launched_world()
+    if "OMP_NUM_THREADS" not in os.environ and (world.devices_per_node or world.size) > 1:
+        torch.set_num_threads(1)  # as torchrun does: every rank would take all cores
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
-        torch.cuda.set_device(local_rank)
+        _take_device(local_rank)
     if not comm.is_initialized():
         _switch_off_shared_memory_op()
         backend = "nccl" if device == "cuda" else "gloo"
         try:
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         except torch.distributed.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            port = os.environ.get("MASTER_PORT")
-            raise UserError(f"port {port} is in use on this machine; give the launcher another --master_port") from None
+            raise _rendezvous_problem(error) from None
     where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return Rank(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), where)
-
-
-def launched_world() -> tuple[int, int]:
-    """How many nodes the launcher has started this run on, and processes on each; 1 and 1 without a launcher."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    return world_size // per_node, per_node
 
 
 def leave_processes() -> None:
@@ -112,7 +117,7 @@ def set_timeout_everywhere(timeout: timedelta) -> None:
 def _choose_accelerator(device: str) -> None:
     """Make DeepSpeed agree with the config about the device: on a GPU machine it would pick CUDA for a CPU run."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
+        raise HostError(
             "cluster.device asks for a CUDA device and torch sees none on this machine; "
             "set cluster.device: cpu to train on the CPU over gloo"
         )
@@ -123,6 +128,43 @@ def _choose_accelerator(device: str) -> None:
         from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
         set_accelerator(CPU_Accelerator() if device == "cpu" else CUDA_Accelerator())
+
+
+def _use_interface(name: str) -> None:
+    """Let NCCL and gloo use this network interface, where the environment names none for this host."""
+    wanted = {"NCCL_SOCKET_IFNAME": f"={name}", "GLOO_SOCKET_IFNAME": name}  # without `=`, any whose name begins so
+    unset = {variable: value for variable, value in wanted.items() if variable not in os.environ}
+    there = [known for _, known in socket.if_nameindex()]
+    if unset and name not in there:
+        raise HostError(
+            f"cluster.interface ({name}) is not among the network interfaces of this host ({', '.join(there)}); where "
+            f"hosts differ, set {' and '.join(unset)} on each instead"
+        )
+    os.environ.update(unset)
+
+
+def _take_device(local_rank: int) -> None:
+    visible = torch.cuda.device_count()
+    if local_rank >= visible:
+        raise HostError(
+            f"rank {os.environ['RANK']} is to drive device {local_rank} of this host and sees {visible} "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'is not set')}); every rank has to see all "
+            f"devices of its host: under srun, give --gpus-per-node, without --gpus-per-task and --gpu-bind"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _rendezvous_problem(error: Exception) -> Exception:
+    """What keeps this rank from the others, where it is the address that they were given; else the error."""
+    name, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in str(error):
+        advice = "give the launcher another --master_port, or set MASTER_PORT under srun"
+        return UserError(f"port {port} is in use on this machine; {advice}")
+    try:
+        socket.getaddrinfo(name, port)
+    except socket.gaierror:
+        return HostError(f"rank 0 is on {name}, and this host has no address of that name; set MASTER_ADDR to one")
+    return error
 
 
 def _switch_off_shared_memory_op() -> None:

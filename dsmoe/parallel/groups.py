@@ -16,7 +16,8 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
-from dsmoe.parallel.distributed import join_processes, launched_world
+from dsmoe.launch.world import launched_world
+from dsmoe.parallel.distributed import join_processes
 from dsmoe.plan.topology import AXES, Axis, Topology
 
 _LOGGER = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class ExpertGroup:
         """The expert group that DeepSpeed knows under `name` (`ep_size_N`)."""
         handle = deepspeed_groups._get_expert_parallel_group(name)
         ranks = dist.get_process_group_ranks(handle)
-        _, per_node = launched_world()
+        world = launched_world()
+        per_node = world.devices_per_node or world.size
         here = dist.get_rank() // per_node
         return cls(
             handle,

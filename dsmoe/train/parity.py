@@ -126,7 +126,8 @@ def _train_here(config: Config, steps: int) -> Training:
 
 def _under_launcher(comparison: Comparison, configs: Sequence[Config]) -> bool:
     facts = resolve_device(configs[0].cluster.device)
-    rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda")
+    device = "cpu" if facts is not None and facts.name == "cpu" else "cuda"
+    rank = join_processes(device, interface=configs[0].cluster.interface)
     quiet_deepspeed()
     if rank.is_first:
         print(comparison.introduction(), flush=True)

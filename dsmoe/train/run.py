@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
@@ -25,14 +26,16 @@ from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import is_shared, launched_world, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.distributed import HostError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.watch import GRACE_SECONDS, LostRanksError, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments, fit_to_world
 from dsmoe.plan.report import Plan
 from dsmoe.train.engine import prepare_once
+from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
 from dsmoe.train.folder import (
     Beginning,
@@ -40,7 +43,6 @@ from dsmoe.train.folder import (
     check_shared,
     make_run_folder,
     run_folder,
-    write_environment,
 )
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     options = parser.parse_intermixed_args(arguments)
     try:
+        join_slurm()
         config = load_config(options.config, options.overrides)
         finished = pretrain(config)
     except UserError as error:
@@ -74,11 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(given: Config) -> bool:
     """Train `given` on the ranks that the launcher started; False if a signal has ended it before the last step."""
-    config = fit_to_world(given, *launched_world()) if given.cluster.elastic else given
+    config = _for_this_world(given)
     plan = Plan.from_config(config)
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
-    rank = join_processes("cpu" if facts is not None and facts.name == "cpu" else "cuda", timeout)
+    device = "cpu" if facts is not None and facts.name == "cpu" else "cuda"
+    rank = join_processes(device, timeout, config.cluster.interface)
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
@@ -87,9 +91,10 @@ def pretrain(given: Config) -> bool:
     folder = run_folder(config)
     token = on_first_rank(lambda: make_run_folder(given))
     on_every_rank(lambda: check_shared(folder, token))
+    ranks = on_every_rank(of_this_rank)
     if rank.is_first:
         logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
-        write_environment(folder, to_deepspeed(config, plan.batch.accumulation_steps), rank.world_size)
+        write_environment(folder, to_deepspeed(config, plan.batch.accumulation_steps), ranks)
         logger.info("run %s in %s", config.name, folder)
         for line in plan.introduction():
             logger.info("%s", line)
@@ -104,6 +109,15 @@ def pretrain(given: Config) -> bool:
     for sink in trainer.sinks:
         sink.close()
     return finished
+
+
+def _for_this_world(config: Config) -> Config:
+    """The config on the ranks that the launcher started: another where it is elastic, else it must be theirs."""
+    world = launched_world()
+    if config.cluster.elastic:
+        return fit_to_world(config, *world.shape(config.cluster.devices_per_node))
+    world.check(config)
+    return config
 
 
 def _begin(trainer: Trainer, beginning: Beginning) -> bool:
@@ -178,7 +192,9 @@ def explain_end(error: Exception, text: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     # Before the processes have joined, what is wrong is wrong on every rank alike: the config, the command line.
     if not dist.is_initialized() or is_shared(error):
-        if rank == 0:
+        if isinstance(error, HostError) and rank > 0 and os.environ.get("LOCAL_RANK") == "0":
+            print(f"[rank {rank} on {platform.node()}] {text.rstrip()}", file=sys.stderr, flush=True)
+        elif rank == 0:
             print(text.rstrip(), file=sys.stderr, flush=True)
         else:
             time.sleep(LINGER_SECONDS)
