@@ -1,4 +1,5 @@
 # `make train`: train a small MoE model in a few minutes.  `make check`, `make test`, `make test-cluster`: what CI runs.
+# `make test-containers`: build the image and train in two containers (root, buildah, podman; minutes).
 # `make test-mutations`: does a test see every mistake of tests/mutations/mutations.py?
 # Needs Python 3.11 or newer, git and a C compiler's headers for nothing but some packages' installation.
 
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny_cpu.yaml
 
-.PHONY: install train test test-cluster test-mutations check format clean
+.PHONY: install train test test-cluster test-containers test-mutations check format clean
 
 install: $(VENV)/.installed
 
@@ -16,10 +17,14 @@ train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (cluster or layouts or mutations)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (cluster or containers or layouts or mutations)"
 
 test-cluster: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs
+
+test-containers: $(VENV)/.installed
+	$(BIN)/pip install --quiet podman-compose==1.6.0
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m containers -rs -s
 
 test-mutations: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations --durations=0

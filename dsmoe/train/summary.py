@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsmoe.config.schema import Config
+from dsmoe.launch.world import SRUN, launched_world
 
 BITS_PER_BYTE = "eval/bits_per_byte"
 
@@ -41,11 +42,14 @@ def summary(folder: Path, bigram: Mapping[str, float], config: Config) -> str:
 def _next_steps(folder: Path, config: Config) -> list[str]:
     file, train = folder / "config.yaml", config.train
     longer = f"train.steps={2 * train.steps}" if train.steps else f"train.tokens={2 * (train.tokens or 0)}"
-    launcher = f"deepspeed --num_gpus {config.cluster.devices_per_node} launch/pretrain.py"
+    onward = f"deepspeed --num_gpus {config.cluster.devices_per_node} launch/pretrain.py --config {file} {longer}"
+    if config.cluster.nodes > 1:
+        way = "--slurm" if launched_world().launcher == SRUN else "--hostfile"
+        onward = f"dsmoe launch {file} {longer} {way}"
     commands = {
         f"tensorboard --logdir {folder / 'tensorboard'}": "loss, load balance, dropped tokens, throughput",
         f"dsmoe config show {file}": "every setting of this run",
-        f"{launcher} --config {file} {longer}": "train on from here",
+        onward: "train on from here",
     }
     width = max(map(len, commands))
     return [f"  {command:<{width}}   # {what}" for command, what in commands.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 @pytest.mark.parametrize(
     ("launcher", "hosts", "ranks_per_host"),
-    [("pdsh", 2, 2), ("pdsh", 4, 1), ("no_ssh", 4, 1), ("torchrun", 2, 1)],
+    [("pdsh", 2, 2), ("pdsh", 4, 1), ("no_ssh", 4, 1)],  # torchrun: test_launch_page.py,
 )
 def test_hosts_train_as_one_process_does(
     launcher: str, hosts: int, ranks_per_host: int, of_one_process: list[float], tmp_path: Path
@@ -39,3 +40,11 @@ def test_hosts_train_as_one_process_does(
     assert output.count("step 3/3") == 1
     assert len(of_one_process) == 3
     assert losses(tmp_path) == pytest.approx(of_one_process, rel=1e-5)
+    facts = json.loads((tmp_path / "runs" / "small" / "environment.json").read_text())
+    ranks = {
+        host.name: range(number * ranks_per_host, (number + 1) * ranks_per_host) for number, host in enumerate(cluster)
+    }
+    assert {name: host["ranks"] for name, host in facts["hosts"].items()} == {
+        name: list(of) for name, of in ranks.items()
+    }
+    assert (facts["launcher"], facts["interfaces"]["eth0"][0]) == ("deepspeed", "10.77.0.1")

@@ -13,7 +13,16 @@ import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
 from dsmoe.parallel import join_processes, leave_processes
-from dsmoe.parallel.distributed import is_shared, on_every_rank, on_first_rank, set_timeout_everywhere
+from dsmoe.parallel.distributed import (
+    HostError,
+    _rendezvous_problem,
+    _take_device,
+    _use_interface,
+    is_shared,
+    on_every_rank,
+    on_first_rank,
+    set_timeout_everywhere,
+)
 from dsmoe.parallel.local import CONTEXT, run_ranks
 
 
@@ -23,6 +32,34 @@ def test_cuda_without_a_device_names_the_key(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, "0")
     with pytest.raises(UserError, match=r"cluster\.device: cpu"):
         join_processes("cuda")
+
+
+def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+        monkeypatch.delenv(name)
+    with pytest.raises(HostError, match=r"cluster\.interface \(eth99\) .* \(.*\blo\b.*\)"):
+        join_processes("cpu", interface="eth99")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    _use_interface("lo")
+    assert (os.environ["NCCL_SOCKET_IFNAME"], os.environ["GLOO_SOCKET_IFNAME"]) == ("=lo", "eth7")  # this host's own
+
+
+def test_a_rank_whose_device_is_hidden_from_it_is_told_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(HostError, match=r"rank 3 is to drive device 3 of this host and sees 1 .* give --gpus-per-node"):
+        _take_device(3)
+
+
+def test_a_name_that_this_host_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    lost = dist.DistNetworkError("timed out")
+    assert "rank 0 is on no-such-host.invalid" in str(_rendezvous_problem(lost))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert _rendezvous_problem(lost) is lost
+    assert "port 1 is in use" in str(_rendezvous_problem(dist.DistNetworkError("EADDRINUSE")))
 
 
 def join_alone(result: Path) -> None:

@@ -1,0 +1,166 @@
+"""What the image runs: `pretrain CONFIG [section.key=value ...]` on this node's devices, or any other command.
+
+Which ranks it starts, by what it sees in the environment:
+
+    RANK and WORLD_SIZE, or srun's step    this process is one rank, that another launcher has started
+    NODE_RANK, or JOB_COMPLETION_INDEX     one rank per device of this node, of NNODES nodes; the first is MASTER_ADDR
+    none of them                           one rank per device of this machine, which is the only one
+
+`pretrain` is any program in launch/. The ranks' exit codes and signals are why this is neither `torchrun` nor
+`deepspeed`: both exit with 1 where the ranks, told to stop, have saved a checkpoint and exited with 75, and both kill
+the ranks 30 seconds after a signal, however long the checkpoint takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from dsmoe.config import Config, UserError, load_config
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+STOPPED = 75
+"""Exit code of a rank that a signal has stopped after a checkpoint."""
+USER_ERROR = 2
+RANKS_OF_OTHERS = ({"RANK", "WORLD_SIZE"}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"})
+"""What a launcher's rank has in its environment; a batch script of Slurm has no SLURM_STEP_NUM_TASKS."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE_SECONDS = 30.0
+"""How long the other ranks may take to say what they saw, after one has failed."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code, unless it replaces this process."""
+    program, *rest = arguments
+    script = LAUNCH / f"{program}.py"
+    if not script.is_file():
+        _become([program, *rest])
+    if rest and not rest[0].startswith("-"):
+        rest.insert(0, "--config")
+    command = [sys.executable, str(script), *rest]
+    if any(keys <= os.environ.keys() for keys in RANKS_OF_OTHERS):
+        _become(command)
+    try:
+        ranks = environments(_config(rest), os.environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return supervise(command, ranks)
+
+
+def environments(config: Config, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """What each rank of this node has in its environment besides `environment`, in the order of their devices.
+
+    Raises:
+        UserError: it does not say which node this is, or where the first one is.
+    """
+    nodes = _number("NNODES", environment.get("NNODES", str(config.cluster.nodes)))
+    devices = _devices(config)
+    name = next((key for key in ("NODE_RANK", "JOB_COMPLETION_INDEX") if key in environment), None)
+    if nodes == 1 and name is None:
+        address, port, node = "127.0.0.1", environment.get("MASTER_PORT") or _free_port(), 0
+    elif name is None or "MASTER_ADDR" not in environment:
+        raise UserError(
+            f"this container is one of {nodes} nodes (cluster.nodes, NNODES) and is not told which: set NODE_RANK "
+            f"(0 to {nodes - 1}; Kubernetes sets JOB_COMPLETION_INDEX) and MASTER_ADDR, the name of the first; "
+            "for this machine alone add cluster.nodes=1"
+        )
+    else:
+        address, port = environment["MASTER_ADDR"], environment.get("MASTER_PORT") or "29500"
+        node = _number(name, environment[name])
+        if node >= nodes:
+            raise UserError(f"{name} ({node}) must be below the number of nodes (cluster.nodes, NNODES: {nodes})")
+    shared = {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(nodes * devices),
+        "LOCAL_WORLD_SIZE": str(devices),
+        # More threads than cores make ranks many times slower; torchrun has the same default.
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
+    }
+    if config.cluster.device == "cpu":
+        shared["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no other
+    return [{**shared, "RANK": str(node * devices + device), "LOCAL_RANK": str(device)} for device in range(devices)]
+
+
+def supervise(command: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> int:
+    """Run the ranks, hand on signals, end the others when one fails; returns the exit code of the node.
+
+    That is the first failure's (128 + n for signal n), else 75 if the ranks have stopped for a signal, else 0.
+    """
+    # In a process group each: Control-C in a terminal then reaches them once, from here.
+    processes = [subprocess.Popen(command, env={**os.environ, **rank}, process_group=0) for rank in ranks]
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, hand_on)
+    failure, deadline = 0, math.inf
+    while None in [process.poll() for process in processes]:
+        if not failure and (failure := _failure(processes)):
+            hand_on(signal.SIGTERM, None)
+            deadline = time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            hand_on(signal.SIGKILL, None)
+        time.sleep(0.1)
+    return failure or _failure(processes) or max(process.returncode for process in processes)
+
+
+def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit code of a rank that has failed; 0 if none has."""
+    codes = [process.returncode for process in processes if process.returncode not in (None, 0, STOPPED)]
+    return next((code if code > 0 else 128 - code for code in codes), 0)
+
+
+def _become(command: list[str]) -> None:
+    """Replace this process, so that the command gets the container's signals and its code is the container's."""
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
+        sys.exit(127)
+
+
+def _config(arguments: Sequence[str]) -> Config:
+    """The config that the command's arguments name, as launch/pretrain.py reads them."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*")
+    options, _ = parser.parse_known_intermixed_args(arguments)
+    return load_config(options.config, options.overrides)
+
+
+def _devices(config: Config) -> int:
+    """How many ranks this node has: the config's, or where that is elastic all the GPUs that there are."""
+    if not config.cluster.elastic or config.cluster.device == "cpu":
+        return config.cluster.devices_per_node
+    import torch
+
+    return torch.cuda.device_count() or config.cluster.devices_per_node
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"{name} must be a whole number, not {text!r}")
+    return int(text)
+
+
+def _free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,180 @@
+"""A run in containers: `compose.yaml` with a service for each node of this machine, or with the one of any machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+from dsmoe.launch.job import Job, Request
+from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.report import headline
+from dsmoe.plan.topology import Topology
+
+ON_A_MACHINE = 'NODE_RANK=0 MASTER_ADDR="$(hostname)" SHARED=/shared USER_ID="$(id -u)"'
+"""What machine 0 of several is started with; the others have their number, and its name."""
+
+NODE = """\
+x-node: &node
+  image: ${{DSMOE_IMAGE:-{image}}}  # docker/Dockerfile makes it
+  command: {command}
+  volumes:
+{volumes}
+  shm_size: 8gb             # a limit: ranks of one node exchange data in shared memory
+  ulimits:
+{ulimits}
+  stop_signal: SIGTERM      # the ranks save a checkpoint and exit with 75
+  stop_grace_period: 10m    # ... which may take so long
+  restart: on-failure:5     # after a failure (not after a stop) it goes on from the newest checkpoint
+"""
+
+GPUS = """\
+  deploy:
+    resources:
+      reservations:
+        devices:
+          - {{driver: nvidia, count: {count}, capabilities: [gpu]}}
+"""
+
+SERVICE = """\
+  node{number}:
+    <<: *node
+    hostname: node{number}
+    networks: [nodes]
+    environment: {{NODE_RANK: "{number}", MASTER_ADDR: node0{variables}}}
+"""
+
+HERE = """\
+services:
+{services}
+networks:
+  nodes:
+    internal: {internal}          # {reason}
+
+volumes:                    # of all nodes
+  runs:
+  cache:
+"""
+
+ANYWHERE = """\
+services:
+  node:
+    <<: *node
+    user: ${{USER_ID:?who may write to the shared folder, as `id -u`}}
+    network_mode: host      # NCCL needs the machine's own interfaces
+    # With InfiniBand or RoCE:
+    # devices: [/dev/infiniband]
+    environment:
+      NODE_RANK: ${{NODE_RANK:?which machine this is, 0 to {last}}}
+      MASTER_ADDR: ${{MASTER_ADDR:?the name or address of machine 0}}
+      TRITON_CACHE_DIR: /tmp/triton
+{variables}"""
+
+
+def job(request: Request) -> Job:
+    """A compose file.
+
+    Nodes without GPUs, and a single node, are services on this machine's network. Several nodes with GPUs are one
+    machine each: the same file with one service, started on each of them.
+
+    Raises:
+        UserError: a file that the config names is outside the folder that the containers see.
+    """
+    config = request.config
+    compose = f"docker compose --file {request.path_of('compose.yaml')}"
+    facts = resolve_device(config.cluster.device)
+    is_cpu = facts is not None and facts.name == "cpu"
+    one_machine = is_cpu or config.cluster.nodes == 1
+    if one_machine:
+        command, text = f"{compose} up", _here(config)
+    else:
+        command, text = f"{ON_A_MACHINE} {compose} up", _anywhere(config)
+    text = "\n".join([_heading(request, compose, command, one_machine), _node(request, is_cpu, one_machine), text])
+    return Job(files={"compose.yaml": text}, command=command)
+
+
+def _heading(request: Request, compose: str, command: str, one_machine: bool) -> str:
+    config = request.config
+    lines = [
+        headline(config, Topology.from_config(config)),
+        f"Written by `{request.written_by('--docker')}`.",
+        "",
+        "Start, in the folder from which that was run:",
+        f"    {command}",
+    ]
+    if not one_machine:
+        lines.append(f"on machine 0, and on each of the others with its NODE_RANK (to {config.cluster.nodes - 1}).")
+    results = f"{compose} cp node0:/runs/{config.name} ." if one_machine else f"$SHARED/runs/{config.name}"
+    lines += ["Stop, with a checkpoint from which the same command goes on:", f"    {command.removesuffix('up')}stop"]
+    lines += ["What it wrote:", f"    {results}"]
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines) + f"name: {_project(config.name)}\n"
+
+
+def _node(request: Request, is_cpu: bool, one_machine: bool) -> str:
+    config = request.config
+    command = ["pretrain", request.path, *request.overrides, "runs_dir=/runs", "data.cache_dir=/cache"]
+    shared = "" if one_machine else "${SHARED:?a folder that every machine sees}/"
+    volumes = ["${PWD}:/project:ro", f"{shared}runs:/runs", f"{shared}cache:/cache"]
+    volumes += [f"{path}:{path}:ro".replace("$", "$$") for path in _outside(request)]
+    ulimits = ["nofile: 16384"] + ([] if is_cpu else ["memlock: -1             # NCCL pins memory"])
+    text = NODE.format(
+        image="dsmoe:cpu" if is_cpu else "dsmoe:cuda",
+        command=json.dumps(command).replace("$", "$$"),
+        volumes="\n".join(f"    - {volume}" for volume in volumes),
+        ulimits="\n".join(f"    {limit}" for limit in ulimits),
+    )
+    return text if is_cpu else text + GPUS.format(count=config.cluster.devices_per_node)
+
+
+def _here(config: Config) -> str:
+    variables = "".join(f", {key}: {value}" for key, value in _variables(config).items())
+    services = [SERVICE.format(number=number, variables=variables) for number in range(config.cluster.nodes)]
+    internal = not _uses_hub(config)
+    reason = "nothing outside is reached, or reaches them" if internal else "data.sources has some of the hub"
+    return HERE.format(services="".join(services), internal=json.dumps(internal), reason=reason)
+
+
+def _anywhere(config: Config) -> str:
+    variables = "".join(f"      {key}: {value}\n" for key, value in _variables(config).items())
+    return ANYWHERE.format(last=config.cluster.nodes - 1, variables=variables)
+
+
+def _variables(config: Config) -> dict[str, str]:
+    return {"HF_HOME": "/cache/huggingface"} if _uses_hub(config) else {}
+
+
+def _uses_hub(config: Config) -> bool:
+    return any(source.hub for source in config.data.sources)
+
+
+def _outside(request: Request) -> list[str]:
+    """The absolute paths that the run reads, which containers then have by the same names."""
+    config = request.config
+    paths = {"the config": request.path, "data.tokenizer": config.data.tokenizer}
+    paths |= {f"data.sources ({source.name})": source.path for source in config.data.sources if source.path}
+    paths |= {
+        "checkpoint.weights_from": config.checkpoint.weights_from or "",
+        "checkpoint.resume": config.checkpoint.resume,
+    }
+    problems = [
+        f"{key} ({path}) is outside of this folder, which is what containers see; run `dsmoe launch` in a folder above "
+        "it, or give an absolute path"
+        for key, path in paths.items()
+        if ".." in Path(path).parts
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return sorted({_before_wildcards(path) for path in paths.values() if path.startswith("/")})
+
+
+def _before_wildcards(path: str) -> str:
+    parts = Path(path).parts
+    wild = next((index for index, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
+    return str(Path(*parts[:wild]))
+
+
+def _project(name: str) -> str:
+    """The run's name with the letters that compose allows."""
+    return re.sub(r"[^a-z0-9_-]", "-", name.lower()).lstrip("_-") or "dsmoe"

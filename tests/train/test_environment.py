@@ -1,0 +1,58 @@
+"""What `environment.json` records, and what it must not."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from dsmoe.train.environment import of_this_rank, worth_recording, write_environment
+
+
+def test_variables_that_decide_how_ranks_meet_are_recorded() -> None:
+    wanted = {
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "MASTER_ADDR": "n1",
+        "NCCL_DEBUG": "INFO",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_SUBMIT_DIR": "/home/monkey/tokens",
+    }
+    assert worth_recording({**wanted, "HOME": "/root", "WANDB_PROJECT": "x"}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_JWT", "eyJhbGciOiJIUzI1NiJ9"),
+        ("SLURM_EXPORT_ENV", "ALL,WANDB_API_KEY=5f3"),
+        ("DS_HUB_TOKEN", "hf_x"),
+        ("TORCH_STORE_PASSWORD", "x"),
+        ("DEEPSPEED_AUTH", "x"),
+        ("DS_MIRROR", "https://user:word@example.org/simple"),
+        ("AWS_SECRET_ACCESS_KEY", "x"),
+    ],
+)
+def test_a_secret_is_not(name: str, value: str) -> None:
+    assert worth_recording({name: value}) == {}
+
+
+def test_hosts_are_listed_with_their_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "RANK", "WORLD_SIZE")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_JWT", "eyJhbGciOiJIUzI1NiJ9")
+    write_environment(tmp_path, {"a": 1}, [("n1", "H100"), ("n1", "H100"), ("n2", "H100")])
+    text = (tmp_path / "environment.json").read_text()
+    facts = json.loads(text)
+    assert facts["hosts"] == {
+        "n1": {"ranks": [0, 1], "devices": ["H100"] * 2},
+        "n2": {"ranks": [2], "devices": ["H100"]},
+    }
+    assert (facts["launcher"], facts["world_size"], facts["cuda"]) == ("python alone", 3, None)
+    assert facts["interfaces"]["lo"][0] == "127.0.0.1"
+    assert "eyJ" not in text
+    assert json.loads((tmp_path / "ds_config.json").read_text()) == {"a": 1}
+    assert of_this_rank() == (socket.gethostname(), "cpu")
