@@ -7,6 +7,7 @@ import platform
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -74,7 +75,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._state = EngineState(engine, placements)
         self._owned: set[NamedBox] = own_share(self._state.boxes(), self._group)
-        self._buffer = HostBuffer()
+        self._buffer = HostBuffer(int(1.01 * self._state.bytes_to_save(self._owned)), engine.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._failure: SaveError | None = None
         self._saved_step: int | None = None
@@ -152,7 +153,9 @@ class Checkpoints:
         engine.global_steps = facts.step
         engine.skipped_steps = facts.skipped_steps
         engine.lr_scheduler.last_epoch = facts.schedule_step - 1
-        engine.lr_scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch misses an optimizer step before this one
+            engine.lr_scheduler.step()
         if checkpoint.absolute() == (self.folder / checkpoint_name(facts.step)).absolute():
             self._saved_step = facts.step
         return facts

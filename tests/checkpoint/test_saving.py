@@ -69,13 +69,13 @@ def test_the_newest_the_milestones_and_the_best_are_kept(
 
 def save_with_slow_disk(config: Config) -> dict[str, Any]:
     trainer = make_trainer(config)
-    may_write, write = threading.Event(), storage.write_tensors
+    may_write, write = threading.Event(), storage.write_items
 
     def slow_write(*arguments: Any) -> Any:
         assert may_write.wait(30)
         return write(*arguments)
 
-    storage.write_tensors = slow_write
+    storage.write_items = slow_write
     trainer.step()
     weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.save()
