@@ -44,6 +44,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"expert": 2, "tensor": 2, "zero": 0, "precision": "bf16", "checkpoint": {"asynchronous": False}},
 ]
 """Of one run after the other; each saves after every step."""
+LARGE = {
+    "model": {"vocab_size": 2048, "hidden_size": 128, "ffn_size": 256},
+    "moe": {"num_experts": 8, "top_k": 2, "expert_ffn_size": 256, "balance": {"bias_update_rate": 0.01}},
+}
+"""20 MB of state, so that a save takes a while."""
 AIMS = {"save": 0.65, "step": 0.2, "start": 0.15}
 """Where kills fall, and how often."""
 PATIENCE = 120.0
@@ -81,7 +86,7 @@ class Run:
 
     def __init__(self, folder: Path, setting: dict[str, Any], steps: int, counts: Counts) -> None:
         saving = {**setting["checkpoint"], "every": 1, "keep": KEEP}
-        options = {**setting, "train": {"steps": steps}, "checkpoint": saving, "runs_dir": str(folder / "runs")}
+        options = {**LARGE, **setting, "train": {"steps": steps}, "checkpoint": saving, "runs_dir": str(folder / "runs")}
         config = layout_config(folder, RANKS, **options)
         self.folder, self.steps, self.counts = folder, steps, counts
         self.checkpoints, self.output = folder / "runs" / config.name / "checkpoints", folder / "output"
@@ -130,7 +135,7 @@ class Run:
                     break
                 assert time.monotonic() < deadline, self.output.read_text()
                 time.sleep(0.0005)
-            time.sleep(instants.uniform(0.0, 0.03 if aim == "save" else 0.2))
+            time.sleep(instants.uniform(0.0, 0.08 if aim == "save" else 0.3))
         if all(rank.exitcode is None for rank in ranks):
             return True
         self._end(ranks)
