@@ -70,6 +70,8 @@ class Counts:
     """Starts that lived to say from which checkpoint they go on; it was the newest each time."""
     passed_over: int = 0
     """Checkpoints that a start found not to be whole."""
+    most_checkpoints: int = 0
+    """That were there at once: old ones go when a save has come to its end."""
     most_leftovers: int = 0
     """Folders of unfinished saves and removals that were there at once."""
 
@@ -86,7 +88,13 @@ class Run:
 
     def __init__(self, folder: Path, setting: dict[str, Any], steps: int, counts: Counts) -> None:
         saving = {**setting["checkpoint"], "every": 1, "keep": KEEP}
-        options = {**LARGE, **setting, "train": {"steps": steps}, "checkpoint": saving, "runs_dir": str(folder / "runs")}
+        options = {
+            **LARGE,
+            **setting,
+            "train": {"steps": steps},
+            "checkpoint": saving,
+            "runs_dir": str(folder / "runs"),
+        }
         config = layout_config(folder, RANKS, **options)
         self.folder, self.steps, self.counts = folder, steps, counts
         self.checkpoints, self.output = folder / "runs" / config.name / "checkpoints", folder / "output"
@@ -178,7 +186,7 @@ class Run:
         assert not passed_over, passed_over
         for checkpoint in found:
             verify(checkpoint)
-        assert len(found) <= KEEP + 1
+        self.counts.most_checkpoints = max(self.counts.most_checkpoints, len(found))
         self.counts.most_leftovers = max(self.counts.most_leftovers, len(self._leftovers()))
         return found[0] if found else None
 
@@ -241,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["DSMOE_TESTS_CORPUS"] = folder  # which pytest gives
         disturb_runs(Path(folder), options.kills, options.per_run, options.steps, options.seed)
 
 
