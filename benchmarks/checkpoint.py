@@ -92,23 +92,34 @@ def summarise(measured: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "parameters": measured["parameters"],
-        "bytes_per_parameter": {name: size / measured["parameters"] for name, size in measured["bytes"].items()},
+        "bytes_per_parameter": {n: measured["bytes"][n] / measured["parameters"] for n in ("dsmoe", "deepspeed")},
         "seconds": {name: statistics.median(taken) for name, taken in times.items()},
         "save_speed_over_deepspeed": ratio("deepspeed save", "dsmoe save"),
         "load_speed_over_deepspeed": ratio("deepspeed load", "dsmoe load"),
-        "stall_over_save": {name: ratio(f"dsmoe {name} stall", "dsmoe save") for name in ("first", "later")},
+        "stall_over_save": {name: ratio(f"stall {name}", "dsmoe save") for name in ("first", "later")},
+        "stall_over_deepspeed_save": ratio("stall later", "deepspeed save"),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """As Markdown."""
-    head = ("ranks", "storage", "bytes per parameter", "save", "load", "stall", "first stall")
+    head = (
+        "ranks",
+        "storage",
+        "bytes per parameter",
+        "save",
+        "load",
+        "stall",
+        "first stall",
+        "stall over DeepSpeed's save",
+    )
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
-        size, stall = row["bytes_per_parameter"]["dsmoe"], row["stall_over_save"]
-        speeds = [f"{row[key]:.2f}" for key in ("save_speed_over_deepspeed", "load_speed_over_deepspeed")]
-        stalls = [f"{100 * stall[name]:.0f} %" for name in ("later", "first")]
-        lines.append(f"| {' | '.join([str(row['ranks']), row['storage'], f'{size:.2f}', *speeds, *stalls])} |")
+        stalls = (row["stall_over_save"]["later"], row["stall_over_save"]["first"], row["stall_over_deepspeed_save"])
+        cells = [str(row["ranks"]), row["storage"], f"{row['bytes_per_parameter']['dsmoe']:.2f}"]
+        cells += [f"{row[f'{action}_speed_over_deepspeed']:.2f}" for action in ("save", "load")]
+        cells += [f"{100 * stall:.0f} %" for stall in stalls]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -118,24 +129,27 @@ def work(rounds: int, shape: str, folder: Path) -> None:
     quiet_deepspeed()
     run = Run(rank.world_size, "bf16", shape, rounds, "cpu")
     config = make_config(run, {"expert": rank.world_size}, None, folder)
-    contenders = {"dsmoe": dsmoe_contender(config, rank, folder), "deepspeed": deepspeed_contender(config, rank)}
-    turns = {"dsmoe": dsmoe_turn, "deepspeed": deepspeed_turn}
+    ours, theirs = dsmoe_contender(config, rank, folder), deepspeed_contender(config, rank)
+    turns = {"dsmoe": dsmoe_turn, "deepspeed": deepspeed_turn, "stall": stall_turn}
     size = (run.ranks * SHAPES[shape]["sequences"], SHAPES[shape]["length"] + 1)
     tokens = torch.randint(SHAPES[shape]["vocab"], size, generator=torch.Generator().manual_seed(0))
-    for contender in contenders.values():
+    for contender in (ours, theirs):
         contender.activate()
         contender.step(contender.part_of(tokens))  # from now on there are moments
     taken: dict[str, list[float]] = {}
     sizes: dict[str, int] = {}
     for number in range(rounds + 1):
+        # What is there is removed after every turn: a disk may be slower where it has not been written before.
         for name in list(turns)[:: 1 if number % 2 else -1]:
-            contenders[name].activate()
-            for action, duration in turns[name](contenders[name], config, folder / name):
+            contender = theirs if name == "deepspeed" else ours
+            contender.activate()
+            for action, duration in turns[name](contender, config, folder / name):
                 if number:
                     taken.setdefault(f"{name} {action}", []).append(duration)
             if rank.is_first:
                 sizes[name] = size_of(folder / name / checkpoint_name(1))
                 shutil.rmtree(folder / name)
+            dist.barrier()
     if rank.is_first:
         report = {"parameters": count_parameters(config).total, "bytes": sizes, "seconds": taken}
         (folder / "measured.json").write_text(json.dumps(report))
@@ -143,22 +157,26 @@ def work(rounds: int, shape: str, folder: Path) -> None:
 
 
 def dsmoe_turn(contender: Contender, config: Config, folder: Path) -> Iterator[tuple[str, float]]:
-    """Save as step 1, load that, and save twice more as a run does that trains on meanwhile."""
-    engine = contender.engine
-
-    def checkpoints(asynchronous: bool) -> Checkpoints:
-        chosen = config.checkpoint.model_copy(update={"asynchronous": asynchronous, "keep": 9})
-        return Checkpoints(folder, engine, placements(engine.module), config.model_copy(update={"checkpoint": chosen}))
-
-    waiting = checkpoints(asynchronous=False)
-    waiting.save(0, 0)  # makes the host memory
-    yield "save", slowest(lambda: waiting.save(1, 0))
+    """Save as a run does that waits for the disk, and load that."""
+    saved = checkpoints(contender, config, folder, asynchronous=False)
+    yield "save", slowest(lambda: saved.save(1, 0))
     forget_cached(folder)
-    yield "load", slowest(lambda: waiting.load(folder / checkpoint_name(1)))
-    training_on = checkpoints(asynchronous=True)
-    for step, name in ((2, "first stall"), (3, "later stall")):
-        yield name, slowest(lambda step=step: training_on.save(step, 0))
-        training_on.flush()
+    yield "load", slowest(lambda: saved.load(folder / checkpoint_name(1)))
+
+
+def stall_turn(contender: Contender, config: Config, folder: Path) -> Iterator[tuple[str, float]]:
+    """Save as a run does that trains on meanwhile; the second time the host memory has been written before."""
+    saved = checkpoints(contender, config, folder, asynchronous=True)
+    for step, name in ((1, "first"), (2, "later")):
+        yield name, slowest(lambda step=step: saved.save(step, 0))
+        saved.flush()
+
+
+def checkpoints(contender: Contender, config: Config, folder: Path, asynchronous: bool) -> Checkpoints:
+    """Those of a run that has just started."""
+    section = config.checkpoint.model_copy(update={"asynchronous": asynchronous})
+    engine, here = contender.engine, config.model_copy(update={"checkpoint": section})
+    return Checkpoints(folder, engine, placements(engine.module), here)
 
 
 def deepspeed_turn(contender: Contender, config: Config, folder: Path) -> Iterator[tuple[str, float]]:
