@@ -176,7 +176,9 @@ def checkpoints(contender: Contender, config: Config, folder: Path, asynchronous
     """Those of a run that has just started."""
     section = config.checkpoint.model_copy(update={"asynchronous": asynchronous})
     engine, here = contender.engine, config.model_copy(update={"checkpoint": section})
-    return Checkpoints(folder, engine, placements(engine.module), here)
+    made = Checkpoints(folder, engine, placements(engine.module), here)
+    made.reserve()
+    return made
 
 
 def deepspeed_turn(contender: Contender, config: Config, folder: Path) -> Iterator[tuple[str, float]]:

@@ -75,13 +75,17 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._state = EngineState(engine, placements)
         self._owned: set[NamedBox] = own_share(self._state.boxes(), self._group)
-        self._buffer = HostBuffer(int(1.01 * self._state.bytes_to_save(self._owned)), engine.device.type == "cuda")
+        self._buffer = HostBuffer(engine.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._failure: SaveError | None = None
         self._saved_step: int | None = None
         """The last step that was saved to `folder`, or loaded from it."""
         self._settings = config.model_dump(mode="json")
         self._layout = _layout(config, engine.device)
+
+    def reserve(self) -> None:
+        """Take the host memory that saving needs, so that the first save keeps training no longer than the others."""
+        self._buffer.reserve(int(1.01 * self._state.bytes_to_save(self._owned)))
 
     def save(self, step: int, tokens: int, validation_loss: float | None = None) -> Path:
         """Save the state after `step` optimizer steps as `folder/step_XXXXXXXX`, the path of which is returned.

@@ -13,22 +13,17 @@ _ALIGNMENT = 8
 
 
 class HostBuffer:
-    """Host memory for the copies, the same for every save; pinned where a GPU copies into it.
+    """Host memory for the copies, the same for every save; pinned where a GPU copies into it."""
 
-    It is made at once: pages that the system has yet to give would keep the first save several times as long.
-
-    Args:
-        size: how many bytes the copies take, about; there is more when they take more.
-        on_gpu: whether what is copied is there.
-    """
-
-    def __init__(self, size: int, on_gpu: bool) -> None:
+    def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
-        self._bytes = self._made(size)
+        self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    def _made(self, size: int) -> torch.Tensor:
-        # Zeros, not empty: pages are given when they are written.
-        return torch.zeros(size, dtype=torch.uint8, pin_memory=self._on_gpu)
+    def reserve(self, size: int) -> None:
+        """Have this many bytes, which the system gives when they are written: now, not when training waits for it."""
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # let go of the old memory first
+            self._bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=self._on_gpu)
 
     def copy(self, parts: Sequence[Part]) -> list[Part]:
         """The parts with their elements in this memory. Ends when they are there; overwrites the copies before."""
@@ -37,9 +32,7 @@ class HostBuffer:
         for size in sizes:
             begins.append(end)
             end += size + -size % _ALIGNMENT
-        if len(self._bytes) < end:
-            self._bytes = self._made(0)  # let go of the old memory first
-            self._bytes = self._made(end)
+        self.reserve(end)
         copies = []
         for part, begin, size in zip(parts, begins, sizes, strict=True):
             there = self._bytes[begin : begin + size].view(part.here.dtype).view(part.here.shape)
