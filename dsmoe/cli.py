@@ -194,9 +194,8 @@ def _checkpoint_show(arguments: argparse.Namespace) -> None:
     from dsmoe.checkpoint.show import compare, one_checkpoint, summary
 
     checkpoint = one_checkpoint(arguments.path)
-    print(summary(checkpoint, arguments.tensors))
-    if arguments.against:
-        print(f"\n{compare(checkpoint, Path(arguments.against))}")
+    difference = f"\n\n{compare(checkpoint, Path(arguments.against))}" if arguments.against else ""
+    print(summary(checkpoint, arguments.tensors) + difference)
 
 
 def _checkpoint_export(arguments: argparse.Namespace) -> None:
@@ -235,9 +234,10 @@ def _checkpoint_upcycle(arguments: argparse.Namespace) -> None:
 
 def _checkpoint_verify(arguments: argparse.Namespace) -> None:
     from dsmoe.checkpoint.folder import verify
-    from dsmoe.checkpoint.show import gigabytes, one_checkpoint
+    from dsmoe.checkpoint.show import gigabytes, newest_checkpoint
+    from dsmoe.plan.text import quantity
 
-    checkpoint = one_checkpoint(arguments.path)
+    checkpoint = newest_checkpoint(arguments.path)
     files = verify(checkpoint).files
     size = sum(file.bytes for file in files.values())
-    print(f"{checkpoint} is whole: {len(files)} files, {gigabytes(size)}, every byte as it was written")
+    print(f"{checkpoint} is whole: {quantity(len(files), 'file')}, {gigabytes(size)}, every byte as it was written")
