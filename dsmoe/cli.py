@@ -127,6 +127,7 @@ def _add_interop(actions: Any) -> None:
     importing.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json and *.safetensors")
     importing.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the checkpoint; without, print sections")
     importing.add_argument("--config", metavar="CONFIG", help="the YAML file of the run that is to begin with it")
+    _takes_overrides(importing)
     importing.set_defaults(run=_checkpoint_import)
     _compares_logits(importing)
     upcycle = actions.add_parser("upcycle", help="make an MoE model's of a dense one that computes the same")
@@ -134,6 +135,7 @@ def _add_interop(actions: Any) -> None:
     upcycle.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to write")
     upcycle.add_argument("--config", metavar="CONFIG", required=True, help="the YAML file of the MoE run")
     upcycle.add_argument("--noise", metavar="S", type=float, default=0.0, help="S times an expert's RMS is added to it")
+    _takes_overrides(upcycle)
     upcycle.set_defaults(run=_checkpoint_upcycle)
     _compares_logits(upcycle)
 
@@ -149,10 +151,14 @@ def _takes_checkpoint(parser: argparse.ArgumentParser, run: object) -> None:
 
 def _takes_config(parser: argparse.ArgumentParser, run: object) -> None:
     parser.add_argument("config", metavar="CONFIG", help="the YAML file")
+    _takes_overrides(parser)
+    parser.set_defaults(run=run)
+
+
+def _takes_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="set a key over the file, for example moe.top_k=4"
     )
-    parser.set_defaults(run=run)
 
 
 def _load(arguments: argparse.Namespace) -> Config:
@@ -236,9 +242,8 @@ def _checkpoint_show(arguments: argparse.Namespace) -> None:
     from dsmoe.checkpoint.show import compare, one_checkpoint, summary
 
     checkpoint = one_checkpoint(arguments.path)
-    print(summary(checkpoint, arguments.tensors))
-    if arguments.against:
-        print(f"\n{compare(checkpoint, Path(arguments.against))}")
+    difference = f"\n\n{compare(checkpoint, Path(arguments.against))}" if arguments.against else ""
+    print(summary(checkpoint, arguments.tensors) + difference)
 
 
 def _checkpoint_export(arguments: argparse.Namespace) -> None:
@@ -260,25 +265,27 @@ def _checkpoint_import(arguments: argparse.Namespace) -> None:
     from dsmoe.interop.importing import fitting_sections, import_folder
 
     if arguments.out is None:
+        if arguments.config is not None:
+            raise UserError("to write a checkpoint, say where as well: import FOLDER OUT --config CONFIG")
         print(fitting_sections(arguments.folder), end="")
         return
     if arguments.config is None:
         raise UserError("to write a checkpoint, give the run's YAML file: --config CONFIG")
-    import_folder(arguments.folder, arguments.out, load_config(arguments.config), not arguments.no_check)
+    import_folder(arguments.folder, arguments.out, _load(arguments), not arguments.no_check)
 
 
 def _checkpoint_upcycle(arguments: argparse.Namespace) -> None:
     from dsmoe.interop.upcycle import upcycle
 
-    config = load_config(arguments.config)
-    upcycle(arguments.source, arguments.out, config, arguments.noise, not arguments.no_check)
+    upcycle(arguments.source, arguments.out, _load(arguments), arguments.noise, not arguments.no_check)
 
 
 def _checkpoint_verify(arguments: argparse.Namespace) -> None:
     from dsmoe.checkpoint.folder import verify
-    from dsmoe.checkpoint.show import gigabytes, one_checkpoint
+    from dsmoe.checkpoint.show import gigabytes, newest_checkpoint
+    from dsmoe.plan.text import quantity
 
-    checkpoint = one_checkpoint(arguments.path)
+    checkpoint = newest_checkpoint(arguments.path)
     files = verify(checkpoint).files
     size = sum(file.bytes for file in files.values())
-    print(f"{checkpoint} is whole: {len(files)} files, {gigabytes(size)}, every byte as it was written")
+    print(f"{checkpoint} is whole: {quantity(len(files), 'file')}, {gigabytes(size)}, every byte as it was written")

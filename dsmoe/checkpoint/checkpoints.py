@@ -7,6 +7,7 @@ import platform
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -74,13 +75,17 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._state = EngineState(engine, placements)
         self._owned: set[NamedBox] = own_share(self._state.boxes(), self._group)
-        self._buffer = HostBuffer()
+        self._buffer = HostBuffer(engine.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._failure: SaveError | None = None
         self._saved_step: int | None = None
         """The last step that was saved to `folder`, or loaded from it."""
         self._settings = config.model_dump(mode="json")
         self._layout = _layout(config, engine.device)
+
+    def reserve(self) -> None:
+        """Take the host memory that saving needs, so that the first save keeps training no longer than the others."""
+        self._buffer.reserve(int(1.01 * self._state.bytes_to_save(self._owned)))
 
     def save(self, step: int, tokens: int, validation_loss: float | None = None) -> Path:
         """Save the state after `step` optimizer steps as `folder/step_XXXXXXXX`, the path of which is returned.
@@ -152,7 +157,9 @@ class Checkpoints:
         engine.global_steps = facts.step
         engine.skipped_steps = facts.skipped_steps
         engine.lr_scheduler.last_epoch = facts.schedule_step - 1
-        engine.lr_scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch misses an optimizer step before this one
+            engine.lr_scheduler.step()
         if checkpoint.absolute() == (self.folder / checkpoint_name(facts.step)).absolute():
             self._saved_step = facts.step
         return facts

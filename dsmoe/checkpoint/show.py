@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dsmoe.checkpoint.fit import rows
-from dsmoe.checkpoint.folder import find_checkpoint, inspect
+from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config import load_config
 from dsmoe.config.show import flatten
 from dsmoe.plan.text import quantity, readable_count, table
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {
     "model": "weights",
@@ -24,7 +27,9 @@ _KINDS = {
 
 
 def one_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest below it where it is a run's folder or its folder of checkpoints.
+    """The checkpoint at `path`, or the newest whole one below it where it is a run's folder or that of its checkpoints.
+
+    Says which newer ones are not whole, and why.
 
     Raises:
         DamagedError: there is none.
@@ -32,10 +37,18 @@ def one_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).exists():
         return path
     for folder in (path, path / "checkpoints"):
-        newest = find_checkpoint(folder)
-        if newest is not None:
-            return newest
+        found, passed_over = candidates(folder)
+        for reason in passed_over:
+            logger.warning("passed over: %s", reason)
+        if found:
+            return found[0]
     raise DamagedError(f"{path} is neither a checkpoint nor a folder with whole ones: there is no {MANIFEST}")
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The same for `verify`: the newest by its name, whole or not."""
+    named = all_checkpoints(path) or all_checkpoints(path / "checkpoints")
+    return named[-1] if named else one_checkpoint(path)
 
 
 def summary(checkpoint: Path, tensors: bool = False) -> str:

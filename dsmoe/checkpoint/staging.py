@@ -15,8 +15,15 @@ _ALIGNMENT = 8
 class HostBuffer:
     """Host memory for the copies, the same for every save; pinned where a GPU copies into it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
         self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size: int) -> None:
+        """Have this many bytes, which the system gives when they are written: now, not when training waits for it."""
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # let go of the old memory first
+            self._bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=self._on_gpu)
 
     def copy(self, parts: Sequence[Part]) -> list[Part]:
         """The parts with their elements in this memory. Ends when they are there; overwrites the copies before."""
@@ -25,15 +32,12 @@ class HostBuffer:
         for size in sizes:
             begins.append(end)
             end += size + -size % _ALIGNMENT
-        on_gpu = any(part.here.is_cuda for part in parts)
-        if len(self._bytes) < end:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # let go of the old memory first
-            self._bytes = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
+        self.reserve(end)
         copies = []
         for part, begin, size in zip(parts, begins, sizes, strict=True):
             there = self._bytes[begin : begin + size].view(part.here.dtype).view(part.here.shape)
             there.copy_(part.here, non_blocking=True)
             copies.append(replace(part, here=there))
-        if on_gpu:
+        if self._on_gpu:
             torch.cuda.synchronize()
         return copies

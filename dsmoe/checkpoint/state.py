@@ -123,6 +123,17 @@ class EngineState:
             mine = (spot for spot in spots if (spot.name, spot.box) in owned)
             yield from (spot.part(MODEL, parameter.detach().view(-1)) for spot in mine)
 
+    def bytes_to_save(self, owned: set[tuple[str, Box]]) -> int:
+        """Size of all that `to_save` gives when there are moments, but for a few bytes for each parameter."""
+        masters = sum(s.box.size for _, spots in self._optimized for s in spots if (s.name, s.box) in owned)
+        frozen = sum(
+            spot.box.size * parameter.element_size()
+            for parameter, spots in self._frozen()
+            for spot in spots
+            if (spot.name, spot.box) in owned
+        )
+        return masters * torch.float32.itemsize * (1 + len(MOMENTS)) + frozen
+
     def weights_to_load(self) -> Iterator[Part]:
         """Where parameters and masters are to be written."""
         for fragment, spots in self._optimized:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dsmoe.checkpoint.files import DTYPES, NAMES, MappedFile, sync_folder, write_tensors
+from dsmoe.checkpoint.files import DTYPES, NAMES, Item, read_tensor, sync_folder, write_items
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor
 
 FILE_BYTES = 1 << 33
@@ -80,8 +81,7 @@ class FolderWriter(StorageWriter):
         results: list[WriteResult] = []
         for number, items in enumerate(_files(plan.items)):
             name = f"rank_{dist.get_rank():05d}_{number:03d}.safetensors"
-            tensors = [(_label(item.index), planner.resolve_data(item)) for item in items]
-            file, offsets = write_tensors(self._partial / name, tensors)  # type: ignore[arg-type]  # no BytesIO here
+            file, offsets = write_items(self._partial / name, [_stored(item, planner) for item in items])
             results += [
                 WriteResult(item.index, _bytes(item), Written(name, file, offset))
                 for item, offset in zip(items, offsets, strict=True)
@@ -161,14 +161,12 @@ class FolderReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy the elements to where the planner wants them, file by file."""
+        """Copy the elements to where the planner wants them, in the order of the files."""
         tensors = self._manifest.tensors
         boxes = [tensors[item.storage_index.fqn].boxes[item.storage_index.index or 0] for item in plan.items]
-        name, opened = "", None
         for item, box in sorted(zip(plan.items, boxes, strict=True), key=lambda pair: (pair[1].file, pair[1].offset)):
-            if opened is None or box.file != name:
-                name, opened = box.file, MappedFile(self._checkpoint / box.file)
-            stored = opened.tensor(tensors[item.storage_index.fqn].dtype, box.shape, box.offset)
+            dtype = tensors[item.storage_index.fqn].dtype
+            stored = read_tensor(self._checkpoint / box.file, dtype, box.shape, box.offset)
             for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 stored = stored.narrow(dim, start, length)
             planner.resolve_tensor(item).copy_(stored)
@@ -203,6 +201,14 @@ def _element_bytes(item: WriteItem) -> int:
 def _bytes(item: WriteItem) -> int:
     assert item.tensor_data is not None
     return item.tensor_data.chunk.sizes.numel() * _element_bytes(item)
+
+
+def _stored(item: WriteItem, planner: SavePlanner) -> Item:
+    """The item for `write_items`."""
+    assert item.tensor_data is not None
+    data = item.tensor_data
+    make = partial(planner.resolve_data, item)
+    return Item(_label(item.index), data.properties.dtype, tuple(data.chunk.sizes), make)  # type: ignore[arg-type]
 
 
 def _label(index: MetadataIndex) -> str:

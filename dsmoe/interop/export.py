@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from dsmoe.checkpoint.files import Item, write_items
 from dsmoe.checkpoint.folder import verify
 from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.interop.architectures import Architecture, choose, common_settings
-from dsmoe.interop.files import Item, whole_folder, write_items, write_text
+from dsmoe.interop.files import whole_folder, write_text
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
 from dsmoe.interop.names import Match, matches
 from dsmoe.interop.tensors import Tensors, checkpoint_tensors

@@ -1,16 +1,11 @@
-"""Safetensors files, a tensor at a time: what is to be written is made when its turn comes.
-
-A folder is written under another name and renamed when it is whole, so that it is there or it is not.
-"""
+"""Other people's safetensors files, and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -18,29 +13,12 @@ from pathlib import Path
 
 import torch
 
-from dsmoe.checkpoint.files import DTYPES, NAMES, sync_folder
-from dsmoe.checkpoint.manifest import BYTES, StoredFile
+from dsmoe.checkpoint.files import DTYPES, read_tensor, sync_folder
+from dsmoe.checkpoint.manifest import BYTES
 from dsmoe.config.errors import UserError
 
-_ALIGNMENT = 64
 _LONGEST_HEADER = 100_000_000
 """As in the safetensors library: a longer one is no header."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """A tensor that is to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
-    """Gives it, of any dtype; called when it is its turn."""
-
-    @property
-    def bytes(self) -> int:
-        """Its size in the file."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -58,57 +36,8 @@ class Slot:
         return DTYPES[self.dtype]
 
     def read(self) -> torch.Tensor:
-        """The tensor, as a map of its part of the file: memory holds what is looked at, until the tensor is gone."""
-        size = prod(self.shape) * BYTES[self.dtype]
-        if size == 0:
-            return torch.empty(self.shape, dtype=self.torch_dtype)
-        before = self.offset % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as stream:
-            # A private map: torch wants memory that could be written.
-            part = mmap.mmap(stream.fileno(), before + size, offset=self.offset - before, access=mmap.ACCESS_COPY)
-        elements = torch.frombuffer(part, dtype=torch.uint8, count=size, offset=before)
-        if before % BYTES[self.dtype]:
-            elements = elements.clone()  # other people's files need not be aligned
-        return elements.view(self.torch_dtype).view(self.shape)
-
-
-def write_items(
-    path: Path, items: Sequence[Item], metadata: dict[str, str] | None = None
-) -> tuple[StoredFile, list[int]]:
-    """Write a file, one tensor after the other, and force it onto the disk.
-
-    Args:
-        path: where.
-        items: those of wider elements first, so that all are aligned.
-        metadata: what the header says besides.
-
-    Returns:
-        The file's size and checksum, and where in it each tensor begins.
-    """
-    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
-    begins, end = [], 0
-    for item in items:
-        begins.append(end)
-        end += item.bytes
-        header[item.name] = {"dtype": NAMES[item.dtype], "shape": item.shape, "data_offsets": [begins[-1], end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    start = len(text).to_bytes(8, "little") + text
-    checksum = hashlib.sha256(start)
-    try:
-        with path.open("wb") as stream:
-            stream.write(start)
-            for item in items:
-                tensor = item.make().to(item.dtype).contiguous()
-                assert tuple(tensor.shape) == item.shape, f"{item.name}: {tuple(tensor.shape)}, not {item.shape}"
-                data = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-                checksum.update(data)
-                stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    return StoredFile(len(start) + end, checksum.hexdigest()), [len(start) + begin for begin in begins]
+        """The tensor, as a map of its part of the file."""
+        return read_tensor(self.path, self.dtype, self.shape, self.offset)
 
 
 def read_header(path: Path) -> dict[str, Slot]:
@@ -157,7 +86,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     """A folder to write in that becomes `final` at the end of the block, or is removed if that fails.
 
     Raises:
-        UserError: `final` is there already, or cannot be made.
+        UserError: `final` is there already, or it or something in it cannot be written.
     """
     if final.exists():
         raise UserError(f"{final} is there already; remove it, or give another name")
@@ -173,8 +102,10 @@ def whole_folder(final: Path) -> Iterator[Path]:
         sync_folder(partial)
         partial.rename(final)
         sync_folder(partial.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.strerror:  # the system's; libraries have their own, without
+            raise UserError(f"cannot write {error.filename or final}: {error.strerror}") from None
         raise
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from dsmoe import __version__
-from dsmoe.checkpoint.files import NAMES
+from dsmoe.checkpoint.files import NAMES, Item, write_items
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor
 from dsmoe.checkpoint.storage import FILE_BYTES
 from dsmoe.config.schema import Config
-from dsmoe.interop.files import Item, write_items, write_text
+from dsmoe.interop.files import write_text
 from dsmoe.interop.tensors import Tensors, Tile
 
 NO_OPTIMIZER = "none (weights only)"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, step_of
+from dsmoe.checkpoint.manifest import DamagedError, Manifest
 from dsmoe.config import load_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
@@ -74,7 +75,7 @@ def check_run_folder(config: Config) -> Beginning:
                 f"{newest} is past this config's last step, {steps}; raise train.steps, or take another name"
             )
     elif beginning.weights is not None:
-        inspect(beginning.weights)
+        _chosen("checkpoint.weights_from", beginning.weights)
     return beginning
 
 
@@ -144,13 +145,21 @@ def _beginning(config: Config, folder: Path) -> Beginning:
             raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {folder}")
         return Beginning(tuple(found), tuple(passed_over), weights)
     chosen = Path(resume)
-    step = inspect(chosen).facts.step
+    step = _chosen("checkpoint.resume", chosen).facts.step
     if found and step_of(found[0]) > step:
         raise UserError(
             f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {found[0]}: it would be taken "
             f"for the newest afterwards. Remove it to go back, or give this run another name"
         )
     return Beginning((chosen,))
+
+
+def _chosen(key: str, checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint that the config names."""
+    try:
+        return inspect(checkpoint)
+    except DamagedError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _differences(there: Config, here: Config) -> list[str]:

@@ -97,6 +97,7 @@ class Trainer:
         """
         train, save_every = self.config.train, self.config.checkpoint.every
         self.signals.listen()
+        self.checkpoints.reserve()
         self.meter.restart_clock()
         stop = False
         while self.step_index < self.batch.steps and not stop:

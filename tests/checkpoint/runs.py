@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dsmoe.checkpoint.files import DTYPES, MappedFile
+from dsmoe.checkpoint.files import DTYPES, read_tensor
 from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.config.schema import Config
 from dsmoe.train import Trainer
@@ -87,12 +87,11 @@ def go_on(config: Config, checkpoint: Path, steps: int) -> dict[str, list[float]
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor in a checkpoint, put together from its boxes; nothing is left unset."""
     manifest = Manifest.read(checkpoint)
-    files = {name: MappedFile(checkpoint / name) for name in manifest.files}
     found = {}
     for key, tensor in manifest.tensors.items():
         whole = torch.zeros(tensor.shape, dtype=DTYPES[tensor.dtype])
         for box in tensor.boxes:
             there = whole[tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))]
-            there.copy_(files[box.file].tensor(tensor.dtype, box.shape, box.offset))
+            there.copy_(read_tensor(checkpoint / box.file, tensor.dtype, box.shape, box.offset))
         found[key] = whole
     return found

@@ -19,7 +19,7 @@ from dsmoe.checkpoint.folder import candidates, find_checkpoint, verify
 from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
-from tests.checkpoint.runs import folder_of, layout_config, take_steps, tensors_of
+from tests.checkpoint.runs import folder_of, layout_config, save_between, take_steps, tensors_of
 from tests.train.layouts import make_trainer
 
 
@@ -69,13 +69,13 @@ def test_the_newest_the_milestones_and_the_best_are_kept(
 
 def save_with_slow_disk(config: Config) -> dict[str, Any]:
     trainer = make_trainer(config)
-    may_write, write = threading.Event(), storage.write_tensors
+    may_write, write = threading.Event(), storage.write_items
 
     def slow_write(*arguments: Any) -> Any:
         assert may_write.wait(30)
         return write(*arguments)
 
-    storage.write_tensors = slow_write
+    storage.write_items = slow_write
     trainer.step()
     weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.save()
@@ -198,9 +198,12 @@ LARGE = {
 
 def save_one_step(config: Config) -> int:
     trainer = make_trainer(config)
+    trainer.checkpoints.reserve()
+    reserved = trainer.checkpoints._buffer._bytes.data_ptr()
     trainer.step()
     trainer.save()
     trainer.checkpoints.flush()
+    assert trainer.checkpoints._buffer._bytes.data_ptr() == reserved, "enough memory from the beginning"
     return sum(parameter.numel() for parameter in trainer.model.parameters())
 
 
@@ -225,7 +228,7 @@ def test_the_size_is_twelve_bytes_per_parameter_evenly_shared(
 
 def save_in_small_files(config: Config) -> None:
     storage.FILE_BYTES = 200_000
-    save_one_step(config)
+    save_between(config, 1, 0)
 
 
 def test_large_ranks_write_several_files(tmp_path: Path) -> None:

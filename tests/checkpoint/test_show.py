@@ -48,6 +48,8 @@ def test_what_differs_from_a_config_or_a_checkpoint(
     assert "optimizer.lr  0.003          0.5" in capsys.readouterr().out
     assert main(["checkpoint", "show", checkpoint, "--against", checkpoint]) == 0
     assert "the same config" in capsys.readouterr().out
+    assert main(["checkpoint", "show", checkpoint, "--against", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().out == "", "nothing but the error"
 
 
 def test_verify_says_whole_or_names_the_file(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +61,18 @@ def test_verify_says_whole_or_names_the_file(config: Config, capsys: pytest.Capt
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 128]))
     assert main(["checkpoint", "verify", str(checkpoint)]) == 2
     assert f"error: {path} is damaged" in capsys.readouterr().err
+    path.write_bytes(content[:-1])
+    run, next_one = str(checkpoint.parents[1]), checkpoint.with_name("step_00000002")
+    assert main(["checkpoint", "verify", run]) == 2
+    assert f"error: {path} has {len(content) - 1:,} bytes" in capsys.readouterr().err
     path.write_bytes(content)
+    next_one.mkdir()
+    assert main(["checkpoint", "verify", run]) == 2, "the newest one is meant, whole or not"
+    assert main(["checkpoint", "show", run]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[0] == str(checkpoint)
+    assert f"{next_one} is not a whole checkpoint" in shown.err
+    next_one.rmdir()
     assert main(["checkpoint", "verify", str(checkpoint / "nothing")]) == 2
     assert "is neither a checkpoint nor a folder with whole ones" in capsys.readouterr().err
 

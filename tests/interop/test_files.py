@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from dsmoe.checkpoint.files import Item, write_items
 from dsmoe.config.errors import UserError
-from dsmoe.interop.files import Item, read_header, write_items
+from dsmoe.interop.files import read_header, whole_folder
 
 TENSORS = {
     "wide": torch.randn(3, 4, dtype=torch.float32),
@@ -73,9 +74,13 @@ def test_a_header_that_contradicts_itself_or_the_file_is_refused(forged: str, tm
     assert str(tmp_path / "file") in str(error.value)
 
 
-def test_a_disk_that_is_full_is_an_error_with_the_files_name() -> None:
+def test_a_disk_that_is_full_is_an_error_with_the_files_name_and_leaves_nothing(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("Linux only")
     item = Item("a", torch.float32, (100_000,), lambda: torch.zeros(100_000))
-    with pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device"):
+    with (
+        pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device"),
+        whole_folder(tmp_path / "a"),
+    ):
         write_items(Path("/dev/full"), [item])
+    assert not list(tmp_path.iterdir())

@@ -286,11 +286,18 @@ def test_the_command(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--config CONFIG" in capsys.readouterr().err
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(make_config(tmp_path, sections)))
-    assert main(["checkpoint", "import", str(mixtral), str(tmp_path / "out"), "--config", str(path)]) == 0
+    assert main(["checkpoint", "import", str(mixtral), "--config", str(path)]) == 2
+    assert "say where as well" in capsys.readouterr().err
+    to = ["checkpoint", "import", str(mixtral), str(tmp_path / "out"), "--config", str(path)]
+    assert main([*to, "model.hidden_size=8"]) == 2
+    assert "model.hidden_size" in capsys.readouterr().err
+    assert main([*to, "name=overridden"]) == 0
     assert f"checkpoint.weights_from={tmp_path / 'out'}" in capsys.readouterr().out
     assert main(["checkpoint", "verify", str(tmp_path / "out")]) == 0
     assert main(["checkpoint", "show", str(tmp_path / "out"), "--tensors"]) == 0
-    assert f"import of {mixtral}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"import of {mixtral}" in shown
+    assert "run overridden" in shown
     assert load_config(path).moe == make_config(tmp_path, sections).moe
     assert main(["checkpoint", "import", str(tmp_path), str(tmp_path / "out"), "--config", str(path)]) == 2
     assert "is not a folder of Hugging Face's" in capsys.readouterr().err

@@ -209,6 +209,8 @@ def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     path = tmp_path / "moe.yaml"
     path.write_text(dump_config(moe_config(tmp_path, EXACT["slices"])))
     arguments = ["checkpoint", "upcycle", str(llama), str(tmp_path / "out"), "--config", str(path), "--noise", "0.01"]
+    assert main([*arguments, "moe.num_experts=4"]) == 2
+    assert "moe.num_experts" in capsys.readouterr().err
     assert main(arguments) == 0
     assert "every expert is one of 3 slices of the dense feed-forward" in capsys.readouterr().out
     assert main(["checkpoint", "verify", str(tmp_path / "out")]) == 0
