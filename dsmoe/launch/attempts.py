@@ -1,0 +1,96 @@
+"""Whether a job whose ranks have stopped is to be queued again: `python -m dsmoe.launch.attempts RUN_FOLDER EXIT_CODE`.
+
+A job script asks after every attempt and goes by the exit code: 0, queue it again; 1, leave it. A run that fails and
+has got no further is not to hold the cluster for ever: after `MOST_FAILURES` such attempts of a job it is left, with a
+message that says so. Whoever submits it again, as a new job, has as many attempts again.
+
+With the standard library alone: in a job that runs in containers, the script's own Python has nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+MOST_FAILURES = 3
+"""So many attempts of a job may fail without one of them getting further than those before."""
+STATE = "attempts.json"
+"""In the run's folder: how many there have been."""
+
+DONE, USER_ERROR, STOPPED = 0, 2, 75
+_STOPPED_EARLY = tuple(128 + number for number in (signal.SIGUSR1, signal.SIGTERM))
+"""Of ranks that were told to stop before they listened: while Python or a checkpoint was loaded."""
+_TAIL_BYTES = 1 << 20
+
+
+def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
+    """Whether to queue `job` again, whose ranks have ended with exit code `code`, and why.
+
+    Args:
+        folder: the run's.
+        code: the highest of the ranks' exit codes, as srun returns it.
+        job: by which attempts are counted together.
+    """
+    if code == DONE:
+        return False, "done"
+    if code == USER_ERROR:
+        return False, "exit code 2: something has to be put right first (see the error above, or in the logs)"
+    if code == STOPPED or code in _STOPPED_EARLY:
+        return True, f"exit code {code}: the ranks were told to stop"
+    failures, furthest = _failures_before(folder, job)
+    reached = last_step(folder)
+    failures = failures + 1 if reached <= furthest else 1
+    furthest = max(furthest, reached)
+    _write(folder / STATE, {"job": job, "failures": failures, "furthest_step": furthest})
+    counted = f"exit code {code}: failure {failures} of {MOST_FAILURES} at step {furthest}"
+    if failures < MOST_FAILURES:
+        return True, counted
+    return False, f"{counted}; no attempt got further, so none is made again. Submit the job anew to try it once more"
+
+
+def last_step(folder: Path) -> int:
+    """The last step that the run has written metrics of; 0 where it has written none."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off: by the end of a rank, or as the first one of the tail
+    return 0
+
+
+def _failures_before(folder: Path, job: str) -> tuple[int, int]:
+    """How many attempts of this job have failed at the furthest step, and which that is; -1 for none yet."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        if state["job"] == job:
+            return int(state["failures"]), int(state["furthest_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return 0, -1
+
+
+def _write(path: Path, state: dict[str, object]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(state) + "\n")
+    partial.replace(path)
+
+
+def main() -> int:
+    """Print why, and return whether: 0 to queue the job again, 1 to leave it."""
+    folder, code = sys.argv[1:]
+    again, why = worth_another(Path(folder), int(code), os.environ["SLURM_JOB_ID"])
+    print(why, flush=True)
+    return 0 if again else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
