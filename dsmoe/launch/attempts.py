@@ -22,7 +22,7 @@ STATE = "attempts.json"
 
 DONE, USER_ERROR, STOPPED = 0, 2, 75
 _STOPPED_EARLY = tuple(128 + number for number in (signal.SIGUSR1, signal.SIGTERM))
-"""Of ranks that were told to stop before they listened: while Python or a checkpoint was loaded."""
+"""Of ranks that were told to stop before they listened: while Python, or a checkpoint, was being loaded."""
 _TAIL_BYTES = 1 << 20
 
 
@@ -41,18 +41,21 @@ def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
     if code == STOPPED or code in _STOPPED_EARLY:
         return True, f"exit code {code}: the ranks were told to stop"
     failures, furthest = _failures_before(folder, job)
-    reached = last_step(folder)
+    reached = steps_taken(folder)
     failures = failures + 1 if reached <= furthest else 1
     furthest = max(furthest, reached)
     _write(folder / STATE, {"job": job, "failures": failures, "furthest_step": furthest})
-    counted = f"exit code {code}: failure {failures} of {MOST_FAILURES} at step {furthest}"
+    counted = f"exit code {code}: failure {failures} of {MOST_FAILURES} after {furthest} steps"
     if failures < MOST_FAILURES:
         return True, counted
     return False, f"{counted}; no attempt got further, so none is made again. Submit the job anew to try it once more"
 
 
-def last_step(folder: Path) -> int:
-    """The last step that the run has written metrics of; 0 where it has written none."""
+def steps_taken(folder: Path) -> int:
+    """By the last line of metrics, the optimizer steps that have changed the weights; 0 where there is none.
+
+    Skipped steps do not count: a run that has diverged gets further by them, from each checkpoint to the next failure.
+    """
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -61,9 +64,10 @@ def last_step(folder: Path) -> int:
         return 0
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
+            metrics = json.loads(line)
+            return int(metrics["step"] - metrics["optim/skipped_steps"])
         except (ValueError, KeyError, TypeError):
-            continue  # cut off: by the end of a rank, or as the first one of the tail
+            continue  # an evaluation's; or cut off, by the end of a rank or as the first one of the tail
     return 0
 
 

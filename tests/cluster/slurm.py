@@ -86,9 +86,8 @@ class SlurmJob:
     """A job that has been submitted from `folder`."""
 
     def __init__(self, slurm: Slurm, number: str, folder: Path) -> None:
-        self._slurm = slurm
-        self.number = number
-        self._folder = folder
+        self._slurm, self.number = slurm, number
+        self.folder = folder
 
     def facts(self) -> dict[str, str]:
         """What `scontrol show job` says of it."""
@@ -107,7 +106,7 @@ class SlurmJob:
 
     def text(self) -> str:
         """What the script has said, and then the ranks, node by node."""
-        outputs = [*self._folder.glob(f"*-{self.number}.out"), *self._folder.glob(f"runs/*/logs/{self.number}-*.log")]
+        outputs = [*self.folder.glob(f"*-{self.number}.out"), *self.folder.glob(f"runs/*/logs/{self.number}-*.log")]
         return "\n".join(path.read_text(errors="replace") for path in sorted(outputs))
 
     def wait_for(self, text: str, timeout: float, count: int = 1) -> None:
@@ -141,7 +140,8 @@ class Slurm:
             self._write_files()
             for host in self._cluster:
                 self._start_daemons(host)
-            self._wait_for_nodes()
+            nodes = len(self._cluster.hosts) - 1
+            self.wait_for_nodes(f"host[1-{nodes}]", nodes, 30)
         except BaseException:
             self.__exit__()
             raise
@@ -186,16 +186,14 @@ class Slurm:
         daemon = "slurmctld" if host is self._cluster.hosts[0] else "slurmd"
         self._daemons.append(host.start([daemon, "-D"], self._environment))
 
-    def _wait_for_nodes(self) -> None:
-        deadline = time.monotonic() + 30
-        head = self._cluster.hosts[0]
-        nodes = len(self._cluster.hosts) - 1
+    def wait_for_nodes(self, names: str, number: int, timeout: float) -> None:
+        """Wait until so many nodes of these `names` are there and have nothing to do."""
+        deadline = time.monotonic() + timeout
+        command = ["sinfo", "--noheader", "--partition=urgent", f"--nodes={names}", "--format=%D %t"]
         while True:
-            told = head.run(
-                ["sinfo", "--noheader", "--partition=urgent", "--format=%D %t"], 60, environment=self._environment
-            )
-            if told.output.strip() == f"{nodes} idle":
+            told = self._cluster.hosts[0].run(command, 60, environment=self._environment)
+            if told.output.strip() == f"{number} idle":
                 return
             said = "\n".join(daemon.text() for daemon in self._daemons)
-            assert time.monotonic() < deadline, f"no Slurm within 30 s: {told.output}\n{said}"
+            assert time.monotonic() < deadline, f"not idle within {timeout} s: {told.output}\n{said}"
             time.sleep(0.1)
