@@ -182,13 +182,14 @@ def _launch(arguments: argparse.Namespace) -> None:
     folder = arguments.out or default_folder(config)
     request = Request(config, arguments.config, tuple(arguments.overrides), folder)
     job = import_module(f"dsmoe.launch.{arguments.renderer}").job(request)
-    print(headline(config, topology))
+    heading = headline(config, topology)
     if arguments.dry_run:
+        print(heading)
         for name, text in job.files.items():
             print(f"\n==> {Path(folder) / name}\n{text}", end="")
     else:
-        for path in job.write(Path(folder)):
-            print(f"wrote {path}")
+        paths = job.write(Path(folder))
+        print("\n".join([heading, *(f"wrote {path}" for path in paths)]))
     if job.warning:
         print(f"\n{job.warning}")
     print(f"\nto start it, type in this folder:\n{job.command}")

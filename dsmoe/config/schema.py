@@ -28,7 +28,6 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Percent = Annotated[float, Field(gt=0, lt=100)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Hosts = Annotated[str, Field(pattern=r"^[A-Za-z0-9\[][A-Za-z0-9_.:,\[\]-]*$")]
 Folder = Annotated[str, Field(min_length=1)]
 
 
@@ -57,11 +56,11 @@ class Cluster(Section):
     device: str | Device | None = None
     """A name known to `dsmoe.plan.devices` (`cpu` trains over gloo), a description, or null: any CUDA device, without
     MFU."""
-    interface: Annotated[str, Field(pattern=r"^[^\s=^,]+$")] | None = None
+    interface: str | None = None
     """The network interface between nodes (`eth0`, `ib0`), as `ip address` lists it on every one of them; null leaves
     the choice to NCCL and gloo, which are wrong at times where there are several."""
-    hosts: Annotated[tuple[Hosts, ...], Field(min_length=1, strict=False)] | None = None
-    """The nodes' names, rank 0's first, for `dsmoe launch --hostfile`; `node[01-08]` is eight of them."""
+    hosts: str | None = None
+    """The nodes' names, rank 0's first, for `dsmoe launch --hostfile`: `node[01-08]`, or `alpha,beta`."""
     hostfile: str | None = None
     """Instead of `hosts`: a file that has them already, with `NAME slots=DEVICES` on each line."""
     elastic: bool = False

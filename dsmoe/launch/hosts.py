@@ -85,11 +85,13 @@ def _named(config: Config) -> list[str]:
     cluster = config.cluster
     if cluster.hostfile is not None:
         return _read_hostfile(config, cluster.hostfile)
-    names = [name for entry in cluster.hosts or () for name in expand(entry)]
+    if cluster.hosts is None:
+        return []
+    names = expand(cluster.hosts)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"cluster.hosts names {', '.join(twice)} more than once; every host is one node")
-    if names and len(names) != cluster.nodes:
+    if len(names) != cluster.nodes:
         raise UserError(
             f"cluster.hosts names {quantity(len(names), 'host')} and cluster.nodes is {cluster.nodes}; "
             f"set cluster.nodes={len(names)}, or name {cluster.nodes}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from dsmoe.config.errors import UserError
 
-_ENTRY = re.compile(r"(?:[^][,\s]|\[[^][\s]*\])+")
+_ENTRY = re.compile(r"(?:[\w.:-]|\[[\d,-]*\])+", re.ASCII)
 """One entry of a list: the commas inside brackets belong to it."""
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 

@@ -151,7 +151,9 @@ class PaddedDispatch(OverRanks):
         capacity = assignments.slots
         num_experts, ranks = assignments.assigned_E.numel(), self.group.size
         slots = "as the fullest rank needs" if capacity is None else f"{capacity} rows each"
-        agree(self.group, x_TD, num_experts, f"padded, {slots}{in_chunks(self.num_chunks)}")
+        agree(
+            self.group, x_TD, num_experts, f"top {assignments.num_choices}, padded, {slots}{in_chunks(self.num_chunks)}"
+        )
         if capacity is None:
             capacity = largest_of(assignments.capacity, self.group, x_TD.device)
         elif capacity < assignments.capacity:
@@ -181,7 +183,7 @@ class VariableDispatch(OverRanks):
         """See `Dispatch.dispatch`; S = N is what the ranks of the group send here."""
         num_chunks, ranks = self.num_chunks, self.group.size
         num_experts = assignments.assigned_E.numel()
-        agree(self.group, x_TD, num_experts, f"not padded{in_chunks(num_chunks)}")
+        agree(self.group, x_TD, num_experts, f"top {assignments.num_choices}, not padded{in_chunks(num_chunks)}")
         if num_chunks > 1:
             experts_TK = by_chunk(assignments.kept_experts(), num_experts, num_chunks)
             assignments = Assignments.of(experts_TK, num_chunks * num_experts, assignments.complete)

@@ -61,7 +61,7 @@ class HierarchicalDispatch(OverRanks):
         num_chunks, num_nodes = self.num_chunks, self.group.levels[0].size
         num_experts, experts_TK = assignments.assigned_E.numel(), assignments.kept_experts()
         rank_experts = num_experts // self.group.size
-        agree(self.group, x_TD, num_experts, f"in two levels{in_chunks(num_chunks)}")
+        agree(self.group, x_TD, num_experts, f"top {assignments.num_choices}, in two levels{in_chunks(num_chunks)}")
         hops = self._plan(experts_TK // rank_experts)
         across = [hop for hop, _ in hops]
         # The experts of one chunk and node follow each other, so chunk and node together are the destination.

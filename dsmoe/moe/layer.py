@@ -409,10 +409,10 @@ class MoE(DeepSpeedMoE):
 
     def _begin_pass(self, device: torch.device) -> torch.Generator | None:
         """What this forward pass draws from, None where nothing is random."""
-        seed = self._passes.begin(self.training, self._draw.seed)
+        number = self._passes.begin(self.training)
         if self.router.rule.noise == "none" and self.limit.drop_policy != "random":
             return None
-        return torch.Generator(device).manual_seed(seed)
+        return torch.Generator(device).manual_seed(self._passes.seed(self._draw.seed, number))
 
     def take_traffic(self) -> tuple[float, float]:
         """Bytes sent over (intra-node, inter-node) links since the last call, backward passes included."""

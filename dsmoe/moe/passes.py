@@ -28,23 +28,25 @@ class Passes:
         """Whether the next pass repeats an earlier one."""
         return self._repeated is not None
 
-    def begin(self, training: bool, seed: int) -> int:
-        """Begin a pass of the layer that has `seed`: the seed of what is random in it.
+    def begin(self, training: bool) -> int | None:
+        """Begin a pass: its number in the step, that of the earlier one where it repeats one; None in evaluation."""
+        if not training:
+            return None
+        if self._repeated is not None:
+            self._repeated += 1
+            return self._repeated - 1
+        self._count += 1
+        return self._count - 1
 
-        It follows from (seed of the layer, step, number of the pass in the step, rank) in training, where a repeated
-        pass has the number of the earlier one, and only from the layer's and the rank in evaluation, which so repeats
-        itself.
+    def seed(self, layer_seed: int, number: int | None) -> int:
+        """What is random in a pass follows from this.
+
+        It depends on (seed of the layer, step, number of the pass, rank) in training, and only on the layer's and the
+        rank in evaluation, which so repeats itself.
         """
         rank = dist.get_rank() if dist.is_initialized() else 0
-        if not training:
-            return seed_of(seed, "random", "evaluation", rank)
-        if self._repeated is not None:
-            number = self._repeated
-            self._repeated += 1
-        else:
-            number = self._count
-            self._count += 1
-        return seed_of(seed, "random", self.step, number, rank)
+        when = ("evaluation",) if number is None else (self.step, number)
+        return seed_of(layer_seed, "random", *when, rank)
 
     def repeat_from_here(self) -> AbstractContextManager[None]:
         """A context in which the passes that come *next* are repeated, one after the other; it can be entered again."""

@@ -28,14 +28,14 @@ class DisagreementError(UserError):
 
 
 @torch.compiler.disable
-def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, padding: str) -> None:
+def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, how: str) -> None:
     """Wait until every rank of `group` is about to exchange the same in the same layer; at once if it ever was.
 
     Args:
         group: who exchanges; its `label` names the layer.
         x_TD: the tokens of this rank. Their number may differ from rank to rank; it is only told.
         num_experts: E.
-        padding: what else must be the same: how many rows are sent.
+        how: what else must be the same: choices per token, and how many rows are sent.
 
     Raises:
         DisagreementError: another rank is about to do something else.
@@ -44,7 +44,7 @@ def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, padding: str
     if group.handle is None:  # not torch's: there is nobody to ask
         return
     watch = process_watch()
-    intent = f"{group.label}, exchange of rows of {x_TD.shape[1]} x {x_TD.dtype} to {num_experts} experts, {padding}"
+    intent = f"{group.label}, exchange of rows of {x_TD.shape[1]} x {x_TD.dtype} to {num_experts} experts, {how}"
     agreed = watch.agreed.setdefault(tuple(dist.get_process_group_ranks(group.handle)), set())
     if intent not in agreed:
         _agree(watch, group, intent, len(x_TD), len(agreed))

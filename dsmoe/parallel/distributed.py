@@ -21,7 +21,7 @@ import torch.distributed
 from deepspeed import comm
 
 from dsmoe.config.errors import UserError
-from dsmoe.launch.world import join_slurm
+from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel.watch import process_watch, stop_watching
 
 T = TypeVar("T")
@@ -66,6 +66,9 @@ def join_processes(
         _use_interface(interface)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    world = launched_world()
+    if "OMP_NUM_THREADS" not in os.environ and (world.devices_per_node or world.size) > 1:
+        torch.set_num_threads(1)  # as torchrun does: every rank would take all cores
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         _take_device(local_rank)
@@ -75,13 +78,7 @@ def join_processes(
         try:
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         except torch.distributed.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            port = os.environ.get("MASTER_PORT")
-            raise UserError(
-                f"port {port} is in use on this machine; give the launcher another --master_port, or under srun set "
-                f"MASTER_PORT"
-            ) from None
+            raise _rendezvous_problem(error) from None
     where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return Rank(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), where)
 
@@ -155,6 +152,19 @@ def _take_device(local_rank: int) -> None:
             f"devices of its host: under srun, give --gpus-per-node, without --gpus-per-task and --gpu-bind"
         )
     torch.cuda.set_device(local_rank)
+
+
+def _rendezvous_problem(error: Exception) -> Exception:
+    """What keeps this rank from the others, where it is the address that they were given; else the error."""
+    name, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in str(error):
+        advice = "give the launcher another --master_port, or set MASTER_PORT under srun"
+        return UserError(f"port {port} is in use on this machine; {advice}")
+    try:
+        socket.getaddrinfo(name, port)
+    except socket.gaierror:
+        return HostError(f"rank 0 is on {name}, and this host has no address of that name; set MASTER_ADDR to one")
+    return error
 
 
 def _switch_off_shared_memory_op() -> None:

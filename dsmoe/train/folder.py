@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, step_of
 from dsmoe.config import load_config
@@ -39,8 +33,6 @@ _CHANGEABLE = (
     "train.recompute",
 )
 LOCK, TOKEN = ".lock", ".token"
-_PACKAGES = ("dsmoe", "torch", "deepspeed", "datasets", "tokenizers", "numpy", "pydantic")
-_ENVIRONMENT = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "SLURM_", "OMP_", "MASTER_", "DS_", "DEEPSPEED_")
 
 
 def run_folder(config: Config) -> Path:
@@ -97,8 +89,8 @@ def make_run_folder(config: Config) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _take(folder / LOCK)
-        _replace_text(folder / "config.yaml", dump_config(config))
-        _replace_text(folder / TOKEN, token)
+        replace_text(folder / "config.yaml", dump_config(config))
+        replace_text(folder / TOKEN, token)
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder.absolute()}: {error.strerror}; see runs_dir") from None
     return token
@@ -131,22 +123,6 @@ def _take(lock: Path) -> None:
         raise UserError(
             f"another process is training in {lock.parent}; wait for it, or give this run another name (name=...)"
         ) from None
-
-
-def write_environment(folder: Path, ds_config: Mapping[str, Any], world_size: int) -> None:
-    """Write `ds_config.json` and `environment.json`: what somebody needs to know to run this again."""
-    _replace_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-    environment = {
-        "command": sys.argv,
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "world_size": world_size,
-        "git_commit": _git_commit(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
-    }
-    _replace_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _beginning(config: Config, folder: Path) -> Beginning:
@@ -187,23 +163,8 @@ def _differences(there: Config, here: Config) -> list[str]:
     ]
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -35,6 +35,7 @@ from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments, fit_to_world
 from dsmoe.plan.report import Plan
 from dsmoe.train.engine import prepare_once
+from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
 from dsmoe.train.folder import (
     Beginning,
@@ -42,7 +43,6 @@ from dsmoe.train.folder import (
     check_shared,
     make_run_folder,
     run_folder,
-    write_environment,
 )
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer
@@ -77,18 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(given: Config) -> bool:
     """Train `given` on the ranks that the launcher started; False if a signal has ended it before the last step."""
-    world = launched_world()
-    config = given
-    if given.cluster.elastic:
-        config = fit_to_world(given, *world.shape(given.cluster.devices_per_node))
-    else:
-        world.check(given)
+    config = _for_this_world(given)
     plan = Plan.from_config(config)
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
-    rank = join_processes(
-        "cpu" if facts is not None and facts.name == "cpu" else "cuda", timeout, config.cluster.interface
-    )
+    device = "cpu" if facts is not None and facts.name == "cpu" else "cuda"
+    rank = join_processes(device, timeout, config.cluster.interface)
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
@@ -97,9 +91,10 @@ def pretrain(given: Config) -> bool:
     folder = run_folder(config)
     token = on_first_rank(lambda: make_run_folder(given))
     on_every_rank(lambda: check_shared(folder, token))
+    ranks = on_every_rank(of_this_rank)
     if rank.is_first:
         logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
-        write_environment(folder, to_deepspeed(config, plan.batch.accumulation_steps), rank.world_size)
+        write_environment(folder, to_deepspeed(config, plan.batch.accumulation_steps), ranks)
         logger.info("run %s in %s", config.name, folder)
         for line in plan.introduction():
             logger.info("%s", line)
@@ -114,6 +109,15 @@ def pretrain(given: Config) -> bool:
     for sink in trainer.sinks:
         sink.close()
     return finished
+
+
+def _for_this_world(config: Config) -> Config:
+    """The config on the ranks that the launcher started: another where it is elastic, else it must be theirs."""
+    world = launched_world()
+    if config.cluster.elastic:
+        return fit_to_world(config, *world.shape(config.cluster.devices_per_node))
+    world.check(config)
+    return config
 
 
 def _begin(trainer: Trainer, beginning: Beginning) -> bool:

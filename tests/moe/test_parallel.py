@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -228,21 +228,27 @@ def test_more_tokens_than_the_stated_largest_number_are_refused() -> None:
         assert message.endswith("and not for 5; raise max_tokens")
 
 
-def pad_on_one_rank_only() -> str:
+def exchange_differently(what: str) -> str:
     layer = Case("", (9, 9), factor=1.0).layer(2)
-    layer.pad = dist.get_rank() == 1
+    layer.pad = what == "padding" and dist.get_rank() == 1
+    if what == "choices" and dist.get_rank() == 1:
+        layer.router.rule = replace(layer.router.rule, top_k=1)
     layer.set_expert_group(Groups(Topology(1, 2, expert=2)).expert_group("blocks.3.ffn"))
     with pytest.raises(DisagreementError) as caught:
         layer(torch.randn(8, D))
     return str(caught.value)
 
 
-def test_ranks_that_would_exchange_differently_all_stop_with_the_reason() -> None:
-    first, second = run_ranks(2, pad_on_one_rank_only)
+@pytest.mark.parametrize(
+    ("what", "odd"),
+    [("padding", "top 2, padded, as the fullest rank needs (8 tokens)"), ("choices", "top 1, not padded (8 tokens)")],
+)
+def test_ranks_that_would_exchange_differently_all_stop_with_the_reason(what: str, odd: str) -> None:
+    first, second = run_ranks(2, exchange_differently, what)
     assert first == second
     assert "rank 0: layer blocks.3.ffn, exchange of rows of" in first
-    assert "not padded (8 tokens)" in first
-    assert "padded, as the fullest rank needs (8 tokens)" in first
+    assert "top 2, not padded (8 tokens)" in first
+    assert odd in first
 
 
 # SENT[r][p] tokens of rank r choose the expert of rank p. Ranks 0 and 1 are one node, 2 and 3 the other.

@@ -197,7 +197,7 @@ WRONG = {
         ["parallel.expert=3", "cluster.devices_per_node=3", "train.batch_tokens=288"],
         "parallel.expert (3) must divide moe.num_experts (4)",
     ),
-    "world size": (["cluster.devices_per_node=2"], "but the launcher started 1"),
+    "world size": (["cluster.devices_per_node=2"], "python alone started 1 x 1 = 1 rank, but"),
     "missing path": (["data.sources.0.path=/nowhere/text"], "/nowhere/text"),
     "empty corpus": (["data.sources.0.path=empty.txt"], "empty.txt"),
     "bad jsonl line": (["data.sources.0.path=bad.jsonl", "data.sources.0.format=jsonl"], "bad.jsonl:2"),
