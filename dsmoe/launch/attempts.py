@@ -22,7 +22,7 @@ STATE = "attempts.json"
 
 DONE, USER_ERROR, STOPPED = 0, 2, 75
 _STOPPED_EARLY = tuple(128 + number for number in (signal.SIGUSR1, signal.SIGTERM))
-"""Of ranks that were told to stop before they listened: while Python, or a checkpoint, was being loaded."""
+"""Of ranks that were told to stop before they listened, while they started: Python died of the signal."""
 _TAIL_BYTES = 1 << 20
 
 
@@ -44,8 +44,8 @@ def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
     reached = steps_taken(folder)
     failures = failures + 1 if reached <= furthest else 1
     furthest = max(furthest, reached)
-    _write(folder / STATE, {"job": job, "failures": failures, "furthest_step": furthest})
-    counted = f"exit code {code}: failure {failures} of {MOST_FAILURES} after {furthest} steps"
+    _write(folder / STATE, {"job": job, "failures": failures, "steps_done": furthest})
+    counted = f"exit code {code}: failure {failures} of {MOST_FAILURES} (steps done: {furthest})"
     if failures < MOST_FAILURES:
         return True, counted
     return False, f"{counted}; no attempt got further, so none is made again. Submit the job anew to try it once more"
@@ -76,7 +76,7 @@ def _failures_before(folder: Path, job: str) -> tuple[int, int]:
     try:
         state = json.loads((folder / STATE).read_text())
         if state["job"] == job:
-            return int(state["failures"]), int(state["furthest_step"])
+            return int(state["failures"]), int(state["steps_done"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return 0, -1

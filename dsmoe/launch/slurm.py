@@ -60,8 +60,8 @@ srun {options} \\
 step=$!
 
 # Before the time limit, Slurm sends USR1 to the ranks; to this shell only where that is asked for (`--signal=B:`,
-# `scancel --batch`), and then it hands it on. When Slurm ends the job (preemption, scancel, requeue, time limit), all of
-# them get TERM. At either signal the ranks agree on a step, save a checkpoint and exit with 75.
+# `scancel --batch`), and then it hands it on. When Slurm ends the job (preemption, scancel, requeue, time limit), all
+# of them get TERM. At either signal the ranks agree on a step, save a checkpoint and exit with 75.
 trap 'interrupted=1; kill -USR1 "$step"' USR1
 trap 'interrupted=1' TERM
 
@@ -73,9 +73,9 @@ until [[ $code ]]; do # a signal ends `wait`, not what is waited for
     [[ $interrupted ]] || code=$status
 done
 
-# What Slurm itself ends, it queues again, unless somebody has cancelled it. Else dsmoe.launch.attempts looks at the exit
-# code: 75, again; 0, the run is done; 2, the input is wrong and stays so; any other is a failure: again, but not when
-# {failures} attempts have failed and none got further than those before.
+# What Slurm itself ends, it queues again, unless somebody has cancelled it. Else dsmoe.launch.attempts looks at the
+# exit code: 75, again; 0, the run is done; 2, the input is wrong and stays so; any other is a failure: again, but not
+# when {failures} attempts have failed and none got further than those before.
 state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
 if [[ $state != RUNNING ]]; then
     say "exit code $code; Slurm ends this attempt (${{state:-unknown}})"

@@ -124,7 +124,7 @@ def test_a_node_that_is_cut_off(slurm: Slurm, undisturbed: SlurmJob, tmp_path: P
 def test_a_job_that_gets_no_further_is_left(diverging: SlurmJob) -> None:
     assert diverging.wait_for_end(3 * TO_START) == "FAILED", diverging.text()
     assert (diverging.facts()["ExitCode"], diverging.restarts) == ("1:0", 2)
-    assert "exit code 1: failure 1 of 3 after 1 steps" in diverging.text()
+    assert "exit code 1: failure 1 of 3 (steps done: 1)" in diverging.text()
     assert "no attempt got further, so none is made again" in diverging.text()
 
 
