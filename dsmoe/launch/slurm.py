@@ -63,9 +63,9 @@ step=$!
 # `scancel --batch`), and then it hands it on. When Slurm ends the job (preemption, scancel, requeue, time limit), all
 # of them get TERM. At either signal the ranks agree on a step, save a checkpoint and exit with 75.
 trap 'interrupted=1; kill -USR1 "$step"' USR1
-trap 'interrupted=1' TERM
+trap 'interrupted=1 ending=1' TERM
 
-code=''
+code='' ending=''
 until [[ $code ]]; do # a signal ends `wait`, not what is waited for
     interrupted=''
     wait "$step"
@@ -81,7 +81,7 @@ if [[ $state != RUNNING ]]; then
     say "exit code $code; Slurm ends this attempt (${{state:-unknown}})"
 elif why=$(python -m dsmoe.launch.attempts "$run" "$code"); then
     say "$why; queueing the job again"
-    scontrol requeue "$SLURM_JOB_ID" || say "which failed: submit the job again, it goes on from its last checkpoint"
+    scontrol requeue "$SLURM_JOB_ID" || [[ $ending ]] || say "which failed: submit it again, and it goes on"
 else
     say "$why"
 fi

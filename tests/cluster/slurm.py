@@ -15,7 +15,6 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.cluster import hosts
@@ -95,11 +94,6 @@ class SlurmJob:
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     @property
-    def state(self) -> str:
-        """`PENDING`, `RUNNING`, `COMPLETED`, `FAILED`, ..."""
-        return self.facts()["JobState"]
-
-    @property
     def restarts(self) -> int:
         """How many times it has been queued again."""
         return int(self.facts()["Restarts"])
@@ -109,20 +103,20 @@ class SlurmJob:
         outputs = [*self.folder.glob(f"*-{self.number}.out"), *self.folder.glob(f"runs/*/logs/{self.number}-*.log")]
         return "\n".join(path.read_text(errors="replace") for path in sorted(outputs))
 
-    def wait_for(self, text: str, timeout: float, count: int = 1) -> None:
-        """Wait until what it has said contains `text`, `count` times."""
-        self._wait(lambda: self.text().count(text) >= count, f"{text!r} x {count}", timeout)
+    def wait_for(self, text: str, timeout: float) -> None:
+        """Wait until it, or one of its ranks, has said `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.text():
+            assert time.monotonic() < deadline, f"no {text!r} within {timeout} s: {self.facts()}\n{self.text()}"
+            time.sleep(0.2)
 
     def wait_for_end(self, timeout: float) -> str:
         """Wait until it is over, and return the state."""
-        self._wait(lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING"), "end", timeout)
-        return self.state
-
-    def _wait(self, happened: Callable[[], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while not happened():
-            assert time.monotonic() < deadline, f"no {what} within {timeout} s: {self.facts()}\n{self.text()}"
+        while (state := self.facts()["JobState"]) in ("PENDING", "RUNNING", "COMPLETING"):
+            assert time.monotonic() < deadline, f"still there after {timeout} s: {self.facts()}\n{self.text()}"
             time.sleep(0.2)
+        return state
 
 
 class Slurm:

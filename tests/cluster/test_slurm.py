@@ -49,11 +49,10 @@ def slurm() -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def out_of_time(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> SlurmJob:
-    """A job whose two minutes are not enough, its links being slow: it gets USR1 after 45 to 75 seconds."""
+    """A job whose three minutes are not enough, its links being slow: it gets USR1 after 90 to 120 seconds."""
     for name in ("host1", "host2"):
-        slurm.node(name).shape("4mbit")
-    options = ("--time=2", "--signal=USR1@45", LIMITED)
-    return submit(slurm, tmp_path_factory.mktemp("out_of_time"), *options)
+        slurm.node(name).shape("2mbit")
+    return submit(slurm, tmp_path_factory.mktemp("out_of_time"), "--time=3", "--signal=USR1@60", LIMITED)
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +128,12 @@ def test_a_job_that_gets_no_further_is_left(diverging: SlurmJob) -> None:
 
 
 def test_the_time_limit(slurm: Slurm, out_of_time: SlurmJob, undisturbed: SlurmJob) -> None:
-    out_of_time.wait_for("queueing the job again", 180)
+    out_of_time.wait_for("exit code 75: the ranks were told to stop; queueing the job again", 3 * TO_START)
     for name in ("host1", "host2"):
         slurm.node(name).unshape()
     assert out_of_time.wait_for_end(2 * TO_START) == "COMPLETED", out_of_time.text()
-    assert out_of_time.restarts >= 1
-    stops = out_of_time.text().count("exit code 75: the ranks were told to stop; queueing the job again")
-    assert stops == out_of_time.restarts, out_of_time.text()
+    # One, unless the machine is so slow that there were more attempts before this test began.
+    assert 1 <= out_of_time.restarts == out_of_time.text().count("told to stop; queueing the job again")
     assert "SIGUSR1: saving a checkpoint" in out_of_time.text()
     assert losses_of(out_of_time) == losses_of(undisturbed)
 
