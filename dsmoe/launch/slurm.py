@@ -1,0 +1,177 @@
+"""A run under Slurm: the job scripts `pretrain.sbatch` and `preflight.sbatch`, in which srun starts the ranks."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from dsmoe.config.schema import Config
+from dsmoe.launch.attempts import MOST_FAILURES
+from dsmoe.launch.job import Job, Request
+from dsmoe.plan.text import quantity
+
+SAVING_SECONDS = 300
+"""How long before the time limit the ranks are told to stop; Slurm looks every 30 seconds."""
+
+_PARTITION = {"partition=gpu": "the line to change: one of those that `sinfo` lists"}
+_AGAIN = {
+    "time=24:00:00": "of one attempt, not of the run",
+    f"signal=USR1@{SAVING_SECONDS}": "so many seconds before its end, the ranks are told to save and to stop",
+    "requeue": "after a preemption or the failure of a node, Slurm queues the job again,",
+    "open-mode=append": "... and what it then prints comes after what is there",
+    "dependency=singleton": "another job of this name waits until this one is over",
+    "output=%x-%j.out": "what this script says; the ranks have a file for each node, see below",
+}
+_ONCE = {"time=00:30:00": "", "no-requeue": "", "output=%x-%j.out": ""}
+
+_SURROUNDINGS = """
+# Python as `make install` has put it here. Another one: `module load ...`, `conda activate ...` in place of this line.
+export PATH="$PWD/.venv/bin:$PATH"
+export PYTHONUNBUFFERED=1
+# Ranks share their node's cores: more threads for each make all of them slower, where they compute on the CPU.
+export OMP_NUM_THREADS=1
+# The ranks meet on the first node, at a port made of the job's number; to choose them, export MASTER_ADDR, MASTER_PORT.
+"""
+_NCCL = """
+# NCCL: WARN says what is wrong with a link, INFO which network it has chosen. A line that says NET/Socket where there
+# is InfiniBand or RoCE is why a run is slow. The interface by which ranks find each other: cluster.interface.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# export NCCL_IB_HCA=mlx5_0,mlx5_1   # the adapters to use, where some are for storage: `ibstat` lists them
+"""
+_TASKS = """
+# srun starts Python itself as each task: Slurm sends signals to every process of a task, and a shell would die of them.
+#   --kill-on-bad-exit=0 --wait=120   when one rank has ended, the others have two minutes to say what they saw; then
+#                                     they are killed. (On 1, they would be killed at once, also while they save.)
+#   --cpu-bind=none                   a rank may use all cores of its node; --cpu-bind=cores ties it to its share
+# In a container with Pyxis:      --container-image=dsmoe.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD"
+#                with Apptainer:  apptainer exec --nv --bind "$PWD" dsmoe.sif python launch/...
+"""
+_TORCHRUN = """\
+# One task per node, and torchrun in it: --ntasks-per-node=1 above, and in place of `python`
+#   torchrun --nnodes "$SLURM_NNODES" --nproc-per-node {devices} --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \\
+#     --rdzv-endpoint "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29400" launch/pretrain.py ...
+# It kills ranks that still save 30 s after a signal, and turns their exit code, 75, into 1, which counts as a failure.
+"""
+_WATCHED = """
+srun {options} \\
+    --label --output="$logs/%j-%N.log" --open-mode=append \\
+    python launch/pretrain.py {arguments} &
+step=$!
+
+# Before the time limit, Slurm sends USR1 to the ranks; to this shell only where that is asked for (`--signal=B:`,
+# `scancel --batch`), and then it hands it on. When Slurm ends the job (preemption, scancel, requeue, time limit), all
+# of them get TERM. At either signal the ranks agree on a step, save a checkpoint and exit with 75.
+trap 'interrupted=1; kill -USR1 "$step"' USR1
+trap 'interrupted=1 ending=1' TERM
+
+code='' ending=''
+until [[ $code ]]; do # a signal ends `wait`, not what is waited for
+    interrupted=''
+    wait "$step"
+    status=$?
+    [[ $interrupted ]] || code=$status
+done
+
+# What Slurm itself ends, it queues again, unless somebody has cancelled it. Else dsmoe.launch.attempts looks at the
+# exit code: 75, again; 0, the run is done; 2, the input is wrong and stays so; any other is a failure: again, but not
+# when {failures} attempts have failed and none got further than those before.
+state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+if [[ $state != RUNNING ]]; then
+    say "exit code $code; Slurm ends this attempt (${{state:-unknown}})"
+elif why=$(python -m dsmoe.launch.attempts "$run" "$code"); then
+    say "$why; queueing the job again"
+    scontrol requeue "$SLURM_JOB_ID" || [[ $ending ]] || say "which failed: submit it again, and it goes on"
+else
+    say "$why"
+fi
+exit "$code"
+"""
+
+
+def job(request: Request) -> Job:
+    """Both scripts; they differ from cluster to cluster by the partition's name."""
+    files = {"pretrain.sbatch": _pretrain(request), "preflight.sbatch": _preflight(request)}
+    return Job(files, f"sbatch {request.path_of('pretrain.sbatch')}")
+
+
+def _pretrain(request: Request) -> str:
+    config = request.config
+    devices = config.cluster.devices_per_node
+    run = shlex.quote(str(Path(config.runs_dir) / config.name))
+    title = f"Pretrain {config.name} on {_ranks(config)}, attempt after attempt until its last step is done."
+    folder = f"""
+set -u
+run={run}
+logs=$run/logs # of the ranks: JOB-NODE.log
+mkdir -p "$logs"
+say() {{ echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }}
+say "attempt $((${{SLURM_RESTART_COUNT:-0}} + 1)) on $SLURM_JOB_NODELIST; its ranks write to $logs/$SLURM_JOB_ID-*.log"
+
+# A node that Slurm has lost may still run rank 0 of the last attempt: it holds the run's folder until it finds out.
+if ! flock --nonblock "$run/.lock" true; then
+    say "waiting for a process that still trains in $run"
+    flock --wait 3600 "$run/.lock" true
+fi
+"""
+    watched = _WATCHED.format(
+        options="--kill-on-bad-exit=0 --wait=120 --cpu-bind=none", arguments=request.arguments, failures=MOST_FAILURES
+    )
+    return "".join(
+        [
+            _header(request, "pretrain.sbatch", title, config.name, _AGAIN),
+            _surroundings(config),
+            folder,
+            _TASKS,
+            _TORCHRUN.format(devices=devices),
+            watched,
+        ]
+    )
+
+
+def _preflight(request: Request) -> str:
+    config = request.config
+    title = f"Check {_ranks(config)} before {config.name} trains on them: exit code 1 where something is far off."
+    start = f"srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none python launch/preflight.py {request.arguments}\n"
+    return "".join(
+        [
+            _header(request, "preflight.sbatch", title, f"{config.name}_preflight", _ONCE),
+            _surroundings(config),
+            _TASKS,
+            start,
+        ]
+    )
+
+
+def _header(request: Request, script: str, title: str, name: str, options: Mapping[str, str]) -> str:
+    """What Slurm reads: the job's name and sizes, and the options of this script."""
+    cluster = request.config.cluster
+    fewer = "; fewer will do: for example --nodes=1-" + str(cluster.nodes) if cluster.elastic else ""
+    sizes = {
+        f"job-name={name}": "",
+        f"nodes={cluster.nodes}": f"cluster.nodes{fewer}",
+        f"ntasks-per-node={cluster.devices_per_node}": "a task is a rank, and drives one device",
+    }
+    if cluster.device != "cpu":
+        sizes[f"gpus-per-node={cluster.devices_per_node}"] = "each rank sees all of its node's, as NCCL wants it"
+    whole = {"exclusive": "whole nodes: all cores,", "mem=0": "... and all memory"}
+    lines = [
+        f"#SBATCH --{option:<26}{f'# {comment}' if comment else ''}".rstrip()
+        for option, comment in {**_PARTITION, **sizes, **whole, **options}.items()
+    ]
+    lines.insert(1, f"# #SBATCH --{'account=...':<24}# where your site wants one")
+    return (
+        f"#!/bin/bash\n# {title}\n# Written by: {request.written_by('--slurm')}\n"
+        f"# Submit it in the folder where that was typed, which all nodes share: sbatch {request.path_of(script)}\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def _surroundings(config: Config) -> str:
+    return _SURROUNDINGS if config.cluster.device == "cpu" else _SURROUNDINGS + _NCCL
+
+
+def _ranks(config: Config) -> str:
+    cluster = config.cluster
+    return f"{quantity(cluster.nodes, 'node')} with {quantity(cluster.devices_per_node, 'device')} each"

@@ -1,0 +1,103 @@
+"""A job is queued again for as long as it gets further, or is told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsmoe.launch.attempts import MOST_FAILURES, steps_taken, worth_another
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def train_to(folder: Path, step: int, skipped: int = 0) -> None:
+    lines = [{"step": 0, "eval/loss": 8.0}, {"step": step, "train/loss": 1.0, "optim/skipped_steps": skipped}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def fail(folder: Path, job: str = "1") -> bool:
+    return worth_another(folder, 1, job)[0]
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True), (128 + 10, True), (128 + 15, True)])
+def test_what_is_no_failure_is_not_counted(code: int, again: bool, tmp_path: Path) -> None:
+    for _ in range(2 * MOST_FAILURES):
+        assert worth_another(tmp_path, code, "1")[0] == again
+    assert fail(tmp_path)
+
+
+@pytest.mark.parametrize("code", [1, 127, 134, 137])
+def test_three_failures_at_one_step_are_the_end(code: int, tmp_path: Path) -> None:
+    train_to(tmp_path, 100)
+    answers = [worth_another(tmp_path, code, "1") for _ in range(MOST_FAILURES)]
+    assert [again for again, _ in answers] == [True, True, False]
+    assert f"exit code {code}: failure 3 of 3 (steps done: 100)" in answers[-1][1]
+
+
+def test_progress_is_further_than_ever_before(tmp_path: Path) -> None:
+    reached = [100, 90, 110, 110, 60, 105]
+    answers = []
+    for step in reached:
+        train_to(tmp_path, step)
+        answers.append(fail(tmp_path))
+    assert answers == [True, True, True, True, False, False]
+
+
+def test_being_told_to_stop_in_between_is_no_progress(tmp_path: Path) -> None:
+    answers = []
+    for _ in range(MOST_FAILURES):
+        answers.append(fail(tmp_path))
+        worth_another(tmp_path, 75, "1")
+    assert answers == [True, True, False]
+
+
+def test_a_run_that_only_skips_steps_gets_nowhere(tmp_path: Path) -> None:
+    answers = []
+    for step in (40, 60, 80):
+        train_to(tmp_path, step, skipped=step - 20)
+        answers.append(fail(tmp_path))
+    assert answers == [True, True, False]
+
+
+def test_a_job_that_is_submitted_anew_begins_anew(tmp_path: Path) -> None:
+    assert [fail(tmp_path, job) for job in ("1", "1", "2", "2", "2")] == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 12', '{"step": 9, "eval/loss": 1.0}\n', "[1]\n", "\n"])
+def test_the_last_step_is_read_whatever_ends_the_file(tail: str, tmp_path: Path) -> None:
+    assert steps_taken(tmp_path) == 0
+    train_to(tmp_path, 9)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    assert steps_taken(tmp_path) == 9
+
+
+def test_of_a_long_file_only_the_end_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(1, 30_001):
+            file.write(json.dumps({"step": step, "optim/skipped_steps": 0.0, "filling": "x" * 60}) + "\n")
+    assert file.closed
+    assert (tmp_path / "metrics.jsonl").stat().st_size > 2 << 20
+    assert steps_taken(tmp_path) == 30_000
+
+
+def test_a_damaged_count_is_no_count(tmp_path: Path) -> None:
+    (tmp_path / "attempts.json").write_text('{"job": "1"')
+    assert [fail(tmp_path) for _ in range(3)] == [True, True, False]
+
+
+def test_the_command_needs_nothing_but_python(tmp_path: Path) -> None:
+    """`-S`: without any installed package."""
+    command = [sys.executable, "-S", "-m", "dsmoe.launch.attempts", str(tmp_path)]
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"}
+    for code, returned, says in ((75, 0, "told to stop"), (2, 1, "put right"), (1, 0, "failure 1 of 3")):
+        done = subprocess.run(
+            [*command, str(code)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (returned, "")
+        assert says in done.stdout
