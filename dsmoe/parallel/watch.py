@@ -154,7 +154,7 @@ class Watch:
             self._publish()
             return int(self.store.compare_set(FAILED, "", str(self.rank)).decode())
 
-        first = _within(STORE_SECONDS, ask)
+        first = within(STORE_SECONDS, ask)
         self._store_answers = first is not None
         return self._first_failed if first is None else first
 
@@ -168,7 +168,7 @@ class Watch:
         here, _ = self.now()
         missing = None
         if self._store_answers:
-            missing = _within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(here))
+            missing = within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(here))
         if missing is None:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             missing = (
@@ -180,7 +180,7 @@ class Watch:
     def tell(self) -> None:
         """Let the others know that the run's end has been explained; rank 0 stays until they do, having the store."""
         if self._store_answers:
-            _within(STORE_SECONDS, lambda: self.store.set("dsmoe/told", ""))
+            within(STORE_SECONDS, lambda: self.store.set("dsmoe/told", ""))
         if self.rank == 0 and self.world_size > 1:
             time.sleep(GRACE_SECONDS)
 
@@ -188,7 +188,7 @@ class Watch:
         """Wait until the speaker has explained the end, `seconds` at most."""
         deadline = time.monotonic() + seconds
         while self._store_answers and time.monotonic() < deadline:
-            if _within(STORE_SECONDS, lambda: self.store.check(["dsmoe/told"])) is not False:
+            if within(STORE_SECONDS, lambda: self.store.check(["dsmoe/told"])) is not False:
                 return  # told, or the store has gone with rank 0
             time.sleep(0.2)
 
@@ -295,7 +295,7 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
 
 
-def _within(seconds: float, action: Callable[[], T]) -> T | None:
+def within(seconds: float, action: Callable[[], T]) -> T | None:
     """What `action` returns, or None where it fails or takes longer: a store on a host that is cut off may never."""
     result: list[Any] = [None]
 

@@ -29,13 +29,14 @@ from typing import Any
 
 import torch
 
-from dsmoe.parallel.watch import Watch
+from dsmoe.parallel.watch import Watch, within
 
 FOLDER = "failures"
 KEPT_FOLDERS = 5
 WAIT_SECONDS = 5.0
 """How long the rank that speaks waits for the others' reports, which come within a beat of the watch."""
 LAST_COLLECTIVES = 5
+DEVICE_SECONDS = 2.0
 _STANDS = "stands at: "
 _PACKAGE = str(Path(__file__).parents[1])
 GIB = 2**30
@@ -178,16 +179,18 @@ class Reports:
 
 
 def _memory() -> Iterator[str]:
-    """Of the process, and what torch's allocator has of the device, which it knows without asking one that hangs."""
+    """Of the process, and what torch's allocator has of the device."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     yield f"memory:     {pages * resource.getpagesize() / GIB:.2f} GiB resident, {peak:.2f} at most"
     if torch.cuda.is_initialized():
-        now, reserved, most = (
-            f() / GIB
-            for f in (torch.cuda.memory_allocated, torch.cuda.memory_reserved, torch.cuda.max_memory_allocated)
-        )
-        yield f"device:     {now:.2f} GiB allocated of {reserved:.2f} reserved, {most:.2f} at most"
+        # A main thread that waits for the device may hold the allocator's lock.
+        yield f"device:     {within(DEVICE_SECONDS, _device_memory) or 'its allocator does not answer'}"
+
+
+def _device_memory() -> str:
+    now, most = torch.cuda.memory_allocated() / GIB, torch.cuda.max_memory_allocated() / GIB
+    return f"{now:.2f} GiB allocated of {torch.cuda.memory_reserved() / GIB:.2f} reserved, {most:.2f} at most"
 
 
 def _collectives() -> Iterator[str]:
