@@ -115,6 +115,8 @@ def _heading(request: Request, compose: str, command: str, one_machine: bool) ->
 def _node(request: Request, is_cpu: bool, one_machine: bool) -> str:
     config = request.config
     command = ["pretrain", request.path, *request.overrides, "runs_dir=/runs", "data.cache_dir=/cache"]
+    if one_machine and config.cluster.interface is not None:
+        command.append("cluster.interface=null")  # containers have one of their own, and no others
     shared = "" if one_machine else "${SHARED:?a folder that every machine sees}/"
     volumes = ["${PWD}:/project:ro", f"{shared}runs:/runs", f"{shared}cache:/cache"]
     volumes += [f"{path}:{path}:ro".replace("$", "$$") for path in _outside(request)]

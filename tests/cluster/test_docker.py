@@ -175,18 +175,21 @@ def _two_nodes_train(engine: Engine, folder: Path) -> None:
     ]
     engine.environment |= {"DSMOE_IMAGE": "dsmoe:test", "PWD": str(REPOSITORY)}
     nodes = [f"{project}_node{number}_1" for number in range(2)]
+
+    def logs() -> str:
+        return "".join(engine.run("podman", "logs", node, check=False) for node in nodes)
+
     try:
         engine.run(*compose, "up", "--detach")
-        _wait(lambda: "step 3/" in engine.run("podman", "logs", nodes[0], check=False), 120)
+        _wait(lambda: "step 3/" in logs(), logs)
         networks = json.loads(engine.run("podman", "network", "inspect", f"{project}_nodes"))
         assert networks[0]["internal"] is True
         engine.run(*compose, "stop")
-        assert [_state(engine, node)["ExitCode"] for node in nodes] == [75, 75], engine.run("podman", "logs", nodes[0])
+        assert [_state(engine, node)["ExitCode"] for node in nodes] == [75, 75], logs()
         engine.run(*compose, "up", "--detach")
-        _wait(lambda: {_state(engine, node)["Status"] for node in nodes} == {"exited"}, 200)
-        log = engine.run("podman", "logs", nodes[0])
-        assert [_state(engine, node)["ExitCode"] for node in nodes] == [0, 0], log
-        assert "continuing from /runs/tiny_cpu/checkpoints" in log
+        _wait(lambda: {_state(engine, node)["Status"] for node in nodes} == {"exited"}, logs)
+        assert [_state(engine, node)["ExitCode"] for node in nodes] == [0, 0], logs()
+        assert "continuing from /runs/tiny_cpu/checkpoints" in logs()
         engine.run("podman", "cp", f"{nodes[0]}:/runs/tiny_cpu", folder / "runs" / "in_containers")
     finally:
         engine.run(*compose, "down", "--volumes", check=False)
@@ -199,8 +202,8 @@ def _state(engine: Engine, container: str) -> dict[str, object]:
     return dict(inspected["State"])
 
 
-def _wait(until: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def _wait(until: Callable[[], bool], logs: Callable[[], str]) -> None:
+    deadline = time.monotonic() + 600
     while not until():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, logs()
         time.sleep(0.5)

@@ -74,7 +74,8 @@ def test_nodes_without_gpus_are_services_of_one_machine() -> None:
 
 
 def test_gpus_of_one_machine() -> None:
-    (service,) = parsed(render("configs/small_8gpu.yaml"))["services"].values()
+    (service,) = parsed(render("configs/small_8gpu.yaml", "cluster.interface=ib0"))["services"].values()
+    assert service["command"][-1] == "cluster.interface=null"
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 8, "capabilities": ["gpu"]}
     assert service["ulimits"] == {"nofile": 16384, "memlock": -1}
@@ -82,10 +83,11 @@ def test_gpus_of_one_machine() -> None:
 
 
 def test_several_nodes_with_gpus_are_a_machine_each() -> None:
-    rendered = render("configs/mixtral_8x7b.yaml")
+    rendered = render("configs/mixtral_8x7b.yaml", "cluster.interface=ib0")
     tree = parsed(rendered)
     (service,) = tree["services"].values()
     assert service["network_mode"] == "host"
+    assert "cluster.interface=null" not in service["command"]
     needed = set(re.findall(r"\$\{(\w+):\?", rendered.files["compose.yaml"]))
     assert needed == set(re.findall(r"(\w+)=", rendered.command)) == {"NODE_RANK", "MASTER_ADDR", "SHARED", "USER_ID"}
     assert not tree.keys() & {"networks", "volumes"}
