@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +36,8 @@ from tests.checkpoint.runs import layout_config, tensors_of
 
 PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
 RANKS, KEEP = 2, 2
-Leftover = tuple[str, int]
-"""A name, and when something was last changed there."""
+Change = tuple[str, int]
+"""A path, and when something was last changed there."""
 SETTINGS: list[dict[str, Any]] = [
     {"expert": 2, "zero": 1, "precision": "bf16", "checkpoint": {"asynchronous": True}},
     {"expert": 1, "zero": 2, "precision": "fp32", "checkpoint": {"asynchronous": False}},
@@ -130,26 +131,30 @@ class Run:
             rank.start()
         return ranks
 
-    def _come_to_an_instant(self, ranks: list[Any], stale: set[Leftover], instants: random.Random) -> bool:
+    def _come_to_an_instant(self, ranks: list[Any], stale: set[Change], instants: random.Random) -> bool:
         """Wait until the next kill is due; False if the run has ended before."""
         (aim,) = instants.choices(list(AIMS), list(AIMS.values()))
         if aim == "start":
             time.sleep(instants.uniform(0.0, 4.0))
         else:
             saved = self._newest_step() + instants.randint(0 if aim == "save" else 1, 3)
-            deadline = time.monotonic() + PATIENCE
-            while self._newest_step() < saved or (aim == "save" and self._leftovers() <= stale):
-                if any(rank.exitcode is not None for rank in ranks):
-                    break
-                assert time.monotonic() < deadline, self.output.read_text()
-                time.sleep(0.0005)
+            self._wait(ranks, lambda: self._newest_step() >= saved)
+            files = self._changed("*/rank_*")
+            self._wait(ranks, lambda: aim == "step" or not self._changed("*/rank_*") <= files)
             time.sleep(instants.uniform(0.0, 0.08 if aim == "save" else 0.3))
         if all(rank.exitcode is None for rank in ranks):
             return True
         self._end(ranks)
         return False
 
-    def _kill(self, ranks: list[Any], stale: set[Leftover], instants: random.Random) -> None:
+    def _wait(self, ranks: list[Any], condition: Callable[[], bool]) -> None:
+        """Until it is so, or the run has ended."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition() and all(rank.exitcode is None for rank in ranks):
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.0005)
+
+    def _kill(self, ranks: list[Any], stale: set[Change], instants: random.Random) -> None:
         """Both at once, or one and, after a time in which it may do what harm it can, the other."""
         first, second = instants.sample(ranks, RANKS)
         alone = instants.choice((0.0, instants.uniform(0.0, 2.0)))
@@ -172,12 +177,15 @@ class Run:
     def _newest_step(self) -> int:
         return max(map(step_of, all_checkpoints(self.checkpoints)), default=0)
 
-    def _leftovers(self) -> set[Leftover]:
+    def _leftovers(self) -> set[Change]:
         """What is being written or removed, or has been when the run was killed, as it is now."""
+        return self._changed(".*")
+
+    def _changed(self, pattern: str) -> set[Change]:
         found = set()
-        for path in self.checkpoints.glob(".*"):
+        for path in self.checkpoints.glob(pattern):
             with suppress(FileNotFoundError):
-                found.add((path.name, path.stat().st_ctime_ns))
+                found.add((str(path), path.stat().st_ctime_ns))
         return found
 
     def _check_folder(self) -> Path | None:
