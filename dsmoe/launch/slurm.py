@@ -44,8 +44,9 @@ _TASKS = """
 #   --kill-on-bad-exit=0 --wait=120   when one rank has ended, the others have two minutes to say what they saw; then
 #                                     they are killed. (On 1, they would be killed at once, also while they save.)
 #   --cpu-bind=none                   a rank may use all cores of its node; --cpu-bind=cores ties it to its share
-# In a container with Pyxis:      --container-image=dsmoe.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD"
-#                with Apptainer:  apptainer exec --nv --bind "$PWD" dsmoe.sif python launch/...
+# In a container (docs/containers.md), with Pyxis: srun ... --container-image="$PWD/dsmoe.sqsh" \\
+#     --container-mounts="$PWD:$PWD" --container-workdir="$PWD" python /opt/dsmoe/launch/...
+# With Apptainer: srun ... apptainer exec --nv --bind "$PWD" dsmoe.sif python /opt/dsmoe/launch/...
 """
 _TORCHRUN = """\
 # One task per node, and torchrun in it: --ntasks-per-node=1 above, and in place of `python`
@@ -79,7 +80,7 @@ done
 state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
 if [[ $state != RUNNING ]]; then
     say "exit code $code; Slurm ends this attempt (${{state:-unknown}})"
-elif why=$(python -m dsmoe.launch.attempts "$run" "$code"); then
+elif why=$(python3 -m dsmoe.launch.attempts "$run" "$code"); then
     say "$why; queueing the job again"
     scontrol requeue "$SLURM_JOB_ID" || [[ $ending ]] || say "which failed: submit it again, and it goes on"
 else

@@ -104,6 +104,15 @@ def test_scontrol_requeue_and_preemption(slurm: Slurm, undisturbed: SlurmJob, tm
     assert losses_of(job) == losses_of(undisturbed)
 
 
+def test_a_cancelled_job_has_saved_and_is_left(slurm: Slurm, undisturbed: SlurmJob, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, OTHERS)
+    job.wait_for("step 5/", TO_START)
+    slurm.call("scancel", job.number)
+    job.wait_for("exit code 75; Slurm ends this attempt", 30)
+    assert (job.wait_for_end(30), job.restarts) == ("CANCELLED", 0)
+    assert f"stopped after step {len(losses_of(job))}; run the same command" in job.text()
+
+
 def test_a_node_that_is_cut_off(slurm: Slurm, undisturbed: SlurmJob, tmp_path: Path) -> None:
     cluster = {"collective_timeout_seconds": 20}
     job = submit(slurm, tmp_path, OTHERS.replace("nodelist", "exclude").replace("5-6", "1-4"), cluster=cluster)
