@@ -17,7 +17,10 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-PAGE = (REPOSITORY / "docs" / "clusters_parts" / "launch.md").read_text()
+DOCS = REPOSITORY / "docs"
+JOINED = DOCS / "clusters.md"
+PAGE = (JOINED if JOINED.exists() else DOCS / "clusters_parts" / "launch.md").read_text()
+PAGE = PAGE[PAGE.index("## Two nodes in five minutes") :].split("\n## ")[0]
 (YAML,) = re.findall(r"```yaml\n# two_nodes.yaml\n(.*?)```", PAGE, re.DOTALL)
 SHOWN = dict(re.findall(r"```text\n\$ (.*?)\n(.*?)```", PAGE, re.DOTALL))
 ON_EVERY_HOST = re.findall(r"^\w.* K .*$", "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)), re.MULTILINE)
