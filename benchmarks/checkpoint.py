@@ -41,7 +41,7 @@ from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender
 from dsmoe.checkpoint.checkpoints import Checkpoints
 from dsmoe.checkpoint.folder import checkpoint_name
 from dsmoe.config.schema import Config
-from dsmoe.parallel import join_processes, leave_processes
+from dsmoe.parallel import Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.plan.parameters import count_parameters
 from dsmoe.train.placement import placements
@@ -74,7 +74,6 @@ def measure(ranks: int, storage: str, shape: str, rounds: int, parent: Path) -> 
     """Start the ranks, and make a row."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        (Path(folder) / "corpus.txt").write_text("a checkpoint\n" * 64 * SHAPES[shape]["length"])
         command = [*launcher, "-m", "benchmarks.checkpoint", "--worker", str(rounds), shape, folder]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         measured = json.loads((Path(folder) / "measured.json").read_text())
@@ -124,9 +123,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def work(rounds: int, shape: str, folder: Path) -> None:
-    """One rank: both contenders in turn, once per round."""
+    """One rank."""
     rank = join_processes("cpu")
     quiet_deepspeed()
+    measured = take_turns(rank, rounds, shape, folder)
+    if rank.is_first:
+        (folder / "measured.json").write_text(json.dumps(measured))
+    leave_processes()
+
+
+def take_turns(rank: Rank, rounds: int, shape: str, folder: Path) -> dict[str, Any]:
+    """Both contenders in turn, once per round: what `summarise` takes."""
+    (folder / "corpus.txt").write_text("a checkpoint\n" * 64 * SHAPES[shape]["length"])
     run = Run(rank.world_size, "bf16", shape, rounds, "cpu")
     config = make_config(run, {"expert": rank.world_size}, None, folder)
     ours, theirs = dsmoe_contender(config, rank, folder), deepspeed_contender(config, rank)
@@ -136,6 +144,7 @@ def work(rounds: int, shape: str, folder: Path) -> None:
     for contender in (ours, theirs):
         contender.activate()
         contender.step(contender.part_of(tokens))  # from now on there are moments
+    gc.freeze()  # so that looking for garbage between turns does not take longer than they do
     taken: dict[str, list[float]] = {}
     sizes: dict[str, int] = {}
     for number in range(rounds + 1):
@@ -150,10 +159,7 @@ def work(rounds: int, shape: str, folder: Path) -> None:
                 sizes[name] = size_of(folder / name / checkpoint_name(1))
                 shutil.rmtree(folder / name)
             dist.barrier()
-    if rank.is_first:
-        report = {"parameters": count_parameters(config).total, "bytes": sizes, "seconds": taken}
-        (folder / "measured.json").write_text(json.dumps(report))
-    leave_processes()
+    return {"parameters": count_parameters(config).total, "bytes": sizes, "seconds": taken}
 
 
 def dsmoe_turn(contender: Contender, config: Config, folder: Path) -> Iterator[tuple[str, float]]:

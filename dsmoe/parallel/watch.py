@@ -46,6 +46,9 @@ _LOST = re.compile(
 class Reporter(Protocol):
     """Who writes down where this rank stands; see `dsmoe.train.reports`."""
 
+    def beat(self) -> None:
+        """Called at every beat."""
+
     def write(self, why: str) -> None:
         """Write a report."""
 
@@ -229,6 +232,8 @@ class Watch:
 
     def _hand_on_questions(self) -> None:
         """Tell the others that this rank was asked for reports, or report because another was."""
+        if self.reports:
+            self.reports.beat()
         asked_here, self._asked = self._asked, False
         asked = self._beats.add(ASKED, int(asked_here))
         if self.reports and asked - asked_here > self._answered:

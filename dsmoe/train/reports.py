@@ -37,7 +37,10 @@ WAIT_SECONDS = 5.0
 """How long the rank that speaks waits for the others' reports, which come within a beat of the watch."""
 LAST_COLLECTIVES = 5
 DEVICE_SECONDS = 2.0
+FILE_SECONDS = 10.0
 _STANDS = "stands at: "
+_BARE = ("Fatal Python error: ", "Timeout (")
+"""How faulthandler begins to write of a crash, and of an interpreter that has stood still."""
 _PACKAGE = str(Path(__file__).parents[1])
 GIB = 2**30
 
@@ -100,13 +103,19 @@ class Reports:
             self._has_failed = True
             self.write(why, error)
 
+    def beat(self) -> None:
+        """Called now and then; if it is not for the watch's timeout, the bare stacks are written, without Python.
+
+        That is so while a library keeps Python's lock.
+        """
+        faulthandler.dump_traceback_later(self._watch.timeout.total_seconds(), file=self._file)
+
     def write(self, why: str, error: BaseException | None = None) -> None:
-        """Append a report; what hinders that (a full disk) is nobody's concern but its own."""
-        try:
-            with self._writing:
-                self._file.write(self._text(why, error).encode())
-        except Exception as problem:
-            print(f"[rank {self._watch.rank}] no report: {problem}", file=sys.stderr, flush=True)
+        """Append a report; what hinders that (a full disk, storage that hangs) must not hide why the run ends."""
+        with self._writing:
+            text = self._text(why, error)
+            if within(FILE_SECONDS, lambda: self._file.write(text.encode())) is None:
+                print(f"[rank {self._watch.rank}] could not write to {self.folder}", file=sys.stderr, flush=True)
 
     def gather(self, explanation: str) -> str:
         """Wait a moment for the other ranks' reports, and return which ranks stand together where.
@@ -117,8 +126,8 @@ class Reports:
         while len(places := self._places()) < ranks and time.monotonic() < deadline:
             time.sleep(0.1)
         together: dict[str, list[int]] = {}
-        for rank, place in sorted(places.items()):
-            together.setdefault(place, []).append(rank)
+        for rank in range(ranks):
+            together.setdefault(places.get(rank, "no report"), []).append(rank)
         lines = [f"where each rank stood is in {self.folder} ({len(places)} of {ranks} have written):"]
         lines += [f"  {_ranks(who)}: {place}" for place, who in sorted(together.items(), key=lambda item: len(item[1]))]
         text = "\n".join(lines)
@@ -131,8 +140,9 @@ class Reports:
         """At an orderly end: leave nothing where nothing was reported."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-        faulthandler.disable()
         self._watch.reports = None
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.disable()
         if not os.fstat(self._file.fileno()).st_size:
             Path(self._file.name).unlink()
             with contextlib.suppress(OSError):  # other ranks' files are in it still; the last one removes it
@@ -172,8 +182,8 @@ class Reports:
         """By rank, where its last report says that it stood."""
         places = {}
         for path in self.folder.glob("rank_*.txt"):
-            lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith(_STANDS)]
-            if lines:
+            text = path.read_text(errors="replace")
+            if lines := [line for line in text.splitlines() if line.startswith((_STANDS, *_BARE))]:
                 places[int(path.stem.removeprefix("rank_"))] = lines[-1].removeprefix(_STANDS)
         return places
 
@@ -195,8 +205,10 @@ def _device_memory() -> str:
 
 def _collectives() -> Iterator[str]:
     """The last ones that torch's flight recorder has, where torch has one: the last is the one that waits."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    entries = json.loads(dump()).get("entries", []) if dump else []
+    entries = []
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's and NCCL's, each where torch has it
+        if dump := getattr(torch._C._distributed_c10d, name, None):
+            entries += json.loads(dump()).get("entries", [])
     for entry in sorted(entries, key=lambda entry: entry["time_created_ns"])[-LAST_COLLECTIVES:]:
         yield f"collective: {_collective(entry)}"
 

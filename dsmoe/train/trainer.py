@@ -153,6 +153,7 @@ class Trainer:
         memory_gib = self._device_facts.memory_gib if self._device_facts else None
         logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
         if not math.isfinite(metrics["train/loss"]) or self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self.checkpoints.flush()  # every rank is here: the last one before is to be there
             raise TrainingDivergedError(
                 f"at step {self.step_index} the loss is {metrics['train/loss']:.4g}, the gradient norm "
                 f"{metrics['optim/grad_norm']:.4g}, and the last {self._skipped_in_a_row} steps were skipped; lower "

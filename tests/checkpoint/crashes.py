@@ -182,9 +182,9 @@ class Run:
         return self._changed(".*")
 
     def _changed(self, pattern: str) -> set[Change]:
-        found = set()
-        for path in self.checkpoints.glob(pattern):
-            with suppress(FileNotFoundError):
+        found: set[Change] = set()
+        with suppress(FileNotFoundError):  # of a folder that gets its name, or goes, while it is looked through
+            for path in self.checkpoints.glob(pattern):
                 found.add((str(path), path.stat().st_ctime_ns))
         return found
 

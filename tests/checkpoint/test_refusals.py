@@ -18,6 +18,7 @@ from dsmoe.checkpoint.manifest import DamagedError, _sealed
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
+from dsmoe.train.folder import check_run_folder
 from tests.checkpoint.runs import MODEL, folder_of, layout_config, save_between, tensors_of
 from tests.train.layouts import make_trainer
 
@@ -222,3 +223,12 @@ def test_weights_alone_are_taken_where_that_is_asked_for(checkpoint: Path, tmp_p
         if key.startswith("model/") or key.endswith("balance.bias"):
             assert torch.equal(here[key], value), key
     assert not any(key.startswith(("step/", "exp_avg")) for key in here), "the optimizer begins anew"
+
+
+@pytest.mark.parametrize("key", ["resume", "weights_from"])
+def test_a_checkpoint_that_the_config_names_and_that_is_not_there_is_named_with_its_key(
+    key: str, tmp_path: Path
+) -> None:
+    config = layout_config(tmp_path, checkpoint={key: str(tmp_path / "nothing")})
+    with pytest.raises(UserError, match=f"^checkpoint.{key}: {tmp_path}/nothing is not a whole checkpoint"):
+        check_run_folder(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from dsmoe.checkpoint.folder import candidates, find_checkpoint, verify
 from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
+from dsmoe.train.trainer import TrainingDivergedError
 from tests.checkpoint.runs import folder_of, layout_config, save_between, take_steps, tensors_of
 from tests.train.layouts import make_trainer
 
@@ -100,6 +102,28 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits(tmp_p
     for name, weight in result["weights"].items():
         assert torch.equal(saved[f"model/{name}"], weight), "the state of when it was saved"
     assert steps_in(folder_of(config)) == ["step_00000001", "step_00000002"]
+
+
+def diverge_while_saving(config: Config) -> None:
+    trainer = make_trainer(config)
+    write = storage.write_items
+
+    def slow_write(*arguments: Any) -> Any:
+        time.sleep(1.0)
+        return write(*arguments)
+
+    storage.write_items = slow_write
+    trainer.step()
+    trainer.save()
+    next(trainer.model.parameters()).data.fill_(math.nan)
+    norm = trainer.step()
+    with pytest.raises(TrainingDivergedError):
+        trainer.log(norm)
+    verify(folder_of(config) / "step_00000001")
+
+
+def test_a_run_that_diverges_keeps_the_checkpoint_that_is_being_written(tmp_path: Path) -> None:
+    run_ranks(1, diverge_while_saving, layout_config(tmp_path))
 
 
 def fail_to_save(config: Config, failing_rank: int) -> list[str]:

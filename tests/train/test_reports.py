@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -46,9 +47,9 @@ def ask(folder: Path) -> None:
     asked = of_rank(folder, 0)
     assert asked.startswith(f"=== rank 0 of 2 on {os.uname().nodename}, process {os.getpid()}\n")
     assert "it was asked to (SIGQUIT)" in asked
-    assert "stands at: step 7, layer 0, exchange; wait_until (" in asked
+    assert "stands at: step 7, layer 0, exchange; " in asked
     assert "GiB resident" in asked
-    assert "time.sleep(0.02)" in asked.split("--- thread MainThread")[1]
+    assert "in wait_until" in asked.split("--- thread MainThread")[1]
     os.kill(os.getpid(), signal.SIGQUIT)  # and again
     wait_until(lambda: of_rank(folder, 1).count("another rank was asked") == 2)
     time.sleep(0.2)
@@ -95,8 +96,9 @@ def stand_together(folder: Path) -> str:
 
 def test_the_odd_rank_comes_first_and_who_is_silent_is_counted(tmp_path: Path) -> None:
     (text,) = run_ranks(1, stand_together, make_folder(tmp_path / "failures"))
-    first, odd, others = text.splitlines()
+    first, silent, odd, others = text.splitlines()
     assert first.endswith("(5 of 6 have written):")
+    assert silent == "  rank 3: no report"
     assert odd.startswith("  rank 4: step 3, reading data; stand_together (")
     assert others.startswith("  ranks 0-2, 5: step 3, layer 1, exchange; stand_together (")
 
@@ -113,6 +115,33 @@ def test_a_crash_leaves_the_stacks(tmp_path: Path) -> None:
     assert process.exitcode == -signal.SIGSEGV
     assert "Segmentation fault" in of_rank(tmp_path, 0)
     assert "in crash" in of_rank(tmp_path, 0)
+
+
+def keep_the_lock(folder: Path) -> None:
+    module.BEAT_SECONDS = 0.02  # type: ignore[misc]
+    reports = Reports(folder, Watch(dist.HashStore(), 0, 1))
+    reports._watch.timeout = timedelta(seconds=0.5)
+    reports.listen()
+    time.sleep(0.2)
+    ctypes.PyDLL(None).sleep(3)  # PyDLL: without letting go of Python's lock
+    assert "Timeout (0:00:00.5" in of_rank(folder, 0)
+    assert "in keep_the_lock" in of_rank(folder, 0)
+
+
+def test_a_library_that_keeps_pythons_lock_is_seen(tmp_path: Path) -> None:
+    run_ranks(1, keep_the_lock, tmp_path)
+
+
+def fail_beside_a_crash(folder: Path) -> str:
+    (folder / "rank_00000.txt").write_text("Fatal Python error: Segmentation fault\n\nThread 0x01 (most recent ...")
+    other = Reports(folder, Watch(dist.HashStore(), 1, 2))
+    other.of_failure("a collective failed")
+    return other.gather("gone")
+
+
+def test_a_crash_is_in_the_summary(tmp_path: Path) -> None:
+    (text,) = run_ranks(1, fail_beside_a_crash, make_folder(tmp_path / "failures"))
+    assert "  rank 0: Fatal Python error: Segmentation fault" in text
 
 
 def fill_the_disk(folder: Path) -> None:
