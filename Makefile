@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny_cpu.yaml
+CLUSTER ?= cluster
 
 .PHONY: install train test test-cluster test-containers test-mutations check format clean
 
@@ -20,7 +21,7 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (cluster or containers or layouts or mutations)"
 
 test-cluster: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(CLUSTER)" -rs $(ARGS)
 
 test-containers: $(VENV)/.installed
 	$(BIN)/pip install --quiet podman-compose==1.6.0

@@ -55,6 +55,7 @@ def start_pod(host: Host, index: int, first: Host, config: Path) -> Task:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=f"no cluster here: {missing()}")
 def test_pods_stop_together_and_go_on(tmp_path: Path) -> None:
     config = write_config(tmp_path, 2, 1, train={"steps": 60})

@@ -13,6 +13,7 @@ from tests.cluster.launching import ENVIRONMENT, REPOSITORY, losses
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.skipif(missing() is not None, reason=f"no cluster here: {missing()}"),
     pytest.mark.timeout(900),
 ]
