@@ -147,10 +147,10 @@ def _preflight(request: Request) -> str:
 def _header(request: Request, script: str, title: str, name: str, options: Mapping[str, str]) -> str:
     """What Slurm reads: the job's name and sizes, and the options of this script."""
     cluster = request.config.cluster
-    fewer = "; fewer will do: for example --nodes=1-" + str(cluster.nodes) if cluster.elastic else ""
+    elastic = "; another number will do, by cluster.elastic" if cluster.elastic else ""
     sizes = {
         f"job-name={name}": "",
-        f"nodes={cluster.nodes}": f"cluster.nodes{fewer}",
+        f"nodes={cluster.nodes}": f"cluster.nodes{elastic}",
         f"ntasks-per-node={cluster.devices_per_node}": "a task is a rank, and drives one device",
     }
     if cluster.device != "cpu":
