@@ -161,16 +161,18 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
     Raises:
         DamagedError: it has not.
     """
-    there = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
-    for name in sorted(manifest.files.keys() | there):
+    try:
+        there = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != MANIFEST}
+    except OSError as error:  # a run may be removing it
+        raise DamagedError(f"cannot read {error.filename}: {error.strerror}") from None
+    for name in sorted(manifest.files.keys() | there.keys()):
         path = checkpoint / name
         if name not in manifest.files:
             raise DamagedError(f"{path} is not part of the checkpoint: something else has put it there")
-        if not path.is_file():
+        if name not in there:
             raise DamagedError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != manifest.files[name].bytes:
-            raise DamagedError(f"{path} has {size:,} bytes instead of {manifest.files[name].bytes:,}")
+        if there[name] != manifest.files[name].bytes:
+            raise DamagedError(f"{path} has {there[name]:,} bytes instead of {manifest.files[name].bytes:,}")
 
 
 def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:

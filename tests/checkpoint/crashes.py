@@ -253,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--per-run", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=200, help="of each run")
+    parser.add_argument("--steps", type=int, default=150, help="of each run")
     parser.add_argument("--seed", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
