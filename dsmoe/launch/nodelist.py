@@ -10,6 +10,7 @@ from dsmoe.config.errors import UserError
 
 _ENTRY = re.compile(r"(?:[\w.:-]|\[[\d,-]*\])+", re.ASCII)
 """One entry of a list: the commas inside brackets belong to it."""
+MOST_HOSTS = 100_000
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -24,12 +25,18 @@ def expand(text: str) -> list[str]:
     entries = _ENTRY.findall(text)
     if not text or ",".join(entries) != text:
         raise _wrong(text)
-    return [name for entry in entries for name in _names(entry, text)]
+    names = list(itertools.islice((name for entry in entries for name in _names(entry, text)), MOST_HOSTS + 1))
+    if len(names) > MOST_HOSTS:
+        raise UserError(f"{text!r} is more than {MOST_HOSTS:,} hosts; is a number in it mistyped?")
+    return names
 
 
 def _names(entry: str, text: str) -> Iterator[str]:
     parts = re.split(r"\[(.*?)\]", entry)  # what is in brackets has the odd places
-    choices = [[part] if place % 2 == 0 else list(_numbers(part, text)) for place, part in enumerate(parts)]
+    choices = [
+        [part] if place % 2 == 0 else list(itertools.islice(_numbers(part, text), MOST_HOSTS + 1))
+        for place, part in enumerate(parts)
+    ]
     return map("".join, itertools.product(*choices))
 
 

@@ -32,3 +32,9 @@ def test_a_list_becomes_its_names(text: str, names: list[str]) -> None:
 def test_what_is_no_list_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="not a list of hosts"):
         expand(text)
+
+
+@pytest.mark.parametrize("text", ["n[1-99999999]", "n[1-1000]r[1-1000]"])
+def test_a_mistyped_number_is_refused_at_once(text: str) -> None:
+    with pytest.raises(UserError, match="more than 100,000 hosts"):
+        expand(text)
