@@ -47,8 +47,8 @@ MUTATIONS = [
     ),
     Mutation(
         "every rank starts with the experts of the first",
-        "dsmoe/moe/layer.py",
-        old="return expert_rank * self.num_local_experts, slice_index",
+        "dsmoe/moe/experts.py",
+        old="return expert_rank * num_local_experts, slice_index",
         new="return 0, slice_index",
         caught_by="tests/moe/test_layer.py::TestInitialWeights::"
         "test_another_place_in_the_group_draws_that_places_experts",
