@@ -72,7 +72,7 @@ class Checkpoints:
         self.folder = folder
         self._engine, self._config = engine, config
         # Of its own: a save must neither wait for training's collectives nor mix with them.
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc="checkpoints")
         self._state = EngineState(engine, placements)
         self._owned: set[NamedBox] = own_share(self._state.boxes(), self._group)
         self._buffer = HostBuffer(engine.device.type == "cuda")

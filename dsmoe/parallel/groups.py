@@ -111,7 +111,10 @@ class Groups:
         self._handles.setdefault("expert", self._handles["exchange"])
         self._levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         if levels := topology.exchange_levels():
-            across, inside = (_own_group(groups, self.rank, timeout) for groups in levels)
+            across, inside = (
+                _own_group(groups, self.rank, timeout, name)
+                for groups, name in zip(levels, ("across nodes", "inside a node"), strict=True)
+            )
             self._levels = across, inside
         elif topology.all_to_all == "hierarchical":
             _LOGGER.info("parallel.all_to_all: hierarchical is flat here: no copy of the experts is on several nodes")
@@ -218,14 +221,17 @@ class ModelParallelUnit:
 
 
 def _new_group_of(topology: Topology, axis: Axis, rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    return _own_group(topology.groups(axis), rank, timeout)
+    return _own_group(topology.groups(axis), rank, timeout, axis)
 
 
-def _own_group(groups: Sequence[Sequence[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Make every group, as torch wants of every rank, and return the one that has `rank` in it."""
+def _own_group(groups: Sequence[Sequence[int]], rank: int, timeout: timedelta, name: str) -> dist.ProcessGroup:
+    """Make every group, as torch wants of every rank, and return the one that has `rank` in it.
+
+    The flight recorder knows them by `name`.
+    """
     mine = None
     for ranks in groups:
-        handle = dist.new_group(list(ranks), timeout=timeout)
+        handle = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
         if rank in ranks:
             mine = handle
     assert mine is not None

@@ -14,6 +14,7 @@ import faulthandler
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -41,6 +42,7 @@ FILE_SECONDS = 10.0
 _STANDS = "stands at: "
 _BARE = ("Fatal Python error: ", "Timeout (")
 """How faulthandler begins to write of a crash, and of an interpreter that has stood still."""
+_BARE_THREAD = re.compile(r"^(Current thread|Thread) 0x.*\n  File \"(.+)\", line (\d+) in (.+)$", re.M)
 _PACKAGE = str(Path(__file__).parents[1])
 GIB = 2**30
 
@@ -182,10 +184,23 @@ class Reports:
         """By rank, where its last report says that it stood."""
         places = {}
         for path in self.folder.glob("rank_*.txt"):
-            text = path.read_text(errors="replace")
-            if lines := [line for line in text.splitlines() if line.startswith((_STANDS, *_BARE))]:
-                places[int(path.stem.removeprefix("rank_"))] = lines[-1].removeprefix(_STANDS)
+            if place := _last_place(path.read_text(errors="replace")):
+                places[int(path.stem.removeprefix("rank_"))] = place
         return places
+
+
+def _last_place(text: str) -> str | None:
+    """Where the last report of a rank's file says that it stood; None where there is none."""
+    reports = re.split(rf"^(?=(?:{'|'.join(map(re.escape, (_STANDS, *_BARE)))}))", text, flags=re.M)
+    if len(reports) == 1:
+        return None
+    last = reports[-1]
+    first_line = last.splitlines()[0]
+    if last.startswith(_STANDS):
+        return first_line.removeprefix(_STANDS)
+    # Of bare stacks, the thread that crashed is called the current one; else the main thread is the last one.
+    threads = sorted(_BARE_THREAD.findall(last), key=lambda thread: thread[0] == "Current thread")
+    return f"{first_line} {threads[-1][3]} ({_shown(threads[-1][1])}:{threads[-1][2]})" if threads else first_line
 
 
 def _memory() -> Iterator[str]:
@@ -226,8 +241,12 @@ def _innermost(stack: traceback.StackSummary) -> str:
     frames = [frame for frame in stack if frame.filename != __file__]
     ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
     shown = [frames[-1]] if not ours or ours[-1] is frames[-1] else [frames[-1], ours[-1]]
-    files = [frame.filename.split("/site-packages/")[-1] for frame in shown]
-    return ", called by ".join(f"{one.name} ({file}:{one.lineno})" for one, file in zip(shown, files, strict=True))
+    return ", called by ".join(f"{frame.name} ({_shown(frame.filename)}:{frame.lineno})" for frame in shown)
+
+
+def _shown(file: str) -> str:
+    """A file's path from the folder of packages that it is in."""
+    return file.split("/site-packages/")[-1].removeprefix(f"{Path(_PACKAGE).parent}/")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ class StopSignals:
     """
 
     def __init__(self, timeout: timedelta) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._group = dist.new_group(backend="gloo", timeout=timeout, group_desc="signals")
         self._told: signal.Signals | None = None
         self._asked = torch.zeros(1, dtype=torch.int32)
         self._answer: dist.Work | None = None

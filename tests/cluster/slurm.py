@@ -59,6 +59,8 @@ MailProg=/bin/true
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait={grace}
+# How long a job that has ended is known, 300 seconds by default: tests ask at their own pace.
+MinJobAge=3600
 SlurmdTimeout={lost}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from dsmoe.parallel import watch as module
@@ -79,7 +80,7 @@ def test_when_one_rank_fails_all_report(tmp_path: Path) -> None:
     (text,) = run_ranks(1, fail, folder)
     assert f"is in {folder} (2 of 2 have written)" in text
     assert "rank 0: step 7, layer 0, exchange; " in text
-    assert f"rank 1: step 7, layer 1, exchange; fail ({__file__}:" in text
+    assert "rank 1: step 7, layer 1, exchange; fail (tests/train/test_reports.py:" in text
     for written in (folder / "summary.txt", tmp_path / "train.log"):
         assert written.read_text() == f"[rank 1] the disk is on fire\n{text}\n"
 
@@ -132,16 +133,42 @@ def test_a_library_that_keeps_pythons_lock_is_seen(tmp_path: Path) -> None:
     run_ranks(1, keep_the_lock, tmp_path)
 
 
-def fail_beside_a_crash(folder: Path) -> str:
-    (folder / "rank_00000.txt").write_text("Fatal Python error: Segmentation fault\n\nThread 0x01 (most recent ...")
+def fail_beside(folder: Path, bare: str) -> str:
+    (folder / "rank_00000.txt").write_text(bare)
     other = Reports(folder, Watch(dist.HashStore(), 1, 2))
     other.of_failure("a collective failed")
     return other.gather("gone")
 
 
-def test_a_crash_is_in_the_summary(tmp_path: Path) -> None:
-    (text,) = run_ranks(1, fail_beside_a_crash, make_folder(tmp_path / "failures"))
-    assert "  rank 0: Fatal Python error: Segmentation fault" in text
+THREAD = """{} 0x01 (most recent call first):
+  File "/x/site-packages/torch/{}.py", line 3 in {}
+  File "{}", line 4 in main
+"""
+
+
+@pytest.mark.parametrize(
+    ("first_line", "threads", "shown"),
+    [
+        ("Fatal Python error: Segmentation fault\n\n", ("Current thread", "Thread"), "current_thread"),
+        ("Fatal Python error: Segmentation fault\n\n", ("Thread", "Current thread"), "current_thread"),
+        ("Timeout (0:00:20)!\n", ("Thread", "Thread"), "last"),  # the main thread is the last
+        ("=== rank 0\nstands at: here\n\nTimeout (0:00:20)!\n", ("Thread", "Thread"), "last"),
+    ],
+)
+def test_bare_stacks_are_in_the_summary(first_line: str, threads: tuple[str, str], shown: str, tmp_path: Path) -> None:
+    names = ["current_thread" if kind == "Current thread" else "other" for kind in threads]
+    if shown == "last":
+        names[-1] = "last"
+    stacks = [THREAD.format(kind, name, name, __file__) for kind, name in zip(threads, names, strict=True)]
+    (text,) = run_ranks(1, fail_beside, make_folder(tmp_path / "failures"), first_line + "\n".join(stacks))
+    told = first_line.strip().splitlines()[-1]
+    assert f"  rank 0: {told} {shown} (torch/{shown}.py:3)\n" in text + "\n"
+
+
+def test_a_report_after_bare_stacks_is_the_one_that_counts(tmp_path: Path) -> None:
+    bare = "Timeout (0:00:20)!\n" + THREAD.format("Thread", "x", "x", __file__) + "\n=== rank 0\nstands at: here; x\n"
+    (text,) = run_ranks(1, fail_beside, make_folder(tmp_path / "failures"), bare)
+    assert "  rank 0: here; x\n" in text + "\n"
 
 
 def fill_the_disk(folder: Path) -> None:
