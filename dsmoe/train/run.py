@@ -196,14 +196,8 @@ def explain_end(error: Exception, text: str) -> None:
     which. Whoever is not the speaker lingers, because launchers end every rank as soon as one has ended.
     """
     rank = int(os.environ.get("RANK", "0"))
-    # Before the processes have joined, what is wrong is wrong on every rank alike: the config, the command line.
     if not dist.is_initialized() or is_shared(error):
-        if isinstance(error, HostError) and rank > 0 and os.environ.get("LOCAL_RANK") == "0":
-            print(f"[rank {rank} on {platform.node()}] {text.rstrip()}", file=sys.stderr, flush=True)
-        elif rank == 0:
-            print(text.rstrip(), file=sys.stderr, flush=True)
-        else:
-            time.sleep(LINGER_SECONDS)
+        _explain_alone(rank, error, text)
         return
     # A launcher that has seen another rank end asks this one to: not before it has said why.
     if threading.current_thread() is threading.main_thread():
@@ -223,3 +217,19 @@ def explain_end(error: Exception, text: str) -> None:
         print(f"[rank {rank}] stopped because rank {speaker} did", file=sys.stderr, flush=True)
     watch.wait_until_told(LINGER_SECONDS + GRACE_SECONDS)
     time.sleep(LINGER_SECONDS)
+
+
+def _explain_alone(rank: int, error: Exception, text: str) -> None:
+    """Print what ends this rank, where it knows nothing of the others: what ends all of them, once.
+
+    That is most often the config or the command line. A rank that is still there after the launcher would have ended
+    it for rank 0's sake has trouble of its own: a host that does not have the file, a device that does not answer.
+    """
+    first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+    if rank > 0 and not (isinstance(error, HostError) and first_of_host):
+        time.sleep(LINGER_SECONDS)
+        of_config = isinstance(error, UserError) and not isinstance(error, HostError)
+        if is_shared(error) or (of_config and not first_of_host):
+            return
+    whose = f"[rank {rank} on {platform.node()}] " if rank > 0 else ""
+    print(f"{whose}{text.rstrip()}", file=sys.stderr, flush=True)

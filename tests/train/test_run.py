@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dsmoe.config import dump_config, load_config
+from dsmoe.config import UserError, dump_config, load_config
+from dsmoe.parallel.distributed import HostError
 from dsmoe.parallel.local import CONTEXT
+from dsmoe.train.run import explain_end
 from tests.train.layouts import small_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -313,6 +317,43 @@ def test_a_rank_that_fails_takes_the_others_down_and_only_it_explains(tmp_path: 
 
 
 @pytest.mark.slow
+def shared_error() -> Exception:
+    error = UserError("bad")
+    error.shared_by_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "after", "printed"),
+    [
+        (0, 0, UserError("bad"), 0, "bad\n"),
+        (0, 0, shared_error(), 0, "bad\n"),
+        (1, 1, UserError("bad"), 1, ""),  # on every rank of this host
+        (8, 0, UserError("bad"), 1, "[rank 8 on {host}] bad\n"),
+        (8, 0, shared_error(), 1, ""),
+        (8, 0, HostError("bad"), 0, "[rank 8 on {host}] bad\n"),
+        (3, 3, HostError("bad"), 1, "[rank 3 on {host}] bad\n"),
+        (3, 3, RuntimeError("bad"), 1, "[rank 3 on {host}] bad\n"),
+    ],
+)
+def test_who_explains_what_ends_a_rank_that_knows_no_other(
+    rank: int,
+    local_rank: int,
+    error: Exception,
+    after: int,
+    printed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    explain_end(error, "bad")
+    assert capsys.readouterr().err == printed.format(host=platform.node())
+    assert len(slept) == after
+
+
 def test_two_nodes_without_ssh(tmp_path: Path) -> None:
     """Two launchers with a node rank each, as a job script starts them (here on one machine)."""
     cluster = {"nodes": 2, "devices_per_node": 1}
