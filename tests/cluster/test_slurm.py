@@ -44,7 +44,8 @@ def losses_of(job: SlurmJob) -> list[float]:
 
 def ranks_on(node: Host) -> list[str]:
     """The command lines of the ranks that run on a node, not those of Slurm's that started them."""
-    return [line for line in node.run(["ps", "-e", "-o", "args"]).output.splitlines() if line.startswith("python ")]
+    lines = node.run(["ps", "-e", "-o", "args"]).output.splitlines()
+    return [line for line in lines if "pretrain.py" in line and not line.startswith("srun")]
 
 
 @pytest.fixture(scope="module")
