@@ -31,6 +31,10 @@ class HostError(UserError):
     """What is wrong on this host, and may be right on the others."""
 
 
+class DeviceError(HostError):
+    """What is wrong with the device of this rank, and may be right with the host's others."""
+
+
 @dataclass(frozen=True)
 class Rank:
     """Who this process is: its rank, how many there are, and the device it drives."""
@@ -57,7 +61,8 @@ def join_processes(
         interface: the network interface between nodes; None leaves the choice to NCCL and gloo.
 
     Raises:
-        HostError: no CUDA device for this rank, or no such interface, on this host.
+        HostError: no CUDA device, no such interface, or no way to rank 0, on this host.
+        DeviceError: no CUDA device for this rank.
         UserError: ranks that srun has laid over the nodes in a way that is not supported; or the port is taken.
     """
     join_slurm()
@@ -146,7 +151,7 @@ def _use_interface(name: str) -> None:
 def _take_device(local_rank: int) -> None:
     visible = torch.cuda.device_count()
     if local_rank >= visible:
-        raise HostError(
+        raise DeviceError(
             f"rank {os.environ['RANK']} is to drive device {local_rank} of this host and sees {visible} "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'is not set')}); every rank has to see all "
             f"devices of its host: under srun, give --gpus-per-node, without --gpus-per-task and --gpu-bind"

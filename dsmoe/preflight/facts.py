@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -35,11 +34,6 @@ def versions(config: Config, device: torch.device) -> dict[str, str]:
 def steering(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that change how the ranks talk to each other."""
     return {key: value for key, value in sorted(environment.items()) if key.startswith(_STEERING)}
-
-
-def this_place() -> str:
-    """Where this process is, before it has joined the others: `rank 3 (host1, device 1)`."""
-    return f"rank {os.environ.get('RANK', '0')} ({platform.node()}, device {os.environ.get('LOCAL_RANK', '0')})"
 
 
 def _version_of(package: str) -> str:

@@ -15,25 +15,21 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
-from dsmoe.config import load_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel import join_processes, leave_processes
-from dsmoe.parallel.distributed import HostError, quiet_deepspeed, set_timeout_everywhere
+from dsmoe.parallel.distributed import quiet_deepspeed, set_timeout_everywhere
 from dsmoe.parallel.watch import LostRanksError, process_watch
 from dsmoe.plan import Topology, resolve_device
 from dsmoe.plan.elastic import fit_to_world
-from dsmoe.preflight.facts import this_place
 from dsmoe.preflight.judge import Verdict
 from dsmoe.preflight.meeting import call_roll
 from dsmoe.preflight.report import text, write_json
 from dsmoe.preflight.results import RankReport
 from dsmoe.preflight.stages import Preflight
 from dsmoe.train.folder import run_folder
-from dsmoe.train.run import LINGER_SECONDS, explain_end
+from dsmoe.train.run import explain_end, load_on_host
 
 TIMEOUT_SECONDS = 60
 """The longest that anything waits for other ranks; `cluster.collective_timeout_seconds` where that is less."""
@@ -65,15 +61,12 @@ def preflight(path: str, overrides: Sequence[str], output: Path | None) -> int:
     """Check the cluster on every rank that the launcher has started; returns the exit code, the same on all."""
     try:
         join_slurm()
-        code = _check(load_config(path, overrides), output)
+        code = _check(load_on_host(path, overrides), output)
     except Exception as error:
         wrong_input = isinstance(error, UserError)
         expected = isinstance(error, LostRanksError)
         message = f"error: {error}" if wrong_input or expected else traceback.format_exc()
-        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-            explain_end(error, message)
-        else:
-            _explain_alone(error, is_here=Path(path).exists())
+        explain_end(error, message)
         return 2 if wrong_input else 1
     leave_processes()
     return code
@@ -109,15 +102,6 @@ def _check(given: Config, output: Path | None) -> int:
         return verdict.exit_code
 
     return checks.end(conclude)
-
-
-def _explain_alone(error: Exception, is_here: bool) -> None:
-    """Say what is wrong with this node before the ranks have met; rank 0 says what is wrong with the config."""
-    time.sleep(LINGER_SECONDS)
-    if not is_here:
-        error = HostError(f"the config is not there: {error}")
-    if isinstance(error, HostError) or not isinstance(error, UserError):
-        print(f"{this_place()}: {error}", file=sys.stderr, flush=True)
 
 
 def _end_stalled(error: LostRanksError) -> None:

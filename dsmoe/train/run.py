@@ -29,7 +29,7 @@ from dsmoe.config.schema import Config
 from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import HostError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.distributed import DeviceError, HostError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.watch import GRACE_SECONDS, LostRanksError, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments, fit_to_world
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         join_slurm()
-        config = load_config(options.config, options.overrides)
+        config = load_on_host(options.config, options.overrides)
         finished = pretrain(config)
     except UserError as error:
         explain_end(error, f"error: {error}")
@@ -75,6 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     leave_processes()
     return 0 if finished else STOPPED
+
+
+def load_on_host(path: str, overrides: Sequence[str]) -> Config:
+    """The config that a launcher has named to every host.
+
+    Raises:
+        UserError: it is wrong.
+        HostError: this host has not the file.
+    """
+    try:
+        return load_config(path, overrides)
+    except UserError as error:
+        if Path(path).exists():
+            raise
+        raise HostError(str(error)) from error
 
 
 def pretrain(given: Config) -> bool:
@@ -222,14 +237,15 @@ def explain_end(error: Exception, text: str) -> None:
 def _explain_alone(rank: int, error: Exception, text: str) -> None:
     """Print what ends this rank, where it knows nothing of the others: what ends all of them, once.
 
-    That is most often the config or the command line. A rank that is still there after the launcher would have ended
-    it for rank 0's sake has trouble of its own: a host that does not have the file, a device that does not answer.
+    A wrong config is wrong everywhere, and rank 0 says so. The first rank of a host says what is wrong there. Of other
+    errors, only a rank that is still there after the launcher would have ended it for rank 0's sake has its own.
     """
-    first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
-    if rank > 0 and not (isinstance(error, HostError) and first_of_host):
-        time.sleep(LINGER_SECONDS)
-        of_config = isinstance(error, UserError) and not isinstance(error, HostError)
-        if is_shared(error) or (of_config and not first_of_host):
+    if rank > 0:
+        of_host = isinstance(error, HostError) and os.environ.get("LOCAL_RANK", "0") == "0"
+        if not of_host:
+            time.sleep(LINGER_SECONDS)
+        of_rank = isinstance(error, DeviceError) or not isinstance(error, UserError)
+        if is_shared(error) or not (of_host or of_rank):
             return
-    whose = f"[rank {rank} on {platform.node()}] " if rank > 0 else ""
-    print(f"{whose}{text.rstrip()}", file=sys.stderr, flush=True)
+        text = f"[rank {rank} on {platform.node()}] {text}"
+    print(text.rstrip(), file=sys.stderr, flush=True)

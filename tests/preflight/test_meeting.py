@@ -53,8 +53,8 @@ def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
 
 
 def test_a_node_without_the_config_says_so_itself(tmp_path: Path) -> None:
-    environment = {**os.environ, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    environment = {**os.environ, "RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "dsmoe", "preflight", str(tmp_path / "absent.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert f"rank 3 ({socket.gethostname()}, device 1): the config is not there: " in done.stderr
+    assert f"[rank 2 on {socket.gethostname()}] error: no such file: {tmp_path}/absent.yaml" in done.stderr

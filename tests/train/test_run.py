@@ -19,7 +19,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsmoe.config import UserError, dump_config, load_config
-from dsmoe.parallel.distributed import HostError
+from dsmoe.parallel.distributed import DeviceError, HostError
 from dsmoe.parallel.local import CONTEXT
 from dsmoe.train.run import explain_end
 from tests.train.layouts import small_config
@@ -328,11 +328,12 @@ def shared_error() -> Exception:
     [
         (0, 0, UserError("bad"), 0, "bad\n"),
         (0, 0, shared_error(), 0, "bad\n"),
-        (1, 1, UserError("bad"), 1, ""),  # on every rank of this host
-        (8, 0, UserError("bad"), 1, "[rank 8 on {host}] bad\n"),
+        (1, 1, UserError("bad"), 1, ""),
+        (8, 0, UserError("bad"), 1, ""),
         (8, 0, shared_error(), 1, ""),
         (8, 0, HostError("bad"), 0, "[rank 8 on {host}] bad\n"),
-        (3, 3, HostError("bad"), 1, "[rank 3 on {host}] bad\n"),
+        (3, 3, HostError("bad"), 1, ""),  # the host's first rank says it
+        (3, 3, DeviceError("bad"), 1, "[rank 3 on {host}] bad\n"),
         (3, 3, RuntimeError("bad"), 1, "[rank 3 on {host}] bad\n"),
     ],
 )
