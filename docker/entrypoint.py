@@ -40,6 +40,9 @@ GRACE_SECONDS = 30.0
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code, unless it replaces this process."""
+    if not arguments or not arguments[0]:
+        print("error: nothing to run; give `pretrain CONFIG [section.key=value ...]` or a command", file=sys.stderr)
+        return USER_ERROR
     program, *rest = arguments
     script = LAUNCH / f"{program}.py"
     if not script.is_file():

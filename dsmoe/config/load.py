@@ -40,6 +40,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
+def config_files(path: Path) -> list[Path]:
+    """The file at `path` and all that it includes, of which `load_config` has made a config."""
+    root = parse_yaml(path.read_text("utf-8-sig"), str, [])
+    assert root is not None
+    entries = _include_entries(root.value.get("include", Node([], "")), []) or []
+    return [path, *(file for entry in entries for file in config_files(_included(entry, path)))]
+
+
 def _validate(tree: Node, problems: list[str]) -> Config | None:
     try:
         config = Config.model_validate(plain(tree))
@@ -109,12 +117,16 @@ def _include_entries(include: Node, problems: list[str]) -> list[Node] | None:
 
 def _read_include(entry: Node, path: Path, including: tuple[Path, ...], problems: list[str]) -> Node | None:
     chain = (*including, path)
-    included = Path(os.path.normpath(path.parent / entry.value))
+    included = _included(entry, path)
     if any(included.resolve() == file.resolve() for file in chain):
         cycle = " -> ".join(map(str, (*chain, included)))
         problems.append(f"include: a file must not include itself: {cycle} ({entry.where})")
         return None
     return _read_file(included, chain, f" (included at {entry.where})", problems)
+
+
+def _included(entry: Node, path: Path) -> Path:
+    return Path(os.path.normpath(path.parent / entry.value))
 
 
 def _merge(base: Node, top: Node) -> Node:

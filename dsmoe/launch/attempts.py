@@ -2,7 +2,8 @@
 
 A job script asks after every attempt and goes by the exit code: 0, queue it again; 1, leave it. A run that fails and
 has got no further is not to hold the cluster for ever: after `MOST_FAILURES` such attempts of a job it is left, with a
-message that says so. Whoever submits it again, as a new job, has as many attempts again.
+message that says so; and so is one that is told to stop so early, as many times, that there is nothing to save.
+Whoever submits it again, as a new job, has as many attempts again.
 
 With the standard library alone: in a job that runs in containers, the script's own Python has nothing else.
 """
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 MOST_FAILURES = 3
@@ -38,17 +40,45 @@ def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
         return False, "done"
     if code == USER_ERROR:
         return False, "exit code 2: something has to be put right first (see the error above, or in the logs)"
+    before = _read(folder / STATE, job)
     if code == STOPPED or code in _STOPPED_EARLY:
-        return True, f"exit code {code}: the ranks were told to stop"
-    failures, furthest = _failures_before(folder, job)
-    reached = steps_taken(folder)
-    failures = failures + 1 if reached <= furthest else 1
-    furthest = max(furthest, reached)
-    _write(folder / STATE, {"job": job, "failures": failures, "steps_done": furthest})
-    counted = f"exit code {code}: failure {failures} of {MOST_FAILURES} (steps done: {furthest})"
-    if failures < MOST_FAILURES:
-        return True, counted
-    return False, f"{counted}; no attempt got further, so none is made again. Submit the job anew to try it once more"
+        saved = newest_checkpoint(folder)
+        now = replace(before, stops=before.stops + 1 if saved <= before.saved else 0, saved=max(saved, before.saved))
+        again, why = now.stops < MOST_FAILURES, f"exit code {code}: the ranks were told to stop"
+        if not again:
+            why += (
+                f"; so were those of {MOST_FAILURES} attempts before they had a step to save, and none is made again. "
+                f"Give it more time (--time), or less to save (--signal)"
+            )
+    else:
+        reached = steps_taken(folder)
+        failures = before.failures + 1 if reached <= before.steps_done else 1
+        now = replace(before, failures=failures, steps_done=max(reached, before.steps_done))
+        again = failures < MOST_FAILURES
+        why = f"exit code {code}: failure {failures} of {MOST_FAILURES} (steps done: {now.steps_done})"
+        if not again:
+            why += "; no attempt got further, so none is made again. Submit the job anew to try it once more"
+    _write(folder / STATE, now)
+    return again, why
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """What is known of a job's attempts so far."""
+
+    job: str
+    failures: int = 0
+    """How many have failed and got no further than `steps_done`."""
+    steps_done: int = -1
+    stops: int = 0
+    """How many were told to stop, one after the other, with no newer checkpoint than that of step `saved`."""
+    saved: int = -1
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """By its name, the step of the newest checkpoint; 0 where there is none."""
+    names = [path.name[len("step_") :] for path in folder.glob("checkpoints/step_*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def steps_taken(folder: Path) -> int:
@@ -66,32 +96,35 @@ def steps_taken(folder: Path) -> int:
         try:
             metrics = json.loads(line)
             return int(metrics["step"] - metrics["optim/skipped_steps"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue  # an evaluation's; or cut off, by the end of a rank or as the first one of the tail
     return 0
 
 
-def _failures_before(folder: Path, job: str) -> tuple[int, int]:
-    """How many attempts of this job have failed at the furthest step, and which that is; -1 for none yet."""
+def _read(path: Path, job: str) -> Attempts:
+    """The attempts of this job; none where the file is another job's, or no such file."""
     try:
-        state = json.loads((folder / STATE).read_text())
-        if state["job"] == job:
-            return int(state["failures"]), int(state["steps_done"])
-    except (OSError, ValueError, KeyError, TypeError):
+        said = json.loads(path.read_text())
+        if said.pop("job") == job:
+            return Attempts(job, **{name: int(number) for name, number in said.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass
-    return 0, -1
+    return Attempts(job)
 
 
-def _write(path: Path, state: dict[str, object]) -> None:
+def _write(path: Path, attempts: Attempts) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(state) + "\n")
+    partial.write_text(json.dumps(asdict(attempts)) + "\n")
     partial.replace(path)
 
 
 def main() -> int:
     """Print why, and return whether: 0 to queue the job again, 1 to leave it."""
     folder, code = sys.argv[1:]
-    again, why = worth_another(Path(folder), int(code), os.environ["SLURM_JOB_ID"])
+    try:
+        again, why = worth_another(Path(folder), int(code), os.environ["SLURM_JOB_ID"])
+    except OSError as error:  # attempts that cannot be counted might have no end
+        again, why = False, f"exit code {code}, and {error.filename}: {error.strerror}; not tried again"
     print(why, flush=True)
     return 0 if again else 1
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
+from dsmoe.config.load import config_files
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Job, Request
 from dsmoe.plan.devices import resolve_device
@@ -154,7 +155,8 @@ def _uses_hub(config: Config) -> bool:
 def _outside(request: Request) -> list[str]:
     """The absolute paths that the run reads, which containers then have by the same names."""
     config = request.config
-    paths = {"the config": request.path, "data.tokenizer": config.data.tokenizer}
+    paths = {f"a file of the config ({file})": str(file) for file in config_files(Path(request.path))}
+    paths |= {"data.tokenizer": config.data.tokenizer}
     paths |= {f"data.sources ({source.name})": source.path for source in config.data.sources if source.path}
     paths |= {
         "checkpoint.weights_from": config.checkpoint.weights_from or "",
@@ -165,6 +167,11 @@ def _outside(request: Request) -> list[str]:
         "it, or give an absolute path"
         for key, path in paths.items()
         if ".." in Path(path).parts
+    ]
+    problems += [
+        f"{key} ({path}) has a colon, which separates paths in a compose file; give it a name without"
+        for key, path in paths.items()
+        if path.startswith("/") and ":" in path
     ]
     if problems:
         raise UserError("\n".join(problems))

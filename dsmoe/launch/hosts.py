@@ -18,7 +18,7 @@ from dsmoe.plan.text import quantity
 from dsmoe.plan.topology import Topology
 
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_LINE = re.compile(r"([^\s-]\S*)\s+slots=(\d+)")
 
 PLACEHOLDERS = """\
 # THESE NAMES ARE PLACEHOLDERS: put those of your hosts here, or into the config as cluster.hosts and write this again.
@@ -69,22 +69,27 @@ def job(request: Request) -> Job:
     if cluster.hostfile is not None and cluster.hosts is not None:
         raise UserError("cluster.hosts and cluster.hostfile both say which hosts there are; set one of them to null")
     path = request.path_of(HOSTFILE) if cluster.hostfile is None else shlex.quote(cluster.hostfile)
-    names = _named(request.config) or _placeholders(request.config)
+    named = (
+        named_hosts(request.config) if cluster.hostfile is None else _read_hostfile(request.config, cluster.hostfile)
+    )
+    names = named or _placeholders(request.config)
     commands = _commands(request, path, names[0])
     files = {ENVIRONMENT: _environment(request.config)} if cluster.nodes > 1 else {}
     if cluster.hostfile is None:
-        files = {HOSTFILE: _hostfile(request, names, commands), **files}
+        files = {HOSTFILE: _hostfile(request, names, commands, placeholders=not named), **files}
     if cluster.nodes == 1:
         return Job(files, commands["no_ssh"])
     warning = f"the names in {path} are placeholders: put those of your hosts there, or set cluster.hosts"
-    return Job(files, commands["command"], warning="" if _named(request.config) else warning)
+    return Job(files, commands["command"], warning="" if named else warning)
 
 
-def _named(config: Config) -> list[str]:
-    """The hosts that the config names, if any, checked."""
+def named_hosts(config: Config) -> list[str]:
+    """The hosts of `cluster.hosts`, if it is set.
+
+    Raises:
+        UserError: they are not `cluster.nodes` different ones.
+    """
     cluster = config.cluster
-    if cluster.hostfile is not None:
-        return _read_hostfile(config, cluster.hostfile)
     if cluster.hosts is None:
         return []
     names = expand(cluster.hosts)
@@ -145,19 +150,19 @@ def _commands(request: Request, hostfile: str, first: str) -> dict[str, str]:
     address = f"--master_addr {first} --node_rank {'0' if cluster.nodes == 1 else 'K'}"
     size = f"--nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node}"
     return {
-        "command": f"DS_ENV_FILE={request.path_of(ENVIRONMENT)} deepspeed --hostfile {hostfile} {request.program}",
-        "no_ssh": f"deepspeed --hostfile {hostfile} --no_ssh {address} {request.program}",
-        "torchrun": f"torchrun {size} {address.replace('_', '-')} {request.program}",
+        "command": f"DS_ENV_FILE={request.path_of(ENVIRONMENT)} deepspeed --hostfile {hostfile} {request.program()}",
+        "no_ssh": f"deepspeed --hostfile {hostfile} --no_ssh {address} {request.program()}",
+        "torchrun": f"torchrun {size} {address.replace('_', '-')} {request.program()}",
     }
 
 
-def _hostfile(request: Request, names: list[str], commands: dict[str, str]) -> str:
+def _hostfile(request: Request, names: list[str], commands: dict[str, str], placeholders: bool) -> str:
     config = request.config
     written = (
         f"# {headline(config, Topology.from_config(config))}\n# Written by `{request.written_by('--hostfile')}`.\n"
     )
     how = (OVER_SSH if len(names) > 1 else ON_ONE_HOST).format(**commands, environment=ENVIRONMENT)
-    to_edit = PLACEHOLDERS if len(names) > 1 and not _named(config) else ""
+    to_edit = PLACEHOLDERS if len(names) > 1 and placeholders else ""
     slots = "".join(f"{name} slots={config.cluster.devices_per_node}\n" for name in names)
     return f"{written}#\n{to_edit}{how}{slots}"
 

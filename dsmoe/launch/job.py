@@ -28,17 +28,11 @@ class Request:
     folder: str = ""
     """Where the files will be, as it is typed from the folder in which `dsmoe launch` is run."""
 
-    @property
-    def arguments(self) -> str:
-        """What follows `launch/pretrain.py` on a shell's command line."""
-        return shlex.join(["--config", self.path, *self.overrides])
-
-    @property
-    def program(self) -> str:
+    def program(self, name: str = "pretrain") -> str:
         """`launch/pretrain.py` and its arguments, on a shell's command line; by its full path in other folders."""
-        script = Path("launch/pretrain.py")
+        script = Path(f"launch/{name}.py")
         there = script if script.exists() else Path(__file__).parents[2] / script
-        return f"{shlex.quote(str(there))} {self.arguments}"
+        return shlex.join([str(there), "--config", self.path, *self.overrides])
 
     def path_of(self, name: str) -> str:
         """One of the files, as the command names it."""
@@ -72,7 +66,7 @@ class Job:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             paths = {folder / name: text for name, text in self.files.items()}
-            edited = [str(path) for path, text in paths.items() if path.exists() and path.read_text() != text]
+            edited = [str(path) for path, text in paths.items() if path.exists() and path.read_bytes() != text.encode()]
             if edited:
                 raise UserError(
                     f"{', '.join(edited)}: exists, with other text than would be written; remove it if nothing in it "

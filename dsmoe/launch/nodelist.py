@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from dsmoe.config.errors import UserError
 
-_ENTRY = re.compile(r"(?:[\w.:-]|\[[\d,-]*\])+", re.ASCII)
-"""One entry of a list: the commas inside brackets belong to it."""
+_ENTRY = re.compile(r"(?:\w|\[[\d,-]*\])(?:[\w.:-]|\[[\d,-]*\])*", re.ASCII)
+"""One entry of a list: the commas inside brackets belong to it. No name begins as an option does."""
 MOST_HOSTS = 100_000
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 

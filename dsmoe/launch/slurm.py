@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dsmoe.config.schema import Config
 from dsmoe.launch.attempts import MOST_FAILURES
+from dsmoe.launch.hosts import named_hosts
 from dsmoe.launch.job import Job, Request
 from dsmoe.plan.text import quantity
 
@@ -57,7 +58,7 @@ _TORCHRUN = """\
 _WATCHED = """
 srun {options} \\
     --label --output="$logs/%j-%N.log" --open-mode=append \\
-    python launch/pretrain.py {arguments} &
+    python {program} &
 step=$!
 
 # Before the time limit, Slurm sends USR1 to the ranks; to this shell only where that is asked for (`--signal=B:`,
@@ -74,10 +75,20 @@ until [[ $code ]]; do # a signal ends `wait`, not what is waited for
     [[ $interrupted ]] || code=$status
 done
 
+# srun's code is 0 also where it could start nothing. Ranks that have begun write this file anew.
+if [[ $code == 0 && ! $run/environment.json -nt $run/.lock ]]; then
+    say "srun has ended with 0, and no rank has begun: see above"
+    code=1
+fi
+
 # What Slurm itself ends, it queues again, unless somebody has cancelled it. Else dsmoe.launch.attempts looks at the
 # exit code: 75, again; 0, the run is done; 2, the input is wrong and stays so; any other is a failure: again, but not
 # when {failures} attempts have failed and none got further than those before.
-state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+for pause in 0 10 20 40 0; do # Slurm may be busy, or be restarted, for a moment
+    state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) && [[ $state || $ending ]] && break
+    sleep "$pause"
+done
+[[ $state || $ending ]] || state=RUNNING
 if [[ $state != RUNNING ]]; then
     say "exit code $code; Slurm ends this attempt (${{state:-unknown}})"
 elif why=$(python3 -m dsmoe.launch.attempts "$run" "$code"); then
@@ -100,23 +111,37 @@ def _pretrain(request: Request) -> str:
     config = request.config
     devices = config.cluster.devices_per_node
     run = shlex.quote(str(Path(config.runs_dir) / config.name))
+    config_file = shlex.quote(request.path)
     title = f"Pretrain {config.name} on {_ranks(config)}, attempt after attempt until its last step is done."
-    folder = f"""
+    folder = rf"""
 set -u
 run={run}
 logs=$run/logs # of the ranks: JOB-NODE.log
-mkdir -p "$logs"
 say() {{ echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }}
+if [[ ! -f {config_file} ]]; then
+    say "there is no {config_file} here, in $PWD: submit this where \`dsmoe launch\` was typed"
+    exit 2
+fi
+if ! {{ mkdir -p "$logs" && touch "$run/.lock" && [[ -w $logs ]]; }}; then
+    say "cannot write in $run: runs_dir must be a folder that you may write to, on storage that all nodes share"
+    exit 2
+fi
+# On a node that cannot open the ranks' log, srun starts none, and those of the others would wait for it.
+if ! srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --label test -w "$logs"; then
+    say "not every node can write in $run: runs_dir, and this folder, must be on storage that all nodes share"
+    exit 2
+fi
 say "attempt $((${{SLURM_RESTART_COUNT:-0}} + 1)) on $SLURM_JOB_NODELIST; its ranks write to $logs/$SLURM_JOB_ID-*.log"
 
 # A node that Slurm has lost may still run rank 0 of the last attempt: it holds the run's folder until it finds out.
-if ! flock --nonblock "$run/.lock" true; then
+flock --nonblock --conflict-exit-code 9 "$run/.lock" true
+if [[ $? == 9 ]]; then
     say "waiting for a process that still trains in $run"
     flock --wait 3600 "$run/.lock" true
 fi
 """
     watched = _WATCHED.format(
-        options="--kill-on-bad-exit=0 --wait=120 --cpu-bind=none", arguments=request.arguments, failures=MOST_FAILURES
+        options="--kill-on-bad-exit=0 --wait=120 --cpu-bind=none", program=request.program(), failures=MOST_FAILURES
     )
     return "".join(
         [
@@ -133,7 +158,7 @@ fi
 def _preflight(request: Request) -> str:
     config = request.config
     title = f"Check {_ranks(config)} before {config.name} trains on them: exit code 1 where something is far off."
-    start = f"srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none python launch/preflight.py {request.arguments}\n"
+    start = f"srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none python {request.program('preflight')}\n"
     return "".join(
         [
             _header(request, "preflight.sbatch", title, f"{config.name}_preflight", _ONCE),
@@ -153,6 +178,8 @@ def _header(request: Request, script: str, title: str, name: str, options: Mappi
         f"nodes={cluster.nodes}": f"cluster.nodes{elastic}",
         f"ntasks-per-node={cluster.devices_per_node}": "a task is a rank, and drives one device",
     }
+    if named_hosts(request.config):
+        sizes[f"nodelist={cluster.hosts}"] = "cluster.hosts; without this line, Slurm chooses"
     if cluster.device != "cpu":
         sizes[f"gpus-per-node={cluster.devices_per_node}"] = "each rank sees all of its node's, as NCCL wants it"
     whole = {"exclusive": "whole nodes: all cores,", "mem=0": "... and all memory"}

@@ -156,6 +156,13 @@ def test_the_first_failure_ends_the_others_and_gives_its_code(how: str, code: in
     assert "rank 0 got SIGTERM 1" in output
 
 
+@pytest.mark.parametrize("arguments", [[], [""]])
+def test_nothing_to_run_is_said(arguments: list[str], image: Path) -> None:
+    done = subprocess.run([sys.executable, image, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nothing to run; give `pretrain CONFIG")
+
+
 def test_a_wrong_config_is_one_message(image: Path) -> None:
     process = start(image, "pretrain", "config.yaml", "moe.top_n=1")
     output, _ = process.communicate(timeout=30)

@@ -110,10 +110,14 @@ def test_containers_see_the_files_that_the_config_names(tmp_path: Path) -> None:
     tree = parsed(render(str(path), "checkpoint.weights_from=runs/a$b/step_1"))
     service = tree["services"]["node0"]
     assert tree["name"] == "own-1"
-    assert service["volumes"][3:] == ["/corpus:/corpus:ro", f"{path}:{path}:ro"]
+    included = [f"{REPOSITORY}/configs/{name}.yaml" for name in ("tiny_cpu", "cluster/cpu_1x2")]
+    assert service["volumes"][3:] == [f"{name}:{name}:ro" for name in sorted(["/corpus", str(path), *included])]
     assert "checkpoint.weights_from=runs/a$$b/step_1" in service["command"]  # compose makes one of two
     path.write_text(text + "data:\n  sources: [{name: own, path: ../corpus.txt}]\n")
     with pytest.raises(UserError, match=r"data.sources \(own\) \(../corpus.txt\) is outside of this folder.*absolute"):
+        render(str(path))
+    path.write_text(text + "data:\n  sources: [{name: own, path: /a:b/corpus.txt}]\n")
+    with pytest.raises(UserError, match=r"data.sources \(own\) \(/a:b/corpus.txt\) has a colon"):
         render(str(path))
 
 

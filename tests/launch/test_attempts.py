@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dsmoe.launch import attempts
 from dsmoe.launch.attempts import MOST_FAILURES, steps_taken, worth_another
 
 REPOSITORY = Path(__file__).parents[2]
@@ -24,11 +25,31 @@ def fail(folder: Path, job: str = "1") -> bool:
     return worth_another(folder, 1, job)[0]
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True), (128 + 10, True), (128 + 15, True)])
-def test_what_is_no_failure_is_not_counted(code: int, again: bool, tmp_path: Path) -> None:
+STOPS = [75, 128 + 10, 128 + 15]
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_what_ends_the_job_is_not_counted(code: int, tmp_path: Path) -> None:
     for _ in range(2 * MOST_FAILURES):
-        assert worth_another(tmp_path, code, "1")[0] == again
+        assert not worth_another(tmp_path, code, "1")[0]
     assert fail(tmp_path)
+
+
+@pytest.mark.parametrize("code", STOPS)
+def test_being_told_to_stop_is_no_failure_while_checkpoints_follow_each_other(code: int, tmp_path: Path) -> None:
+    for step in range(2 * MOST_FAILURES):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        assert worth_another(tmp_path, code, "1")[0]
+    assert fail(tmp_path)
+
+
+@pytest.mark.parametrize("code", STOPS)
+def test_being_told_to_stop_before_there_is_a_step_to_save_has_an_end(code: int, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)  # of an earlier job
+    (tmp_path / "checkpoints" / "step_00000020.partial").mkdir()
+    answers = [worth_another(tmp_path, code, "1") for _ in range(1 + MOST_FAILURES)]
+    assert [again for again, _ in answers] == [True, True, True, False]
+    assert "before they had a step to save, and none is made again. Give it more time (--time)" in answers[-1][1]
 
 
 @pytest.mark.parametrize("code", [1, 127, 134, 137])
@@ -86,9 +107,21 @@ def test_of_a_long_file_only_the_end_is_read(tmp_path: Path) -> None:
     assert steps_taken(tmp_path) == 30_000
 
 
-def test_a_damaged_count_is_no_count(tmp_path: Path) -> None:
-    (tmp_path / "attempts.json").write_text('{"job": "1"')
+@pytest.mark.parametrize("text", ['{"job": "1"', '{"job": "1", "failures": Infinity, "steps_done": 1}', "[]", "\xff"])
+def test_a_damaged_count_is_no_count(text: str, tmp_path: Path) -> None:
+    (tmp_path / "attempts.json").write_text(text, encoding="latin-1")
     assert [fail(tmp_path) for _ in range(3)] == [True, True, False]
+
+
+def test_what_cannot_be_counted_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "attempts.json.partial").mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setattr(sys, "argv", ["attempts", str(tmp_path), "1"])
+    assert attempts.main() == 1
+    said = capsys.readouterr().out
+    assert said == f"exit code 1, and {tmp_path}/attempts.json.partial: Is a directory; not tried again\n"
 
 
 def test_the_command_needs_nothing_but_python(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ def test_what_cannot_run_is_refused_with_the_fix(
     assert files(tmp_path) == ["taken"]
 
 
+def test_a_file_that_is_no_text_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hostfile").write_bytes(b"\xff\xfe")
+    assert cli.main(["launch", MIXTRAL, "--hostfile", "--out", "."]) == 2
+    assert capsys.readouterr().err.startswith("error: hostfile: exists, with other text than would be written")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--hostfile", "--slurm"]])
 def test_one_way_has_to_be_chosen(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -27,7 +27,24 @@ def test_a_list_becomes_its_names(text: str, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "n1,,n2", "n1,", "n[1-", "n1]", "n[]", "n[3-1]", "n[a-b]", "n[1-2-3]", "n 1", "n[1[2]]", "n;m", "$(n)"]
+    "text",
+    [
+        "",
+        "n1,,n2",
+        "n1,",
+        "n[1-",
+        "n1]",
+        "n[]",
+        "n[3-1]",
+        "n[a-b]",
+        "n[1-2-3]",
+        "n 1",
+        "n[1[2]]",
+        "n;m",
+        "$(n)",
+        "-x[1-8]",
+        "n1,-x",
+    ],
 )
 def test_what_is_no_list_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="not a list of hosts"):

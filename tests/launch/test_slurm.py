@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import shlex
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dsmoe import cli
-from dsmoe.config import load_config
+from dsmoe.config import UserError, load_config
 from dsmoe.launch import slurm
 from dsmoe.launch.job import Request, default_folder
 
@@ -54,6 +59,130 @@ def test_shellcheck_finds_nothing(overrides: list[str], tmp_path: Path) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+FAKES = {
+    "srun": '[[ $* == *pretrain.py* ]] && eval "$SRUN" || eval "$LOOK"',
+    "squeue": 'eval "$SQUEUE"',
+    "scontrol": 'echo "scontrol $*"',
+    "sleep": "true",
+}
+"""What these commands do instead; the test says it in the environment."""
+
+
+@dataclass
+class Cluster:
+    """A folder in which a job script is run by bash, without Slurm."""
+
+    folder: Path
+
+    def run(self, srun: str, squeue: str = "echo RUNNING", look: str = "true") -> tuple[int, str]:
+        """Exit code and output of pretrain.sbatch, where `look` is how each node sees the run folder."""
+        environment = {**os.environ, "PATH": f"{self.folder}/fakes:{os.environ['PATH']}"}
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
+        environment |= {"SRUN": srun, "SQUEUE": squeue, "LOOK": look}
+        environment["PYTHONPATH"] = str(REPOSITORY)
+        command = ["bash", str(self.folder / "scripts" / "pretrain.sbatch")]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"include: {REPOSITORY}/configs/tiny_cpu.yaml\nname: mine\n")
+    slurm.job(Request(load_config(path), "config.yaml", (), "scripts")).write(tmp_path / "scripts")
+    (tmp_path / "fakes").mkdir()
+    for name, action in FAKES.items():
+        (tmp_path / "fakes" / name).write_text(f"#!/bin/bash\n{action}\n")
+        (tmp_path / "fakes" / name).chmod(0o755)
+    return Cluster(tmp_path)
+
+
+BEGUN = "touch runs/mine/environment.json"
+REQUEUED = "scontrol requeue 7\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "again"),
+    [
+        (0, "done", False),
+        (2, "something has to be put right first", False),
+        (75, "the ranks were told to stop; queueing the job again", True),
+        (1, "failure 1 of 3 (steps done: 0); queueing the job again", True),
+    ],
+)
+def test_the_ranks_exit_code_is_the_jobs(code: int, says: str, again: bool, cluster: Cluster) -> None:
+    ended, said = cluster.run(f"{BEGUN}; exit {code}")
+    assert (ended, REQUEUED in said) == (code, again)
+    assert says in said
+
+
+def test_a_step_that_started_no_rank_is_not_a_run_that_is_done(cluster: Cluster) -> None:
+    cluster.run(f"{BEGUN}; exit 75")
+    for again in (True, True, False):
+        code, said = cluster.run("exit 0")
+        assert (code, REQUEUED in said) == (1, again)
+        assert "no rank has begun" in said
+
+
+@pytest.mark.parametrize("squeue", ["exit 1", "true"])
+def test_a_controller_that_does_not_answer_is_asked_for_another_attempt(squeue: str, cluster: Cluster) -> None:
+    code, said = cluster.run(f"{BEGUN}; exit 75", squeue)
+    assert (code, REQUEUED in said) == (75, True)
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_what_slurm_ends_is_left_to_it(state: str, cluster: Cluster) -> None:
+    code, said = cluster.run(f"{BEGUN}; exit 75", f"echo {state}")
+    assert (code, REQUEUED in said) == (75, False)
+    assert f"Slurm ends this attempt ({state})" in said
+
+
+def test_a_run_folder_that_cannot_be_is_wrong_input(cluster: Cluster) -> None:
+    (cluster.folder / "runs").write_text("")
+    code, said = cluster.run("echo started")
+    assert (code, "cannot write in runs/mine" in said, "started" in said) == (2, True, False)
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_wrong_input(cluster: Cluster) -> None:
+    code, said = cluster.run("echo started", look="echo n2: cannot write; exit 1")
+    assert (code, "n2: cannot write" in said, "started" in said) == (2, True, False)
+    assert "not every node can write in runs/mine" in said
+
+
+def test_another_folder_is_wrong_input_and_nothing_is_left_there(cluster: Cluster) -> None:
+    (cluster.folder / "config.yaml").unlink()
+    code, said = cluster.run("echo started")
+    assert (code, "there is no config.yaml here" in said, "started" in said) == (2, True, False)
+    assert not (cluster.folder / "runs").exists()
+
+
+def test_an_attempt_waits_for_who_still_trains(cluster: Cluster) -> None:
+    (cluster.folder / "runs" / "mine").mkdir(parents=True)
+    with (cluster.folder / "runs" / "mine" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor() as threads:
+            job = threads.submit(cluster.run, f"{BEGUN}; echo started")
+            time.sleep(1)
+            assert not job.done()
+            lock.close()
+            code, said = job.result(60)
+    assert (code, "waiting for a process that still trains in runs/mine" in said, "started" in said) == (0, True, True)
+
+
+def test_hosts_that_the_config_names_are_asked_for() -> None:
+    assert options(script("cluster.hosts=gpu[1-8]"))["nodelist"] == "gpu[1-8]"
+    with pytest.raises(UserError, match=r"names 7 hosts and cluster\.nodes is 8"):
+        script("cluster.hosts=gpu[1-7]")
+
+
+def test_another_folders_scripts_name_the_program_by_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load_config(MIXTRAL)
+    monkeypatch.chdir(tmp_path)
+    files = slurm.job(Request(config, "/c.yaml", (), "scripts")).files
+    for name in ("pretrain", "preflight"):
+        assert f"python {REPOSITORY}/launch/{name}.py --config /c.yaml" in files[f"{name}.sbatch"]
 
 
 def test_sizes_are_the_configs() -> None:
