@@ -33,7 +33,8 @@ STOPPED = 75
 USER_ERROR = 2
 RANKS_OF_OTHERS = ({"RANK", "WORLD_SIZE"}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"})
 """What a launcher's rank has in its environment; a batch script of Slurm has no SLURM_STEP_NUM_TASKS."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT)
+"""What is handed on. A terminal that has gone (SIGHUP) is SIGTERM to the ranks."""
 GRACE_SECONDS = 30.0
 """How long the other ranks may take to say what they saw, after one has failed."""
 
@@ -67,6 +68,8 @@ def environments(config: Config, environment: Mapping[str, str]) -> list[dict[st
         UserError: it does not say which node this is, or where the first one is.
     """
     nodes = _number("NNODES", environment.get("NNODES", str(config.cluster.nodes)))
+    if not nodes:
+        raise UserError("NNODES must be a number of nodes, from 1 on")
     devices = _devices(config)
     name = next((key for key in ("NODE_RANK", "JOB_COMPLETION_INDEX") if key in environment), None)
     if nodes == 1 and name is None:
@@ -105,13 +108,14 @@ def supervise(command: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> int
 
     def hand_on(number: int, _: FrameType | None) -> None:
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    for number in SIGNALS:
+    for number in (*SIGNALS, signal.SIGHUP):
         signal.signal(number, hand_on)
     failure, deadline = 0, math.inf
     while None in [process.poll() for process in processes]:
         if not failure and (failure := _failure(processes)):
+            print(_who_failed(ranks, processes), file=sys.stderr, flush=True)
             hand_on(signal.SIGTERM, None)
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
@@ -124,6 +128,17 @@ def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """The exit code of a rank that has failed; 0 if none has."""
     codes = [process.returncode for process in processes if process.returncode not in (None, 0, STOPPED)]
     return next((code if code > 0 else 128 - code for code in codes), 0)
+
+
+def _who_failed(ranks: Sequence[Mapping[str, str]], processes: Sequence[subprocess.Popen[bytes]]) -> str:
+    """What ended the first rank that has failed, which a rank that was killed could not say itself."""
+    rank, code = next(
+        (rank["RANK"], process.returncode)
+        for rank, process in zip(ranks, processes, strict=True)
+        if process.returncode not in (None, 0, STOPPED)
+    )
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
+    return f"rank {rank} {how}; the other ranks of this node are told to stop"
 
 
 def _become(command: list[str]) -> None:

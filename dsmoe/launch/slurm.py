@@ -32,7 +32,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 export PYTHONUNBUFFERED=1
 # Ranks share their node's cores: more threads for each make all of them slower, where they compute on the CPU.
 export OMP_NUM_THREADS=1
-# The ranks meet on the first node, at a port made of the job's number; to choose them, export MASTER_ADDR, MASTER_PORT.
+# The ranks meet on the first node, at another port for each attempt; to choose them, export MASTER_ADDR, MASTER_PORT.
 """
 _NCCL = """
 # NCCL: WARN says what is wrong with a link, INFO which network it has chosen. A line that says NET/Socket where there

@@ -18,6 +18,7 @@ from dsmoe.plan.text import quantity
 
 ALONE, DEEPSPEED, TORCHRUN, SRUN, OTHER = "python alone", "deepspeed", "torchrun", "srun", "the launcher"
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # below 32768, where Linux begins to hand out ports
+_PORTS_APART = 1_009  # of two attempts of a job, so that jobs of near numbers keep apart
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def join_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
         )
     environment.update(WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"], LOCAL_WORLD_SIZE=str(per_node))
     environment.setdefault("MASTER_ADDR", expand(environment["SLURM_STEP_NODELIST"])[0])
-    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _NUM_PORTS))
+    # Another port for each attempt: that another program has one is no reason for all of them to fail.
+    number = int(environment["SLURM_JOB_ID"]) + _PORTS_APART * int(environment.get("SLURM_RESTART_COUNT", "0"))
+    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _NUM_PORTS))
 
 
 def _is_task(environment: Mapping[str, str]) -> bool:

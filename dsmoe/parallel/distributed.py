@@ -22,6 +22,7 @@ from deepspeed import comm
 
 from dsmoe.config.errors import UserError
 from dsmoe.launch.world import join_slurm, launched_world
+from dsmoe.parallel.roll import call_roll
 from dsmoe.parallel.watch import process_watch, stop_watching
 
 T = TypeVar("T")
@@ -61,9 +62,10 @@ def join_processes(
         interface: the network interface between nodes; None leaves the choice to NCCL and gloo.
 
     Raises:
-        HostError: no CUDA device, no such interface, or no way to rank 0, on this host.
+        HostError: no CUDA device or no such interface on this host, or the port is taken.
         DeviceError: no CUDA device for this rank.
-        UserError: ranks that srun has laid over the nodes in a way that is not supported; or the port is taken.
+        UserError: ranks that srun has laid over the nodes in a way that is not supported.
+        LostRanksError: not all ranks have come within `timeout`.
     """
     join_slurm()
     _choose_accelerator(device)
@@ -81,6 +83,8 @@ def join_processes(
         _switch_off_shared_memory_op()
         backend = "nccl" if device == "cuda" else "gloo"
         try:
+            if not torch.distributed.is_initialized():  # by the program around us, or by a file
+                call_roll(world.devices_per_node, timeout)
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         except torch.distributed.DistNetworkError as error:
             raise _rendezvous_problem(error) from None
@@ -160,16 +164,11 @@ def _take_device(local_rank: int) -> None:
 
 
 def _rendezvous_problem(error: Exception) -> Exception:
-    """What keeps this rank from the others, where it is the address that they were given; else the error."""
-    name, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if "EADDRINUSE" in str(error):
-        advice = "give the launcher another --master_port, or set MASTER_PORT under srun"
-        return UserError(f"port {port} is in use on this machine; {advice}")
-    try:
-        socket.getaddrinfo(name, port)
-    except socket.gaierror:
-        return HostError(f"rank 0 is on {name}, and this host has no address of that name; set MASTER_ADDR to one")
-    return error
+    """What keeps rank 0 from listening where the ranks meet, if it is the port; else the error."""
+    if "EADDRINUSE" not in str(error):
+        return error
+    advice = "give the launcher another --master_port, or set MASTER_PORT under srun"
+    return HostError(f"port {os.environ.get('MASTER_PORT')} is in use on this machine; {advice}")
 
 
 def _switch_off_shared_memory_op() -> None:

@@ -10,26 +10,23 @@ import argparse
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed, set_timeout_everywhere
 from dsmoe.parallel.watch import LostRanksError, process_watch
-from dsmoe.plan import Topology, resolve_device
+from dsmoe.plan import resolve_device
 from dsmoe.plan.elastic import fit_to_world
 from dsmoe.preflight.judge import Verdict
-from dsmoe.preflight.meeting import call_roll
 from dsmoe.preflight.report import text, write_json
 from dsmoe.preflight.results import RankReport
 from dsmoe.preflight.stages import Preflight
 from dsmoe.train.folder import run_folder
-from dsmoe.train.run import explain_end, load_on_host
+from dsmoe.train.run import ended_by, explain_end, load_on_host
 
 TIMEOUT_SECONDS = 60
 """The longest that anything waits for other ranks; `cluster.collective_timeout_seconds` where that is less."""
@@ -63,11 +60,7 @@ def preflight(path: str, overrides: Sequence[str], output: Path | None) -> int:
         join_slurm()
         code = _check(load_on_host(path, overrides), output)
     except Exception as error:
-        wrong_input = isinstance(error, UserError)
-        expected = isinstance(error, LostRanksError)
-        message = f"error: {error}" if wrong_input or expected else traceback.format_exc()
-        explain_end(error, message)
-        return 2 if wrong_input else 1
+        return ended_by(error)
     leave_processes()
     return code
 
@@ -79,9 +72,8 @@ def _check(given: Config, output: Path | None) -> int:
         config = fit_to_world(given, *world.shape(given.cluster.devices_per_node))
     else:
         world.check(given)
-    topology, facts = Topology.from_config(config), resolve_device(config.cluster.device)
+    facts = resolve_device(config.cluster.device)
     on_cpu = facts is not None and facts.name == "cpu"
-    call_roll(topology, timedelta(seconds=JOIN_SECONDS))
     rank = join_processes("cpu" if on_cpu else "cuda", timedelta(seconds=JOIN_SECONDS), config.cluster.interface)
     quiet_deepspeed()
     timeout = timedelta(seconds=min(TIMEOUT_SECONDS, config.cluster.collective_timeout_seconds))

@@ -5,6 +5,7 @@ The stages are this process' steps in `dsmoe.parallel.watch`: whoever hangs or d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -87,7 +88,8 @@ class Preflight:
         set_timeout_everywhere(self.timeout)
         self._measure_messages(groups)
         if not self.report.local_rank:  # all have looked for it, since they have measured after that
-            (self.folder / _file(answer["token"], self.report.node)).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that cannot be written is a finding, and this is no other
+                (self.folder / _file(answer["token"], self.report.node)).unlink()
 
     def end(self, conclude: Callable[[Verdict, Sequence[RankReport]], int]) -> int:
         """Let rank 0 say what comes of it, and return the exit code that it gives."""

@@ -91,6 +91,7 @@ class Reports:
     def listen(self) -> None:
         """Write a report whenever there is cause to, from now on; called by the main thread."""
         faulthandler.enable(self._file)
+        faulthandler.unregister(signal.SIGQUIT)
         # Python's handler does nothing; that it is there makes Python send the signal's number through the pipe.
         signal.signal(signal.SIGQUIT, lambda *_: None)
         numbers, sending = os.pipe()

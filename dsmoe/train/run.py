@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import platform
@@ -63,18 +64,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     options = parser.parse_intermixed_args(arguments)
+    # Until there are reports, the stacks go to standard error, and the run goes on.
+    faulthandler.register(signal.SIGQUIT)
     try:
         join_slurm()
         config = load_on_host(options.config, options.overrides)
         finished = pretrain(config)
-    except UserError as error:
-        explain_end(error, f"error: {error}")
-        return 2
     except Exception as error:
-        explain_end(error, traceback.format_exc())
-        return 1
+        return ended_by(error)
     leave_processes()
     return 0 if finished else STOPPED
+
+
+def ended_by(error: Exception) -> int:
+    """Explain the error that ends this rank; returns the exit code.
+
+    That is 2 for what is wrong wherever the ranks run, and 1 for what may not be so at another try or on other hosts.
+    """
+    told = isinstance(error, (UserError, LostRanksError))
+    explain_end(error, f"error: {error}" if told else "".join(traceback.format_exception(error)))
+    return 2 if isinstance(error, UserError) and not isinstance(error, HostError) else 1
 
 
 def load_on_host(path: str, overrides: Sequence[str]) -> Config:
@@ -82,12 +91,12 @@ def load_on_host(path: str, overrides: Sequence[str]) -> Config:
 
     Raises:
         UserError: it is wrong.
-        HostError: this host has not the file.
+        HostError: this host, which is not rank 0's, has not the file.
     """
     try:
         return load_config(path, overrides)
     except UserError as error:
-        if Path(path).exists():
+        if Path(path).exists() or os.environ.get("RANK", "0") == "0":
             raise
         raise HostError(str(error)) from error
 
@@ -241,10 +250,11 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
     errors, only a rank that is still there after the launcher would have ended it for rank 0's sake has its own.
     """
     if rank > 0:
-        of_host = isinstance(error, HostError) and os.environ.get("LOCAL_RANK", "0") == "0"
-        if not of_host:
+        first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not (isinstance(error, HostError) and first_of_host):
             time.sleep(LINGER_SECONDS)
-        of_rank = isinstance(error, DeviceError) or not isinstance(error, UserError)
+        of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
+        of_host = isinstance(error, (HostError, LostRanksError)) and first_of_host
         if is_shared(error) or not (of_host or of_rank):
             return
         text = f"[rank {rank} on {platform.node()}] {text}"

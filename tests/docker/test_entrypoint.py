@@ -28,7 +28,7 @@ PROGRAM = """
 import json, os, signal, sys, time
 rank = os.environ.get("RANK", "none")
 got = []
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT):
     signal.signal(number, lambda number, _: got.append(number))
 keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 os.write(1, json.dumps([sys.argv[1:], {key: os.environ.get(key) for key in keys}]).encode() + b"\\n")
@@ -136,7 +136,7 @@ def test_another_launchers_rank_takes_the_place_of_the_entry_point(launcher: dic
     assert process.returncode == 75
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT])
 def test_a_signal_reaches_every_rank_once_and_75_comes_through(number: signal.Signals, image: Path) -> None:
     process = start(image, "pretrain", "config.yaml")
     assert process.stdout is not None
@@ -148,11 +148,25 @@ def test_a_signal_reaches_every_rank_once_and_75_comes_through(number: signal.Si
     assert f"rank 1 got {number.name} 1" in output
 
 
-@pytest.mark.parametrize(("how", "code"), [("fails", 3), ("dies", 128 + signal.SIGKILL)])
-def test_the_first_failure_ends_the_others_and_gives_its_code(how: str, code: int, image: Path) -> None:
+def test_a_terminal_that_has_gone_is_a_stop(image: Path) -> None:
+    process = start(image, "pretrain", "config.yaml")
+    assert process.stdout is not None
+    output = process.stdout.readline() + process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    output += process.communicate(timeout=30)[0]
+    assert process.returncode == 75, output
+    assert "rank 1 got SIGTERM 1" in output
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [("fails", 3, "rank 1 has ended with exit code 3"), ("dies", 128 + signal.SIGKILL, "rank 1 was killed by SIGKILL")],
+)
+def test_the_first_failure_ends_the_others_and_gives_its_code(how: str, code: int, said: str, image: Path) -> None:
     process = start(image, "pretrain", "config.yaml", f"name={how}")
     output, _ = process.communicate(timeout=30)
     assert process.returncode == code, output
+    assert f"{said}; the other ranks of this node are told to stop" in output
     assert "rank 0 got SIGTERM 1" in output
 
 

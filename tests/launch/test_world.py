@@ -80,6 +80,12 @@ def test_an_address_and_a_port_that_are_set_stay() -> None:
     assert not {"MASTER_ADDR", "MASTER_PORT"} & joined(given).keys()
 
 
+def test_another_attempt_of_a_job_has_another_port() -> None:
+    ports = [int(joined({**step(1), "SLURM_RESTART_COUNT": str(restart)})["MASTER_PORT"]) for restart in range(3)]
+    assert len({*ports, int(joined(step(1))["MASTER_PORT"])}) == 3
+    assert all(10_000 <= port < 30_000 for port in ports)
+
+
 @pytest.mark.parametrize(
     ("where", "environment"),
     [

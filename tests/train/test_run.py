@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -317,6 +320,27 @@ def test_a_rank_that_fails_takes_the_others_down_and_only_it_explains(tmp_path: 
 
 
 @pytest.mark.slow
+def test_a_rank_that_waits_for_others_says_for_whom_and_writes_its_stacks_on_sigquit(tmp_path: Path) -> None:
+    config = write_config(tmp_path, ranks=2, cluster={"collective_timeout_seconds": 10})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environment = {**os.environ, **meeting, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "--config", str(config)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        port = int(meeting["MASTER_PORT"])
+        while port not in {connection.laddr.port for connection in psutil.Process(process.pid).net_connections()}:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGQUIT)
+        assert process.wait(60) == 1
+    text = (tmp_path / "log").read_text()
+    assert "in _await_all" in text
+    assert "error: 1 of 2 ranks, of node 0 (from 0), have not come within 10 s to 127.0.0.1:" in text
+    assert "Traceback" not in text
+
+
 def shared_error() -> Exception:
     error = UserError("bad")
     error.shared_by_all_ranks = True  # type: ignore[attr-defined]

@@ -1,0 +1,78 @@
+"""Ranks that come, ranks that do not, and a rank 0 that is not there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dsmoe.parallel import join_processes, leave_processes, roll
+from dsmoe.parallel.distributed import HostError
+from dsmoe.parallel.local import CONTEXT
+from dsmoe.parallel.watch import LostRanksError
+
+
+def come(rank: int, port: int, seconds: float, folder: Path) -> None:
+    """A rank of two nodes with two devices each; its file has what comes of it, and then what it has printed."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % 2), WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    roll.WORD_SECONDS = 0.3
+    os.dup2(os.open(folder / f"{rank}.out", os.O_CREAT | os.O_WRONLY), 1)
+    try:
+        join_processes("cpu", timedelta(seconds=seconds))
+        dist.barrier()
+        result = f"rank {dist.get_rank()} has joined"
+        leave_processes()
+    except (LostRanksError, HostError) as error:
+        result = f"{type(error).__name__}: {error}"
+    sys.stdout.flush()
+    (folder / f"{rank}.result").write_text(result)
+
+
+def results_of(ranks: list[int], seconds: float, folder: Path, port: int = 0) -> tuple[list[str], list[str]]:
+    """By rank, what came of it, and what it said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = port or free.getsockname()[1]
+    processes = [CONTEXT.Process(target=come, args=(rank, port, seconds, folder)) for rank in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    results, said = ([(folder / f"{rank}.{kind}").read_text() for rank in sorted(ranks)] for kind in ("result", "out"))
+    return results, said
+
+
+def test_all_who_come_join(tmp_path: Path) -> None:
+    results, said = results_of([3, 1, 0, 2], 30, tmp_path)
+    assert results == [f"rank {rank} has joined" for rank in range(4)]
+    assert all("waiting for " in line for text in said for line in text.splitlines())
+
+
+def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
+    (result, _), (said, _) = results_of([0, 1], 1.5, tmp_path)
+    missing = "2 of 4 ranks, of node 1 (from 0)"
+    assert result.startswith(f"LostRanksError: {missing}, have not come within 2 s to 127.0.0.1:")
+    assert said.splitlines() == [f"waiting for {missing}"] * 2, "after 0.3 and after 0.9 seconds"
+
+
+def test_a_rank_0_that_is_not_there_is_missed_by_each_host(tmp_path: Path) -> None:
+    results, (first, second) = results_of([2, 3], 1.5, tmp_path)
+    for result in results:
+        assert result.startswith("LostRanksError: rank 0 is not reached at 127.0.0.1:")
+        assert "Connection refused; has the launcher started it" in result
+    assert "waiting for rank 0 at 127.0.0.1:" in first
+    assert second == ""
+
+
+def test_a_port_that_another_program_has(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (result,), _ = results_of([0], 5, tmp_path, port)
+    assert result.startswith(f"HostError: port {port} is in use on this machine; give the launcher another")
