@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # under a launcher every rank has the same input
             print(f"error: {error}", file=sys.stderr)
         return _USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return _USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,7 +123,9 @@ def _add_interop(actions: Any) -> None:
         "--format", help="mixtral, qwen3_moe, glm4_moe (DeepSeek-V3's routing), llama, qwen3 or mistral"
     )
     export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: bf16)")
-    export.add_argument("--shard-gb", metavar="GB", type=float, default=5.0, help="the most in a file (default: 5)")
+    export.add_argument(
+        "--shard-gb", metavar="GB", type=_above_zero, default=5.0, help="the most in a file (default: 5)"
+    )
     export.add_argument("--tokenizer", metavar="FILE", help="in place of data.tokenizer; `none` for none")
     _compares_logits(export)
     importing = actions.add_parser(
@@ -134,7 +141,7 @@ def _add_interop(actions: Any) -> None:
     upcycle.add_argument("source", metavar="SOURCE", type=Path, help="a dense checkpoint, or a Hugging Face folder")
     upcycle.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to write")
     upcycle.add_argument("--config", metavar="CONFIG", required=True, help="the YAML file of the MoE run")
-    upcycle.add_argument("--noise", metavar="S", type=float, default=0.0, help="S times an expert's RMS is added to it")
+    upcycle.add_argument("--noise", metavar="S", type=_from_zero, default=0.0, help="S times an expert's RMS is added")
     _takes_overrides(upcycle)
     upcycle.set_defaults(run=_checkpoint_upcycle)
     _compares_logits(upcycle)
@@ -223,6 +230,17 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
     return number
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def _from_zero(text: str) -> float:
+    return 0.0 if float(text) == 0 else _above_zero(text)
 
 
 def _schema(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,10 +65,16 @@ class Checkpoints:
         engine: DeepSpeed's.
         placements: by each parameter's name in `engine.module`, where it is in the whole model.
         config: the run.
+        corpora: by source, how many tokens and bytes of training text there are.
     """
 
     def __init__(
-        self, folder: Path, engine: DeepSpeedEngine, placements: Mapping[str, Placement], config: Config
+        self,
+        folder: Path,
+        engine: DeepSpeedEngine,
+        placements: Mapping[str, Placement],
+        config: Config,
+        corpora: Mapping[str, list[int]] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self._engine, self._config = engine, config
@@ -82,6 +89,7 @@ class Checkpoints:
         """The last step that was saved to `folder`, or loaded from it."""
         self._settings = config.model_dump(mode="json")
         self._layout = _layout(config, engine.device)
+        self._corpora = dict(corpora)
 
     def reserve(self) -> None:
         """Take the host memory that saving needs, so that the first save keeps training no longer than the others."""
@@ -109,9 +117,15 @@ class Checkpoints:
             config=self._settings,
             layout=self._layout,
             versions=_versions(),
+            corpora=self._corpora,
         )
         self._start(FolderWriter(final, facts), self._buffer.copy(self._parts()))
         return final
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the last save has come to an end, well or not, but no longer than `seconds`."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def flush(self) -> None:
         """Wait until the last save has come to an end.

@@ -16,6 +16,9 @@ Row = tuple[str, str, str]
 _NO_PART = ("model.init_std", "model.max_sequence_length")
 """Of the model section, what neither shapes a tensor nor changes what one means."""
 _EXPERT_KEYS = ("num_experts", "expert_ffn_size", "shared_expert_ffn_size", "residual", "activation", "top_k")
+_ROUTER_KEYS = ("choice", "score", "normalize_weights", "scale", "num_groups", "top_k_groups", "group_score")
+_RUN_KEYS = ("batch_tokens", "sequence_length")
+"""Of the train section, what a step is: the place in the data and the count of tokens follow from the steps."""
 _SHOWN = 30
 
 
@@ -39,6 +42,8 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
     refuse(checkpoint, "another model", rows(saved, here))
     if optimizer is not None:
         refuse(checkpoint, "another optimizer", rows({"optimizer": manifest.facts.optimizer}, {"optimizer": optimizer}))
+        saved, here = ({f"train.{key}": c["train"][key] for key in _RUN_KEYS} for c in (manifest.facts.config, config))
+        refuse(checkpoint, "a run with other steps (for its weights alone: checkpoint.weights_from)", rows(saved, here))
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **found,
         **{f"moe.{key}": moe[key] for key in _EXPERT_KEYS},
-        "moe.router.score": moe["router"]["score"],
+        **{f"moe.router.{key}": moe["router"][key] for key in _ROUTER_KEYS},
         "moe.balance.scope is global": balance["scope"] == "global",
         "moe.balance.bias_update_rate is above 0": balance["bias_update_rate"] > 0,
         "moe.capacity.target_drop_percent is set": capacity["target_drop_percent"] is not None,

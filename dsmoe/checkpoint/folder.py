@@ -5,11 +5,16 @@ There is no pointer to the newest one that could lie: it is the whole one of the
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 from dsmoe.checkpoint.manifest import DamagedError, Manifest, check_contents, check_files
 from dsmoe.config.schema import Checkpoint
+
+_NAME = re.compile(r"step_\d+", re.ASCII)
+DAMAGED = ".damaged"
+"""What is added to the name of a checkpoint that has been passed over."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -24,7 +29,7 @@ def step_of(checkpoint: Path) -> int:
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """Every folder that has a checkpoint's name, whole or not, oldest first."""
-    named = [path for path in folder.glob("step_*") if path.name[len("step_") :].isdigit() and path.is_dir()]
+    named = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=step_of)
 
 
@@ -36,6 +41,8 @@ def inspect(checkpoint: Path) -> Manifest:
     """
     manifest = Manifest.read(checkpoint)
     check_files(checkpoint, manifest)
+    if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != manifest.facts.step:
+        raise DamagedError(f"{checkpoint} is not what its name says: it is of step {manifest.facts.step}")
     return manifest
 
 
@@ -67,10 +74,26 @@ def candidates(folder: Path) -> tuple[list[Path], list[str]]:
     return found, passed_over
 
 
+def set_aside_later(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, where a run goes on because these are damaged; returns their new paths.
+
+    They keep what they have, and nothing takes them for the newest any more.
+    """
+    aside = []
+    for checkpoint in all_checkpoints(folder):
+        if step_of(checkpoint) > step:
+            target = checkpoint.with_name(checkpoint.name + DAMAGED)
+            if target.exists():  # of an earlier time
+                shutil.rmtree(target)
+            aside.append(checkpoint.rename(target))
+    return aside
+
+
 def remove_old(folder: Path, options: Checkpoint) -> list[Path]:
     """Remove the checkpoints that nothing in `options` keeps, and return them. Call it when a newer one is safe."""
     there = all_checkpoints(folder)
-    kept = set(there[-options.keep :])
+    whole = sorted(candidates(folder)[0], key=step_of)
+    kept = set(whole[-options.keep :])
     if options.keep_every:
         kept |= {checkpoint for checkpoint in there if step_of(checkpoint) % options.keep_every == 0}
     if options.keep_best:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ class Facts:
     layout: dict[str, Any]
     """Of the ranks that wrote it. Any other reads it; random states are those of ranks of this one."""
     versions: dict[str, str]
+    corpora: dict[str, list[int]] = field(default_factory=dict)
+    """By source, how many tokens and bytes of training text it had."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,6 @@ class Manifest:
             DamagedError: it is missing, or not what was written.
         """
         path = checkpoint / MANIFEST
-        if not path.is_file():
-            raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} is missing")
         try:
             text = path.read_text()
             content = json.loads(text)
@@ -128,6 +128,8 @@ class Manifest:
                 {key: _tensor(*entry) for key, entry in content["tensors"].items()},
             )
             manifest._check()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} is missing") from None
         except OSError as error:
             raise DamagedError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -162,7 +164,11 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
         DamagedError: it has not.
     """
     try:
-        there = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != MANIFEST}
+        there = {
+            path.name: path.stat().st_size
+            for path in checkpoint.iterdir()
+            if path.name != MANIFEST and not path.name.startswith(".nfs")  # NFS' own, of a file that was open
+        }
     except OSError as error:  # a run may be removing it
         raise DamagedError(f"cannot read {error.filename}: {error.strerror}") from None
     for name in sorted(manifest.files.keys() | there.keys()):

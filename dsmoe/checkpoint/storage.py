@@ -100,10 +100,14 @@ class FolderWriter(StorageWriter):
             stored = (StoredBox(tuple(c.offsets), tuple(c.sizes), at.name, at.offset) for c, at in boxes)
             tensors[key] = StoredTensor(NAMES[tensor.properties.dtype], tuple(tensor.size), tuple(stored))
         files = {at.name: at.file for at in written.values()}
-        with (self._partial / MANIFEST).open("w") as stream:
-            stream.write(Manifest(self._facts, files, tensors).text())
-            stream.flush()
-            os.fsync(stream.fileno())
+        manifest = self._partial / MANIFEST
+        try:
+            with manifest.open("w") as stream:
+                stream.write(Manifest(self._facts, files, tensors).text())
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(manifest)) from None  # writing does not name the file
         sync_folder(self._partial)
         replaced = self.final.with_name(f".{self.final.name}.replaced")
         if self.final.exists():

@@ -38,7 +38,7 @@ def tokenizer_files(config: Config, given: str | None) -> TokenizerFiles:
                 f"the tokenizer {path.absolute()} (data.tokenizer) is not there; say where it is with --tokenizer "
                 f"FILE, or export without one with --tokenizer none"
             )
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")  # what is no text is no JSON either
     vocabulary = _vocabulary(name, text)
     highest = max(vocabulary.values(), default=-1)
     if highest >= config.model.vocab_size:

@@ -32,6 +32,7 @@ _CHANGEABLE = (
     "train.eval_every",
     "train.eval_batches",
     "train.recompute",
+    "train.micro_batch_size",
 )
 LOCK, TOKEN = ".lock", ".token"
 
@@ -60,14 +61,16 @@ def check_run_folder(config: Config) -> Beginning:
         UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
     """
     folder = run_folder(config)
-    if (folder / "config.yaml").exists():
-        differing = _differences(load_config(folder / "config.yaml"), config)
+    there = load_config(folder / "config.yaml") if (folder / "config.yaml").exists() else None
+    if there is not None:
+        differing = _differences(there, config)
         if differing:
             raise UserError(
                 f"{folder} belongs to another config: {'; '.join(differing)}. Give this run another name "
                 f"(name=...), or remove the folder"
             )
-    beginning = _beginning(config, folder / "checkpoints")
+    is_again = there is not None and there.checkpoint.resume == config.checkpoint.resume
+    beginning = _beginning(config, folder / "checkpoints", is_again)
     if beginning.checkpoints:
         newest, steps = beginning.checkpoints[0], Batch.from_config(config).steps
         if inspect(newest).facts.step > steps:
@@ -126,7 +129,8 @@ def _take(lock: Path) -> None:
         ) from None
 
 
-def _beginning(config: Config, folder: Path) -> Beginning:
+def _beginning(config: Config, folder: Path, is_again: bool) -> Beginning:
+    """What to begin with; `is_again`, where the run has begun before, with the same `checkpoint.resume`."""
     resume = config.checkpoint.resume
     found, passed_over = candidates(folder)
     weights = Path(config.checkpoint.weights_from) if config.checkpoint.weights_from else None
@@ -146,6 +150,8 @@ def _beginning(config: Config, folder: Path) -> Beginning:
         return Beginning(tuple(found), tuple(passed_over), weights)
     chosen = Path(resume)
     step = _chosen("checkpoint.resume", chosen).facts.step
+    if found and step_of(found[0]) > step and is_again:  # the same command, after a stop
+        return Beginning((*found, chosen), tuple(passed_over))
     if found and step_of(found[0]) > step:
         raise UserError(
             f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {found[0]}: it would be taken "

@@ -17,11 +17,13 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from dsmoe.checkpoint.folder import set_aside_later
 from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
@@ -53,6 +55,8 @@ from dsmoe.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 5.0
+SAVE_SECONDS = 60.0
+"""How long a rank that has failed waits for a checkpoint that is being written."""
 STOPPED = 75
 """Exit code of a run that a signal has stopped, and that goes on when it is started again (EX_TEMPFAIL)."""
 
@@ -134,9 +138,14 @@ def pretrain(given: Config) -> bool:
     if rank.device.type == "cuda":
         process_watch().end_stalls(_end_stalled)
     trainer.sinks = _sinks(config, folder, trainer.step_index if resumed else -1) if rank.is_first else []
-    finished = _train_and_tell(trainer, folder)
+    try:
+        finished = _train_and_tell(trainer, folder)
+    except Exception:
+        trainer.checkpoints.wait(SAVE_SECONDS)  # of all ranks, if they live: for the others this one's end is theirs
+        raise
     for sink in trainer.sinks:
-        sink.close()
+        with suppress(OSError):  # what it could not write has been said
+            sink.close()
     reports.close()
     return finished
 
@@ -163,6 +172,8 @@ def _begin(trainer: Trainer, beginning: Beginning) -> bool:
             damaged = error
             continue
         logger.info("continuing from %s", checkpoint)
+        for path in on_first_rank(lambda: set_aside_later(trainer.checkpoints.folder, trainer.step_index)):
+            logger.warning("set aside: %s", path)
         return True
     if damaged is not None:
         raise damaged
@@ -195,6 +206,7 @@ def _sinks(config: Config, folder: Path, resume_step: int) -> list[Sink]:
 
 def _log_to_console(rank: Rank) -> None:
     """Let rank 0 speak on standard output; the others only of trouble."""
+    logging.raiseExceptions = False  # that a full disk takes no more of the log needs no traceback for each line
     package = logging.getLogger("dsmoe")
     package.setLevel(logging.INFO if rank.is_first else logging.ERROR)
     package.propagate = False

@@ -70,9 +70,10 @@ class Trainer:
         self.model = model
         self.moe_layers = [layer for _, layer in model.moe_layers()]
         self.engine, _, self.loader, self.scheduler = initialize(model=model, config=config, groups=groups)
-        self.checkpoints = Checkpoints(checkpoint_folder, self.engine, placements(model), config)
-        self.signals = StopSignals(timedelta(seconds=config.cluster.collective_timeout_seconds))
         self.sources = prepare(config)
+        self._corpora = {source.name: [source.train_tokens, source.train_bytes] for source in self.sources}
+        self.checkpoints = Checkpoints(checkpoint_folder, self.engine, placements(model), config, self._corpora)
+        self.signals = StopSignals(timedelta(seconds=config.cluster.collective_timeout_seconds))
         data_rank, data_degree = groups.coordinate("data"), groups.topology.data
         self.held_out = [
             HeldOut(source, ValidationLoader(source, config, data_rank, data_degree)) for source in self.sources
@@ -84,7 +85,17 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, whatever layout wrote it."""
-        self.step_index = self.checkpoints.load(checkpoint).step
+        facts = self.checkpoints.load(checkpoint)
+        self.step_index = facts.step
+        for name, then in facts.corpora.items():
+            now = self._corpora.get(name)
+            if now != then:
+                what = "is not among data.sources any more" if now is None else f"has {now[0]:,} tokens now"
+                logger.warning(
+                    "the text of %s, of %s tokens when step %d was saved, %s: what the run has read, and what it will "
+                    "read next, are no longer parts of one order",
+                    *(name, f"{then[0]:,}", facts.step, what),
+                )
 
     def take_weights(self, checkpoint: Path) -> None:
         """Begin with the weights of a checkpoint, whatever layout wrote it; everything else is new."""
@@ -195,7 +206,10 @@ class Trainer:
 
     def _write(self, metrics: Mapping[str, float]) -> None:
         for sink in self.sinks:
-            sink.write(self.step_index, metrics)
+            try:
+                sink.write(self.step_index, metrics)
+            except OSError as error:  # a full disk is no reason to stop: the state is in memory
+                logger.error("cannot write metrics of step %d: %s", self.step_index, error.strerror or error)
 
 
 def timed(items: Iterator[torch.Tensor], waits: list[float]) -> Iterator[torch.Tensor]:

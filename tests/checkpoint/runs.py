@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def layout_config(
 
 def folder_of(config: Config) -> Path:
     return Path(config.runs_dir) / "checkpoints"
+
+
+def logged_from_now() -> list[str]:
+    """What dsmoe logs in this process, as it comes."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dsmoe").addHandler(handler)
+    return logged
 
 
 def take_steps(trainer: Trainer, steps: int) -> dict[str, list[float]]:

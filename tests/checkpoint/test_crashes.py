@@ -43,6 +43,8 @@ def test_what_is_damaged_is_passed_over_and_said(tmp_path: Path) -> None:
     assert figures(run) == undisturbed
     for checkpoint in (second, fourth, sixth, eighth):
         verify(checkpoint)
+        is_aside = checkpoint.with_name(f"{checkpoint.name}.damaged").exists()
+        assert is_aside == (f"set aside: {relative / checkpoint.name}.damaged" in again.out) == (checkpoint > fourth)
 
     for checkpoint in (second, fourth, sixth, eighth):
         path = checkpoint / "rank_00000_000.safetensors"
@@ -51,6 +53,21 @@ def test_what_is_damaged_is_passed_over_and_said(tmp_path: Path) -> None:
     for checkpoint in (second, fourth, sixth, eighth):
         (checkpoint / "manifest.json").unlink()
     refused(pretrain(tmp_path, "--config", config), "Remove them to begin anew")
+
+
+def save_three(folder: Path) -> None:
+    for step in (1, 2, 3):
+        save_small(folder, step, keep=3)
+
+
+def test_only_whole_ones_count_as_kept_and_no_name_is_believed(tmp_path: Path) -> None:
+    run_ranks(1, save_three, tmp_path)
+    (tmp_path / "step_00000003" / "manifest.json").unlink()
+    (tmp_path / "step_00000002").rename(tmp_path / "step_00000099")
+    assert [path.name for path in candidates(tmp_path)[0]] == ["step_00000001"]
+    assert f"{tmp_path}/step_00000099 is not what its name says: it is of step 2" in candidates(tmp_path)[1]
+    remove_old(tmp_path, CheckpointSection(keep=1))
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000001"]
 
 
 def test_killed_at_random_instants_a_run_of_two_ranks_goes_on_as_undisturbed(tmp_path: Path) -> None:
@@ -82,13 +99,13 @@ class Mortal:
         return watched
 
 
-def save_small(folder: Path, step: int) -> None:
+def save_small(folder: Path, step: int, keep: int = 2) -> None:
     """What `Checkpoints` does on the disk, with next to nothing to save."""
     parts = [whole_part("model/w", torch.full((3, 4), float(step))), whole_part("step/w", torch.tensor(0.0))]
     facts = Facts(step, 0, 0, step, None, "AdamW", {"name": "small"}, {}, {})
     writer = FolderWriter(folder / checkpoint_name(step), facts)
     dcp.save(by_key(parts), storage_writer=writer, planner=PartsSavePlanner())
-    remove_old(folder, CheckpointSection(keep=2))
+    remove_old(folder, CheckpointSection(keep=keep))
 
 
 def die_before_every_operation(folder: Path) -> list[int]:

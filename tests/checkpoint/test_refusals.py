@@ -19,7 +19,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train.folder import check_run_folder
-from tests.checkpoint.runs import MODEL, folder_of, layout_config, save_between, tensors_of
+from tests.checkpoint.runs import MODEL, folder_of, layout_config, logged_from_now, save_between, tensors_of
 from tests.train.layouts import make_trainer
 
 TWO = {"ranks": 2, "expert": 2, "zero": 1, "precision": "bf16"}
@@ -158,6 +158,7 @@ OTHER = {
     "width": ({"model": {**MODEL["model"], "hidden_size": 40}}, "model.hidden_size"),
     "vocabulary": ({"model": {**MODEL["model"], "vocab_size": 272}}, "model.vocab_size"),
     "experts": ({"moe": {**MODEL["moe"], "num_experts": 8}}, "moe.num_experts"),
+    "scale": ({"moe": {**MODEL["moe"], "router": {"score": "sigmoid", "scale": 2.5}}}, "moe.router.scale"),
     "bias": ({"moe": {**MODEL["moe"], "balance": {}}}, "moe.balance.bias_update_rate is above 0"),
     "dense": ({"moe": None, "model": {**MODEL["model"], "dense_layers": 0}}, "moe.num_experts"),
 }
@@ -199,6 +200,32 @@ def test_another_optimizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (message,) = run_ranks(1, refusal, layout_config(tmp_path), checkpoint)
     assert message.splitlines()[0] == f"{checkpoint} is of another optimizer:"
     assert message.splitlines()[-1].split() == ["optimizer", "Muon", "AdamW"]
+
+
+def test_other_steps_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (message,) = run_ranks(1, refusal, layout_config(tmp_path, train={"batch_tokens": 512}), checkpoint)
+    head, _, row = message.splitlines()
+    assert head == f"{checkpoint} is of a run with other steps (for its weights alone: checkpoint.weights_from):"
+    assert row.split() == ["train.batch_tokens", "256", "512"]
+
+
+def go_on_with_another_text(config: Config, checkpoint: Path) -> list[str]:
+    logged = logged_from_now()
+    trainer = make_trainer(config)
+    trainer.resume(checkpoint)
+    assert logged == []
+    ((name, (tokens, size)),) = trainer._corpora.items()
+    trainer._corpora[name] = [tokens + 1000, size]
+    trainer.resume(checkpoint)
+    trainer._corpora = {"news": [1, 1]}
+    trainer.resume(checkpoint)
+    return logged
+
+
+def test_another_text_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    ((more, gone),) = run_ranks(1, go_on_with_another_text, layout_config(tmp_path), checkpoint)
+    assert re.match(r"the text of \w+, of [\d,]+ tokens when step 2 was saved, has [\d,]+ tokens now: ", more)
+    assert "is not among data.sources any more" in gone
 
 
 def fine_tune(config: Config, checkpoint: Path) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from dsmoe.checkpoint import files, storage
 from dsmoe.checkpoint.checkpoints import SaveError
 from dsmoe.checkpoint.folder import candidates, find_checkpoint, verify
 from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.config import dump_config
 from dsmoe.config.schema import Config
+from dsmoe.observe.sinks import JsonLines, TensorBoard
 from dsmoe.parallel.local import run_ranks
-from dsmoe.train.trainer import TrainingDivergedError
-from tests.checkpoint.runs import folder_of, layout_config, save_between, take_steps, tensors_of
+from dsmoe.train.run import main
+from dsmoe.train.trainer import Trainer, TrainingDivergedError
+from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, save_between, take_steps, tensors_of
 from tests.train.layouts import make_trainer
 
 
@@ -126,12 +129,33 @@ def test_a_run_that_diverges_keeps_the_checkpoint_that_is_being_written(tmp_path
     run_ranks(1, diverge_while_saving, layout_config(tmp_path))
 
 
+def fail_while_saving(config: str) -> int:
+    write = storage.write_items
+
+    def slow_write(*arguments: Any) -> Any:
+        time.sleep(2.0)
+        return write(*arguments)
+
+    def step(trainer: Trainer) -> Any:
+        if trainer.step_index == 2:
+            raise ValueError("of the program's own")
+        return take_step(trainer)
+
+    storage.write_items, take_step, Trainer.step = slow_write, Trainer.step, step  # type: ignore[method-assign]
+    return main(["--config", config])
+
+
+def test_a_run_that_fails_keeps_the_checkpoint_that_is_being_written(tmp_path: Path) -> None:
+    config = layout_config(tmp_path, train={"steps": 3}, checkpoint={"every": 2})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert run_ranks(1, fail_while_saving, str(path)) == [1]
+    verify(tmp_path / "runs" / "small" / "checkpoints" / "step_00000002")
+
+
 def fail_to_save(config: Config, failing_rank: int) -> list[str]:
     """Save, fail to save, fail again at the end."""
-    trainer, logged = make_trainer(config), []
-    handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dsmoe").addHandler(handler)
+    trainer, logged = make_trainer(config), logged_from_now()
     trainer.step()
     trainer.save()
     trainer.checkpoints.flush()
@@ -190,8 +214,20 @@ def save_until_full(config: Config) -> str:
         try:
             trainer.checkpoints.flush()
         except SaveError as error:
+            _train_on_a_full_disk(trainer, folder_of(config).parent)
             return str(error)
     return "never full"
+
+
+def _train_on_a_full_disk(trainer: Trainer, folder: Path) -> None:
+    trainer.sinks = [JsonLines(folder / "metrics.jsonl", -1), TensorBoard(folder / "tensorboard", -1)]
+    with (folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    logged = logged_from_now()
+    for _ in range(3):
+        trainer.log(trainer.step())
+    assert {f"cannot write metrics of step {step}: No space left on device" for step in (3, 4, 5)} == set(logged)
 
 
 def save_twice(config: Config) -> list[float]:

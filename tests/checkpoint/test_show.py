@@ -75,6 +75,15 @@ def test_verify_says_whole_or_names_the_file(config: Config, capsys: pytest.Capt
     next_one.rmdir()
     assert main(["checkpoint", "verify", str(checkpoint / "nothing")]) == 2
     assert "is neither a checkpoint nor a folder with whole ones" in capsys.readouterr().err
+    assert main(["checkpoint", "verify", "x" * 300]) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--shard-gb=nan", "--shard-gb=inf", "--shard-gb=0", "--shard-gb=-1"])
+def test_sizes_of_files_are_numbers_above_0(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["checkpoint", "export", "somewhere", "there", option])
+    assert "is not a number above 0" in capsys.readouterr().err
 
 
 def test_neither_needs_torch() -> None:

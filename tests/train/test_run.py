@@ -178,7 +178,12 @@ def test_going_back_needs_the_later_checkpoints_out_of_the_way(tmp_path: Path) -
     assert pretrain(tmp_path, "--config", config).code == 0
     earlier = "checkpoint.resume=runs/small/checkpoints/step_00000002"
     refused(pretrain(tmp_path, "--config", config, earlier), "this run has a later one")
-    assert "continuing from" in pretrain(tmp_path, "--config", config, earlier, "name=fork").out
+    fork = ("--config", config, earlier, "name=fork")
+    assert "continuing from runs/small/checkpoints/step_00000002" in pretrain(tmp_path, *fork, "checkpoint.every=1").out
+    assert "continuing from runs/fork/checkpoints/step_00000004" in pretrain(tmp_path, *fork).out, "the same command"
+    other = "checkpoint.resume=runs/small/checkpoints/step_00000004"
+    assert "continuing from" in pretrain(tmp_path, "--config", config, other, "name=fork").out
+    refused(pretrain(tmp_path, *fork), "this run has a later one")
 
 
 def test_a_run_that_only_skips_steps_ends(tmp_path: Path) -> None:
