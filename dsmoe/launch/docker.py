@@ -107,6 +107,9 @@ def _heading(request: Request, compose: str, command: str, one_machine: bool) ->
     ]
     if not one_machine:
         lines.append(f"on machine 0, and on each of the others with its NODE_RANK (to {config.cluster.nodes - 1}).")
+        lines.append(
+            "Once before, by that user: mkdir -p /shared/runs /shared/cache (else the engine makes them, as root's)"
+        )
     results = f"{compose} cp node0:/runs/{config.name} ." if one_machine else f"$SHARED/runs/{config.name}"
     lines += ["Stop, with a checkpoint from which the same command goes on:", f"    {command.removesuffix('up')}stop"]
     lines += ["What it wrote:", f"    {results}"]

@@ -18,7 +18,7 @@ from dsmoe.plan.text import quantity
 from dsmoe.plan.topology import Topology
 
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
-_LINE = re.compile(r"([^\s-]\S*)\s+slots=(\d+)")
+_LINE = re.compile(r"([^\s-]\S*)\s+slots=(\d+)(?:\s.*)?")
 
 PLACEHOLDERS = """\
 # THESE NAMES ARE PLACEHOLDERS: put those of your hosts here, or into the config as cluster.hosts and write this again.
@@ -115,7 +115,7 @@ def _read_hostfile(config: Config, name: str) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#"):
             continue
-        match = _LINE.match(line)
+        match = _LINE.fullmatch(line)
         if match is None:
             raise UserError(f"{name}:{number}: expected `HOST slots=DEVICES`, got {line!r}")
         if match[1] in slots:

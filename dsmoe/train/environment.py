@@ -21,10 +21,16 @@ from dsmoe.launch.world import launched_world
 from dsmoe.train.folder import replace_text
 
 _PACKAGES = ("dsmoe", "torch", "deepspeed", "datasets", "tokenizers", "numpy", "pydantic")
-_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "SLURM_", "OMP_", "MASTER_", "DS_", "DEEPSPEED_")
-_SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|JWT|CREDENTIAL|AUTH", re.IGNORECASE)
-_SECRET_INSIDE = re.compile(rf"({_SECRET.pattern})\w*=|://[^/\s]*@", re.IGNORECASE)
-"""A variable inside of a value (SLURM_EXPORT_ENV has such), or a password in an address."""
+_PREFIXES = (
+    *("NCCL_", "GLOO_", "UCX_", "FI_", "MASTER_", "SLURM_"),
+    *("TORCH_", "PYTORCH_", "CUDA_", "OMP_", "DS_", "DEEPSPEED_", "LD_LIBRARY_PATH"),
+)
+_FREE_TEXT = ("SLURM_JOB_COMMENT", "SLURM_SPANK_")
+"""What users and sites put anything into."""
+_SECRET = re.compile(r"TOKEN|SECRET|PASS|(?<!P)KEY|JWT|CREDENTIAL|AUTH", re.IGNORECASE)
+"""Not NCCL_IB_PKEY, an InfiniBand partition."""
+_SECRET_INSIDE = re.compile(rf"({_SECRET.pattern}|\bsig|signature)\w*=|://[^/\s]*@|\bBearer\b|\bhf_", re.IGNORECASE)
+"""A variable inside of a value (SLURM_EXPORT_ENV has such), a password or a signature in an address, a token."""
 
 
 def of_this_rank() -> tuple[str, str]:
@@ -57,7 +63,10 @@ def worth_recording(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(environment.items())
-        if name.startswith(_PREFIXES) and not _SECRET.search(name) and not _SECRET_INSIDE.search(value)
+        if name.startswith(_PREFIXES)
+        and not name.startswith(_FREE_TEXT)
+        and not _SECRET.search(name)
+        and not _SECRET_INSIDE.search(value)
     }
 
 

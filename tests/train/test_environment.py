@@ -14,9 +14,11 @@ from dsmoe.train.environment import of_this_rank, worth_recording, write_environ
 
 def test_variables_that_decide_how_ranks_meet_are_recorded() -> None:
     wanted = {
+        "FI_PROVIDER": "efa",
         "GLOO_SOCKET_IFNAME": "eth0",
         "MASTER_ADDR": "n1",
         "NCCL_DEBUG": "INFO",
+        "NCCL_IB_PKEY": "1",
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_SUBMIT_DIR": "/home/monkey/tokens",
     }
@@ -32,6 +34,11 @@ def test_variables_that_decide_how_ranks_meet_are_recorded() -> None:
         ("TORCH_STORE_PASSWORD", "x"),
         ("DEEPSPEED_AUTH", "x"),
         ("DS_MIRROR", "https://user:word@example.org/simple"),
+        ("SLURM_JOB_COMMENT", "my word"),
+        ("SLURM_SPANK_X", "anything"),
+        ("DS_URL", "https://example.org/?sig=s3cr3t"),
+        ("DS_HEADER", "Bearer abc"),
+        ("DS_LOGIN", "hf_abc"),
         ("AWS_SECRET_ACCESS_KEY", "x"),
     ],
 )
