@@ -40,10 +40,10 @@ def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
         return False, "done"
     if code == USER_ERROR:
         return False, "exit code 2: something has to be put right first (see the error above, or in the logs)"
-    before = _read(folder / STATE, job)
+    before, saved = _read(folder / STATE, job), newest_checkpoint(folder)
+    now = replace(before, saved=max(saved, before.saved))
     if code == STOPPED or code in _STOPPED_EARLY:
-        saved = newest_checkpoint(folder)
-        now = replace(before, stops=before.stops + 1 if saved <= before.saved else 0, saved=max(saved, before.saved))
+        now = replace(now, stops=before.stops + 1 if saved <= before.saved else 0)
         again, why = now.stops < MOST_FAILURES, f"exit code {code}: the ranks were told to stop"
         if not again:
             why += (
@@ -52,8 +52,9 @@ def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
             )
     else:
         reached = steps_taken(folder)
-        failures = before.failures + 1 if reached <= before.steps_done else 1
-        now = replace(before, failures=failures, steps_done=max(reached, before.steps_done))
+        is_further = reached > before.steps_done and saved > before.saved
+        failures = 1 if is_further else before.failures + 1
+        now = replace(now, failures=failures, steps_done=max(reached, before.steps_done))
         again = failures < MOST_FAILURES
         why = f"exit code {code}: failure {failures} of {MOST_FAILURES} (steps done: {now.steps_done})"
         if not again:
@@ -68,11 +69,13 @@ class Attempts:
 
     job: str
     failures: int = 0
-    """How many have failed and got no further than `steps_done`."""
+    """How many have failed since one got further: to more steps than before, and to a newer checkpoint."""
     steps_done: int = -1
+    """The most that one has done."""
     stops: int = 0
-    """How many were told to stop, one after the other, with no newer checkpoint than that of step `saved`."""
+    """How many were told to stop, one after the other, before there was a newer checkpoint."""
     saved: int = -1
+    """The step of the newest checkpoint."""
 
 
 def newest_checkpoint(folder: Path) -> int:

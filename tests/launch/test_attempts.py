@@ -16,7 +16,9 @@ from dsmoe.launch.attempts import MOST_FAILURES, steps_taken, worth_another
 REPOSITORY = Path(__file__).parents[2]
 
 
-def train_to(folder: Path, step: int, skipped: int = 0) -> None:
+def train_to(folder: Path, step: int, skipped: int = 0, every: int = 10) -> None:
+    """Metrics to that step, and a checkpoint now and then."""
+    (folder / "checkpoints" / f"step_{step // every * every:08d}").mkdir(parents=True, exist_ok=True)
     lines = [{"step": 0, "eval/loss": 8.0}, {"step": step, "train/loss": 1.0, "optim/skipped_steps": skipped}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -67,6 +69,14 @@ def test_progress_is_further_than_ever_before(tmp_path: Path) -> None:
         train_to(tmp_path, step)
         answers.append(fail(tmp_path))
     assert answers == [True, True, True, True, False, False]
+
+
+def test_steps_that_are_lost_each_time_are_no_progress(tmp_path: Path) -> None:
+    answers = []
+    for step in (1490, 1510, 1530, 2010):
+        train_to(tmp_path, step, every=1000)
+        answers.append(fail(tmp_path))
+    assert answers == [True, True, False, True]
 
 
 def test_being_told_to_stop_in_between_is_no_progress(tmp_path: Path) -> None:
