@@ -60,6 +60,7 @@ class Preflight:
         self._sizes: dict[str, str] = {}
         self._room = 0
         self._stage = 0
+        self._marker: Path | None = None  # what this node has written into the run folder
 
     @property
     def is_cuda(self) -> bool:
@@ -87,13 +88,13 @@ class Preflight:
         groups = Groups(self.topology, self.timeout)
         set_timeout_everywhere(self.timeout)
         self._measure_messages(groups)
-        if not self.report.local_rank:  # all have looked for it, since they have measured after that
-            with contextlib.suppress(OSError):  # a folder that cannot be written is a finding, and this is no other
-                (self.folder / _file(answer["token"], self.report.node)).unlink()
 
     def end(self, conclude: Callable[[Verdict, Sequence[RankReport]], int]) -> int:
         """Let rank 0 say what comes of it, and return the exit code that it gives."""
         answer = self._meet("its end", lambda reports: {"exit_code": conclude(self._verdict(), reports)})
+        if self._marker is not None:
+            with contextlib.suppress(OSError):  # a folder that cannot be written is a finding, and this is no other
+                self._marker.unlink()
         part()
         return int(answer["exit_code"])
 
@@ -170,8 +171,9 @@ class Preflight:
     def _write(self, token: str) -> None:
         if self.report.local_rank or self.report.storage_problem:
             return
+        self._marker = self.folder / _file(token, self.report.node)
         try:
-            self.report.storage_gbps = write_rate(self.folder / _file(token, self.report.node))
+            self.report.storage_gbps = write_rate(self._marker)
         except OSError as error:
             self.report.storage_problem = f"cannot write in {self.folder.absolute()}: {error.strerror}; see runs_dir"
 

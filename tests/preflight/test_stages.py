@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -46,6 +47,7 @@ def stderr(folder: Path) -> str:
 
 
 def results(folder: Path) -> dict:
+    assert not list((folder / "runs" / "small").glob(".preflight_*")), "nothing is left but the results"
     return json.loads((folder / "runs" / "small" / "preflight.json").read_text())
 
 
@@ -128,6 +130,22 @@ def test_a_device_that_fails_is_a_finding(tmp_path: Path) -> None:
     assert run_ranks(2, check_with_a_broken_device, write_config(tmp_path, 1, 2)) == [1, 1]
     (finding,) = results(tmp_path)["findings"]
     assert finding["text"].endswith("device 1): RuntimeError: CUDA error: uncorrectable ECC error encountered")
+
+
+def check_on_read_only_storage(path: Path) -> int:
+    def refuse(path: Path) -> float:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    stages.write_rate = refuse
+    return check(path)
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_finding_beside_the_numbers(tmp_path: Path) -> None:
+    assert run_ranks(1, check_on_read_only_storage, write_config(tmp_path, 1, 1)) == [1]
+    found = results(tmp_path)
+    assert "Read-only file system; see runs_dir" in found["findings"][0]["text"]
+    assert found["checks"]
+    assert stderr(tmp_path) == ""
 
 
 def check_elsewhere(path: Path, folders: list[Path]) -> int:
