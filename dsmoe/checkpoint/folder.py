@@ -64,11 +64,16 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def candidates(folder: Path) -> tuple[list[Path], list[str]]:
     """The checkpoints that have all of their files, newest first, and why others were passed over."""
-    found, passed_over = [], []
+    found, passed_over = _inspected(folder)
+    return list(found), passed_over
+
+
+def _inspected(folder: Path) -> tuple[dict[Path, Manifest], list[str]]:
+    """As `candidates`, with their manifests."""
+    found, passed_over = {}, []
     for checkpoint in reversed(all_checkpoints(folder)):
         try:
-            inspect(checkpoint)
-            found.append(checkpoint)
+            found[checkpoint] = inspect(checkpoint)
         except DamagedError as error:
             passed_over.append(str(error))
     return found, passed_over
@@ -92,12 +97,12 @@ def set_aside_later(folder: Path, step: int) -> list[Path]:
 def remove_old(folder: Path, options: Checkpoint) -> list[Path]:
     """Remove the checkpoints that nothing in `options` keeps, and return them. Call it when a newer one is safe."""
     there = all_checkpoints(folder)
-    whole = sorted(candidates(folder)[0], key=step_of)
-    kept = set(whole[-options.keep :])
+    whole, _ = _inspected(folder)
+    kept = set(list(whole)[: options.keep])
     if options.keep_every:
         kept |= {checkpoint for checkpoint in there if step_of(checkpoint) % options.keep_every == 0}
     if options.keep_best:
-        losses = {checkpoint: _validation_loss(checkpoint) for checkpoint in there}
+        losses = {checkpoint: manifest.facts.validation_loss for checkpoint, manifest in whole.items()}
         known = [(loss, step_of(path), path) for path, loss in losses.items() if loss is not None]
         kept |= {path for _, _, path in sorted(known)[: options.keep_best]}
     removed = [checkpoint for checkpoint in there if checkpoint not in kept]
@@ -107,10 +112,3 @@ def remove_old(folder: Path, options: Checkpoint) -> list[Path]:
         checkpoint.rename(going)
         shutil.rmtree(going)
     return removed
-
-
-def _validation_loss(checkpoint: Path) -> float | None:
-    try:
-        return Manifest.read(checkpoint).facts.validation_loss
-    except DamagedError:
-        return None

@@ -70,6 +70,14 @@ def test_only_whole_ones_count_as_kept_and_no_name_is_believed(tmp_path: Path) -
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000001"]
 
 
+def test_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
+    run_ranks(1, save_three, tmp_path)  # the validation loss is the step
+    (data,) = (tmp_path / "step_00000001").glob("*.safetensors")
+    os.truncate(data, 10)
+    remove_old(tmp_path, CheckpointSection(keep=1, keep_best=1))
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
 def test_killed_at_random_instants_a_run_of_two_ranks_goes_on_as_undisturbed(tmp_path: Path) -> None:
     """A short `python -m tests.checkpoint.crashes`."""
     counts = disturb_runs(tmp_path, kills=3, per_run=3, steps=12, seed=3)
