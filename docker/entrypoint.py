@@ -114,31 +114,30 @@ def supervise(command: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> int
         signal.signal(number, hand_on)
     failure, deadline = 0, math.inf
     while None in [process.poll() for process in processes]:
-        if not failure and (failure := _failure(processes)):
-            print(_who_failed(ranks, processes), file=sys.stderr, flush=True)
+        if not failure and (failed := _failed(processes)) is not None:
+            failure, how = _ending(processes[failed].returncode)
+            rank = ranks[failed]["RANK"]
+            print(f"rank {rank} {how}; the other ranks of this node are told to stop", file=sys.stderr, flush=True)
             hand_on(signal.SIGTERM, None)
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
             hand_on(signal.SIGKILL, None)
         time.sleep(0.1)
-    return failure or _failure(processes) or max(process.returncode for process in processes)
+    if not failure and (failed := _failed(processes)) is not None:
+        return _ending(processes[failed].returncode)[0]
+    return failure or max(process.returncode for process in processes)
 
 
-def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code of a rank that has failed; 0 if none has."""
-    codes = [process.returncode for process in processes if process.returncode not in (None, 0, STOPPED)]
-    return next((code if code > 0 else 128 - code for code in codes), 0)
+def _failed(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Which rank of this node has failed; None if none has."""
+    return next((i for i, process in enumerate(processes) if process.returncode not in (None, 0, STOPPED)), None)
 
 
-def _who_failed(ranks: Sequence[Mapping[str, str]], processes: Sequence[subprocess.Popen[bytes]]) -> str:
-    """What ended the first rank that has failed, which a rank that was killed could not say itself."""
-    rank, code = next(
-        (rank["RANK"], process.returncode)
-        for rank, process in zip(ranks, processes, strict=True)
-        if process.returncode not in (None, 0, STOPPED)
-    )
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
-    return f"rank {rank} {how}; the other ranks of this node are told to stop"
+def _ending(code: int) -> tuple[int, str]:
+    """The exit code that stands for a process' return code, and what that says, which a killed rank cannot."""
+    if code < 0:
+        return 128 - code, f"was killed by {signal.Signals(-code).name}"
+    return code, f"has ended with exit code {code}"
 
 
 def _become(command: list[str]) -> None:

@@ -84,7 +84,7 @@ fi
 # What Slurm itself ends, it queues again, unless somebody has cancelled it. Else dsmoe.launch.attempts looks at the
 # exit code: 75, again; 0, the run is done; 2, the input is wrong and stays so; any other is a failure: again, but not
 # when {failures} attempts have failed and none got further than those before.
-for pause in 0 10 20 40 0; do # Slurm may be busy, or be restarted, for a moment
+for pause in 10 20 40 0; do # Slurm may be busy, or be restarted, for a moment
     state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) && [[ $state || $ending ]] && break
     sleep "$pause"
 done

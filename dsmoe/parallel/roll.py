@@ -58,42 +58,36 @@ _servers: list[dist.Store] = []
 
 def _reach(address: str, port: int, timeout: timedelta) -> None:
     """Wait until somebody listens there; the first rank of each host says that it does."""
-    words, says = _word_times(), os.environ.get("LOCAL_RANK", "0") == "0"
-    next_word, deadline = next(words), time.monotonic() + timeout.total_seconds()
-    while True:
+    says = os.environ.get("LOCAL_RANK", "0") == "0"
+    for is_time_to_speak in _moments(timeout):
         try:
             socket.create_connection((address, port), timeout=5).close()
             return
         except OSError as error:
             reason = error.strerror or str(error)
-        if time.monotonic() > deadline:
-            raise LostRanksError(
-                f"rank 0 is not reached at {address}:{port} (MASTER_ADDR, MASTER_PORT) within "
-                f"{timeout.total_seconds():.0f} s: {reason}; has the launcher started it, and is that its address?"
-            )
-        if says and time.monotonic() > next_word:
-            next_word = next(words)
+        if says and is_time_to_speak:
             print(f"{socket.gethostname()}: waiting for rank 0 at {address}:{port}: {reason}", flush=True)
-        time.sleep(0.2)
+    raise LostRanksError(
+        f"rank 0 is not reached at {address}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout.total_seconds():.0f} s: "
+        f"{reason}; has the launcher started it, and is that its address?"
+    )
 
 
 def _await_all(store: dist.Store, keys: list[str], devices_per_node: int | None, timeout: timedelta) -> None:
     """Wait on rank 0, which says now and then for whom."""
-    words = _word_times()
-    next_word, deadline = next(words), time.monotonic() + timeout.total_seconds()
     missing = set(range(len(keys)))
-    while missing := {place for place in missing if not store.check([keys[place]])}:
+    for is_time_to_speak in _moments(timeout):
+        missing = {place for place in missing if not store.check([keys[place]])}
+        if not missing:
+            return
         who = _absent(sorted(missing), len(keys), devices_per_node)
-        if time.monotonic() > deadline:
-            raise LostRanksError(
-                f"{who}, have not come within {timeout.total_seconds():.0f} s to {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']}, where the ranks meet; is that address reached from there, and has the "
-                f"launcher started them?"
-            )
-        if time.monotonic() > next_word:
-            next_word = next(words)
+        if is_time_to_speak:
             print(f"waiting for {who}", flush=True)
-        time.sleep(0.1)
+    raise LostRanksError(
+        f"{who}, have not come within {timeout.total_seconds():.0f} s to {os.environ['MASTER_ADDR']}:"
+        f"{os.environ['MASTER_PORT']}, where the ranks meet; is that address reached from there, and has the launcher "
+        f"started them?"
+    )
 
 
 def _absent(missing: list[int], world: int, devices_per_node: int | None) -> str:
@@ -104,9 +98,14 @@ def _absent(missing: list[int], world: int, devices_per_node: int | None) -> str
     return f"{len(missing)} of {world} ranks, {kind} {', '.join(map(str, places[:SHOWN_NODES]))}{more} (from 0)"
 
 
-def _word_times() -> Iterator[float]:
-    """When to speak: after 20 s, 60 s, 140 s, ..."""
-    after, begun = WORD_SECONDS, time.monotonic()
-    while True:
-        yield begun + after
-        after = 2 * after + WORD_SECONDS
+def _moments(timeout: timedelta) -> Iterator[bool]:
+    """Moments to look again until the time is up, at least one; True when it is time to say so: after 20, 60, 140 s."""
+    begun, next_word = time.monotonic(), WORD_SECONDS
+    waited = 0.0
+    while waited <= timeout.total_seconds():
+        is_time_to_speak = waited > next_word
+        if is_time_to_speak:
+            next_word = 2 * next_word + WORD_SECONDS
+        yield is_time_to_speak
+        time.sleep(0.1)
+        waited = time.monotonic() - begun

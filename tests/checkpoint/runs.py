@@ -86,7 +86,11 @@ def save_between(config: Config, before: int, after: int) -> dict[str, list[floa
 
 def go_on(config: Config, checkpoint: Path, steps: int) -> dict[str, list[float]]:
     """Load a checkpoint, save it again at once in the folder of `config`, and train on."""
-    trainer = make_trainer(config)
+    return go_on_with(make_trainer(config), checkpoint, steps)
+
+
+def go_on_with(trainer: Trainer, checkpoint: Path, steps: int) -> dict[str, list[float]]:
+    """The same with a trainer that is there."""
     trainer.resume(checkpoint)
     trainer.save()
     figures = take_steps(trainer, steps)

@@ -13,7 +13,7 @@ from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import Trainer, trainer
-from tests.checkpoint.runs import folder_of, layout_config, take_steps, tensors_of
+from tests.checkpoint.runs import folder_of, go_on_with, layout_config, take_steps, tensors_of
 from tests.train.layouts import make_trainer
 
 EXPERTS = "blocks.1.ffn.deepspeed_moe.experts"
@@ -56,12 +56,7 @@ def save_frozen(config: Config) -> dict[str, Any]:
 
 
 def go_on_frozen(config: Config, checkpoint: Path) -> dict[str, Any]:
-    here = frozen_trainer(config)
-    here.resume(checkpoint)
-    here.save()
-    figures = take_steps(here, AFTER)
-    here.checkpoints.flush()
-    return figures
+    return go_on_with(frozen_trainer(config), checkpoint, AFTER)
 
 
 @pytest.mark.parametrize(
