@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import dsmoe
-from benchmarks.moe_layer import cpu_name, write
+from benchmarks.measuring import write
 from dsmoe.parallel import Groups, join_processes
 from dsmoe.plan import Topology
 from tests.cluster.hosts import CABLE, Cluster, missing
@@ -52,7 +52,7 @@ def main() -> None:
         return
     if reason := missing():
         sys.exit(f"no hosts can be made here: {reason}")
-    write("all_to_all", [row for hosts in options.hosts for row in measure(hosts, options)], cpu_name(), 1)
+    write("all_to_all", [row for hosts in options.hosts for row in measure(hosts, options)], "cpu", 1)
 
 
 def measure(num_hosts: int, options: argparse.Namespace) -> list[dict[str, Any]]:

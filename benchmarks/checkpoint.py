@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.moe_layer import cpu_name, seconds, write
+from benchmarks.measuring import seconds, write
 from benchmarks.train_step import SHAPES, Run, make_config
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender
 from dsmoe.checkpoint.checkpoints import Checkpoints
@@ -66,7 +66,7 @@ def main() -> None:
         for ranks in options.ranks
         for storage, parent in (("memory", MEMORY), ("disk", options.disk))
     ]
-    write("checkpoint_cpu", rows, cpu_name(), 1)
+    write("checkpoint_cpu", rows, "cpu", 1)
     print(table(rows))
 
 

@@ -9,23 +9,14 @@ The ratio to the dense floor and to peers is what counts: absolute times on a sh
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.measuring import DTYPES, seconds, write
 from benchmarks.peers import PEERS, SHAPES, Peer, Shape
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -44,8 +35,7 @@ def main() -> None:
         for dtype in options.dtypes:
             for routing in options.routing:
                 rows += measure(shape, dtype, routing, options)
-    hardware = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
-    write(f"moe_layer_{options.device}", rows, hardware, options.threads)
+    write(f"moe_layer_{options.device}", rows, options.device, options.threads)
 
 
 def measure(shape: Shape, dtype: str, routing: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -112,17 +102,6 @@ def inputs(
     return x_TD.to(dtype).requires_grad_(), router_ED.to(dtype), normal(shape.tokens, shape.hidden).to(dtype)
 
 
-def seconds(action: Callable[[], object], device: str) -> float:
-    """How long it takes, with the device's queue empty before and after."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    action()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
 def saved_bytes(peer: Peer, x_TD: torch.Tensor) -> int:
     """Bytes that autograd keeps for the backward pass, each storage once, parameters left out; the input counts."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in peer.layer.parameters()}
@@ -137,36 +116,6 @@ def saved_bytes(peer: Peer, x_TD: torch.Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         peer.forward(x_TD)
     return sum(storages.values())
-
-
-def write(name: str, rows: list[dict[str, Any]], hardware: str, threads: int) -> None:
-    """Keep the figures of the benchmark that was started with what is needed to get them again."""
-    packages = {}
-    for package in ("torch", "deepspeed", "transformers", "triton"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = None
-    report = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "hardware": hardware,
-        "threads": threads,
-        "python": platform.python_version(),
-        "packages": packages,
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {path}")
-
-
-def cpu_name() -> str:
-    """The processor's name from /proc/cpuinfo."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.moe_layer import DTYPES, cpu_name, seconds, write
+from benchmarks.measuring import DTYPES, seconds, write
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender, transformers_contender
 from dsmoe.config.schema import Config
 from dsmoe.parallel import Rank, join_processes, leave_processes
@@ -116,8 +116,8 @@ def main() -> None:
     for dtype in options.dtypes:
         for ranks in options.ranks:
             rows += measure(Run(ranks, dtype, options.shape, options.rounds, options.device), options.threads)
-    hardware = cpu_name() if options.device == "cpu" else torch.cuda.get_device_name()
-    write("train_step_cpu" if options.device == "cpu" else "train_step_cuda", rows, hardware, options.threads)
+    kind = "cpu" if options.device == "cpu" else "cuda"
+    write(f"train_step_{kind}", rows, kind, options.threads)
     print(table(rows))
 
 

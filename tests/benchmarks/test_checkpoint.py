@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import summarise, table, take_turns
-from benchmarks.moe_layer import RESULTS
+from benchmarks.measuring import RESULTS
 from dsmoe.parallel.local import run_ranks
 from tests.train.layouts import this_rank
 

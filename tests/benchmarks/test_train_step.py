@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.moe_layer import RESULTS
+from benchmarks.measuring import RESULTS
 from benchmarks.train_step import OPPONENTS, Run, measure, table
 
 PAGE = RESULTS.parents[1] / "docs" / "training_step.md"
