@@ -98,6 +98,8 @@ class RowMap:
         if self.bags is not None:
             rows_N, first_S1 = self.bags
             return F.embedding_bag(rows_N, rows_ND, first_S1, mode="sum")[:num_sources]
+        if not self.complete:  # row N, which is none, adds nothing
+            rows_ND = torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
         if num_choices == 1:
             return rows_ND.index_select(0, self.row_SK[:, 0])
         return F.embedding_bag(self.row_SK, rows_ND, mode="sum")

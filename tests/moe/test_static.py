@@ -1,18 +1,21 @@
-"""With static shapes the step reads nothing on the host, and the layer compiles to one graph.
+"""With static shapes the step reads nothing on the host, can be captured, and compiles to one graph.
 
-On a GPU `torch.cuda.set_sync_debug_mode("error")` says so; here, every way that leads from a tensor's values to the
-host or to another tensor's shape is closed while the layer runs.
+On a GPU, `torch.cuda.set_sync_debug_mode("error")` and a CUDA graph say so, in bf16, the dtype of which torch's grouped
+product reads nothing on the host. On a CPU, every way that leads from a tensor's values to the host or to another
+tensor's shape is closed while the layer runs, and what is captured are its operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from shutil import which
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsmoe
@@ -20,6 +23,7 @@ from dsmoe.moe import ffn
 from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from tests.moe import DEVICE
 
 D, E, T = 16, 4, 12
 DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -42,8 +46,15 @@ class _NoHostReads(TorchDispatchMode):
 
 
 @contextmanager
-def no_host_reads() -> Iterator[None]:
+def no_host_reads(device: str = "cpu") -> Iterator[None]:
     """As on a GPU: experts in groups, not one by one as the CPU does; `tolist` alone needs no operator on a CPU."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
 
     def tolist(tensor: torch.Tensor) -> Any:
         raise HostReadError("tolist")
@@ -56,7 +67,9 @@ def no_host_reads() -> Iterator[None]:
 
 
 def train_once(layer: dsmoe.MoE, used: torch.Tensor | None = None) -> None:
-    output, _, _ = layer(torch.randn(T, D, requires_grad=True), used)
+    weight = layer.experts.down
+    x = torch.randn(T, D, device=weight.device, dtype=weight.dtype, requires_grad=True)
+    output, _, _ = layer(x, used)
     output.sum().backward()
 
 
@@ -82,9 +95,10 @@ RANDOM = [
 @pytest.mark.parametrize("options", ONE_RANK + RANDOM, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_rank_reads_nothing_on_the_host(options: dict[str, Any], masked: bool) -> None:
-    layer = make_layer(**options)
-    used = torch.arange(T) % 3 != 1 if masked else None
-    with no_host_reads():
+    layer = make_layer(**options).to(DEVICE, torch.bfloat16)
+    used = torch.arange(T, device=DEVICE) % 3 != 1 if masked else None
+    train_once(layer, used)  # compiles the kernels
+    with no_host_reads(DEVICE):
         layer.begin_step(1)
         train_once(layer, used)
         dsmoe.moe.update_routers([layer])
@@ -122,18 +136,74 @@ def test_over_ranks_only_padding_to_a_known_size_reads_nothing() -> None:
     assert run_ranks(2, host_reads_over_ranks) == [expected] * 2
 
 
+Results = list[torch.Tensor]
+
+
+def capture(step: Callable[[torch.Tensor], Results], x: torch.Tensor) -> Callable[[torch.Tensor], Results]:
+    """`step` as what it has done with `x` once: nothing else can be done with another input."""
+    if x.device.type == "cpu":
+        return torch.no_grad()(make_fx(step)(x))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(x)
+
+    def replay(other: torch.Tensor) -> Results:
+        with torch.no_grad():
+            x.copy_(other)
+        graph.replay()
+        return results
+
+    return replay
+
+
 @pytest.mark.parametrize("options", ONE_RANK, ids=str)
+def test_a_captured_pass_serves_any_other_input(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    layer = make_layer(**options).to(DEVICE, torch.bfloat16)
+    with torch.no_grad():  # so that other tokens choose other experts, in other numbers
+        layer.router.weight.normal_(generator=torch.Generator(DEVICE).manual_seed(0))
+    parameters = list(layer.parameters())
+
+    def step(x: torch.Tensor) -> Results:
+        output, _, counts = layer(x)
+        return [output, counts, *torch.autograd.grad(output.square().sum(), [x, *parameters])]
+
+    def tokens(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(2, T // 2, D, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
+
+    captured = capture(step, tokens(1))
+    seen = set()
+    for seed in (2, 3, 4):
+        got, expected = [result.clone() for result in captured(tokens(seed))], step(tokens(seed))
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        seen.add(tuple(expected[1].tolist()))
+    assert len(seen) > 1 or options.get("choice") == "expert", "the inputs are routed alike: nothing is proved"
+
+
+BACKENDS = [(options, "aot_eager") for options in ONE_RANK]
+if DEVICE == "cuda" and which("cc"):  # the code that Inductor makes is loaded by a module of C
+    BACKENDS += [(options, "inductor") for options in ONE_RANK[:2]]
+
+
+@pytest.mark.parametrize(("options", "backend"), BACKENDS, ids=str)
 def test_the_layer_compiles_to_one_graph_with_the_same_numbers(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
-    layer = make_layer(**options).bfloat16()  # torch compiles grouped products in bf16 only
+    layer = make_layer(**options).to(DEVICE, torch.bfloat16)  # torch compiles grouped products in bf16 only
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
     results = []
     for run in (layer, compiled):
         torch.manual_seed(1)
-        x = torch.randn(2, T // 2, D, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(2, T // 2, D).to(DEVICE, torch.bfloat16).requires_grad_()
         layer.zero_grad()
         output, aux_loss, counts = run(x)
         (output.square().sum() + 0.0 * aux_loss).backward()
@@ -146,11 +216,11 @@ def test_attached_losses_flow_through_a_compiled_layer(loss: str, monkeypatch: p
     """Also where a graph ends behind the experts, as it does on a CPU: what follows was seen as a mere view there."""
     monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
     torch._dynamo.reset()
-    x = torch.randn(2, T // 2, D, dtype=torch.bfloat16)
+    x = torch.randn(2, T // 2, D).to(DEVICE, torch.bfloat16)
     gradients = []
     for compiled in (False, True):
-        layer = make_layer(capacity_factor=None, **{loss: 10.0}).bfloat16()
-        torch.nn.init.normal_(layer.router.weight, generator=torch.Generator().manual_seed(0))
+        layer = make_layer(capacity_factor=None, **{loss: 10.0}).to(DEVICE, torch.bfloat16)
+        torch.nn.init.normal_(layer.router.weight, generator=torch.Generator(DEVICE).manual_seed(0))
         layer.experts.register_forward_hook(lambda *_: torch._dynamo.graph_break())
         run = torch.compile(layer, dynamic=False, backend="aot_eager") if compiled else layer
         (0.0 * run(x)[0]).sum().backward()

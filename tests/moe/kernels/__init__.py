@@ -1,6 +1,7 @@
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.moe import DEVICE
+
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7}
 """Relative error allowed: some operations in fp32, of which bf16 sees one rounding. A GPU rounds to the nearest

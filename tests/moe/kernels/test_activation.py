@@ -7,7 +7,8 @@ import torch
 
 from dsmoe.moe.ffn import ACTIVATIONS
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
-from tests.moe.kernels import DEVICE, DTYPES, ROUNDING
+from tests.moe import DEVICE
+from tests.moe.kernels import DTYPES, ROUNDING
 
 SHAPES = [(37, 40), (64, 8), (1, 1), (5, 300), (0, 16), (9, 256)]
 """N and I: blocks that are full, partly full, and several to a row."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dsmoe.moe.kernels.bag_sum import bag_sum
-from tests.moe.kernels import DEVICE, DTYPES, ROUNDING
+from tests.moe import DEVICE
+from tests.moe.kernels import DTYPES, ROUNDING
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

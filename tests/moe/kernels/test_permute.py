@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsmoe.moe.kernels.permute import count_by_expert, sort_by_expert
-from tests.moe.kernels import DEVICE
+from tests.moe import DEVICE
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsmoe.moe.kernels.topk_router import route
-from tests.moe.kernels import DEVICE
+from tests.moe import DEVICE
 
 TINY = 1e-20
 SHAPES = [(70, 13, 3), (1, 1, 1), (33, 8, 8), (0, 4, 2), (5, 300, 7), (130, 64, 6)]

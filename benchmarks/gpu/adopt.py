@@ -1,0 +1,79 @@
+"""Take over a run: its files into `benchmarks/results`, block sizes into the kernels' table, the README's status.
+
+The box at the top of the README says what has run where, from the newest results: `status` makes it, a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from benchmarks.gpu.results import Outcome
+from benchmarks.measuring import Row
+
+BEGIN, END = "<!-- status: `python -m benchmarks.gpu --adopt FILE` writes this -->", "<!-- end of status -->"
+RESULTS = Path("benchmarks") / "results"
+
+
+def adopt(file: Path, root: Path) -> list[str]:
+    """Take over the results in `file` for the repository in `root`; says what was changed.
+
+    Raises:
+        ValueError: the file is not the JSON of a run of `benchmarks.gpu`.
+        OSError: it, or the Markdown file beside it, cannot be read.
+    """
+    read_results(file)
+    page = file.with_suffix(".md")
+    changed = []
+    for source in (file, page):
+        target = root / RESULTS / source.name
+        if source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
+            changed.append(f"copied {target.relative_to(root)}")
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    new = f"{before}{BEGIN}\n{status(root / RESULTS)}\n{END}{after}"
+    if new != text:
+        readme.write_text(new, encoding="utf-8")
+        changed.append("wrote the status in README.md")
+    return changed or ["nothing to change"]
+
+
+def read_results(file: Path) -> Row:
+    """The JSON of a run.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        [Outcome(**stage) for stage in tree["stages"]]
+        return {key: tree[key] for key in ("date", "rehearsal", "hardware", "devices", "packages", "stages")} | tree
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not the JSON file of a run of `python -m benchmarks.gpu` ({error!r})") from error
+
+
+def status(folder: Path) -> str:
+    """What has run where, in Markdown, from the results in `folder`."""
+    runs = sorted((read_results(file) for file in folder.glob("gpu_*.json")), key=lambda run: str(run["date"]))
+    real, rehearsed = ([run for run in runs if run["rehearsal"] == kind] for kind in (False, True))
+    lines = [
+        "> **What has run where.** On CPUs over gloo: all tests, `make train`, and emulated clusters, at every commit.",
+    ]
+    if real:
+        lines.append(f"> On CUDA over NCCL, {_run(real[-1])}")
+    else:
+        lines.append("> On CUDA over NCCL: nothing yet.")
+        if rehearsed:
+            lines.append(f"> `make gpu`, which will prove it, was rehearsed without a device: {_run(rehearsed[-1])}")
+    return "\n".join(lines)
+
+
+def _run(run: Row) -> str:
+    outcomes = [Outcome(**stage) for stage in run["stages"]]
+    stages = "; ".join(f"{o.stage} {o.word} ({o.summary if o.is_done else o.why})" for o in outcomes)
+    where = f"{run['devices']} x {run['hardware']} with torch {run['packages']['torch']}"
+    return f"{run['date'][:10]}, {where}: {stages} ([figures]({RESULTS.as_posix()}/{run['page']}))."

@@ -1,0 +1,37 @@
+"""What this machine is, as JSON on standard output: `python -m benchmarks.gpu.machine DEVICE ARGUMENT ...`.
+
+A process of its own, because whoever asks a CUDA device for its name takes half a gibibyte of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import circumstances
+from dsmoe.plan.devices import known_device
+
+REHEARSED_RANKS = 2
+"""Ranks on a CPU: enough that tokens travel."""
+MOST_RANKS = 8
+"""What the batch of the small model is cut for."""
+
+
+def describe(device: str, arguments: list[str]) -> dict[str, Any]:
+    """The circumstances, the number of devices, how many ranks they make, and what the planner calls them."""
+    devices = torch.cuda.device_count() if device == "cuda" else 1
+    usable = devices if device == "cuda" else REHEARSED_RANKS
+    ranks = min(1 << (usable.bit_length() - 1), MOST_RANKS)
+    facts = circumstances(["python", "-m", "benchmarks.gpu", *arguments], device, os.cpu_count() or 1)
+    known_as = known_device(facts["hardware"]) if device == "cuda" else "cpu"
+    return {**facts, "device": device, "devices": devices, "ranks": ranks, "known_as": known_as}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch sees no CUDA device here; `--device cpu --tiny` rehearses without one")
+    print(json.dumps(describe(sys.argv[1], sys.argv[2:])))

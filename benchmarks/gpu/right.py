@@ -1,0 +1,153 @@
+"""Stage 1: is it right on this device? Tests against CPU twins, and training through `launch/pretrain.py`.
+
+    python -m benchmarks.gpu.right --device cuda --ranks N [--tiny] [--rows FILE] [--seconds S]
+
+Checks run beside each other, as many as there are cores for: most of their time goes by in starting and compiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+from benchmarks.gpu import training
+from benchmarks.gpu.supervise import last_line
+from benchmarks.gpu.training import Bench
+from benchmarks.measuring import Deadline, Row, Rows, add_stage_options
+
+CORES_PER_CHECK = 3
+TESTS = {
+    "kernels: activation": ["tests/moe/kernels/test_activation.py"],
+    "kernels: sums, sort, router": [
+        "tests/moe/kernels/test_bag_sum.py",
+        "tests/moe/kernels/test_permute.py",
+        "tests/moe/kernels/test_topk_router.py",
+    ],
+    "layer: kernels and CPU give the same": ["tests/moe/kernels/test_layer.py"],
+    "layer: both ways of the experts": ["tests/moe/test_ffn.py"],
+    "layer: no host reads, CUDA graph, torch.compile": ["tests/moe/test_static.py"],
+}
+TINY_TESTS = {
+    "kernels: sums": ["tests/moe/kernels/test_bag_sum.py"],
+    "layer: CUDA graph": ["tests/moe/test_static.py", "-k", "captured"],
+}
+
+
+def main() -> int:
+    """Run all checks; the exit code is 0 whatever they found, which is in the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
+    parser.add_argument("--ranks", type=int, default=1, help="the most that train together")
+    parser.add_argument("--known-as", help="not used here")
+    parser.add_argument("--tiny", action="store_true", help="a few checks of each kind")
+    add_stage_options(parser)
+    options = parser.parse_args()
+    rows, deadline = Rows(options.rows), Deadline(options.seconds)
+    lock = threading.Lock()
+
+    def do(check: Check) -> None:
+        found = check.run(deadline)
+        with lock:
+            for row in found:
+                rows.add(row)
+                print(row, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), options.device, deadline)
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES_PER_CHECK)) as pool:
+            list(pool.map(do, all_checks(bench, options.ranks, options.tiny)))
+    return 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something to be found out: a name for it, and what finds it out."""
+
+    name: str
+    action: Callable[[], Sequence[Row]]
+
+    def run(self, deadline: Deadline) -> Sequence[Row]:
+        """Its rows; `passed` is None where there is no time to begin."""
+        row: Row = {"kind": "checks", "check": self.name, "passed": None}
+        if deadline.passed():
+            return [row]
+        try:
+            return self.action()
+        except Exception as error:
+            return [{**row, "passed": False, "detail": repr(error)}]
+
+
+def all_checks(bench: Bench, ranks: int, tiny: bool) -> list[Check]:
+    """What is checked, in order of worth and of how long it takes."""
+    precisions, tests = (("bf16",), TINY_TESTS) if tiny else (("bf16", "fp32"), TESTS)
+    kills = [("bf16", 1, 1)] if tiny else [("bf16", 1, ranks), ("fp32", 2, ranks), ("bf16", 0, ranks)]
+    layouts = [("fp32", True)] if tiny else list(product(("fp32", "bf16"), (True, False)))
+    checks = [Check(f"training in {name}", partial(training_in, bench, name, ranks, tiny)) for name in precisions]
+    checks += [Check(name, partial(tested, name, files, bench)) for name, files in tests.items()]
+    checks += [Check(f"a kill, {kill}", partial(training.through_a_kill, bench, *kill)) for kill in kills]
+    if ranks > 1:
+        same = partial(training.same_on_layouts, bench, ranks)
+        checks += [Check(f"layouts, {setting}", partial(same, *setting)) for setting in layouts]
+    return checks
+
+
+def training_in(bench: Bench, precision: str, ranks: int, tiny: bool) -> list[Row]:
+    """A CPU's run, and the devices' runs beside it: every ZeRO stage on all of them, and one rank alone."""
+    reference, failed = training.begin_on_cpu(bench, precision)
+    if failed:
+        return [failed]
+    settings = [(1, ranks, "torchrun")] if tiny else [(zero, ranks, "torchrun") for zero in (0, 1, 2)]
+    settings += [(1, ranks, "deepspeed")] if not tiny else []
+    settings += [(1, 1, "torchrun")] if ranks > 1 and not tiny else []
+    with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 2 * CORES_PER_CHECK else 1) as pool:
+        runs = [pool.submit(training.as_on_a_cpu, bench, reference, precision, *setting) for setting in settings]
+        return [run.result() for run in runs]
+
+
+def tested(name: str, files: Sequence[str], bench: Bench) -> list[Row]:
+    """Run pytest on some files; the row has what it counted, and the first failure."""
+    report = bench.folder / f"{len(list(bench.folder.glob('*.xml')))}_{time.monotonic_ns()}.xml"
+    output = report.with_suffix(".out")
+    row: Row = {"kind": "tests", "check": name, "passed": False}
+    command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "--junitxml", str(report)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    begun = time.monotonic()
+    process = training.start([*command, "-o", "addopts=-q --strict-markers"], environment, output)
+    try:
+        code = process.wait(timeout=max(bench.deadline.left(), 1.0))
+    except subprocess.TimeoutExpired:
+        training.kill_all(process)
+        code = -1
+    row["seconds"] = time.monotonic() - begun
+    print(f"--- {name}\n{output.read_text(errors='replace')[-20_000:]}", flush=True)
+    if not report.exists():
+        why = "there was no time left" if code == -1 else f"exit code {code}: {last_line(output)}"
+        return [{**row, "detail": why}]
+    cases = ElementTree.parse(report).getroot().findall(".//testcase")
+    failures = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    row |= {"tests": len(cases), "failures": len(failures), "skipped": skipped}
+    if failures:
+        row["detail"] = f"{failures[0].get('name')}: {_message(failures[0])}"
+    return [{**row, "passed": code == 0 and len(cases) > skipped}]
+
+
+def _message(case: ElementTree.Element) -> str:
+    problem = next(part for part in case if part.tag in ("failure", "error"))
+    return (problem.get("message") or "").strip().splitlines()[0][:200] if problem.get("message") else problem.tag
+
+
+if __name__ == "__main__":
+    sys.exit(main())

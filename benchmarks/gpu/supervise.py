@@ -1,0 +1,163 @@
+"""One program with a time limit: nothing that it does, and nothing that it starts, outlives or harms its caller.
+
+A program may hang, be killed, print without end, or leave children in sessions of their own, as torchrun's workers are.
+Whatever it has started inherits a mark in its environment, by which it is found in the end.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MARK = "DSMOE_SUPERVISED"
+MOST_OUTPUT = 64 * 2**20
+"""Bytes of output after which a program is ended: it prints without end."""
+KEPT_OUTPUT = 2**20
+"""Bytes of it that are kept from its beginning, and from its end."""
+POLL_SECONDS = 0.1
+STACKS_SECONDS = 3.0
+"""How long a program that is ended has to write where each of its threads stands."""
+GONE_SECONDS = 10.0
+"""How long killed processes have to be gone: a driver may hold one for ever."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a program ended.
+
+    Attributes:
+        why: None where it ended by itself with exit code 0; else one sentence.
+        word: `done`, `failed`, `out of time` or `killed`.
+        seconds: how long it ran.
+    """
+
+    word: str
+    why: str | None
+    seconds: float
+
+
+def supervise(
+    command: Sequence[str], log: Path, limit_seconds: float, environment: Mapping[str, str], folder: Path
+) -> End:
+    """Run the program in `folder`, its output in `log`, and end it and all that it has started when the time is up."""
+    mark = uuid.uuid4().hex
+    # With PYTHONFAULTHANDLER, Python answers SIGABRT with the stacks of all threads.
+    marked = {**environment, MARK: mark, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
+    begun = time.monotonic()
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=marked,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return End("failed", f"cannot start {command[0]}: {error.strerror}", 0.0)
+        try:
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # a device's memory need not go to the disk
+            why_ended = _wait(process, log, begun + limit_seconds)
+            if why_ended is not None:
+                _send(signal.SIGABRT, mark)
+                _wait(process, log, time.monotonic() + STACKS_SECONDS)
+        finally:  # also where this process itself is told to end
+            left = _end_all(mark)
+            process.wait()
+    seconds = time.monotonic() - begun
+    _shorten(log)
+    if left:
+        left_over = f"; {left} of its processes cannot be ended (a driver holds them?)"
+        return End("killed", f"{why_ended or 'it had ended'}{left_over}", seconds)
+    if why_ended is not None:
+        return End("out of time", f"{why_ended}; where it stood is at the end of {log.name}", seconds)
+    return _judged(process.returncode, log, seconds)
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path, deadline: float) -> str | None:
+    """Wait for its end; why it has to be ended, where it has not come."""
+    begun = time.monotonic()
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            return f"its time was up after {time.monotonic() - begun:.0f} s"
+        if log.stat().st_size > MOST_OUTPUT:
+            return f"it had printed more than {MOST_OUTPUT / 2**20:.0f} MiB"
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def _judged(code: int, log: Path, seconds: float) -> End:
+    if code == 0:
+        return End("done", None, seconds)
+    if code < 0:
+        name = signal.Signals(-code).name
+        memory = ", perhaps by the kernel for want of memory" if code == -signal.SIGKILL else ""
+        return End("killed", f"{name}{memory}", seconds)
+    return End("failed", f"exit code {code}: {last_line(log)}", seconds)
+
+
+def last_line(log: Path) -> str:
+    """The last line of output with anything to read in it, of at most 200 characters; garbage is replaced."""
+    with log.open("rb") as output:
+        output.seek(0, os.SEEK_END)
+        output.seek(max(0, output.tell() - 16_384))
+        text = output.read().decode("utf-8", errors="replace")
+    lines = ["".join(c if c.isprintable() else "?" for c in line).strip() for line in text.splitlines()]
+    return next((line[:200] for line in reversed(lines) if any(c.isalnum() for c in line)), "it printed nothing")
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """All living processes that inherited the mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):  # gone, or another user's
+            continue
+    return found
+
+
+def _send(number: signal.Signals, mark: str) -> list[psutil.Process]:
+    processes = _marked(mark)
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.Error:
+            continue
+    return processes
+
+
+def _end_all(mark: str) -> int:
+    """Kill until nobody with the mark is left; how many could not be."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while processes := _send(signal.SIGKILL, mark):
+        if time.monotonic() > deadline:
+            return len(processes)
+        time.sleep(POLL_SECONDS)
+    return 0
+
+
+def _shorten(log: Path) -> None:
+    """Keep the beginning and the end of a long output."""
+    size = log.stat().st_size
+    if size <= 2 * KEPT_OUTPUT:
+        return
+    with log.open("r+b") as output:
+        output.seek(size - KEPT_OUTPUT)
+        end = output.read()
+        output.seek(KEPT_OUTPUT)
+        output.write(f"\n... {size - 2 * KEPT_OUTPUT} bytes left out ...\n".encode())
+        output.write(end)
+        output.truncate()

@@ -1,0 +1,353 @@
+"""Training of a small model through `launch/pretrain.py`: as on a CPU, through a kill, and the same on every layout.
+
+Each function starts runs, waits for them, and returns rows with `passed`. A run that fails is a row that did not pass,
+with the last line that it printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from benchmarks.gpu.supervise import last_line
+from benchmarks.measuring import Deadline, Row
+from dsmoe.checkpoint.files import read_tensor
+from dsmoe.checkpoint.folder import all_checkpoints, step_of, verify
+from dsmoe.train.parity import TEXT
+
+ROOT = Path(__file__).parents[2]
+BEGUN, STEPS = 2, 20
+"""The CPU's run takes the first steps alone; then it and the devices' runs each take the same steps from there."""
+BOUNDS = {"fp32": 1e-3, "bf16": 1e-2}
+"""How far a step's loss on a CUDA device may be from the CPU's, relatively, within these steps."""
+KILLED_STEPS, KILLED_EVERY = 24, 2
+MODEL: dict[str, Any] = {
+    "name": "small",
+    "model": {
+        "vocab_size": 264,
+        "hidden_size": 64,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_size": 128,
+        "dense_layers": 1,
+        "max_sequence_length": 64,
+        "qk_norm": True,
+        "init_std": 0.08,
+    },
+    "moe": {
+        "num_experts": 8,
+        "top_k": 2,
+        "expert_ffn_size": 64,
+        "shared_expert_ffn_size": 32,
+        "balance": {"aux_loss": 0.02, "z_loss": 0.001, "scope": "global", "bias_update_rate": 0.001},
+        "capacity": {"factor": None, "eval_factor": None},
+    },
+    # Adam divides a gradient by its own size: the rounding of one near zero would be a whole step of the weight.
+    "optimizer": {"lr": 1e-3, "eps": 1e-6, "schedule": "constant", "warmup_steps": 0},
+    "train": {
+        "steps": BEGUN + STEPS,
+        "batch_tokens": 16 * 64,
+        "micro_batch_size": 2,
+        "sequence_length": 64,
+        "eval_batches": 4,
+    },
+    "checkpoint": {"every": None, "keep": 50, "asynchronous": False},
+    "observe": {"log_every": 1, "tensorboard": False},
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where runs are made, and on what.
+
+    Attributes:
+        folder: for configs, corpora and run folders.
+        device: `cuda` or `cpu`, of the runs that are to be proved.
+        deadline: when the time is up.
+    """
+
+    folder: Path
+    device: str
+    deadline: Deadline
+
+    def run(self, name: str, *overrides: str, ranks: int = 1, device: str | None = None) -> Run:
+        """A run of the small model, not started yet."""
+        return Run(self, name, overrides, ranks, device or self.device)
+
+    def config(self) -> Path:
+        """The small model's YAML file, with a corpus beside it."""
+        path = self.folder / "small.yaml"
+        if not path.exists():
+            (self.folder / "sums.txt").write_text(TEXT)
+            sources = [{"name": "sums", "path": str(self.folder / "sums.txt")}]
+            data = {"sources": sources, "cache_dir": str(self.folder / "cache"), "validation_fraction": 0.05}
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(yaml.safe_dump({**MODEL, "runs_dir": str(self.folder / "runs"), "data": data}))
+            part.replace(path)
+        return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run by name; the same name goes on from its own checkpoints."""
+
+    bench: Bench
+    name: str
+    overrides: Sequence[str]
+    ranks: int
+    device: str
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.bench.folder / "runs" / self.name
+
+    def command(self, launcher: str = "torchrun") -> list[str]:
+        """`launch/pretrain.py` under a launcher; one rank needs none."""
+        arguments = [
+            *("--config", str(self.bench.config()), f"name={self.name}", f"cluster.devices_per_node={self.ranks}"),
+            f"cluster.device={'cpu' if self.device == 'cpu' else 'null'}",
+            *self.overrides,
+        ]
+        return [*launch(launcher, self.ranks), str(ROOT / "launch" / "pretrain.py"), *arguments]
+
+    def start(self, launcher: str = "torchrun") -> subprocess.Popen[bytes]:
+        """Start it, with its output in `output` of the run's folder beside it."""
+        return start(self.command(launcher), environment(self.device), self.output)
+
+    @property
+    def output(self) -> Path:
+        """All that its processes have printed, over all starts."""
+        return self.bench.folder / f"{self.name}.out"
+
+    def finish(self, launcher: str = "torchrun") -> str | None:
+        """Run it to its end; None, or why it did not come to it."""
+        return wait_within(self.bench.deadline, self.start(launcher), self.output)
+
+    def losses(self) -> dict[int, float]:
+        """The loss of each step, and the held-out one after the last as step -1."""
+        found: dict[int, float] = {}
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if "train/loss" in row:
+                found[row["step"]] = row["train/loss"]
+            if "eval/loss" in row:
+                found[-1] = row["eval/loss"]
+        return found
+
+    def checkpoint(self, step: int | None = None) -> Path:
+        """Its checkpoint of a step, or the newest."""
+        there = all_checkpoints(self.folder / "checkpoints")
+        return next(path for path in reversed(there) if step is None or step_of(path) == step)
+
+
+def launch(launcher: str, ranks: int) -> list[str]:
+    """What starts `ranks` processes of a program on this host."""
+    if launcher == "deepspeed":
+        port = ["--master_port", str(_free_port())]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), *port]
+    if ranks == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+
+def begin_on_cpu(bench: Bench, precision: str) -> tuple[Run, Row | None]:
+    """The CPU's run of one rank, from which the others begin; a row where it failed."""
+    run = bench.run(f"cpu_{precision}", f"train.precision={precision}", f"checkpoint.every={BEGUN}", device="cpu")
+    why = run.finish()
+    return run, why and {"kind": "training", "check": f"{precision} on the CPU", "passed": False, "detail": why}
+
+
+def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: int, launcher: str) -> Row:
+    """The devices' losses over the same steps from the same checkpoint, beside the CPU's."""
+    start = reference.checkpoint(BEGUN)
+    name = f"{precision}_zero{zero}_ranks{ranks}"
+    overrides = [f"train.precision={precision}", f"parallel.zero_stage={zero}", f"parallel.expert={ranks}"]
+    run = bench.run(name, *overrides, f"checkpoint.resume={start}", ranks=ranks)
+    bound = BOUNDS[precision]
+    row = {
+        "kind": "training",
+        "check": f"{_setting(precision, zero, ranks)}, {launcher}",
+        "passed": False,
+        "steps": STEPS,
+        "bound": bound,
+    }
+    begun = time.monotonic()
+    why = run.finish(launcher)
+    row["seconds"] = time.monotonic() - begun
+    if why:
+        return {**row, "detail": why}
+    own, theirs = run.losses(), reference.losses()
+    steps = range(BEGUN + 1, BEGUN + STEPS + 1)
+    if missing := [step for step in (*steps, -1) if step not in own]:
+        return {**row, "detail": f"no loss of step {missing[0]}"}
+    off = {step: abs(own[step] - theirs[step]) / abs(theirs[step]) for step in (*steps, -1)}
+    row |= {"first_difference": off[BEGUN + 1], "largest_difference": max(off.values()), "last_loss": own[steps[-1]]}
+    passed = all(value <= bound for value in off.values())  # False for NaN
+    moved = theirs[steps[-1]] < theirs[1]
+    return {**row, "passed": passed and moved, **({} if moved else {"detail": "the CPU's loss has not fallen"})}
+
+
+def through_a_kill(bench: Bench, precision: str, zero: int, ranks: int) -> list[Row]:
+    """The same run twice, and once killed with SIGKILL in the middle and started again: equal to the last bit."""
+    setting = _setting(precision, zero, ranks)
+    overrides = [
+        *(f"train.precision={precision}", f"parallel.zero_stage={zero}", f"parallel.expert={ranks}"),
+        *(f"train.steps={KILLED_STEPS}", f"checkpoint.every={KILLED_EVERY}"),
+    ]
+    name = f"kill_{precision}_zero{zero}_ranks{ranks}"
+    whole, again, killed = (bench.run(f"{name}_{kind}", *overrides, ranks=ranks) for kind in ("one", "two", "killed"))
+    repeat: Row = {"kind": "repeat", "check": f"{setting}: the same bits twice", "passed": False}
+    resume: Row = {"kind": "resume", "check": f"{setting}: the same bits after SIGKILL", "passed": False}
+    for run in (whole, again):
+        if why := run.finish():
+            return [{**repeat, "detail": why}, {**resume, "detail": "nothing to compare with"}]
+    if difference := _difference(whole, again):
+        repeat["detail"] = difference
+    else:
+        repeat["passed"] = True
+    step = _start_and_kill(killed)
+    if step is None:
+        return [repeat, {**resume, "detail": f"it could not be killed in the middle: {last_line(killed.output)}"}]
+    resume["killed_after_step"] = step
+    why = killed.finish() or _difference(whole, killed)
+    if why and not repeat["passed"]:
+        why = f"{why}; the run does not repeat itself without a kill either"
+    return [repeat, {**resume, "detail": why} if why else {**resume, "passed": True}]
+
+
+def same_on_layouts(bench: Bench, ranks: int, precision: str, padded: bool) -> list[Row]:
+    """`dsmoe parity` under torchrun: the same model on every layout of so many ranks, over every exchange."""
+    layouts = layouts_of(ranks)
+    exchange = "padded to a capacity" if padded else "dropless"
+    row: Row = {
+        "kind": "layouts",
+        "check": f"{precision}, {exchange}, {ranks} ranks",
+        "passed": False,
+        "layouts": layouts,
+    }
+    settings = [
+        f"cluster.devices_per_node={ranks}",
+        f"cluster.device={'cpu' if bench.device == 'cpu' else 'null'}",
+        *(["moe.capacity.factor=2.0", "moe.capacity.eval_factor=2.0"] if padded else []),
+    ]
+    command = [*launch("torchrun", ranks), "-m", "dsmoe", "parity", str(bench.config()), *settings]
+    options = ["--full", "--precision", precision, "--layouts", *layouts]
+    output = bench.folder / f"layouts_{precision}_{'padded' if padded else 'dropless'}.out"
+    begun = time.monotonic()
+    why = wait_within(bench.deadline, start([*command, *options], environment(bench.device), output), output)
+    row["seconds"] = time.monotonic() - begun
+    different = [line for line in output.read_text(errors="replace").splitlines() if "DIFFERENT" in line]
+    return [{**row, "detail": different[0] if different else why} if why else {**row, "passed": True}]
+
+
+def layouts_of(ranks: int) -> list[str]:
+    """Layouts of so many ranks that between them use every exchange and every kind of group."""
+    found = ["ep=1", f"ep={ranks},zero=2", f"ep={ranks},chunks=2", "tp=2,sp=true", "etp=2,zero=0"]
+    if ranks >= 4:
+        found += [f"ep={ranks},nodes=2,cluster.devices_per_node={ranks // 2},a2a=hierarchical"]
+        found += [f"tp=2,sp=true,ep={ranks // 2},etp=2", f"ep={ranks // 2}"]
+    return found
+
+
+def environment(device: str) -> dict[str, str]:
+    """For programs that train; those on a CPU do not see the machine's devices."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+    return {**os.environ, "OMP_NUM_THREADS": "2", **hidden}
+
+
+def start(command: Sequence[str], environment: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
+    """Start a program of this repository; what it prints is appended to `output`."""
+    with output.open("ab") as file:
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+
+
+def wait_within(deadline: Deadline, process: subprocess.Popen[bytes], output: Path) -> str | None:
+    """Wait for the end of a program; None, or why it was no good one. All of its output is then printed."""
+    try:
+        code = process.wait(timeout=max(deadline.left(), 1.0))
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+        return "there was no time left"
+    if code == 0:
+        return None
+    print(f"--- {output.name}\n{output.read_text(errors='replace')[-20_000:]}", flush=True)
+    return f"exit code {code}: {last_line(output)}"
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a process and to all that it has started."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    process.send_signal(signal.SIGKILL)
+    for child in children:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def _start_and_kill(run: Run) -> int | None:
+    """Start the run and kill it as soon as a few checkpoints are there; after which step, None if it ended before."""
+    process = run.start()
+    checkpoints = run.folder / "checkpoints"
+    while process.poll() is None and not run.bench.deadline.passed():
+        if len(there := all_checkpoints(checkpoints)) >= 2:
+            kill_all(process)
+            return step_of(there[-1]) if process.returncode == -signal.SIGKILL else None
+        time.sleep(0.002)
+    kill_all(process)
+    return None
+
+
+def _difference(one: Run, two: Run) -> str | None:
+    """What differs first between two runs of the same steps: a loss, or a file of the last checkpoint."""
+    for (step, mine), theirs in zip(one.losses().items(), two.losses().values(), strict=False):
+        if mine != theirs:
+            return f"the loss of step {step} is {theirs!r} and was {mine!r}"
+    newest, other = one.checkpoint(), two.checkpoint()
+    if newest.name != other.name:
+        return f"it ended at {other.name} and not at {newest.name}"
+    mine, theirs = _tensors(newest), _tensors(other)
+    for key in mine:
+        if key not in theirs or not torch.equal(mine[key], theirs[key]):
+            return f"{key} differs in {newest.name}"
+    return None
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint has in its files, box by box; not torch's own random states, from which nothing is drawn."""
+    manifest = verify(checkpoint)
+    return {
+        f"{key} {box.start}": read_tensor(checkpoint / box.file, tensor.dtype, box.shape, box.offset)
+        for key, tensor in manifest.tensors.items()
+        for box in tensor.boxes
+        if not key.startswith("rng/")
+    }
+
+
+def _setting(precision: str, zero: int, ranks: int) -> str:
+    return f"{precision}, ZeRO {zero}, {ranks} rank{'s' * (ranks > 1)}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
