@@ -27,21 +27,19 @@ from benchmarks.gpu.supervise import last_line
 from benchmarks.gpu.training import Bench
 from benchmarks.measuring import Deadline, Row, Rows, add_stage_options
 
-CORES_PER_CHECK = 3
+CORES_PER_CHECK = 2
 TESTS = {
     "kernels: activation": ["tests/moe/kernels/test_activation.py"],
-    "kernels: sums, sort, router": [
-        "tests/moe/kernels/test_bag_sum.py",
-        "tests/moe/kernels/test_permute.py",
-        "tests/moe/kernels/test_topk_router.py",
-    ],
+    "kernels: router": ["tests/moe/kernels/test_topk_router.py"],
+    "kernels: sort": ["tests/moe/kernels/test_permute.py"],
+    "kernels: sums": ["tests/moe/kernels/test_bag_sum.py"],
     "layer: kernels and CPU give the same": ["tests/moe/kernels/test_layer.py"],
     "layer: both ways of the experts": ["tests/moe/test_ffn.py"],
     "layer: no host reads, CUDA graph, torch.compile": ["tests/moe/test_static.py"],
 }
 TINY_TESTS = {
     "kernels: sums": ["tests/moe/kernels/test_bag_sum.py"],
-    "layer: CUDA graph": ["tests/moe/test_static.py", "-k", "captured"],
+    "layer: CUDA graph": ["tests/moe/test_static.py", "-k", "captured and factor"],
 }
 
 
@@ -65,9 +63,10 @@ def main() -> int:
                 print(row, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.device, deadline)
+        bench = Bench(Path(folder), options.device, options.ranks, deadline, options.tiny)
+        bench.write_config()
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES_PER_CHECK)) as pool:
-            list(pool.map(do, all_checks(bench, options.ranks, options.tiny)))
+            list(pool.map(do, all_checks(bench)))
     return 0
 
 
@@ -89,28 +88,31 @@ class Check:
             return [{**row, "passed": False, "detail": repr(error)}]
 
 
-def all_checks(bench: Bench, ranks: int, tiny: bool) -> list[Check]:
+def all_checks(bench: Bench) -> list[Check]:
     """What is checked, in order of worth and of how long it takes."""
+    ranks, tiny = bench.ranks, bench.tiny
     precisions, tests = (("bf16",), TINY_TESTS) if tiny else (("bf16", "fp32"), TESTS)
     kills = [("bf16", 1, 1)] if tiny else [("bf16", 1, ranks), ("fp32", 2, ranks), ("bf16", 0, ranks)]
     layouts = [("fp32", True)] if tiny else list(product(("fp32", "bf16"), (True, False)))
-    checks = [Check(f"training in {name}", partial(training_in, bench, name, ranks, tiny)) for name in precisions]
+    checks = [Check(f"training in {name}", partial(training_in, bench, name)) for name in precisions]
     checks += [Check(name, partial(tested, name, files, bench)) for name, files in tests.items()]
     checks += [Check(f"a kill, {kill}", partial(training.through_a_kill, bench, *kill)) for kill in kills]
     if ranks > 1:
-        same = partial(training.same_on_layouts, bench, ranks)
+        same = partial(training.same_on_layouts, bench)
         checks += [Check(f"layouts, {setting}", partial(same, *setting)) for setting in layouts]
     return checks
 
 
-def training_in(bench: Bench, precision: str, ranks: int, tiny: bool) -> list[Row]:
+def training_in(bench: Bench, precision: str) -> list[Row]:
     """A CPU's run, and the devices' runs beside it: every ZeRO stage on all of them, and one rank alone."""
     reference, failed = training.begin_on_cpu(bench, precision)
     if failed:
         return [failed]
-    settings = [(1, ranks, "torchrun")] if tiny else [(zero, ranks, "torchrun") for zero in (0, 1, 2)]
-    settings += [(1, ranks, "deepspeed")] if not tiny else []
-    settings += [(1, 1, "torchrun")] if ranks > 1 and not tiny else []
+    ranks = bench.ranks
+    settings = [(1, ranks, "torchrun")]
+    if not bench.tiny:
+        settings += [(0, ranks, "torchrun"), (2, ranks, "torchrun"), (1, ranks, "deepspeed")]
+        settings += [(1, 1, "torchrun")] if ranks > 1 else []
     with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 2 * CORES_PER_CHECK else 1) as pool:
         runs = [pool.submit(training.as_on_a_cpu, bench, reference, precision, *setting) for setting in settings]
         return [run.result() for run in runs]

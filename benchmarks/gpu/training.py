@@ -29,11 +29,10 @@ from dsmoe.checkpoint.folder import all_checkpoints, step_of, verify
 from dsmoe.train.parity import TEXT
 
 ROOT = Path(__file__).parents[2]
-BEGUN, STEPS = 2, 20
-"""The CPU's run takes the first steps alone; then it and the devices' runs each take the same steps from there."""
+BEGUN = 2
+"""The CPU's run takes these steps alone; then it and the devices' runs each take the same steps from there."""
 BOUNDS = {"fp32": 1e-3, "bf16": 1e-2}
 """How far a step's loss on a CUDA device may be from the CPU's, relatively, within these steps."""
-KILLED_STEPS, KILLED_EVERY = 24, 2
 MODEL: dict[str, Any] = {
     "name": "small",
     "model": {
@@ -58,13 +57,7 @@ MODEL: dict[str, Any] = {
     },
     # Adam divides a gradient by its own size: the rounding of one near zero would be a whole step of the weight.
     "optimizer": {"lr": 1e-3, "eps": 1e-6, "schedule": "constant", "warmup_steps": 0},
-    "train": {
-        "steps": BEGUN + STEPS,
-        "batch_tokens": 16 * 64,
-        "micro_batch_size": 2,
-        "sequence_length": 64,
-        "eval_batches": 4,
-    },
+    "train": {"micro_batch_size": 2, "sequence_length": 64, "eval_batches": 2},
     "checkpoint": {"every": None, "keep": 50, "asynchronous": False},
     "observe": {"log_every": 1, "tensorboard": False},
 }
@@ -77,28 +70,44 @@ class Bench:
     Attributes:
         folder: for configs, corpora and run folders.
         device: `cuda` or `cpu`, of the runs that are to be proved.
+        ranks: of them; every rank accumulates two micro-batches, and a run of fewer ranks so many more.
         deadline: when the time is up.
+        tiny: fewer steps.
     """
 
     folder: Path
     device: str
+    ranks: int
     deadline: Deadline
+    tiny: bool
+
+    @property
+    def steps(self) -> int:
+        """That the devices take beside the CPU."""
+        return 6 if self.tiny else 20
+
+    @property
+    def killed_steps(self) -> int:
+        """Of a run that is killed on its way; it saves every second one."""
+        return 10 if self.tiny else 24
 
     def run(self, name: str, *overrides: str, ranks: int = 1, device: str | None = None) -> Run:
         """A run of the small model, not started yet."""
         return Run(self, name, overrides, ranks, device or self.device)
 
+    @property
     def config(self) -> Path:
-        """The small model's YAML file, with a corpus beside it."""
-        path = self.folder / "small.yaml"
-        if not path.exists():
-            (self.folder / "sums.txt").write_text(TEXT)
-            sources = [{"name": "sums", "path": str(self.folder / "sums.txt")}]
-            data = {"sources": sources, "cache_dir": str(self.folder / "cache"), "validation_fraction": 0.05}
-            part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(yaml.safe_dump({**MODEL, "runs_dir": str(self.folder / "runs"), "data": data}))
-            part.replace(path)
-        return path
+        """The small model's YAML file."""
+        return self.folder / "small.yaml"
+
+    def write_config(self) -> None:
+        """Write it, and a corpus beside it."""
+        (self.folder / "sums.txt").write_text(TEXT)
+        sources = [{"name": "sums", "path": str(self.folder / "sums.txt")}]
+        data = {"sources": sources, "cache_dir": str(self.folder / "cache"), "validation_fraction": 0.05}
+        batch = {"steps": BEGUN + self.steps, "batch_tokens": 2 * self.ranks * 2 * 64}
+        tree = {**MODEL, "runs_dir": str(self.folder / "runs"), "data": data, "train": MODEL["train"] | batch}
+        self.config.write_text(yaml.safe_dump(tree))
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class Run:
     def command(self, launcher: str = "torchrun") -> list[str]:
         """`launch/pretrain.py` under a launcher; one rank needs none."""
         arguments = [
-            *("--config", str(self.bench.config()), f"name={self.name}", f"cluster.devices_per_node={self.ranks}"),
+            *("--config", str(self.bench.config), f"name={self.name}", f"cluster.devices_per_node={self.ranks}"),
             f"cluster.device={'cpu' if self.device == 'cpu' else 'null'}",
             *self.overrides,
         ]
@@ -183,7 +192,7 @@ def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: 
         "kind": "training",
         "check": f"{_setting(precision, zero, ranks)}, {launcher}",
         "passed": False,
-        "steps": STEPS,
+        "steps": bench.steps,
         "bound": bound,
     }
     begun = time.monotonic()
@@ -192,7 +201,7 @@ def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: 
     if why:
         return {**row, "detail": why}
     own, theirs = run.losses(), reference.losses()
-    steps = range(BEGUN + 1, BEGUN + STEPS + 1)
+    steps = range(BEGUN + 1, BEGUN + bench.steps + 1)
     if missing := [step for step in (*steps, -1) if step not in own]:
         return {**row, "detail": f"no loss of step {missing[0]}"}
     off = {step: abs(own[step] - theirs[step]) / abs(theirs[step]) for step in (*steps, -1)}
@@ -207,7 +216,7 @@ def through_a_kill(bench: Bench, precision: str, zero: int, ranks: int) -> list[
     setting = _setting(precision, zero, ranks)
     overrides = [
         *(f"train.precision={precision}", f"parallel.zero_stage={zero}", f"parallel.expert={ranks}"),
-        *(f"train.steps={KILLED_STEPS}", f"checkpoint.every={KILLED_EVERY}"),
+        *(f"train.steps={bench.killed_steps}", "checkpoint.every=2"),
     ]
     name = f"kill_{precision}_zero{zero}_ranks{ranks}"
     whole, again, killed = (bench.run(f"{name}_{kind}", *overrides, ranks=ranks) for kind in ("one", "two", "killed"))
@@ -230,9 +239,9 @@ def through_a_kill(bench: Bench, precision: str, zero: int, ranks: int) -> list[
     return [repeat, {**resume, "detail": why} if why else {**resume, "passed": True}]
 
 
-def same_on_layouts(bench: Bench, ranks: int, precision: str, padded: bool) -> list[Row]:
+def same_on_layouts(bench: Bench, precision: str, padded: bool) -> list[Row]:
     """`dsmoe parity` under torchrun: the same model on every layout of so many ranks, over every exchange."""
-    layouts = layouts_of(ranks)
+    ranks, layouts = bench.ranks, layouts_of(bench.ranks)
     exchange = "padded to a capacity" if padded else "dropless"
     row: Row = {
         "kind": "layouts",
@@ -245,7 +254,7 @@ def same_on_layouts(bench: Bench, ranks: int, precision: str, padded: bool) -> l
         f"cluster.device={'cpu' if bench.device == 'cpu' else 'null'}",
         *(["moe.capacity.factor=2.0", "moe.capacity.eval_factor=2.0"] if padded else []),
     ]
-    command = [*launch("torchrun", ranks), "-m", "dsmoe", "parity", str(bench.config()), *settings]
+    command = [*launch("torchrun", ranks), "-m", "dsmoe", "parity", str(bench.config), *settings]
     options = ["--full", "--precision", precision, "--layouts", *layouts]
     output = bench.folder / f"layouts_{precision}_{'padded' if padded else 'dropless'}.out"
     begun = time.monotonic()
