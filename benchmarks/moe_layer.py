@@ -247,6 +247,8 @@ class Measurement:
         events = [event for event in profiler.key_averages() if not on_cuda or event.device_type == DeviceType.CUDA]
         taken = [(event.self_device_time_total if on_cuda else event.self_cpu_time_total, event) for event in events]
         total = sum(microseconds for microseconds, _ in taken)
+        if not total:
+            raise RuntimeError("the profiler saw nothing")
         print(f"\n{name}, a training pass of {total / 1e3:.2f} ms by {'kernel' if on_cuda else 'operator'}:")
         for microseconds, event in sorted(taken, key=lambda pair: -pair[0])[:KERNELS]:
             figures = {"calls": event.count, "ms": microseconds / 1e3, "percent": 100 * microseconds / total}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,3 +188,19 @@ def test_layers_are_made_on_the_device(name: str) -> None:
 def test_liger_needs_a_cuda_device() -> None:
     with pytest.raises(RuntimeError, match="CUDA"), torch.device("cpu"):
         LigerGrouped(SHAPES["tiny"])
+
+
+def test_ligers_autotuner_gets_few_of_its_variants() -> None:
+    """The lists are those of liger-kernel 0.8.5."""
+
+    def tried(names: str, *values: tuple[int, ...]) -> int:
+        count = 0
+        for each in itertools.product(*values):
+            tile = dict(zip(names.split(), each, strict=True))
+            warps, stages = tile.pop("warps"), tile.pop("stages")
+            count += peers._is_tried(SimpleNamespace(kwargs=tile, num_warps=warps, num_stages=stages))
+        return count
+
+    assert tried("BLOCK_N BLOCK_K warps stages", (64, 128), (32, 64), (4, 8), (2, 3, 4, 5)) == 4
+    assert tried("BLOCK_M BLOCK_N BLOCK_K warps stages", (64, 128), (64, 128), (16, 32), (4, 8), (2,)) == 4
+    assert tried("BLOCK_H BLOCK_K warps stages", (64, 128, 256, 512), (1, 2, 4, 8, 16), (4, 8), (4,)) == 2
