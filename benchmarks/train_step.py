@@ -5,7 +5,10 @@
 A step is forward, backward, gradient reduction, clipping and AdamW. All contenders of a number of ranks live in the
 same processes, each with its own engine; every round steps each of them once, in an order that rotates, from a barrier
 to the end of the slowest rank. Ratios are medians over rounds of the ratio within a round. Writes
-`benchmarks/results/train_step_DEVICE.json`.
+`benchmarks/results/train_step_DEVICE.json`; or, with `--rows`, each row to that file as soon as it is known.
+
+With one rank, a contender that cannot be made or whose step fails is left out with a row that says why. With several
+ranks a failure ends the run: those that are left would wait for each other.
 
 Equal for all: the weights at the start; the global batch, the same in every round; layers, widths, heads, QK norm,
 vocabulary, experts, top 2 by softmax with normalised weights, a balancing loss of coefficient 0.01; PyTorch's
@@ -38,23 +41,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.measuring import DTYPES, seconds, write
+from benchmarks.measuring import DTYPES, GIB, Deadline, Rows, add_stage_options, free_memory, seconds, write
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender, transformers_contender
 from dsmoe.config.schema import Config
 from dsmoe.parallel import Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
-from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.devices import known_device, resolve_device
 from dsmoe.plan.flops import flops_per_token
 
+Result = TypeVar("Result")
 CAPACITIES = {"dropless": None, "capacity 1.25": 1.25}
 OPPONENTS = {
     "deepspeed dropless": "dsmoe dropless",
@@ -63,12 +68,28 @@ OPPONENTS = {
 }
 """Who drops what is compared with whom."""
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"vocab": 264, "hidden": 32, "layers": 2, "experts": 4, "ffn": 32, "length": 32, "sequences": 2},
-    "cpu": {"vocab": 8192, "hidden": 512, "layers": 3, "experts": 16, "ffn": 512, "length": 512, "sequences": 4},
-    "gpu": {"vocab": 32768, "hidden": 2048, "layers": 4, "experts": 32, "ffn": 768, "length": 2048, "sequences": 8},
+    "tiny": {
+        **{"vocab": 264, "hidden": 32, "layers": 2, "heads": 8, "experts": 4, "ffn": 32},
+        **{"length": 32, "sequences": 2},
+    },
+    "cpu": {
+        **{"vocab": 8192, "hidden": 512, "layers": 3, "heads": 8, "experts": 16, "ffn": 512},
+        **{"length": 512, "sequences": 4},
+    },
+    # For an 80 GB card (84.9e9 bytes) with the five contenders of one rank. 487 M parameters: 134 M of embedding and
+    # head, 4 layers of 12.6 M (attention) and 16 x 4.7 M (experts). Between steps each contender has 14 bytes of them
+    # (bf16 weight, fp32 master and two moments): 5 x 6.8 = 34 GB. The one in a step also has
+    # - DeepSpeed's two reduction buffers of 5e8 bf16 elements, 2 GB, and gradients with their copy, 2 GB;
+    # - activations of 32,768 tokens, per token and layer 118 KiB with DeepSpeed's layer (padded rows; 0.19.8 has no
+    #   [T, E, C] masks), 16 GB; with transformers 90 KiB, 12 GB, and three times its 4.3 GB of fp32 logits, 25 GB;
+    # - when those are gone, 8 bytes for the optimizer (bf16 gradients twice, fp32 once), 4 GB.
+    # 63 GB in all; the rest is for what the allocator cannot use between blocks.
+    "gpu": {
+        **{"vocab": 32768, "hidden": 2048, "layers": 4, "heads": 16, "experts": 16, "ffn": 768},
+        **{"length": 2048, "sequences": 16},
+    },
 }
 """Of a model, and how many sequences of which length each rank has in a step; tiny is for the test."""
-HEADS = 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,8 @@ class Run:
     rounds: int
     device: str | None
     """As `cluster.device`: `cpu`, the name of a GPU whose peak is known, or None."""
+    until: float | None = None
+    """By `time.time()`, when no further round is begun; ranks do at least the two that it takes to have a figure."""
 
     @property
     def tokens(self) -> int:
@@ -105,24 +128,33 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
     parser.add_argument("--shape", default="gpu" if on_gpu else "cpu", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=5, help="after a first that is not counted")
-    parser.add_argument("--device", default=None if on_gpu else "cpu", help="a name of dsmoe.plan.devices, for MFU")
+    parser.add_argument(
+        "--device",
+        default="cuda" if on_gpu else "cpu",
+        help="a name of dsmoe.plan.devices, for MFU; cuda is what the device calls itself, without MFU where unknown",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    add_stage_options(parser)
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(Run(**options.worker))
         return
-    rows = []
+    device = known_device(torch.cuda.get_device_name()) if options.device == "cuda" else options.device
+    rows, deadline = Rows(options.rows), Deadline(options.seconds)
+    until = None if options.seconds is None else time.time() + options.seconds
     for dtype in options.dtypes:
         for ranks in options.ranks:
-            rows += measure(Run(ranks, dtype, options.shape, options.rounds, options.device), options.threads)
-    kind = "cpu" if options.device == "cpu" else "cuda"
-    write(f"train_step_{kind}", rows, kind, options.threads)
-    print(table(rows))
+            if not (rows.rows and deadline.passed()):
+                measure(Run(ranks, dtype, options.shape, options.rounds, device, until), options.threads, rows)
+    if options.rows is None:
+        kind = "cpu" if device == "cpu" else "cuda"
+        write(f"train_step_{kind}", rows.rows, kind, options.threads)
+    print(table(rows.rows))
 
 
-def measure(run: Run, threads: int) -> list[dict[str, Any]]:
-    """Start the ranks, and make a row of every layout."""
+def measure(run: Run, threads: int, rows: Rows) -> None:
+    """Start the ranks, and make a row of every layout, and of every contender that was left out."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)]
     command = [*launcher, "-m", "benchmarks.train_step", "--worker", json.dumps(asdict(run))]
     with tempfile.TemporaryDirectory() as folder:
@@ -131,12 +163,14 @@ def measure(run: Run, threads: int) -> list[dict[str, Any]]:
         subprocess.run(command, env=environment, check=True)
         measured = json.loads((Path(folder) / "measured.json").read_text())
     crowded = run.device == "cpu" and run.ranks * threads > (os.cpu_count() or 1)
-    rows = []
+    setting = {"kind": "step", "ranks": run.ranks, "dtype": run.dtype}
+    for name, error in measured["left_out"].items():
+        rows.add({**setting, "contender": name, "error": error})
     for layout in run.layouts():
-        rows.append({"ranks": run.ranks, "dtype": run.dtype, "layout": layout, "more_ranks_than_cores": crowded})
-        rows[-1].update(summarise(run, layout, measured))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        figures = summarise(run, layout, measured["contenders"])
+        rows.add({**setting, "layout": layout, "more_ranks_than_cores": crowded, **figures})
+    for row in rows.rows[-len(run.layouts()) - len(measured["left_out"]) :]:
+        print(json.dumps(row), flush=True)
 
 
 def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -157,7 +191,7 @@ def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dic
             row["speed_over"][peer] = statistics.median(theirs / own for theirs, own in times)
     facts = resolve_device(run.device)
     if run.device != "cpu":
-        row["peak_gib"] = {name: m["peak_bytes"] / 2**30 for name, m in of.items()}
+        row["peak_gib"] = {name: m["peak_bytes"] / GIB for name, m in of.items()}
     if facts is not None and facts.peak_tflops is not None:
         flops = flops_per_token(make_config(run, {}, None, Path()), SHAPES[run.shape]["length"]).training
         peak = facts.peak_tflops * 1e12 * run.ranks
@@ -172,8 +206,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"|{'---|' * (4 + len(OPPONENTS))}",
     ]
     for row in rows:
+        if "error" in row:
+            continue
         ratios = [f"{row['speed_over'][peer]:.2f}" if peer in row["speed_over"] else "" for peer in OPPONENTS]
-        rate = f"{row['tokens_per_second']['dsmoe dropless']:.0f}"
+        rates = row["tokens_per_second"]
+        rate = f"{rates['dsmoe dropless']:.0f}" if "dsmoe dropless" in rates else ""
         cells = [str(row["ranks"]), row["layout"], row["dtype"], *ratios, rate]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -192,9 +229,9 @@ def make_config(run: Run, parallel: dict[str, Any], capacity: float | None, fold
                 "vocab_size": shape["vocab"],
                 "hidden_size": shape["hidden"],
                 "num_layers": shape["layers"],
-                "num_heads": HEADS,
-                "num_kv_heads": HEADS // 2,
-                "head_dim": max(shape["hidden"] // HEADS, 16),
+                "num_heads": shape["heads"],
+                "num_kv_heads": shape["heads"] // 2,
+                "head_dim": max(shape["hidden"] // shape["heads"], 16),
                 "max_sequence_length": shape["length"],
                 "norm_eps": 1e-6,
                 "qk_norm": True,
@@ -232,59 +269,109 @@ def work(run: Run) -> None:
     rank = join_processes("cpu" if run.device == "cpu" else "cuda")
     quiet_deepspeed()
     folder = Path(os.environ["RESULTS"])
-    contenders = make_contenders(run, rank, folder)
+    entrants = Entrants(run, rank)
+    make_contenders(entrants, folder)
     shape = SHAPES[run.shape]
     size = (run.ranks * shape["sequences"], shape["length"] + 1)
     tokens = torch.randint(shape["vocab"], size, generator=torch.Generator().manual_seed(0))
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    taken: dict[str, list[float]] = {name: [] for name in entrants.contenders}
     for number in range(run.rounds + 1):
-        names = list(contenders)
+        if number > 1 and out_of_time(run, rank):
+            break
+        names = list(entrants.contenders)
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            contender = contenders[name]
-            contender.activate()
-            gc.collect()
-            dist.barrier()
-            with contender.memory_counted():
-                of_step = seconds(partial(contender.step, contender.part_of(tokens)), rank.device.type)
-            if number:
+            of_step = entrants.attempt(name, partial(step_seconds, entrants, name, tokens))
+            if number and of_step is not None:
                 taken[name].append(of_step)
     report = {}
-    for name, contender in contenders.items():
-        contender.activate()
-        worst = torch.tensor([*taken[name], contender.peak_bytes], dtype=torch.float64, device=rank.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        with torch.no_grad():
-            loss = contender.loss(contender.part_of(tokens)) / run.ranks
-        dist.all_reduce(loss)
-        *slowest, peak_bytes = worst.tolist()
-        report[name] = {"seconds": slowest, "peak_bytes": peak_bytes, "loss": loss.item()}
+    for name in list(entrants.contenders):
+        figures = entrants.attempt(name, partial(figures_of, entrants, name, taken[name], tokens))
+        if figures is not None:
+            report[name] = figures
     if rank.is_first:
-        (folder / "measured.json").write_text(json.dumps(report))
+        (folder / "measured.json").write_text(json.dumps({"contenders": report, "left_out": entrants.left_out}))
     leave_processes()
 
 
-def make_contenders(run: Run, rank: Rank, folder: Path) -> dict[str, Contender]:
-    """Every contender for this number of ranks, by the names that `summarise` knows."""
-    contenders: dict[str, Contender] = {}
+def step_seconds(entrants: Entrants, name: str, tokens: torch.Tensor) -> float:
+    """How long a step of this rank takes, from when all ranks are ready."""
+    contender = entrants.contenders[name]
+    contender.activate()
+    gc.collect()
+    dist.barrier()
+    with contender.memory_counted():
+        return seconds(partial(contender.step, contender.part_of(tokens)), entrants.rank.device.type)
 
-    def add(name: str, make: Callable[..., Contender], config: Config, *arguments: object) -> None:
+
+def figures_of(entrants: Entrants, name: str, taken: list[float], tokens: torch.Tensor) -> dict[str, Any]:
+    """What `summarise` needs of a contender: the slowest rank's times, the largest memory, the mean loss."""
+    contender, rank = entrants.contenders[name], entrants.rank
+    contender.activate()
+    worst = torch.tensor([*taken, contender.peak_bytes], dtype=torch.float64, device=rank.device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    with torch.no_grad():
+        loss = contender.loss(contender.part_of(tokens)) / rank.world_size
+    dist.all_reduce(loss)
+    *slowest, peak_bytes = worst.tolist()
+    return {"seconds": slowest, "peak_bytes": peak_bytes, "loss": loss.item()}
+
+
+def out_of_time(run: Run, rank: Rank) -> bool:
+    """Whether the time is over by any rank's clock; collective, so that all of them stop after the same round."""
+    over = run.until is not None and time.time() > run.until
+    anywhere = torch.tensor(float(over), device=rank.device)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    return bool(anywhere)
+
+
+class Entrants:
+    """The contenders of a run, and why others are none."""
+
+    def __init__(self, run: Run, rank: Rank) -> None:
+        self.run, self.rank = run, rank
+        self.contenders: dict[str, Contender] = {}
+        self.left_out: dict[str, str] = {}
+
+    def attempt(self, name: str, action: Callable[[], Result]) -> Result | None:
+        """What `action` returns; None where it fails and the contender is out, with its memory free.
+
+        With several ranks only a package that is missing, which it is on all of them, is no reason to fail.
+        """
+        try:
+            return action()
+        except Exception as error:  # whatever another library raises: the others go on
+            if self.run.ranks > 1 and not isinstance(error, ImportError):
+                raise
+            self.left_out[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self.contenders.pop(name, None)
+        free_memory()
+        if self.rank.is_first:
+            print(f"{name}: left out ({self.left_out[name]})", file=sys.stderr)
+        return None
+
+    def add(self, name: str, make: Callable[..., Contender], config: Config, *arguments: object) -> None:
+        """Make a contender, by a name that `summarise` knows."""
+        if self.contenders and out_of_time(self.run, self.rank):
+            self.left_out[name] = "no time left"
+            return
         before = torch.cuda.memory_allocated()
-        contenders[name] = make(config, rank, *arguments)
-        contenders[name].kept_bytes = torch.cuda.memory_allocated() - before
+        contender = self.attempt(name, partial(make, config, self.rank, *arguments))
+        if contender is not None:
+            self.contenders[name] = contender
+            contender.kept_bytes = torch.cuda.memory_allocated() - before
 
+
+def make_contenders(entrants: Entrants, folder: Path) -> None:
+    """Every contender for this number of ranks; ours first."""
+    run = entrants.run
     for layout, parallel in run.layouts().items():
         for capacity, factor in CAPACITIES.items():
             config = make_config(run, parallel, factor, folder)
-            if "tensor" not in parallel:
-                add(f"deepspeed {layout} {capacity}", deepspeed_contender, config)
             if "tensor" not in parallel or factor is None:  # one way is enough to see what it costs
-                add(f"dsmoe {layout} {capacity}", dsmoe_contender, config, folder)
-    try:
-        add("transformers", transformers_contender, make_config(run, {}, None, folder))
-    except ImportError as error:
-        if rank.is_first:
-            print(f"transformers: left out ({error})", file=sys.stderr)
-    return contenders
+                entrants.add(f"dsmoe {layout} {capacity}", dsmoe_contender, config, folder)
+            if "tensor" not in parallel:
+                entrants.add(f"deepspeed {layout} {capacity}", deepspeed_contender, config)
+    entrants.add("transformers", transformers_contender, make_config(run, {}, None, folder))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def deepspeed_contender(config: Config, rank: Rank) -> Contender:
     model = build_model(config, device=rank.device)
     layers = []
     for block in model.blocks:
-        block.ffn = _deepspeed_layer(block.ffn, config).to(rank.device)
+        with rank.device:
+            block.ffn = _deepspeed_layer(block.ffn, config)
         layers.append(block.ffn)
     assert config.moe is not None
     coefficient = config.moe.balance.aux_loss
@@ -128,7 +129,8 @@ def transformers_contender(config: Config, rank: Rank) -> Contender:
         attn_implementation="sdpa",
         experts_implementation="grouped_mm",
     )
-    network = Qwen3MoeForCausalLM(shape).to(rank.device)
+    with rank.device:  # where weights are drawn: a CPU takes minutes for a card's worth of them
+        network = Qwen3MoeForCausalLM(shape)
     weights = dict(build_model(config, device=rank.device).named_parameters())
     network.load_state_dict({_transformers_name(name): weight for name, weight in weights.items()})
 

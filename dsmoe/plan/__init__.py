@@ -1,7 +1,7 @@
 """What a run will be, as arithmetic on its config: topology, batch, parameters, FLOPs, devices; no torch."""
 
 from dsmoe.plan.batch import Batch
-from dsmoe.plan.devices import KNOWN_DEVICES, DeviceFacts, resolve_device
+from dsmoe.plan.devices import KNOWN_DEVICES, DeviceFacts, known_device, resolve_device
 from dsmoe.plan.flops import Flops, flops_per_token
 from dsmoe.plan.layers import head_dim, is_moe_layer, num_kv_heads, num_moe_layers
 from dsmoe.plan.parameters import DeviceParameters, ParameterCounts, count_parameters
@@ -24,6 +24,7 @@ __all__ = [
     "head_dim",
     "headline",
     "is_moe_layer",
+    "known_device",
     "num_kv_heads",
     "num_moe_layers",
     "resolve_device",

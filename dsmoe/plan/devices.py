@@ -50,6 +50,31 @@ _KNOWN = (
 
 KNOWN_DEVICES: dict[str, DeviceFacts] = {facts.name: facts for facts in _KNOWN}
 
+_REPORTED = {
+    "A100-PCIE-40GB": "a100-40gb",
+    "A100-SXM4-40GB": "a100-40gb",
+    "A100 80GB PCIe": "a100-80gb",
+    "A100-SXM4-80GB": "a100-80gb",
+    "H100 80GB HBM3": "h100-sxm",
+    "H100 PCIe": "h100-pcie",
+    "H200": "h200",
+    "B200": "b200",
+    "GB200": "gb200",
+    "AMD Instinct MI300X": "mi300x",
+    "L40S": "l40s",
+    "GeForce RTX 4090": "rtx4090",
+}
+"""What a device calls itself, without its maker's "NVIDIA", where a data sheet above is about exactly that one."""
+
+
+def known_device(name: str) -> str | None:
+    """Return the name of `KNOWN_DEVICES` for a device that calls itself `name`, as torch.cuda.get_device_name does.
+
+    None where the table has no such device: also for its relatives (`H100 NVL`, `H200 NVL`, a MIG slice), whose rates
+    are others.
+    """
+    return _REPORTED.get(name.removeprefix("NVIDIA "))
+
 
 def resolve_device(device: str | Device | None) -> DeviceFacts | None:
     """Look up `cluster.device`: a known name, a description, or None for hardware nobody described.

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.measuring import RESULTS
-from benchmarks.train_step import OPPONENTS, Run, measure, table
+from benchmarks import train_step
+from benchmarks.measuring import RESULTS, Rows
+from benchmarks.train_step import OPPONENTS, SHAPES, Entrants, Run, make_config, measure, table
+from dsmoe.parallel import Rank
+from dsmoe.plan import count_parameters
 
 PAGE = RESULTS.parents[1] / "docs" / "training_step.md"
 
 
 def test_contenders_train_the_same_model_and_are_all_measured() -> None:
-    rows = measure(Run(ranks=2, dtype="fp32", shape="tiny", rounds=1, device="cpu"), threads=1)
+    kept = Rows()
+    measure(Run(ranks=2, dtype="fp32", shape="tiny", rounds=1, device="cpu"), threads=1, rows=kept)
+    rows = [row for row in kept.rows if row.get("contender") != "transformers"]  # an optional package
     assert [row["layout"] for row in rows] == ["expert=1", "expert=2", "expert=2 tensor=2"]
     for row in rows:
+        assert row["kind"] == "step"
         assert {"dsmoe dropless", "deepspeed dropless"} <= row["loss"].keys()
         whole = {name: loss for name, loss in row["loss"].items() if "capacity" not in name}
         assert list(whole.values()) == pytest.approx([row["loss"]["dsmoe dropless"]] * len(whole), rel=1e-5)
@@ -24,6 +32,75 @@ def test_contenders_train_the_same_model_and_are_all_measured() -> None:
         )
         assert all(ratio > 0 for ratio in row["speed_over"].values())
     assert len(table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_a_run_whose_time_is_over_has_one_round_of_the_first_contender(tmp_path: Path) -> None:
+    run = Run(ranks=1, dtype="bf16", shape="tiny", rounds=10**9, device="cpu", until=0.0)
+    measure(run, threads=1, rows=Rows(tmp_path / "rows.jsonl"))
+    *left_out, row = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {each["contender"] for each in left_out} == {
+        "dsmoe expert=1 capacity 1.25",
+        "deepspeed expert=1 dropless",
+        "deepspeed expert=1 capacity 1.25",
+        "transformers",
+    }
+    assert {(each["kind"], each["error"]) for each in left_out} == {("step", "no time left")}
+    assert row["tokens_per_second"].keys() == {"dsmoe dropless"}
+    assert row["speed_over"] == {}
+    assert table([*left_out, row]).endswith(f"| bf16 |  |  |  | {row['tokens_per_second']['dsmoe dropless']:.0f} |")
+    assert len(table([*left_out, {**row, "tokens_per_second": {}}]).splitlines()) == 3
+
+
+def entrants(ranks: int) -> Entrants:
+    run = Run(ranks=ranks, dtype="fp32", shape="tiny", rounds=1, device="cpu")
+    return Entrants(run, Rank(0, 0, ranks, torch.device("cpu")))
+
+
+def test_a_contender_that_fails_is_left_out_with_one_rank_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 GiB.\nSee the manual.")
+
+    def missing(*_: object) -> None:
+        raise ImportError("no transformers")
+
+    freed: list[bool] = []
+    monkeypatch.setattr(train_step, "free_memory", lambda: freed.append(True))
+    alone, two = entrants(1), entrants(2)
+    config = make_config(alone.run, {}, None, Path())
+    alone.add("large", too_large, config)
+    alone.add("missing", missing, config)
+    two.add("missing", missing, config)
+    with pytest.raises(torch.OutOfMemoryError):  # the others would wait for it
+        two.add("large", too_large, config)
+    assert alone.contenders == two.contenders == {}
+    assert alone.left_out == {
+        "large": "CUDA out of memory. Tried to allocate 40.00 GiB.",
+        "missing": "no transformers",
+    }
+    assert two.left_out == {"missing": "no transformers"}
+    assert len(freed) == 3
+
+
+def test_a_contender_whose_step_fails_is_forgotten() -> None:
+    alone = entrants(1)
+    alone.contenders["tired"] = object()  # type: ignore[assignment]
+    assert alone.attempt("tired", lambda: 1 // 0) is None
+    assert (alone.contenders, alone.left_out) == ({}, {"tired": "integer division or modulo by zero"})
+    assert alone.attempt("well", lambda: 7) == 7
+
+
+def test_five_contenders_of_the_large_shape_fit_an_80_gb_card() -> None:
+    """The arithmetic of the comment at `SHAPES`; activations measured on a CPU, at the same widths."""
+    run = Run(ranks=1, dtype="bf16", shape="gpu", rounds=1, device="h100-sxm")
+    shape = SHAPES["gpu"]
+    parameters = count_parameters(make_config(run, {}, None, Path())).total
+    logits = run.tokens * shape["vocab"] * 4
+    layers = 1024 * shape["layers"] * run.tokens
+    activations = max(118 * layers, 90 * layers + 3 * logits)
+    needed = 5 * 14 * parameters + 2 * 5e8 * 2 + 4 * parameters + activations
+    assert parameters == pytest.approx(487e6, rel=0.01)
+    assert needed == pytest.approx(63e9, rel=0.02)
+    assert needed < 0.8 * 79.1 * 2**30
 
 
 def test_the_page_has_the_measured_table() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Device
-from dsmoe.plan import KNOWN_DEVICES, DeviceFacts, resolve_device
+from dsmoe.plan import KNOWN_DEVICES, DeviceFacts, known_device, resolve_device
 
 
 def test_a_known_name() -> None:
@@ -41,3 +41,36 @@ def test_a_name_like_no_other_gets_the_list_without_a_guess() -> None:
         resolve_device("trainium")
     assert "did you mean" not in str(caught.value)
     assert "known: a100-40gb" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("A100-SXM4-40GB", "a100-40gb"),  # as older drivers have it
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_a_device_is_known_by_what_torch_calls_it(reported: str, name: str) -> None:
+    assert known_device(reported) == name
+    assert name in KNOWN_DEVICES
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        *("NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"),
+        *("NVIDIA A100-SXM-64GB", "NVIDIA L40", "NVIDIA GeForce RTX 4090 D", "Tesla V100-SXM2-16GB", "", "cpu"),
+    ],
+)
+def test_a_relative_of_a_known_device_is_not_taken_for_it(reported: str) -> None:
+    assert known_device(reported) is None
