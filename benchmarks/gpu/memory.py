@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu.memory --device cuda [--tiny] [--rows FILE] [--seconds S]
 
-One rank. Every row has the configuration's settings and bytes in GiB, so that a planner can be held against it. Weights,
-gradients and optimizer state are the sizes of the tensors that there are; what is allocated is the allocator's word, and
-the differences between its readings are the rest. On a CPU there is no such allocator: `allocated_gib` is then the
-process' resident size, and the peaks are absent.
+One rank. Every row has the configuration's settings and bytes in GiB, so that a planner can be held against it.
+Weights, gradients and optimizer state are the sizes of the tensors that there are; what is allocated is the allocator's
+word, and the differences between its readings are the rest. On a CPU there is no such allocator: `allocated_gib` is
+then what the process' resident size has grown by, and the peaks are absent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "dense, bf16, ZeRO 1": {"train": BF16, "moe": {}},
     "dropless, fp32, ZeRO 0": {"train": FP32, "parallel": {"zero_stage": 0}},
 }
-"""What each changes; `moe: {}` is a model without experts, with a feed-forward as wide as a token's experts together."""
+"""What each changes; `moe: {}` is a model without experts, its feed-forward as wide as a token's experts together."""
 SIZES = {
     "gpu": {
         "vocab": 32768,
@@ -88,7 +88,7 @@ def main() -> int:
                 row["error"] = f"out of memory: {str(error).splitlines()[0]}"
             free_memory()
             rows.add(row)
-            print(json.dumps(row), flush=True)
+            print({key: value for key, value in row.items() if key != "settings"}, flush=True)
     leave_processes()
     return 0
 
@@ -96,9 +96,10 @@ def main() -> int:
 def make_config(name: str, size: str, device: str | None, folder: Path) -> Config:
     """A configuration by name."""
     changes, s = CONFIGURATIONS[name], SIZES[size]
-    corpus = folder / "corpus.txt"
+    corpus = folder / "corpus.jsonl"
     if not corpus.exists():
-        corpus.write_text("where memory goes\n" * (s["length"] * s["micro"] * (STEPS + 1) // 8))
+        texts = (f"{number} times {number} makes {number * number}, without a remainder" for number in range(4000))
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     is_dense = changes.get("moe") == {}
     moe = {"num_experts": s["experts"], "top_k": TOP_K, "expert_ffn_size": s["ffn"], "balance": {"aux_loss": 0.01}}
     moe |= {"capacity": {"factor": None}} | changes.get("moe", {})
@@ -118,10 +119,11 @@ def make_config(name: str, size: str, device: str | None, folder: Path) -> Confi
             },
             **({} if is_dense else {"moe": moe}),
             "data": {
-                "sources": [{"name": "corpus", "path": str(corpus)}],
+                "sources": [{"name": "corpus", "path": str(corpus), "format": "jsonl"}],
                 "cache_dir": str(folder / "cache"),
-                "validation_fraction": 0.01,
+                "validation_fraction": 0.05,
             },
+            "optimizer": {"lr": 1e-4, "schedule": "constant"},
             "train": {
                 "steps": STEPS,
                 "batch_tokens": s["micro"] * s["length"],
@@ -141,7 +143,7 @@ def measured(config: Config, rank: Rank) -> Row:
     trainer = Trainer(config, Groups(Topology.from_config(config)), rank, Path(config.runs_dir) / "checkpoints")
     for _ in range(STEPS - 1):
         trainer.step()
-    parts = Parts(trainer, rank.device)
+    parts = Parts(trainer, rank.device, before.allocated)
     trainer.step()
     after = Reading.now(rank.device)
     engine, model = trainer.engine, trainer.model
@@ -155,6 +157,7 @@ def measured(config: Config, rank: Rank) -> Row:
         "activations_gib": parts.activations_gib,
         **parts.peaks_gib,
         "allocated_gib": after.allocated - before.allocated,
+        "left_by_others_gib": before.allocated,
         "reserved_gib": after.reserved,
         "outside_torch_gib": after.outside,
         "settings": json.loads(config.model_dump_json(include={"parallel", "model", "moe", "train"})),
@@ -185,14 +188,15 @@ class Reading:
 class Parts:
     """Reads memory at the borders of a step's parts: forward, backward, optimizer step.
 
-    `activations_gib` is what the forward pass leaves allocated for the backward pass.
+    `activations_gib` is what the forward pass leaves allocated for the backward pass. Peaks do not count what was
+    allocated before there was a trainer.
     """
 
-    def __init__(self, trainer: Trainer, device: torch.device) -> None:
+    def __init__(self, trainer: Trainer, device: torch.device, before_gib: float) -> None:
         self.peaks_gib: dict[str, float | None] = {}
         self.activations_gib: float | None = None
         self.gradients_gib = 0.0
-        self._device = device
+        self._device, self._before_gib = device, before_gib
         self._begun = 0
         engine, model = trainer.engine, trainer.model
         backward, step = engine.backward, engine.step
@@ -223,7 +227,7 @@ class Parts:
     def _end(self, part: str) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-            self.peaks_gib[f"{part}_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+            self.peaks_gib[f"{part}_peak_gib"] = torch.cuda.max_memory_allocated() / GIB - self._before_gib
             if part == "forward":
                 self.activations_gib = (torch.cuda.memory_allocated() - self._begun) / GIB
 
