@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu`: prove dsmoe on a machine with CUDA devices and measure it there, in a few minutes."""
