@@ -3,7 +3,7 @@
 Every kernel has a twin in plain PyTorch, next to its caller, which defines what it computes and runs on a CPU. Kernels
 compute in fp32 whatever the dtype, read nothing on the host, add nothing atomically except integers, and so can be
 captured in a CUDA graph and repeat themselves bit for bit. Their functions check no arguments: tensors must be
-contiguous and on one device, the current one.
+contiguous and on one device, the current one. How large a block each program works on stands in `blocks.json`.
 
 A module of this folder imports Triton, which only CUDA builds of torch bring along: import it where `on_gpu` has said
 yes.

@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 2048
-"""Elements of a tile: with 4 warps, two 16-byte vectors of bf16 per thread and tensor."""
+from dsmoe.moe.kernels.blocks import SIZES, Sizes
 
 
 def weighted_activation(z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor, name: str) -> torch.Tensor:
@@ -26,9 +25,10 @@ def weighted_activation(z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torc
     """
     inner = _inner(z_NZ, name)
     hidden_NI = z_NZ.new_empty(z_NZ.shape[0], inner)
-    rows, columns = _tile(inner)
+    rows, columns, num_warps = _tile(inner, SIZES["activation_forward"])
     grid = (triton.cdiv(z_NZ.shape[0], rows), triton.cdiv(inner, columns))
-    _forward[grid](z_NZ, weight_N, ends_L, hidden_NI, ends_L.numel(), inner, name, rows, columns, num_warps=4)
+    tensors = (z_NZ, weight_N, ends_L, hidden_NI)
+    _forward[grid](*tensors, ends_L.numel(), inner, name, rows, columns, num_warps=num_warps)
     return hidden_NI
 
 
@@ -43,10 +43,10 @@ def weighted_activation_backward(
     """
     inner = _inner(z_NZ, name)
     hidden_NI, grad_z_NZ, grad_weight_N = torch.empty_like(grad_NI), torch.empty_like(z_NZ), torch.empty_like(weight_N)
-    rows, columns = _tile(inner)
+    rows, columns, num_warps = _tile(inner, SIZES["activation_backward"])
     tensors = (grad_NI, z_NZ, weight_N, ends_L, hidden_NI, grad_z_NZ, grad_weight_N)
     grid = (triton.cdiv(z_NZ.shape[0], rows),)
-    _backward[grid](*tensors, ends_L.numel(), inner, name, rows, columns, num_warps=4)
+    _backward[grid](*tensors, ends_L.numel(), inner, name, rows, columns, num_warps=num_warps)
     return hidden_NI, grad_z_NZ, grad_weight_N
 
 
@@ -54,10 +54,10 @@ def _inner(z_NZ: torch.Tensor, name: str) -> int:
     return z_NZ.shape[1] // 2 if name in ("swiglu", "geglu") else z_NZ.shape[1]
 
 
-def _tile(inner: int) -> tuple[int, int]:
-    """Rows and columns of a tile: columns for whole cache lines, but no more of them than there are."""
-    columns = min(triton.next_power_of_2(inner), 256)
-    return _TILE // columns, columns
+def _tile(inner: int, sizes: Sizes) -> tuple[int, int, int]:
+    """Rows and columns of a tile, with no more columns than there are, and the warps that work on it."""
+    columns = min(triton.next_power_of_2(inner), sizes["columns"])
+    return max(sizes["tile"] // columns, 1), columns, sizes["warps"]
 
 
 @triton.jit

@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 128
-"""Assignments of a block. Ranks cost its square, histograms cost E per block."""
+from dsmoe.moe.kernels.blocks import SIZES
 
 
 def count_by_expert(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -36,15 +35,16 @@ def sort_by_expert(
     """
     starts_EB = _starts(experts, num_experts)
     order_A, expert_A, place_A = (torch.empty_like(experts.view(-1)) for _ in range(3))
-    num_blocks = _num_blocks(experts)
-    _place[(num_blocks,)](
-        experts, starts_EB, order_A, expert_A, place_A, experts.numel(), num_blocks, num_experts, _BLOCK, num_warps=4
-    )
+    num_blocks, block, num_warps = _blocks(experts)
+    tensors = (experts, starts_EB, order_A, expert_A, place_A)
+    _place[(num_blocks,)](*tensors, experts.numel(), num_blocks, num_experts, block, num_warps=num_warps)
     return _counts(starts_EB, num_experts), order_A, expert_A, place_A
 
 
-def _num_blocks(experts: torch.Tensor) -> int:
-    return max(triton.cdiv(experts.numel(), _BLOCK), 1)
+def _blocks(experts: torch.Tensor) -> tuple[int, int, int]:
+    """How many blocks there are, the assignments of one, and the warps that work on it."""
+    block, num_warps = SIZES["permute"]["block"], SIZES["permute"]["warps"]
+    return max(triton.cdiv(experts.numel(), block), 1), block, num_warps
 
 
 def _starts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -52,10 +52,11 @@ def _starts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
 
     The assignments that fill up the last block count as masked ones, so that they stand behind all others.
     """
-    num_blocks = _num_blocks(experts)
+    num_blocks, block, num_warps = _blocks(experts)
     counts_EB = experts.new_empty((num_experts + 1) * num_blocks + 1, dtype=torch.int32)
     bins = triton.next_power_of_2(num_experts + 1)
-    _histogram[(num_blocks,)](experts, counts_EB, experts.numel(), num_blocks, num_experts, bins, _BLOCK, num_warps=4)
+    sizes = (experts.numel(), num_blocks, num_experts, bins, block)
+    _histogram[(num_blocks,)](experts, counts_EB, *sizes, num_warps=num_warps)
     return counts_EB.cumsum(0, dtype=torch.int32)
 
 

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-_TILE = 2048
-"""Elements of a tile: with 4 warps, four 16-byte vectors of fp32 per thread."""
+from dsmoe.moe.kernels.blocks import SIZES
 
 
 def route(
@@ -100,9 +99,11 @@ def _launch(
     rule: tuple[str, bool, float, float],
 ) -> None:
     columns, choices = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
-    rows = max(_TILE // columns, 1)
+    rows = max(SIZES["topk_router"]["tile"] // columns, 1)
     sizes = (num_experts, top_k, rows, columns, choices)
-    kernel[(triton.cdiv(num_tokens, rows),)](*tensors, num_tokens, *rule, *sizes, num_warps=4)
+    kernel[(triton.cdiv(num_tokens, rows),)](
+        *tensors, num_tokens, *rule, *sizes, num_warps=SIZES["topk_router"]["warps"]
+    )
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Compiles every launch of the kernels for an H100, on any machine: writes what it became to a file, as JSON.
 
+Those of the default sizes; of others also, but for bf16 only: some of the tests' own, and the table's for an H100.
+
 Run as a program of its own that is given the file, without Triton's interpreter. The functions are called as ever, so
 that the signatures, alignments and block sizes are the real ones; the launch itself is left out.
 """
@@ -11,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,10 @@ from triton.runtime.jit import JITFunction
 
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
 from dsmoe.moe.kernels.bag_sum import bag_sum
+from dsmoe.moe.kernels.blocks import SIZES, TABLE, choose, read
 from dsmoe.moe.kernels.permute import sort_by_expert
 from dsmoe.moe.kernels.topk_router import route
+from tests.moe.kernels import OTHER_SIZES
 
 T, D, E, K, INNER = 1000, 2048, 128, 8, 768
 """Qwen3-30B-A3B's shape; T is odd on purpose: nothing may rely on it."""
@@ -45,6 +50,7 @@ class NoDriver:
 def main() -> None:
     reports: dict[str, dict[str, int]] = {}
     launch = JITFunction.run
+    case = ""
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
@@ -52,24 +58,41 @@ def main() -> None:
 
     JITFunction.run = compile_only
     triton.runtime.driver.set_active(NoDriver())
+    table = read(TABLE)
+    sets = {"": choose(table, "default"), "others: ": {kernel: others[0] for kernel, others in OTHER_SIZES.items()}}
+    if "sm_90" in table:
+        sets["table: "] = choose(table, "sm_90")
+    for name, sizes in sets.items():
+        SIZES.update(sizes)
+        for part in launches(all_dtypes=not name):
+            case = name + part
+    Path(sys.argv[1]).write_text(json.dumps(reports))
+
+
+def launches(all_dtypes: bool) -> Iterator[str]:
+    """Call the kernels, each time after having said what the case is."""
     ends_L = torch.zeros(E, dtype=torch.int32)
-    for dtype, names in ((torch.bfloat16, ("swiglu", "geglu", "gelu", "relu2")), (torch.float32, ("swiglu",))):
+    dtypes = {torch.bfloat16: ("swiglu", "geglu", "gelu", "relu2"), torch.float32: ("swiglu",)}
+    for dtype, names in dtypes.items() if all_dtypes else [(torch.bfloat16, ("swiglu",))]:
         for name in names:
-            case = f"{dtype} {name}"
+            yield f"{dtype} {name}"
             z_NZ = torch.zeros(T, INNER * (2 if name in ("swiglu", "geglu") else 1), dtype=dtype)
             hidden_NI = weighted_activation(z_NZ, torch.zeros(T), ends_L, name)
             weighted_activation_backward(hidden_NI, z_NZ, torch.zeros(T), ends_L, name)
         for size in (K, 1):
-            case = f"{dtype} bags of {size}"
+            yield f"{dtype} bags of {size}"
             bag_sum(torch.zeros(T, D, dtype=dtype), torch.zeros(T, size, dtype=torch.int64))
-    case = ""
+    yield ""
     sort_by_expert(torch.zeros(T, K, dtype=torch.int64), E)
-    for score, bias_E in (("softmax", None), ("sigmoid", torch.zeros(E))):
-        case = score
+    for score, bias_E, preference_TE in (
+        ("softmax", None, None),
+        ("softmax", None, torch.zeros(T, E)),
+        ("sigmoid", torch.zeros(E), None),
+    ):
+        yield score if preference_TE is None else f"{score} by preference"
         logits_TE = torch.zeros(T, E, requires_grad=True)
-        scores_TE, weights_TK, _ = route(logits_TE, bias_E, None, K, score, True, 1.0, 1e-20)
+        scores_TE, weights_TK, _ = route(logits_TE, bias_E, preference_TE, K, score, True, 1.0, 1e-20)
         (scores_TE.sum() + weights_TK.sum()).backward()
-    Path(sys.argv[1]).write_text(json.dumps(reports))
 
 
 def report(kernel: Any) -> dict[str, int]:

@@ -36,6 +36,18 @@ def test_bags_without_rows_are_zero_and_nothing_else_is_read() -> None:
     assert torch.equal(bag_sum(rows_ND, row_SK)[:, 0].cpu(), torch.tensor([0.0, 1.0, 2.0]))
 
 
+def test_offsets_beyond_32_bits() -> None:
+    """More elements than int32 counts; all rows but the last stay untouched, so that a CPU has no page of them."""
+    width = 4096
+    num_rows = 2**31 // width + 2
+    rows_ND = torch.empty(num_rows, width, dtype=torch.bfloat16, device=DEVICE)
+    rows_ND[-1] = torch.arange(width, device=DEVICE) % 128
+    row_SK = torch.tensor([[num_rows - 1], [num_rows]], device=DEVICE)
+    out_SD = bag_sum(rows_ND, row_SK)
+    assert torch.equal(out_SD[0], rows_ND[-1])
+    assert not out_SD[1].any()
+
+
 def test_one_row_each_is_an_exact_copy() -> None:
     rows_ND = torch.randn(9, 24, dtype=torch.bfloat16, device=DEVICE)
     row_S1 = torch.randperm(9, device=DEVICE)[:, None]
