@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.adopt import adopt
 from benchmarks.gpu.results import Outcome, Results, read_rows
 from benchmarks.gpu.stages import STAGES, Machine, time_limit
 from benchmarks.gpu.supervise import supervise
@@ -55,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cpu is a rehearsal, and the sizes are those of a GPU: add --tiny")
     try:
         if options.adopt:
+            from benchmarks.gpu.adopt import adopt  # which looks for a device, as a stage's program does
+
             for line in adopt(options.adopt, ROOT):
                 print(line)
             return 0
@@ -72,7 +73,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     facts = _find_machine(options.device, arguments, environment)
     machine = Machine(options.device, facts["ranks"], facts["known_as"], options.tiny)
     results = Results(folder, facts, options.tiny)
-    print(f"{facts['hardware']}, {facts['devices']} of them; results in {results.json_path}", flush=True)
+    print(f"{facts['devices']} x {facts['hardware']}; results in {results.json_path}", flush=True)
     signal.signal(signal.SIGTERM, _interrupt)
     stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
     try:
@@ -90,12 +91,12 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
                 )
                 results.add(Outcome.of(stage.name, end, *read_rows(rows), limit))
             print(f"{stage.name}: {results.outcomes[-1].sentence()}", flush=True)
-    except KeyboardInterrupt:
-        print("interrupted; what was measured is kept", file=sys.stderr)
-        return 1
-    finally:
-        print(f"\n{results.table()}\n\nwrote {results.json_path}\n      {results.markdown_path}", flush=True)
-    return 0 if all(outcome.is_done for outcome in results.outcomes) else 1
+            if end.word == "interrupted":
+                break
+    except KeyboardInterrupt:  # between two stages
+        pass
+    print(f"\n{results.table()}\n\nwrote {results.json_path}\n      {results.markdown_path}", flush=True)
+    return 0 if len(results.outcomes) == len(stages) and all(outcome.is_done for outcome in results.outcomes) else 1
 
 
 def _interrupt(*_: object) -> None:
@@ -105,7 +106,8 @@ def _interrupt(*_: object) -> None:
 
 def _environment(device: str) -> dict[str, str]:
     """For every stage; on the CPU without the devices that may be there, and with Triton's interpreter."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     if device == "cpu":

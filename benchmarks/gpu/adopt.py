@@ -9,8 +9,10 @@ import json
 import shutil
 from pathlib import Path
 
+from benchmarks.gpu import tune
 from benchmarks.gpu.results import Outcome
 from benchmarks.measuring import Row
+from dsmoe.moe.kernels import blocks
 
 BEGIN, END = "<!-- status: `python -m benchmarks.gpu --adopt FILE` writes this -->", "<!-- end of status -->"
 RESULTS = Path("benchmarks") / "results"
@@ -23,9 +25,13 @@ def adopt(file: Path, root: Path) -> list[str]:
         ValueError: the file is not the JSON of a run of `benchmarks.gpu`.
         OSError: it, or the Markdown file beside it, cannot be read.
     """
-    read_results(file)
+    results = read_results(file)
     page = file.with_suffix(".md")
     changed = []
+    best = [row for stage in results["stages"] for row in stage["rows"] if row.get("kind") == "best"]
+    if not results["rehearsal"] and best:
+        table = root / blocks.TABLE.relative_to(blocks.TABLE.parents[3])
+        changed += [f"took {kernel} into {table.relative_to(root)}" for kernel in tune.adopt(best, table)]
     for source in (file, page):
         target = root / RESULTS / source.name
         if source.resolve() != target.resolve():

@@ -13,8 +13,8 @@ from benchmarks.gpu.supervise import End
 from benchmarks.measuring import Row
 from dsmoe.plan.text import table
 
-MOST_CELLS = 12
-"""Columns of a table in the Markdown file; the JSON has everything."""
+LEFT_OUT_KINDS, LEFT_OUT_KEYS = ("tune",), ("kind", "settings")
+"""What the Markdown file has no room for; the JSON has everything."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Outcome:
         verdicts = [row["passed"] for row in self.rows if "passed" in row]
         left_out = sum("error" in row for row in self.rows)
         figures = len(self.rows) - len(verdicts) - left_out
+        tests = sum(row.get("tests", 0) for row in self.rows)
         parts = [f"{verdicts.count(True)} of {len(verdicts)} checks passed"] if verdicts else []
+        parts += [f"{tests} tests in them"] if tests else []
         parts += [f"{figures} figures"] if figures else []
         parts += [f"{left_out} left out"] if left_out else []
         return ", ".join(parts) or "nothing"
@@ -133,7 +135,7 @@ def markdown(tree: Row) -> str:
     lines = [
         f"# {'Rehearsal without a GPU' if tree['rehearsal'] else tree['hardware']}, {tree['date']}",
         "",
-        f"{tree['hardware']}, {tree['devices']} of them{driver}; Python {tree['python']}, {packages}.",
+        f"{tree['devices']} x {tree['hardware']}{driver}; Python {tree['python']}, {packages}.",
         "",
         f"```bash\n{tree['command']}\n```",
         "",
@@ -145,21 +147,24 @@ def markdown(tree: Row) -> str:
         for row in stage["rows"]:
             kinds.setdefault(str(row.get("kind", stage["stage"])), []).append(row)
         for kind, rows in kinds.items():
-            columns = _columns(rows)
-            cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-            lines += ["", f"## {stage['stage']}: {kind.replace('_', ' ')}", "", *_table(cells)]
+            if kind not in LEFT_OUT_KINDS:
+                lines += ["", f"## {stage['stage']}: {kind.replace('_', ' ')}", "", *_rows(rows)]
     return "\n".join(lines) + "\n"
+
+
+def _rows(rows: Sequence[Row]) -> list[str]:
+    """A table of rows of one kind; what is the same in all of them stands above it."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in LEFT_OUT_KEYS]
+    same = [key for key in keys if len(rows) > 1 and all(row.get(key) == rows[0].get(key) for row in rows)]
+    columns = [key for key in keys if key not in same]
+    cells = [[key.replace("_", " ") for key in columns], *([_cell(row.get(key)) for key in columns] for row in rows)]
+    alike = ", ".join(f"{key.replace('_', ' ')} {_cell(rows[0][key])}" for key in same)
+    return [*([f"{alike}:", ""] if alike else []), *_table(cells)]
 
 
 def _stage_cells(stage: Row) -> list[str]:
     outcome = Outcome(**stage)
     return [outcome.stage, outcome.word, f"{outcome.seconds:.0f}", outcome.summary, outcome.why or ""]
-
-
-def _columns(rows: Sequence[Row]) -> list[str]:
-    """The keys of all rows, in order, but for what a table has no room for."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return [key for key in keys if key not in ("kind", "settings")][:MOST_CELLS]
 
 
 def _cell(value: Any) -> str:
@@ -169,7 +174,7 @@ def _cell(value: Any) -> str:
         case bool():
             return "yes" if value else "no"
         case float():
-            return f"{value:.4g}"
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
         case dict():
             return ", ".join(f"{key} {_cell(part)}" for key, part in value.items())
         case list():

@@ -60,7 +60,7 @@ class Stage:
             case "step":
                 named = ["--device", machine.known_as] if machine.known_as else []
                 sizes = ["--shape", "tiny" if machine.tiny else "gpu", "--dtypes", "bf16"]
-                return [*named, *sizes, "--ranks", *map(str, sorted({1, machine.ranks}))]
+                return [*named, *sizes, "--ranks", *map(str, [1] if machine.tiny else sorted({1, machine.ranks}))]
             case "tune":
                 return [*device, *tiny]
         return [*device, *tiny, *ranks, *known_as]

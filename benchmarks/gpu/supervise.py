@@ -36,7 +36,7 @@ class End:
 
     Attributes:
         why: None where it ended by itself with exit code 0; else one sentence.
-        word: `done`, `failed`, `out of time` or `killed`.
+        word: `done`, `failed`, `out of time`, `killed`, or `interrupted` where this process was, by Ctrl-C or SIGTERM.
         seconds: how long it ran.
     """
 
@@ -72,7 +72,9 @@ def supervise(
             if why_ended is not None:
                 _send(signal.SIGABRT, mark)
                 _wait(process, log, time.monotonic() + STACKS_SECONDS)
-        finally:  # also where this process itself is told to end
+        except KeyboardInterrupt:
+            return End("interrupted", "interrupted", time.monotonic() - begun)
+        finally:
             left = _end_all(mark)
             process.wait()
     seconds = time.monotonic() - begun

@@ -18,7 +18,7 @@ from benchmarks.peers import Shape
 from dsmoe.config.errors import UserError
 from dsmoe.moe.kernels import blocks
 from dsmoe.moe.kernels.blocks import SIZES
-from tests.moe.kernels import DEVICE
+from tests.moe import DEVICE
 
 DEFAULT, GOOD, OTHER = ({"block": block, "warps": 1} for block in (128, 64, 32))
 BEST = {"kind": "best", "capability": "sm_90", "kernel": "permute", "sizes": GOOD, "speedup": 1.2}

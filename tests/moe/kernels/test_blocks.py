@@ -18,7 +18,8 @@ from dsmoe.moe.kernels import blocks
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
 from dsmoe.moe.kernels.bag_sum import bag_sum
 from dsmoe.moe.kernels.permute import count_by_expert, sort_by_expert
-from tests.moe.kernels import DEVICE, DTYPES, OTHER_SIZES, test_activation, test_bag_sum, test_topk_router
+from tests.moe import DEVICE
+from tests.moe.kernels import DTYPES, OTHER_SIZES, test_activation, test_bag_sum, test_topk_router
 
 SETS = [dict(zip(OTHER_SIZES, sizes, strict=True)) for sizes in zip(*OTHER_SIZES.values(), strict=True)] + [
     blocks.choose(blocks.read(blocks.TABLE), capability)
