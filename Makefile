@@ -1,15 +1,17 @@
 # `make train`: train a small MoE model in a few minutes.  `make check`, `make test`, `make test-cluster`: what CI runs.
 # `make test-containers`: build the image and train in two containers (root, buildah, podman; minutes).
 # `make test-mutations`: does a test see every mistake of tests/mutations/mutations.py?
+# `make gpu`: prove dsmoe on this machine's CUDA devices and measure it, in nine minutes (docs/gpu.md); ARGS="--minutes 6".
 # Needs Python 3.11 or newer, git and a C compiler's headers for nothing but some packages' installation.
 
 PYTHON ?= python3
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny_cpu.yaml
 CLUSTER ?= cluster
 
-.PHONY: install train test test-cluster test-containers test-mutations check format clean
+.PHONY: install train test test-cluster test-containers test-mutations gpu check format clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +31,10 @@ test-containers: $(VENV)/.installed
 
 test-mutations: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations --durations=0
+
+# Installs nothing: a machine with devices is rented by the minute, and may reach no registry.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

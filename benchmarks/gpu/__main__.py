@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     machine = Machine(options.device, facts["ranks"], facts["known_as"], options.tiny)
     results = Results(folder, facts, options.tiny)
     print(f"{facts['devices']} x {facts['hardware']}; results in {results.json_path}", flush=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
     try:
         for number, stage in enumerate(stages):
@@ -95,6 +95,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
                 break
     except KeyboardInterrupt:  # between two stages
         pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"\n{results.table()}\n\nwrote {results.json_path}\n      {results.markdown_path}", flush=True)
     return 0 if len(results.outcomes) == len(stages) and all(outcome.is_done for outcome in results.outcomes) else 1
 

@@ -66,7 +66,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--known-as", help="the device's name in dsmoe.plan.devices")
-    parser.add_argument("--ranks", type=int, help="not used: one rank is measured")
     parser.add_argument("--tiny", action="store_true")
     add_stage_options(parser)
     options = parser.parse_args()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
+import re
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,6 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.gpu import training
-from benchmarks.gpu.supervise import last_line
 from benchmarks.gpu.training import Bench
 from benchmarks.measuring import Deadline, Row, Rows, add_stage_options
 
@@ -48,7 +48,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--ranks", type=int, default=1, help="the most that train together")
-    parser.add_argument("--known-as", help="not used here")
     parser.add_argument("--tiny", action="store_true", help="a few checks of each kind")
     add_stage_options(parser)
     options = parser.parse_args()
@@ -56,9 +55,8 @@ def main() -> int:
     lock = threading.Lock()
 
     def do(check: Check) -> None:
-        found = check.run(deadline)
-        with lock:
-            for row in found:
+        for row in check.run(deadline):
+            with lock:
                 rows.add(row)
                 print(row, flush=True)
 
@@ -75,17 +73,19 @@ class Check:
     """Something to be found out: a name for it, and what finds it out."""
 
     name: str
-    action: Callable[[], Sequence[Row]]
+    action: Callable[[], Iterable[Row]]
 
-    def run(self, deadline: Deadline) -> Sequence[Row]:
-        """Its rows; `passed` is None where there is no time to begin."""
+    def run(self, deadline: Deadline) -> Iterator[Row]:
+        """Its rows, each as soon as it is known; `passed` is None where there is no time to begin."""
         row: Row = {"kind": "checks", "check": self.name, "passed": None}
         if deadline.passed():
-            return [row]
+            yield row
+            return
         try:
-            return self.action()
+            yield from self.action()
         except Exception as error:
-            return [{**row, "passed": False, "detail": repr(error)}]
+            traceback.print_exc()
+            yield {**row, "passed": False, "detail": repr(error)}
 
 
 def all_checks(bench: Bench) -> list[Check]:
@@ -103,11 +103,12 @@ def all_checks(bench: Bench) -> list[Check]:
     return checks
 
 
-def training_in(bench: Bench, precision: str) -> list[Row]:
+def training_in(bench: Bench, precision: str) -> Iterator[Row]:
     """A CPU's run, and the devices' runs beside it: every ZeRO stage on all of them, and one rank alone."""
     reference, failed = training.begin_on_cpu(bench, precision)
     if failed:
-        return [failed]
+        yield failed
+        return
     ranks = bench.ranks
     settings = [(1, ranks, "torchrun")]
     if not bench.tiny:
@@ -115,35 +116,29 @@ def training_in(bench: Bench, precision: str) -> list[Row]:
         settings += [(1, 1, "torchrun")] if ranks > 1 else []
     with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 2 * CORES_PER_CHECK else 1) as pool:
         runs = [pool.submit(training.as_on_a_cpu, bench, reference, precision, *setting) for setting in settings]
-        return [run.result() for run in runs]
+        yield from (run.result() for run in runs)
 
 
 def tested(name: str, files: Sequence[str], bench: Bench) -> list[Row]:
     """Run pytest on some files; the row has what it counted, and the first failure."""
-    report = bench.folder / f"{len(list(bench.folder.glob('*.xml')))}_{time.monotonic_ns()}.xml"
+    report = bench.folder / f"{re.sub(r'[^a-z]+', '_', name)}.xml"
     output = report.with_suffix(".out")
     row: Row = {"kind": "tests", "check": name, "passed": False}
     command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "--junitxml", str(report)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     begun = time.monotonic()
     process = training.start([*command, "-o", "addopts=-q --strict-markers"], environment, output)
-    try:
-        code = process.wait(timeout=max(bench.deadline.left(), 1.0))
-    except subprocess.TimeoutExpired:
-        training.kill_all(process)
-        code = -1
+    why = training.wait_within(bench.deadline, process, output)
     row["seconds"] = time.monotonic() - begun
-    print(f"--- {name}\n{output.read_text(errors='replace')[-20_000:]}", flush=True)
     if not report.exists():
-        why = "there was no time left" if code == -1 else f"exit code {code}: {last_line(output)}"
-        return [{**row, "detail": why}]
+        return [training.not_passed(row, why or "it wrote no report")]
     cases = ElementTree.parse(report).getroot().findall(".//testcase")
     failures = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
     row |= {"tests": len(cases), "failures": len(failures), "skipped": skipped}
     if failures:
         row["detail"] = f"{failures[0].get('name')}: {_message(failures[0])}"
-    return [{**row, "passed": code == 0 and len(cases) > skipped}]
+    return [{**row, "passed": why is None and len(cases) > skipped}]
 
 
 def _message(case: ElementTree.Element) -> str:

@@ -47,23 +47,26 @@ class Stage:
         return [sys.executable, "-m", self.program, *self._options(machine), *common]
 
     def _options(self, machine: Machine) -> list[str]:
-        device = ["--device", machine.device]
-        tiny = ["--tiny"] if machine.tiny else []
+        device, named = ["--device", machine.device], ["--known-as", machine.known_as] if machine.known_as else []
+        own = [*device, *(["--tiny"] if machine.tiny else [])]
         ranks = ["--ranks", str(machine.ranks)]
-        known_as = ["--known-as", machine.known_as] if machine.known_as else []
         match self.name:
+            case "right":
+                return [*own, *ranks]
             case "layer":
                 shapes = ["tiny"] if machine.tiny else ["qwen3_30b_a3b", "mixtral_8x7b"]
                 tokens = [] if machine.tiny else ["--tokens", "32768", "8192"]
                 measured = ["--shapes", *shapes, *tokens, "--dtypes", "bf16", "--routing", "balanced", "zipf"]
                 return [*device, *measured, "--profile", "--peers", *LAYER_PEERS]
             case "step":
-                named = ["--device", machine.known_as] if machine.known_as else []
+                worlds = [1] if machine.tiny else sorted({1, machine.ranks})
                 sizes = ["--shape", "tiny" if machine.tiny else "gpu", "--dtypes", "bf16"]
-                return [*named, *sizes, "--ranks", *map(str, [1] if machine.tiny else sorted({1, machine.ranks}))]
-            case "tune":
-                return [*device, *tiny]
-        return [*device, *tiny, *ranks, *known_as]
+                return ["--device", machine.known_as or machine.device, *sizes, "--ranks", *map(str, worlds)]
+            case "memory":
+                return [*own, *named]
+            case "preflight":
+                return [*own, *ranks, *named]
+        return own
 
 
 STAGES = (

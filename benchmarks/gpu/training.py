@@ -31,6 +31,7 @@ from dsmoe.train.parity import TEXT
 ROOT = Path(__file__).parents[2]
 BEGUN = 2
 """The CPU's run takes these steps alone; then it and the devices' runs each take the same steps from there."""
+NO_TIME = "there was no time left"
 BOUNDS = {"fp32": 1e-3, "bf16": 1e-2}
 """How far a step's loss on a CUDA device may be from the CPU's, relatively, within these steps."""
 MODEL: dict[str, Any] = {
@@ -178,7 +179,7 @@ def begin_on_cpu(bench: Bench, precision: str) -> tuple[Run, Row | None]:
     """The CPU's run of one rank, from which the others begin; a row where it failed."""
     run = bench.run(f"cpu_{precision}", f"train.precision={precision}", f"checkpoint.every={BEGUN}", device="cpu")
     why = run.finish()
-    return run, why and {"kind": "training", "check": f"{precision} on the CPU", "passed": False, "detail": why}
+    return run, not_passed({"kind": "training", "check": f"{precision} on the CPU"}, why) if why else None
 
 
 def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: int, launcher: str) -> Row:
@@ -199,7 +200,7 @@ def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: 
     why = run.finish(launcher)
     row["seconds"] = time.monotonic() - begun
     if why:
-        return {**row, "detail": why}
+        return not_passed(row, why)
     own, theirs = run.losses(), reference.losses()
     steps = range(BEGUN + 1, BEGUN + bench.steps + 1)
     if missing := [step for step in (*steps, -1) if step not in own]:
@@ -224,19 +225,20 @@ def through_a_kill(bench: Bench, precision: str, zero: int, ranks: int) -> list[
     resume: Row = {"kind": "resume", "check": f"{setting}: the same bits after SIGKILL", "passed": False}
     for run in (whole, again):
         if why := run.finish():
-            return [{**repeat, "detail": why}, {**resume, "detail": "nothing to compare with"}]
+            return [not_passed(row, why) for row in (repeat, resume)]
     if difference := _difference(whole, again):
         repeat["detail"] = difference
     else:
         repeat["passed"] = True
     step = _start_and_kill(killed)
     if step is None:
-        return [repeat, {**resume, "detail": f"it could not be killed in the middle: {last_line(killed.output)}"}]
+        ended = f"it ended before it could be killed: {last_line(killed.output)}"
+        return [repeat, not_passed(resume, NO_TIME if bench.deadline.passed() else ended)]
     resume["killed_after_step"] = step
     why = killed.finish() or _difference(whole, killed)
-    if why and not repeat["passed"]:
+    if why and why != NO_TIME and not repeat["passed"]:
         why = f"{why}; the run does not repeat itself without a kill either"
-    return [repeat, {**resume, "detail": why} if why else {**resume, "passed": True}]
+    return [repeat, not_passed(resume, why) if why else {**resume, "passed": True}]
 
 
 def same_on_layouts(bench: Bench, precision: str, padded: bool) -> list[Row]:
@@ -261,7 +263,7 @@ def same_on_layouts(bench: Bench, precision: str, padded: bool) -> list[Row]:
     why = wait_within(bench.deadline, start([*command, *options], environment(bench.device), output), output)
     row["seconds"] = time.monotonic() - begun
     different = [line for line in output.read_text(errors="replace").splitlines() if "DIFFERENT" in line]
-    return [{**row, "detail": different[0] if different else why} if why else {**row, "passed": True}]
+    return [not_passed(row, different[0] if different else why) if why else {**row, "passed": True}]
 
 
 def layouts_of(ranks: int) -> list[str]:
@@ -291,11 +293,16 @@ def wait_within(deadline: Deadline, process: subprocess.Popen[bytes], output: Pa
         code = process.wait(timeout=max(deadline.left(), 1.0))
     except subprocess.TimeoutExpired:
         kill_all(process)
-        return "there was no time left"
+        return NO_TIME
     if code == 0:
         return None
     print(f"--- {output.name}\n{output.read_text(errors='replace')[-20_000:]}", flush=True)
     return f"exit code {code}: {last_line(output)}"
+
+
+def not_passed(row: Row, why: str) -> Row:
+    """The row of a check that did not pass, or that there was no time for, which is not its fault."""
+    return {**row, "passed": None if why == NO_TIME else False, "detail": why}
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:

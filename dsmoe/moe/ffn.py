@@ -6,8 +6,9 @@ in the backward pass (the formulation of SonicMoE, arXiv 2512.14080, and of Lige
 multiplied into the activation, so that its gradient is <dA, act(z)> and no output is needed for it.
 
 Two ways to the same numbers, of which `expert_ffn` takes the faster for the device: `_Grouped` runs each step over all
-rows at once through `grouped_mm` (CUDA: nothing is read on the host); `_Looped` runs all steps over one expert's rows
-at a time, through buffers that stay in the cache (CPU).
+rows at once through `grouped_mm` (CUDA); `_Looped` runs all steps over one expert's rows at a time, through buffers
+that stay in the cache (CPU). On CUDA nothing is read on the host in bf16 from compute capability 9.0 on; in fp32 and on
+older devices torch's grouped product is a loop that reads where each group ends.
 
 Shape suffixes: see `dsmoe.moe.dispatch`; Z width of the pre-activation, 2 I where the activation is gated, else I.
 """
