@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cpu is a rehearsal, and the sizes are those of a GPU: add --tiny")
     try:
         if options.adopt:
-            from benchmarks.gpu.adopt import adopt  # which looks for a device, as a stage's program does
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # only files are read: DeepSpeed need not look for devices
+            from benchmarks.gpu.adopt import adopt
 
             for line in adopt(options.adopt, ROOT):
                 print(line)

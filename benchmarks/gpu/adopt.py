@@ -63,23 +63,26 @@ def read_results(file: Path) -> Row:
 
 
 def status(folder: Path) -> str:
-    """What has run where, in Markdown, from the results in `folder`."""
+    """A Markdown table of what has run where, by the newest results in `folder`; a rehearsal's where there are no other."""
     runs = sorted((read_results(file) for file in folder.glob("gpu_*.json")), key=lambda run: str(run["date"]))
     real, rehearsed = ([run for run in runs if run["rehearsal"] == kind] for kind in (False, True))
     lines = [
-        "> **What has run where.** On CPUs over gloo: all tests, `make train`, and emulated clusters, at every commit.",
+        "| what has run | where | when |",
+        "|---|---|---|",
+        "| all tests; hosts in network namespaces | CPU, gloo | every commit (CI) |",
     ]
     if real:
-        lines.append(f"> On CUDA over NCCL, {_run(real[-1])}")
+        lines.append(_line("`make gpu`", real[-1]))
     else:
-        lines.append("> On CUDA over NCCL: nothing yet.")
-        if rehearsed:
-            lines.append(f"> `make gpu`, which will prove it, was rehearsed without a device: {_run(rehearsed[-1])}")
+        lines.append("| nothing yet | CUDA, NCCL | |")
+        lines += [_line("`make gpu`, rehearsed", rehearsed[-1])] if rehearsed else []
     return "\n".join(lines)
 
 
-def _run(run: Row) -> str:
+def _line(what: str, run: Row) -> str:
     outcomes = [Outcome(**stage) for stage in run["stages"]]
-    stages = "; ".join(f"{o.stage} {o.word} ({o.summary if o.is_done else o.why})" for o in outcomes)
-    where = f"{run['devices']} x {run['hardware']} with torch {run['packages']['torch']}"
-    return f"{run['date'][:10]}, {where}: {stages} ([figures]({RESULTS.as_posix()}/{run['page']}))."
+    done = ", ".join(outcome.stage for outcome in outcomes if outcome.is_done)
+    others = "; ".join(f"{o.stage} {o.word} ({o.why})".replace("|", "\\|") for o in outcomes if not o.is_done)
+    results = "; ".join(filter(None, [f"{done} done" if done else "", others]))
+    where = f"{run['devices']} x {run['hardware']}, torch {run['packages']['torch']}"
+    return f"| {what}: [{results}]({RESULTS.as_posix()}/{run['page']}) | {where} | {run['date'][:10]} |"

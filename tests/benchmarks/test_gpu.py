@@ -285,8 +285,8 @@ def test_figures_of_another_machine_are_taken_over_whole(tmp_path: Path) -> None
         "wrote the status in README.md",
     ]
     readme = (root / "README.md").read_text()
-    assert "1 x NVIDIA H100 80GB HBM3 with torch 2.11.0+cu130" in readme
-    assert f"](benchmarks/results/{file.stem}.md)" in readme
+    assert "| 1 x NVIDIA H100 80GB HBM3, torch 2.11.0+cu130 | 2026-12-01 |" in readme
+    assert f"[right, tune done](benchmarks/results/{file.stem}.md)" in readme
     assert readme.endswith(f"{adopt.END}\n\nmore\n")
     table = json.loads((root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text())
     assert table["sm_90"]["permute"]["sizes"] == {"block": 64, "warps": 2}
@@ -301,7 +301,7 @@ def test_a_rehearsal_changes_no_block_sizes_and_a_card_comes_before_it(tmp_path:
     assert "nothing yet" in adopt.status(root / adopt.RESULTS)
     results_in(root / adopt.RESULTS, "2026-12-01 10:00 UTC", word="failed")
     text = adopt.status(root / adopt.RESULTS)
-    assert "right failed (boom)" in text
+    assert "[tune done; right failed (boom)]" in text
     assert "nothing yet" not in text
 
 
