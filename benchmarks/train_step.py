@@ -58,6 +58,7 @@ from dsmoe.parallel import Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.plan.devices import known_device, resolve_device
 from dsmoe.plan.flops import flops_per_token
+from dsmoe.plan.text import quantity
 
 Result = TypeVar("Result")
 CAPACITIES = {"dropless": None, "capacity 1.25": 1.25}
@@ -104,11 +105,23 @@ class Run:
     """As `cluster.device`: `cpu`, the name of a GPU whose peak is known, or None."""
     until: float | None = None
     """By `time.time()`, when no further round is begun; ranks do at least the two that it takes to have a figure."""
+    sequences: int | None = None
+    """Of each rank in a step, where they are not the shape's."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"dsmoe dropless, {self.dtype}, {quantity(self.ranks, 'rank')}"
+
+    @property
+    def sequences_per_rank(self) -> int:
+        """Sequences that each rank has in a step."""
+        return self.sequences or int(SHAPES[self.shape]["sequences"])
 
     @property
     def tokens(self) -> int:
         """Tokens of a step over all ranks."""
-        return self.ranks * SHAPES[self.shape]["sequences"] * SHAPES[self.shape]["length"]
+        return self.ranks * self.sequences_per_rank * int(SHAPES[self.shape]["length"])
 
     def layouts(self) -> dict[str, dict[str, Any]]:
         """The `parallel` sections of dsmoe's rows."""
@@ -119,6 +132,14 @@ class Run:
             f"expert={self.ranks}": {"expert": self.ranks},
             f"expert={self.ranks} tensor=2": {"expert": self.ranks, "tensor": 2, "sequence": True},
         }
+
+
+def sequences_that_fit(total_bytes: int) -> int:
+    """Sequences of the shape `gpu` that fill a card of so many bytes: three quarters of it, as 16 do of an 80 GB card.
+
+    By the arithmetic at `SHAPES`: 38 GB whatever the batch, and 25 GB of activations and logits for 16 sequences.
+    """
+    return max(1, int((0.75 * total_bytes / 1e9 - 38) / (25 / 16)))
 
 
 def main() -> None:
@@ -141,12 +162,18 @@ def main() -> None:
         work(Run(**options.worker))
         return
     device = known_device(torch.cuda.get_device_name()) if options.device == "cuda" else options.device
+    sequences = None
+    if options.shape == "gpu" and on_gpu and device != "cpu":
+        sequences = sequences_that_fit(torch.cuda.get_device_properties(0).total_memory)
     rows, deadline = Rows(options.rows), Deadline(options.seconds)
     until = None if options.seconds is None else time.time() + options.seconds
     for dtype in options.dtypes:
         for ranks in options.ranks:
+            run = Run(ranks, dtype, options.shape, options.rounds, device, until, sequences)
             if not (rows.rows and deadline.passed()):
-                measure(Run(ranks, dtype, options.shape, options.rounds, device, until), options.threads, rows)
+                measure(run, options.threads, rows)
+            elif rows.file is not None:
+                rows.add({"kind": "checks", "check": run.name, "passed": None})
     if options.rows is None:
         kind = "cpu" if device == "cpu" else "cuda"
         write(f"train_step_{kind}", rows.rows, kind, options.threads)
@@ -160,17 +187,21 @@ def measure(run: Run, threads: int, rows: Rows) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "corpus.txt").write_text("a training step\n" * 64 * SHAPES[run.shape]["length"])
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RESULTS": folder}
-        subprocess.run(command, env=environment, check=True)
+        if code := subprocess.run(command, env=environment).returncode:
+            sys.exit(code)  # the ranks have said why
         measured = json.loads((Path(folder) / "measured.json").read_text())
     crowded = run.device == "cpu" and run.ranks * threads > (os.cpu_count() or 1)
     setting = {"kind": "step", "ranks": run.ranks, "dtype": run.dtype}
     for name, error in measured["left_out"].items():
         rows.add({**setting, "contender": name, "error": error})
-    for layout in run.layouts():
-        figures = summarise(run, layout, measured["contenders"])
-        rows.add({**setting, "layout": layout, "more_ranks_than_cores": crowded, **figures})
+    figures = {layout: summarise(run, layout, measured["contenders"]) for layout in run.layouts()}
+    for layout, found in figures.items():
+        rows.add({**setting, "layout": layout, "more_ranks_than_cores": crowded, **found})
     for row in rows.rows[-len(run.layouts()) - len(measured["left_out"]) :]:
         print(json.dumps(row), flush=True)
+    if rows.file is not None:
+        measured_ours = all("dsmoe dropless" in found["tokens_per_second"] for found in figures.values())
+        rows.add({"kind": "checks", "check": run.name, "passed": measured_ours})
 
 
 def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -206,7 +237,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"|{'---|' * (4 + len(OPPONENTS))}",
     ]
     for row in rows:
-        if "error" in row:
+        if "layout" not in row:  # left out, or a check
             continue
         ratios = [f"{row['speed_over'][peer]:.2f}" if peer in row["speed_over"] else "" for peer in OPPONENTS]
         rates = row["tokens_per_second"]
@@ -256,7 +287,7 @@ def make_config(run: Run, parallel: dict[str, Any], capacity: float | None, fold
             "train": {
                 "steps": run.rounds + 1,
                 "batch_tokens": run.tokens,
-                "micro_batch_size": shape["sequences"] * tensor,
+                "micro_batch_size": run.sequences_per_rank * tensor,
                 "sequence_length": shape["length"],
                 "precision": run.dtype,
             },
@@ -272,13 +303,14 @@ def work(run: Run) -> None:
     entrants = Entrants(run, rank)
     make_contenders(entrants, folder)
     shape = SHAPES[run.shape]
-    size = (run.ranks * shape["sequences"], shape["length"] + 1)
+    size = (run.ranks * run.sequences_per_rank, shape["length"] + 1)
     tokens = torch.randint(shape["vocab"], size, generator=torch.Generator().manual_seed(0))
     taken: dict[str, list[float]] = {name: [] for name in entrants.contenders}
     for number in range(run.rounds + 1):
         if number > 1 and out_of_time(run, rank):
             break
-        names = list(entrants.contenders)
+        if not (names := list(entrants.contenders)):
+            break
         for name in names[number % len(names) :] + names[: number % len(names)]:
             of_step = entrants.attempt(name, partial(step_seconds, entrants, name, tokens))
             if number and of_step is not None:

@@ -2,12 +2,12 @@
 
     python -m benchmarks.gpu [--minutes 9] [--only STAGE ...] [--out DIR]
     python -m benchmarks.gpu --device cpu --tiny       # a rehearsal of every stage, without a device
-    python -m benchmarks.gpu --adopt FILE.json         # take over the figures of another machine's run
+    python -m benchmarks.gpu --adopt FILE.json         # take a run's figures into the repository
 
 Stages, in order of worth: right, layer, step, memory, preflight, tune. Each runs in a process of its own with its own
-time limit and a log beside the results; one that fails, hangs or is killed does not take the next with it, and what it
-had measured by then is kept. At the end there is a table, and in the folder one JSON and one Markdown file with device,
-driver, versions and command. Needs no network, no registry and no compiler.
+time limit and log; one that fails, hangs or is killed does not take the next with it, and what it had measured by then
+is kept. At the end there is a table, and in the folder one JSON and one Markdown file with device, driver, versions and
+command. Needs no network, no registry and no compiler.
 
 Exit codes: 0 every stage did all that it is for; 1 one did not; 2 the command line is wrong, or there is no device.
 """
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--minutes", type=_minutes, default=9.0, help="for all stages together (default: 9)")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for results and logs (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for results and logs (default: runs/gpu)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses (default: cuda)")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU does in seconds")
     parser.add_argument("--adopt", type=Path, metavar="FILE", help="take a run's JSON into benchmarks/results, no more")
@@ -68,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     begun = time.monotonic()
-    folder = (options.out or ROOT / "benchmarks" / "results").absolute()
+    folder = (options.out or ROOT / "runs" / "gpu").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     environment = _environment(options.device)
     facts = _find_machine(options.device, arguments, environment)
     machine = Machine(options.device, facts["ranks"], facts["known_as"], options.tiny)
     results = Results(folder, facts, options.tiny)
+    results.logs.mkdir(exist_ok=True)
     print(f"{facts['devices']} x {facts['hardware']}; results in {results.json_path}", flush=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
     stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
@@ -88,7 +89,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             with tempfile.TemporaryDirectory() as scratch:
                 rows = Path(scratch) / "rows"
                 end = supervise(
-                    stage.command(machine, rows, limit), folder / f"{stage.name}.log", limit, environment, ROOT
+                    stage.command(machine, rows, limit), results.logs / f"{stage.name}.log", limit, environment, ROOT
                 )
                 results.add(Outcome.of(stage.name, end, *read_rows(rows), limit))
             print(f"{stage.name}: {results.outcomes[-1].sentence()}", flush=True)
@@ -139,7 +140,10 @@ def _find_machine(device: str, arguments: list[str], environment: Mapping[str, s
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
     if not 0 < minutes < 24 * 60:
         raise argparse.ArgumentTypeError(f"{text} is not a number of minutes above 0")
     return minutes

@@ -1,6 +1,6 @@
 """Take over a run: its files into `benchmarks/results`, block sizes into the kernels' table, the README's status.
 
-The box at the top of the README says what has run where, from the newest results: `status` makes it, a test compares.
+The table at the top of the README says what has run where: `status` makes it from the results, and a test compares.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ def adopt(file: Path, root: Path) -> list[str]:
         OSError: it, or the Markdown file beside it, cannot be read.
     """
     results = read_results(file)
-    page = file.with_suffix(".md")
+    page, readme = file.with_suffix(".md"), root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if not page.is_file():
+        raise ValueError(f"{page} is not there; adopt a run's JSON file where its page lies beside it")
+    if text.find(BEGIN) < 0 or text.find(END) < text.find(BEGIN):
+        raise ValueError(f"{readme} has no place for the status; put the lines {BEGIN!r} and {END!r} into it")
     changed = []
     best = [row for stage in results["stages"] for row in stage["rows"] if row.get("kind") == "best"]
     if not results["rehearsal"] and best:
@@ -37,8 +42,6 @@ def adopt(file: Path, root: Path) -> list[str]:
         if source.resolve() != target.resolve():
             shutil.copyfile(source, target)
             changed.append(f"copied {target.relative_to(root)}")
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     new = f"{before}{BEGIN}\n{status(root / RESULTS)}\n{END}{after}"
@@ -63,26 +66,27 @@ def read_results(file: Path) -> Row:
 
 
 def status(folder: Path) -> str:
-    """A Markdown table of what has run where, by the newest results in `folder`; a rehearsal's where there are no other."""
+    """A Markdown table of what has run where: the newest run of each device, or of a rehearsal while there is none."""
     runs = sorted((read_results(file) for file in folder.glob("gpu_*.json")), key=lambda run: str(run["date"]))
-    real, rehearsed = ([run for run in runs if run["rehearsal"] == kind] for kind in (False, True))
+    newest = {(run["rehearsal"], run["hardware"]): run for run in runs}
+    real = [run for (is_rehearsal, _), run in newest.items() if not is_rehearsal]
+    rehearsed = [run for run in runs if run["rehearsal"]][-1:]
     lines = [
         "| what has run | where | when |",
         "|---|---|---|",
         "| all tests; hosts in network namespaces | CPU, gloo | every commit (CI) |",
     ]
-    if real:
-        lines.append(_line("`make gpu`", real[-1]))
-    else:
+    lines += [_line("`make gpu`", run) for run in reversed(real)]
+    if not real:
         lines.append("| nothing yet | CUDA, NCCL | |")
-        lines += [_line("`make gpu`, rehearsed", rehearsed[-1])] if rehearsed else []
+        lines += [_line("`make gpu`, rehearsed", run) for run in rehearsed]
     return "\n".join(lines)
 
 
 def _line(what: str, run: Row) -> str:
     outcomes = [Outcome(**stage) for stage in run["stages"]]
     done = ", ".join(outcome.stage for outcome in outcomes if outcome.is_done)
-    others = "; ".join(f"{o.stage} {o.word} ({o.why})".replace("|", "\\|") for o in outcomes if not o.is_done)
-    results = "; ".join(filter(None, [f"{done} done" if done else "", others]))
+    others = [f"{o.stage} {o.word} ({o.why})".replace("|", "\\|") for o in outcomes if not o.is_done]
+    results = "; ".join([*others, *([f"{done} done"] if done else [])])
     where = f"{run['devices']} x {run['hardware']}, torch {run['packages']['torch']}"
     return f"| {what}: [{results}]({RESULTS.as_posix()}/{run['page']}) | {where} | {run['date'][:10]} |"

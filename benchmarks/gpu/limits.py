@@ -1,9 +1,10 @@
 """Stage 5: `launch/preflight.py` on this machine, and how far a healthy device is from the limits that it judges by.
 
-    python -m benchmarks.gpu.limits --device cuda --ranks N [--known-as NAME] [--tiny] [--rows FILE] [--seconds S]
+    python -m benchmarks.gpu.limits --device cuda|cpu --ranks N [--known-as NAME] [--tiny] [--rows FILE] [--seconds S]
 
-A limit is of use only if a healthy device never falls below it: each is set beside what this one reaches, again and
-again. `margin` is how many times the limit that was, at its worst.
+Preflight compares each rank with the median rank, and the device with its data sheet. Here one device is measured
+several times and compared with its own median: what varies on one healthy device varies between healthy ones too.
+`margin` is the worst measured share divided by the limit; below 1 preflight would refuse a healthy device.
 """
 
 from __future__ import annotations
@@ -19,13 +20,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.training import ROOT, environment, launch, start, wait_within
+from benchmarks.gpu.training import ROOT, environment, launch, not_passed, start, wait_within
 from benchmarks.measuring import DTYPES, Deadline, Row, Rows, add_stage_options
 from dsmoe.config import Config, load_config
 from dsmoe.plan.devices import KNOWN_DEVICES
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS
-from dsmoe.preflight.judge.devices import CHECKSUM_TOLERANCE, FAR_TFLOPS, FREE_SHARE, MEMORY_SHARE, MET_TFLOPS
-from dsmoe.preflight.measure import copy_rate, memory_gib, product_rate
+from dsmoe.preflight.judge.devices import (
+    CHECKSUM_TOLERANCE,
+    FAR_TFLOPS,
+    FREE_SHARE,
+    MEMORY_SHARE,
+    MET_TFLOPS,
+    STORAGE_SHARE,
+)
+from dsmoe.preflight.measure import copy_rate, memory_gib, product_rate, write_rate
 from dsmoe.preflight.results import SQUARE
 from dsmoe.preflight.workload import Product, products
 
@@ -64,8 +72,11 @@ def main() -> int:
 def preflight(
     path: Path, overrides: list[str], ranks: int, device: str, folder: Path, deadline: Deadline
 ) -> Iterator[Row]:
-    """What preflight finds; its program has to end by itself, with numbers, whatever it thinks of them."""
-    row: Row = {"kind": "checks", "check": f"preflight of {path.stem} on {ranks} rank{'s' * (ranks > 1)}"}
+    """Preflight's own table, and the margins of the links; the check is that it comes to its end with numbers."""
+    row: Row = {
+        "kind": "checks",
+        "check": f"preflight of {path.stem}, {ranks} rank{'s' * (ranks > 1)}, came to its end",
+    }
     if deadline.left() < LEAST_SECONDS:
         yield {**row, "passed": None}
         return
@@ -74,15 +85,20 @@ def preflight(
     process = start([*command, "--json", str(report), *overrides], environment(device), output)
     why = wait_within(deadline, process, output)
     if not report.exists():
-        yield {**row, "passed": False, "detail": why or "it left no numbers"}
+        yield not_passed(row, why or "it left no numbers")
         return
     found = json.loads(report.read_text())
     findings = [finding["text"] for finding in found["findings"]]
     yield {**row, "passed": True, "exit_code": found["exit_code"], "seconds": found["seconds"], "findings": findings}
+    limits = ON_DEVICES if device == "cuda" else ON_HOSTS
     for check in found["checks"]:
-        promised, median = check["promised"], check["median"]
-        figures = {"check": check["name"], "with": check["size"], "median": median, "unit": check["unit"]}
+        name, promised, median = check["name"], check["promised"], check["median"]
+        figures = {"check": name, "with": check["size"], "median": median, "unit": check["unit"]}
         yield {"kind": "preflight", **figures, **({"of_promise": median / promised} if promised else {})}
+        if name.startswith("link"):
+            yield _limit(name, limits.link, [check["worst"], median], check["unit"])
+        if name.startswith("latency"):  # more is worse
+            yield _limit(name, 1 / limits.latency, [1 / check["worst"], 1 / median], f"1/{check['unit']}")
 
 
 def limits(config: Config, device: str, known_as: str | None, deadline: Deadline) -> Iterator[Row]:
@@ -92,26 +108,29 @@ def limits(config: Config, device: str, known_as: str | None, deadline: Deadline
     square, dtype = Product(SQUARE, side, side, side), torch.bfloat16 if on_cuda else torch.float32
     facts = KNOWN_DEVICES.get(known_as) if known_as else None
     rates, sums = _again(partial(product_rate, square, where, dtype), deadline)
-    yield _limit("compute", used.compute, min(rates) / statistics.median_high(rates), f"{square.shape}, again", rates)
-    yield _limit("checksums", 1 - CHECKSUM_TOLERANCE, min(sums) / max(sums), "of equal products", sums)
+    yield _limit(f"compute, square product {square.shape}", used.compute, rates, "TFLOP/s")
+    yield _limit("checksum of equal products", 1 - CHECKSUM_TOLERANCE, sums, "mean size", of=max(sums))
     if facts is not None and facts.peak_tflops:
-        share = min(rates) / facts.peak_tflops
-        yield _limit("peak rate, a note below", MET_TFLOPS, share, f"of {facts.peak_tflops:g} TFLOP/s", rates)
-        yield _limit("peak rate, far off below", FAR_TFLOPS, share, f"of {facts.peak_tflops:g} TFLOP/s", rates)
+        for name, limit in (("a note", MET_TFLOPS), ("far off", FAR_TFLOPS)):
+            yield _limit(f"peak rate, {name} below", limit, rates, "TFLOP/s", of=facts.peak_tflops)
     total, free = memory_gib(where)
     if facts is not None and facts.memory_gib:
-        yield _limit("memory, total", MEMORY_SHARE, total / facts.memory_gib, f"of {facts.memory_gib:g} GiB", [total])
+        yield _limit("memory, total", MEMORY_SHARE, [total], "GiB", of=facts.memory_gib)
     if on_cuda:
-        yield _limit("memory, free", FREE_SHARE, free / total, "with this process' own context", [free])
+        yield _limit("memory, free beside one context", FREE_SHARE, [free], "GiB", of=total)
     copies, _ = _again(lambda: (copy_rate(where, (256 if on_cuda else 64) * 2**20), 0.0), deadline)
-    yield _limit("compute", used.compute, min(copies) / statistics.median_high(copies), "memory copy, GB/s", copies)
+    yield _limit("compute, memory copy", used.compute, copies, "GB/s")
+    with tempfile.TemporaryDirectory() as folder:
+        writes, _ = _again(lambda: (write_rate(Path(folder) / "written"), 0.0), deadline)
+    yield _limit("storage, this machine's", STORAGE_SHARE, writes, "GB/s")
     for product in products(config):
-        if deadline.passed():
-            return
         fitting = product.within(2**30 // 2, 2e13 if on_cuda else 2e9)
+        name = f"compute, {product.name} product {fitting.shape}"
+        if deadline.passed():
+            yield {"kind": "checks", "check": name, "passed": None}
+            continue
         rates, _ = _again(partial(product_rate, fitting, where, DTYPES[config.train.precision]), deadline)
-        with_ = f"{product.name}, {fitting.shape}"
-        yield _limit("compute", used.compute, min(rates) / statistics.median_high(rates), with_, rates)
+        yield _limit(name, used.compute, rates, "TFLOP/s")
 
 
 def _again(measure: Callable[[], tuple[float, float]], deadline: Deadline) -> tuple[list[float], list[float]]:
@@ -123,9 +142,12 @@ def _again(measure: Callable[[], tuple[float, float]], deadline: Deadline) -> tu
     return list(rates), list(sums)
 
 
-def _limit(name: str, limit: float, reached: float, what: str, numbers: list[float]) -> Row:
-    row = {"kind": "limit", "limit": name, "is": limit, "reached": reached, "margin": reached / limit, "with": what}
-    return {**row, "median": statistics.median_high(numbers), "repeats": len(numbers)}
+def _limit(name: str, limit: float, measured: list[float], unit: str, of: float | None = None) -> Row:
+    """The smallest of the numbers as a share of `of`, or of their upper median, beside the least share allowed."""
+    median = statistics.median_high(measured)
+    share = min(measured) / (of or median)
+    figures = {"limit": limit, "worst_share": share, "margin": share / limit}
+    return {"kind": "limit", "what": name, **figures, "median": median, "unit": unit, "repeats": len(measured)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What this machine is, as JSON on standard output: `python -m benchmarks.gpu.machine DEVICE ARGUMENT ...`.
 
-A process of its own, because whoever asks a CUDA device for its name takes half a gibibyte of it.
+A process of its own, because a process that asks a CUDA device for its name takes half a gibibyte of its memory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 
 from benchmarks.measuring import circumstances
 from dsmoe.plan.devices import known_device
+from dsmoe.train.environment import git_commit
 
 REHEARSED_RANKS = 2
 """Ranks on a CPU: enough that tokens travel."""
 MOST_RANKS = 8
-"""What the batch of the small model is cut for."""
+"""As many as the small model has experts; its degrees are powers of two."""
 
 
 def describe(device: str, arguments: list[str]) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def describe(device: str, arguments: list[str]) -> dict[str, Any]:
     ranks = min(1 << (usable.bit_length() - 1), MOST_RANKS)
     facts = circumstances(["python", "-m", "benchmarks.gpu", *arguments], device, os.cpu_count() or 1)
     known_as = known_device(facts["hardware"]) if device == "cuda" else "cpu"
-    return {**facts, "device": device, "devices": devices, "ranks": ranks, "known_as": known_as}
+    return {**facts, "commit": git_commit(), "device": device, "devices": devices, "ranks": ranks, "known_as": known_as}
 
 
 if __name__ == "__main__":

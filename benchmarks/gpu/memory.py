@@ -1,11 +1,13 @@
 """Stage 4: where a training step's device memory goes, by component, for six configurations of one model.
 
-    python -m benchmarks.gpu.memory --device cuda [--tiny] [--rows FILE] [--seconds S]
+    python -m benchmarks.gpu.memory --device cuda|cpu [--known-as NAME] [--tiny] [--rows FILE] [--seconds S]
 
-One rank. Every row has the configuration's settings and bytes in GiB, so that a planner can be held against it.
-Weights, gradients and optimizer state are the sizes of the tensors that there are; what is allocated is the allocator's
-word, and the differences between its readings are the rest. On a CPU there is no such allocator: `allocated_gib` is
-then what the process' resident size has grown by, and the peaks are absent.
+One rank. Every row has the configuration's settings and sizes in GiB, so that a planner can be held against it.
+`weights_gib`, `gradients_gib` and `optimizer_gib` are sizes of tensors. The others are what torch's allocator reports:
+`activations_gib` is what the forward pass leaves allocated, `PART_peak_gib` the most during a part of the step,
+`allocated_gib` what stays after it; all of these without what was allocated before the model was made.
+`reserved_gib` is the most that the allocator held, and `outside_torch_gib` what others hold on the device: the context,
+NCCL, other processes. On a CPU `allocated_gib` is what the process' resident size has grown by, and the rest is absent.
 """
 
 from __future__ import annotations
@@ -75,16 +77,18 @@ def main() -> int:
     device = "cpu" if options.device == "cpu" else options.known_as
     with tempfile.TemporaryDirectory() as folder:
         for name in CONFIGURATIONS:
-            row: Row = {"kind": "memory", "configuration": name}
+            row: Row = {"kind": "memory", "check": name, "passed": None}
             if deadline.passed():
-                rows.add({**row, "error": "no time was left"})
+                rows.add(row)
                 continue
             try:
-                row |= measured(make_config(name, "tiny" if options.tiny else "gpu", device, Path(folder)), rank)
+                row |= {"passed": True} | measured(
+                    make_config(name, "tiny" if options.tiny else "gpu", device, Path(folder)), rank
+                )
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                row["error"] = f"out of memory: {str(error).splitlines()[0]}"
+                row |= {"passed": False, "detail": f"out of memory: {str(error).splitlines()[0]}"}
             free_memory()
             rows.add(row)
             print({key: value for key, value in row.items() if key != "settings"}, flush=True)
@@ -159,9 +163,8 @@ def measured(config: Config, rank: Rank) -> Row:
         "left_by_others_gib": before.allocated,
         "reserved_gib": after.reserved,
         "outside_torch_gib": after.outside,
-        "settings": json.loads(config.model_dump_json(include={"parallel", "model", "moe", "train"})),
+        "settings": json.loads(config.model_dump_json(exclude={"runs_dir", "data"})),
     }
-    del trainer, engine, model, weights, parts
     return {key: value for key, value in row.items() if value is not None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ class Outcome:
     """How a stage went.
 
     Attributes:
-        word: `done`, `failed`, `out of time`, `killed` or `not begun`.
+        word: `done`, `failed`, `out of time`, `killed`, `interrupted` or `not begun`.
         why: None where it is done.
         rows: its figures and checks, also of a stage that did not end well.
     """
@@ -82,13 +83,15 @@ class Results:
     """All outcomes of a run; the files are written anew after each, so that an end at any moment loses one stage.
 
     Args:
-        folder: where they are written.
+        folder: where they are written, and a folder of the run's name for the stages' logs.
         facts: what `benchmarks.gpu.machine` says.
         is_rehearsal: the sizes are tiny, and the figures mean nothing.
     """
 
     def __init__(self, folder: Path, facts: Row, is_rehearsal: bool) -> None:
-        name = f"gpu_{'rehearsal' if is_rehearsal else _slug(facts['hardware'])}_{facts['date'][:10]}"
+        when = _slug(facts["date"].removesuffix(" UTC"))  # to the minute: a second run on a day overwrites nothing
+        name = f"gpu_{'rehearsal' if is_rehearsal else _slug(facts['hardware'])}_{when}"
+        self.logs = folder / name
         self.json_path, self.markdown_path = folder / f"{name}.json", folder / f"{name}.md"
         self.facts = {**facts, "rehearsal": is_rehearsal, "page": self.markdown_path.name}
         self.outcomes: list[Outcome] = []
@@ -97,8 +100,11 @@ class Results:
         """Take in how a stage went."""
         self.outcomes.append(outcome)
         tree = {**self.facts, "stages": [asdict(outcome) for outcome in self.outcomes]}
-        _replace(self.json_path, json.dumps(tree, indent=1) + "\n")
-        _replace(self.markdown_path, markdown(tree))
+        try:
+            _replace(self.json_path, json.dumps(tree, indent=1) + "\n")
+            _replace(self.markdown_path, markdown(tree))
+        except OSError as error:  # the next stage may still be worth its time: its log and the console have figures
+            print(f"error: cannot write {self.json_path}: {error.strerror}", file=sys.stderr, flush=True)
 
     def table(self) -> str:
         """The last lines of the console."""
@@ -131,11 +137,12 @@ def markdown(tree: Row) -> str:
     """The results as a page: the machine, the stages, and a table for every kind of row."""
     packages = ", ".join(f"{name} {version}" for name, version in tree["packages"].items() if version)
     driver = f", driver {tree['driver']}, CUDA {tree['cuda']}" if "driver" in tree else ""
+    commit = f", commit {tree['commit'][:12]}" if tree.get("commit") else ""
     tiny = ["Tiny sizes on a CPU: the figures below show that the stages work, and nothing else.", ""]
     lines = [
         f"# {'Rehearsal without a GPU' if tree['rehearsal'] else tree['hardware']}, {tree['date']}",
         "",
-        f"{tree['devices']} x {tree['hardware']}{driver}; Python {tree['python']}, {packages}.",
+        f"{tree['devices']} x {tree['hardware']}{driver}; Python {tree['python']}, {packages}{commit}.",
         "",
         f"```bash\n{tree['command']}\n```",
         "",

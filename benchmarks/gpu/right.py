@@ -1,8 +1,8 @@
 """Stage 1: is it right on this device? Tests against CPU twins, and training through `launch/pretrain.py`.
 
-    python -m benchmarks.gpu.right --device cuda --ranks N [--tiny] [--rows FILE] [--seconds S]
+    python -m benchmarks.gpu.right --device cuda|cpu --ranks N [--tiny] [--rows FILE] [--seconds S]
 
-Checks run beside each other, as many as there are cores for: most of their time goes by in starting and compiling.
+Checks run beside each other, as many as there are cores for: most of their time is spent on starting and compiling.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from benchmarks.gpu import training
 from benchmarks.gpu.training import Bench
 from benchmarks.measuring import Deadline, Row, Rows, add_stage_options
 
-CORES_PER_CHECK = 2
+CORES_PER_CHECK, MOST_AT_ONCE = 2, 8
+"""Checks share the cores that this process may use, and the devices' memory."""
 TESTS = {
     "kernels: activation": ["tests/moe/kernels/test_activation.py"],
     "kernels: router": ["tests/moe/kernels/test_topk_router.py"],
@@ -63,14 +64,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options.device, options.ranks, deadline, options.tiny)
         bench.write_config()
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES_PER_CHECK)) as pool:
+        at_once = max(1, min(len(os.sched_getaffinity(0)) // CORES_PER_CHECK, MOST_AT_ONCE))
+        with ThreadPoolExecutor(at_once) as pool:
             list(pool.map(do, all_checks(bench)))
     return 0
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something to be found out: a name for it, and what finds it out."""
+    """A named check and the function that runs it."""
 
     name: str
     action: Callable[[], Iterable[Row]]
@@ -104,7 +106,7 @@ def all_checks(bench: Bench) -> list[Check]:
 
 
 def training_in(bench: Bench, precision: str) -> Iterator[Row]:
-    """A CPU's run, and the devices' runs beside it: every ZeRO stage on all of them, and one rank alone."""
+    """A CPU's run, and the devices' runs beside it: every ZeRO stage and launcher, and one rank without a launcher."""
     reference, failed = training.begin_on_cpu(bench, precision)
     if failed:
         yield failed
@@ -113,8 +115,8 @@ def training_in(bench: Bench, precision: str) -> Iterator[Row]:
     settings = [(1, ranks, "torchrun")]
     if not bench.tiny:
         settings += [(0, ranks, "torchrun"), (2, ranks, "torchrun"), (1, ranks, "deepspeed")]
-        settings += [(1, 1, "torchrun")] if ranks > 1 else []
-    with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 2 * CORES_PER_CHECK else 1) as pool:
+        settings += [(1, 1, "python")]
+    with ThreadPoolExecutor(2 if len(os.sched_getaffinity(0)) > 2 * CORES_PER_CHECK else 1) as pool:
         runs = [pool.submit(training.as_on_a_cpu, bench, reference, precision, *setting) for setting in settings]
         yield from (run.result() for run in runs)
 

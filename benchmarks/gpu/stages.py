@@ -11,7 +11,7 @@ LAYER_PEERS = (
     *("deepspeed no drop", "deepspeed capacity 1.25"),
 )
 START_SECONDS = {"cuda": 15.0, "cpu": 8.0}
-"""What a program takes to import torch and DeepSpeed and to find its device, and what it has to end in."""
+"""Seconds of a stage that are left for importing torch and DeepSpeed, and for coming to an end."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Stage:
     """A stage: `program` is a module of this repository; `seconds` are what it wants of nine minutes."""
 
     name: str
-    title: str
     program: str
     seconds: float
 
@@ -70,12 +69,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("right", "Right", "benchmarks.gpu.right", 150),
-    Stage("layer", "Layer", "benchmarks.moe_layer", 120),
-    Stage("step", "Step", "benchmarks.train_step", 120),
-    Stage("memory", "Memory", "benchmarks.gpu.memory", 60),
-    Stage("preflight", "Preflight", "benchmarks.gpu.limits", 45),
-    Stage("tune", "Tune", "benchmarks.gpu.tune", 45),
+    Stage("right", "benchmarks.gpu.right", 150),
+    Stage("layer", "benchmarks.moe_layer", 120),
+    Stage("step", "benchmarks.train_step", 120),
+    Stage("memory", "benchmarks.gpu.memory", 60),
+    Stage("preflight", "benchmarks.gpu.limits", 45),
+    Stage("tune", "benchmarks.gpu.tune", 45),
 )
 
 

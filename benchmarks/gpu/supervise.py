@@ -7,12 +7,14 @@ Whatever it has started inherits a mark in its environment, by which it is found
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,9 @@ POLL_SECONDS = 0.1
 STACKS_SECONDS = 3.0
 """How long a program that is ended has to write where each of its threads stands."""
 GONE_SECONDS = 10.0
-"""How long killed processes have to be gone: a driver may hold one for ever."""
+"""How long to wait for killed processes to disappear: a driver may hold one for ever."""
+_ERROR = re.compile(r"(\[rank ?\d+\]:? *)?(error: .|[\w.]*(Error|Exception)(: .|$))")
+_OF_A_LAUNCHER = re.compile(r"ChildFailedError|CalledProcessError")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ def supervise(
     # With PYTHONFAULTHANDLER, Python answers SIGABRT with the stacks of all threads.
     marked = {**environment, MARK: mark, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
     begun = time.monotonic()
-    with log.open("wb") as output:
+    try:
+        output = log.open("wb")
+    except OSError as error:
+        return End("failed", f"cannot write {log}: {error.strerror}", 0.0)
+    with output:
         try:
             process = subprocess.Popen(
                 command,
@@ -67,7 +75,8 @@ def supervise(
         except OSError as error:
             return End("failed", f"cannot start {command[0]}: {error.strerror}", 0.0)
         try:
-            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # a device's memory need not go to the disk
+            with suppress(OSError):  # a core file would have the device's memory in it
+                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
             why_ended = _wait(process, log, begun + limit_seconds)
             if why_ended is not None:
                 _send(signal.SIGABRT, mark)
@@ -93,7 +102,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path, deadline: float) -> str |
     while process.poll() is None:
         if time.monotonic() > deadline:
             return f"its time was up after {time.monotonic() - begun:.0f} s"
-        if log.stat().st_size > MOST_OUTPUT:
+        if _size(log) > MOST_OUTPUT:
             return f"it had printed more than {MOST_OUTPUT / 2**20:.0f} MiB"
         time.sleep(POLL_SECONDS)
     return None
@@ -110,13 +119,21 @@ def _judged(code: int, log: Path, seconds: float) -> End:
 
 
 def last_line(log: Path) -> str:
-    """The last line of output with anything to read in it, of at most 200 characters; garbage is replaced."""
-    with log.open("rb") as output:
-        output.seek(0, os.SEEK_END)
-        output.seek(max(0, output.tell() - 16_384))
-        text = output.read().decode("utf-8", errors="replace")
+    """The line of output that tells most, of at most 200 characters; what cannot be printed is replaced.
+
+    That is the last error, but for those by which a launcher says that one of its ranks had one, or else the last line.
+    """
+    try:
+        with log.open("rb") as output:
+            output.seek(0, os.SEEK_END)
+            output.seek(max(0, output.tell() - 65_536))
+            text = output.read().decode("utf-8", errors="replace")
+    except OSError as error:
+        return f"its output cannot be read: {error.strerror}"
     lines = ["".join(c if c.isprintable() else "?" for c in line).strip() for line in text.splitlines()]
-    return next((line[:200] for line in reversed(lines) if any(c.isalnum() for c in line)), "it printed nothing")
+    lines = [line for line in lines if any(c.isalnum() for c in line)]
+    errors = [line for line in lines if _ERROR.match(line) and not _OF_A_LAUNCHER.search(line)]
+    return [*(lines or ["it printed nothing"]), *errors][-1][:200]
 
 
 def _marked(mark: str) -> list[psutil.Process]:
@@ -151,9 +168,16 @@ def _end_all(mark: str) -> int:
     return 0
 
 
+def _size(log: Path) -> int:
+    """Bytes of output; 0 where somebody has removed it."""
+    with suppress(OSError):
+        return log.stat().st_size
+    return 0
+
+
 def _shorten(log: Path) -> None:
     """Keep the beginning and the end of a long output."""
-    size = log.stat().st_size
+    size = _size(log)
     if size <= 2 * KEPT_OUTPUT:
         return
     with log.open("r+b") as output:

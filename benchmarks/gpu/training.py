@@ -30,7 +30,7 @@ from dsmoe.train.parity import TEXT
 
 ROOT = Path(__file__).parents[2]
 BEGUN = 2
-"""The CPU's run takes these steps alone; then it and the devices' runs each take the same steps from there."""
+"""Steps before the checkpoint from which every run starts."""
 NO_TIME = "there was no time left"
 BOUNDS = {"fp32": 1e-3, "bf16": 5e-3}
 """How far a step's loss on a CUDA device may be from the CPU's, relatively, within these steps."""
@@ -71,9 +71,9 @@ class Bench:
     Attributes:
         folder: for configs, corpora and run folders.
         device: `cuda` or `cpu`, of the runs that are to be proved.
-        ranks: of them; every rank accumulates two micro-batches, and a run of fewer ranks so many more.
-        deadline: when the time is up.
-        tiny: fewer steps.
+        ranks: the largest number of ranks. The global batch is fixed, so runs on fewer ranks accumulate more.
+        deadline: no program is started after it, and those that run are ended.
+        tiny: whether to take fewer steps.
     """
 
     folder: Path
@@ -84,12 +84,12 @@ class Bench:
 
     @property
     def steps(self) -> int:
-        """That the devices take beside the CPU."""
+        """Steps that each run takes from the common checkpoint."""
         return 6 if self.tiny else 20
 
     @property
     def killed_steps(self) -> int:
-        """Of a run that is killed on its way; it saves every second one."""
+        """Steps of the run that is killed, which saves after every second step."""
         return 10 if self.tiny else 24
 
     def run(self, name: str, *overrides: str, ranks: int = 1, device: str | None = None) -> Run:
@@ -127,7 +127,7 @@ class Run:
         return self.bench.folder / "runs" / self.name
 
     def command(self, launcher: str = "torchrun") -> list[str]:
-        """`launch/pretrain.py` under a launcher; one rank needs none."""
+        """What starts `launch/pretrain.py`; `python` alone is one rank."""
         arguments = [
             *("--config", str(self.bench.config), f"name={self.name}", f"cluster.devices_per_node={self.ranks}"),
             f"cluster.device={'cpu' if self.device == 'cpu' else 'null'}",
@@ -136,7 +136,7 @@ class Run:
         return [*launch(launcher, self.ranks), str(ROOT / "launch" / "pretrain.py"), *arguments]
 
     def start(self, launcher: str = "torchrun") -> subprocess.Popen[bytes]:
-        """Start it, with its output in `output` of the run's folder beside it."""
+        """Start it."""
         return start(self.command(launcher), environment(self.device), self.output)
 
     @property
@@ -146,6 +146,8 @@ class Run:
 
     def finish(self, launcher: str = "torchrun") -> str | None:
         """Run it to its end; None, or why it did not come to it."""
+        if self.bench.deadline.passed():
+            return NO_TIME
         return wait_within(self.bench.deadline, self.start(launcher), self.output)
 
     def losses(self) -> dict[int, float]:
@@ -161,16 +163,16 @@ class Run:
 
     def checkpoint(self, step: int | None = None) -> Path:
         """Its checkpoint of a step, or the newest."""
-        there = all_checkpoints(self.folder / "checkpoints")
-        return next(path for path in reversed(there) if step is None or step_of(path) == step)
+        saved = all_checkpoints(self.folder / "checkpoints")
+        return next(path for path in reversed(saved) if step is None or step_of(path) == step)
 
 
 def launch(launcher: str, ranks: int) -> list[str]:
-    """What starts `ranks` processes of a program on this host."""
+    """What starts `ranks` processes of a program on this host: `torchrun`, `deepspeed`, or `python` for one."""
     if launcher == "deepspeed":
         port = ["--master_port", str(_free_port())]
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), *port]
-    if ranks == 1:
+    if launcher == "python":
         return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
@@ -178,14 +180,14 @@ def launch(launcher: str, ranks: int) -> list[str]:
 def begin_on_cpu(bench: Bench, precision: str) -> tuple[Run, Row | None]:
     """The CPU's run of one rank, from which the others begin; a row where it failed."""
     run = bench.run(f"cpu_{precision}", f"train.precision={precision}", f"checkpoint.every={BEGUN}", device="cpu")
-    why = run.finish()
+    why = run.finish("python")
     return run, not_passed({"kind": "training", "check": f"{precision} on the CPU"}, why) if why else None
 
 
 def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: int, launcher: str) -> Row:
     """The devices' losses over the same steps from the same checkpoint, beside the CPU's."""
     start = reference.checkpoint(BEGUN)
-    name = f"{precision}_zero{zero}_ranks{ranks}"
+    name = f"{precision}_zero{zero}_ranks{ranks}_{launcher}"
     overrides = [f"train.precision={precision}", f"parallel.zero_stage={zero}", f"parallel.expert={ranks}"]
     run = bench.run(name, *overrides, f"checkpoint.resume={start}", ranks=ranks)
     bound = BOUNDS[precision]
@@ -207,9 +209,13 @@ def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: 
         return {**row, "detail": f"no loss of step {missing[0]}"}
     off = {step: abs(own[step] - theirs[step]) / abs(theirs[step]) for step in (*steps, -1)}
     row |= {"first_difference": off[BEGUN + 1], "largest_difference": max(off.values()), "last_loss": own[steps[-1]]}
-    passed = all(value <= bound for value in off.values())  # False for NaN
-    moved = theirs[steps[-1]] < theirs[1]
-    return {**row, "passed": passed and moved, **({} if moved else {"detail": "the CPU's loss has not fallen"})}
+    for step, value in off.items():
+        if not value <= bound:  # NaN is not
+            where = "held out" if step == -1 else f"step {step}"
+            return {**row, "detail": f"{where}: {own[step]:.5g}, on the CPU {theirs[step]:.5g}, {value:.2%} off"}
+    if theirs[steps[-1]] >= theirs[1]:
+        return {**row, "detail": "the CPU's loss has not fallen: the comparison proves nothing"}
+    return {**row, "passed": True}
 
 
 def through_a_kill(bench: Bench, precision: str, zero: int, ranks: int) -> list[Row]:
@@ -325,9 +331,9 @@ def _start_and_kill(run: Run) -> int | None:
     process = run.start()
     checkpoints = run.folder / "checkpoints"
     while process.poll() is None and not run.bench.deadline.passed():
-        if len(there := all_checkpoints(checkpoints)) >= 2:
+        if len(saved := all_checkpoints(checkpoints)) >= 2:
             kill_all(process)
-            return step_of(there[-1]) if process.returncode == -signal.SIGKILL else None
+            return step_of(saved[-1]) if process.returncode == -signal.SIGKILL else None
         time.sleep(0.002)
     kill_all(process)
     return None
@@ -335,15 +341,16 @@ def _start_and_kill(run: Run) -> int | None:
 
 def _difference(one: Run, two: Run) -> str | None:
     """What differs first between two runs of the same steps: a loss, or a file of the last checkpoint."""
-    for (step, mine), theirs in zip(one.losses().items(), two.losses().values(), strict=False):
-        if mine != theirs:
-            return f"the loss of step {step} is {theirs!r} and was {mine!r}"
+    first, second = one.losses(), two.losses()
+    for step in sorted(first.keys() | second.keys()):
+        if first.get(step) != second.get(step):
+            return f"the loss of step {step} is {second.get(step)} and was {first.get(step)}"
     newest, other = one.checkpoint(), two.checkpoint()
     if newest.name != other.name:
         return f"it ended at {other.name} and not at {newest.name}"
-    mine, theirs = _tensors(newest), _tensors(other)
-    for key in mine:
-        if key not in theirs or not torch.equal(mine[key], theirs[key]):
+    expected, found = _tensors(newest), _tensors(other)
+    for key in sorted(expected.keys() | found.keys()):
+        if key not in expected or key not in found or not torch.equal(expected[key], found[key]):
             return f"{key} differs in {newest.name}"
     return None
 

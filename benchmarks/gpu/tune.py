@@ -26,7 +26,6 @@ import torch
 
 from benchmarks.measuring import Deadline, Row, Rows, add_stage_options, free_memory, hardware, seconds
 from benchmarks.peers import SHAPES, Shape
-from dsmoe.config.errors import UserError
 from dsmoe.moe.kernels import blocks
 from dsmoe.moe.kernels.blocks import SIZES, Sizes
 
@@ -91,15 +90,21 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = (SHAPES["qwen3_30b_a3b"], SHAPES["mixtral_8x7b"])
     rows, deadline = Rows(options.rows), Deadline(options.seconds)
     for kernel in GRID:
-        if deadline.passed():
-            print(f"{kernel}: not reached in {options.seconds:g} s")
-            continue
-        tune_kernel(kernel, TINY_SHAPES if options.tiny or options.device == "cpu" else shapes, rows, deadline)
-        free_memory()
+        whole = None
+        if not deadline.passed():
+            whole = tune_kernel(
+                kernel, TINY_SHAPES if options.tiny or options.device == "cpu" else shapes, rows, deadline
+            )
+            free_memory()
+        rows.add({"kind": "checks", "check": f"{kernel}: the whole grid", "passed": whole})
 
 
-def tune_kernel(kernel: str, shapes: Iterable[Shape], rows: Rows, deadline: Deadline) -> None:
-    """Measure the kernel's grid on all shapes, and add its rows and the best one."""
+def tune_kernel(kernel: str, shapes: Iterable[Shape], rows: Rows, deadline: Deadline) -> bool | None:
+    """Measure the kernel's grid on all shapes, and add its rows and the best one.
+
+    Returns:
+        Whether the default sizes, with which others are compared, came out; None if there was no time for all points.
+    """
     device = "cpu" if blocks.capability() == "cpu" else "cuda"
     default = blocks.read(blocks.TABLE)["default"][kernel]["sizes"]
     points = [default, *(point for point in GRID[kernel] if point != default)]
@@ -121,6 +126,7 @@ def tune_kernel(kernel: str, shapes: Iterable[Shape], rows: Rows, deadline: Dead
         date = datetime.now(UTC).strftime("%Y-%m-%d")
         rows.add({"kind": "best", **place, **winner, "device": hardware(device), "date": date})
         print(f"{kernel}: best {winner['sizes']}, {winner['speedup']:.3f} times the default's speed", flush=True)
+    return None if deadline.passed() else winner is not None
 
 
 def measure(
@@ -191,7 +197,7 @@ def adopt(rows: Iterable[Row], table_path: Path = blocks.TABLE) -> list[str]:
         What was taken, such as `sm_90.bag_sum`.
 
     Raises:
-        UserError: the rows are a CPU's rehearsal, or the table would be malformed; it is then left as it was.
+        ValueError: the rows are a CPU's rehearsal, or the table would be malformed; it is then left as it was.
     """
     table = blocks.read(table_path)
     adopted = []
@@ -199,7 +205,7 @@ def adopt(rows: Iterable[Row], table_path: Path = blocks.TABLE) -> list[str]:
         if row.get("kind") != "best":
             continue
         if row["capability"] == "cpu":
-            raise UserError("the rows are a rehearsal on a CPU; adopt those of a run on a CUDA device")
+            raise ValueError("the rows are a rehearsal on a CPU; adopt those of a run on a CUDA device")
         entry = {key: row[key] for key in ("date", "device", "sizes")}
         table.setdefault(row["capability"], {})[row["kernel"]] = entry
         adopted.append(f"{row['capability']}.{row['kernel']}")

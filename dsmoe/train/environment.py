@@ -50,7 +50,7 @@ def write_environment(folder: Path, ds_config: Mapping[str, Any], ranks: Sequenc
         "interfaces": _interfaces(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cuda": _cuda() if torch.cuda.is_initialized() else None,
         "environment": worth_recording(os.environ),
@@ -105,7 +105,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit that this package is of, where it lies in a git checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

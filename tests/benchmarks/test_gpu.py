@@ -23,6 +23,8 @@ from benchmarks.gpu.results import Outcome, Results, markdown, read_rows
 from benchmarks.gpu.stages import STAGES, Machine, Stage, time_limit
 from benchmarks.gpu.supervise import End
 from benchmarks.measuring import RESULTS
+from dsmoe.config import Config
+from dsmoe.plan import count_parameters
 from tests.benchmarks.faults import GOOD
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,7 @@ class Fault(Stage):
 
 
 def stages(*faults: str) -> tuple[Stage, ...]:
-    return tuple(Fault(fault, fault, "tests.benchmarks.faults", 60) for fault in faults)
+    return tuple(Fault(fault, "tests.benchmarks.faults", 60) for fault in faults)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *faults: str, minutes: float = 5.0) -> tuple[int, dict]:
@@ -64,7 +66,7 @@ def test_every_stage_is_rehearsed_without_a_device(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True
     )
-    logs = "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in tmp_path.glob("*.log"))
+    logs = "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in tmp_path.glob("*/*.log"))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
     (file,) = tmp_path.glob("gpu_rehearsal_*.json")
     found = json.loads(file.read_text())
@@ -82,21 +84,24 @@ def test_every_stage_is_rehearsed_without_a_device(tmp_path: Path) -> None:
     for row in rows["memory"]:
         per_parameter = {name: row[f"{name}_gib"] * 2**30 / row["parameters"] for name in ("weights", "optimizer")}
         # ZeRO keeps masters beside the weights; without it the weights are their own masters.
-        expected = (4, 8) if "fp32" in row["configuration"] else (2, 12)
-        assert tuple(per_parameter.values()) == pytest.approx(expected, rel=0.01), row["configuration"]
+        expected = (4, 8) if "fp32" in row["check"] else (2, 12)
+        assert tuple(per_parameter.values()) == pytest.approx(expected, rel=0.01), row["check"]
         assert row["gradients_gib"] == pytest.approx(row["weights_gib"], rel=0.01)
-        assert row["settings"]["train"]["precision"] in row["configuration"]
+        assert row["settings"]["train"]["precision"] in row["check"]
+        sources = [{"name": "corpus", "path": "corpus.txt"}]
+        again = Config.model_validate({**row["settings"], "data": {"sources": sources}})
+        assert count_parameters(again).total == row["parameters"], "a planner can be held against it"
     assert len(rows["memory"]) == 6
-    assert {row["limit"] for row in rows["preflight"] if row["kind"] == "limit"} == {"compute", "checksums"}
+    limits = {row["what"].split(",")[0] for row in rows["preflight"] if row["kind"] == "limit"}
+    assert limits == {"compute", "checksum of equal products", "storage", "link inside a node", "latency inside a node"}
     assert {row["kernel"] for row in rows["tune"] if row["kind"] == "best"} >= {"bag_sum", "activation_forward"}
     page = file.with_suffix(".md").read_text()
     assert page == markdown(found)
     assert "Rehearsal without a GPU" in page
     assert found["command"] in page
     assert done.stdout.count("\n") < 40, "the console has a line or two for a stage, and the table"
-    assert [f"{stage.name}.log" for stage in STAGES] == [
-        path.name for stage in STAGES for path in tmp_path.glob(f"{stage.name}.log")
-    ]
+    assert {path.name for path in file.with_suffix("").iterdir()} == {f"{stage.name}.log" for stage in STAGES}
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 8, "as many as a lent machine gives back"
 
 
 def test_a_stage_that_fails_does_not_take_the_next_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,7 +136,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytes
     assert (code, hangs["word"], fine["word"]) == (1, "out of time", "done")
     assert hangs["rows"] == [GOOD]
     assert "its time was up after 8 s" in hangs["why"]
-    log = (tmp_path / "hangs.log").read_text()
+    (log,) = (path.read_text() for path in tmp_path.glob("*/hangs.log"))
     assert "faults.py" in log, "where it hung"
     assert not [p for p in psutil.process_iter(["cmdline"]) if "signal.SIG_IGN); time.sleep(600)" in str(p.info)]
 
@@ -163,7 +168,7 @@ def test_what_was_measured_is_kept_when_the_run_is_told_to_end(tmp_path: Path) -
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "hangs.log").exists():
+    while not list(tmp_path.glob("*/hangs.log")):
         time.sleep(0.05)
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
@@ -222,7 +227,7 @@ def test_stages_get_commands_that_their_programs_understand(
     [
         (["--device", "cpu"], "add --tiny"),
         (["--minutes", "0"], "0 is not a number of minutes above 0"),
-        (["--minutes", "x"], "invalid _minutes value: 'x'"),
+        (["--minutes", "x"], "x is not a number of minutes above 0"),
         (["--only", "speed"], "invalid choice: 'speed'"),
         (["--adopt", "README.md"], "README.md is not the JSON file of a run"),
         (["--adopt", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
@@ -293,6 +298,38 @@ def test_figures_of_another_machine_are_taken_over_whole(tmp_path: Path) -> None
     assert adopt.adopt(root / adopt.RESULTS / file.name, root)[-1] != "wrote the status in README.md"
 
 
+@pytest.mark.parametrize("broken", ["no page", "no place", "no end"])
+def test_what_cannot_be_taken_over_changes_nothing(broken: str, tmp_path: Path) -> None:
+    root, elsewhere = repository(tmp_path / "repository"), tmp_path / "out"
+    elsewhere.mkdir()
+    file = results_in(elsewhere, "2026-12-01 10:00 UTC")
+    readme = root / "README.md"
+    match broken:
+        case "no page":
+            file.with_suffix(".md").unlink()
+        case "no place":
+            readme.write_text("# x\n")
+        case "no end":
+            readme.write_text(f"# x\n{adopt.BEGIN}\nmuch more\n")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"is not there|has no place for the status"):
+        adopt.adopt(file, root)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_two_runs_of_a_day_are_two_results(tmp_path: Path) -> None:
+    first, second = results_in(tmp_path, "2026-12-01 10:00 UTC"), results_in(tmp_path, "2026-12-01 10:01 UTC")
+    assert first != second
+    assert len(adopt.status(tmp_path).splitlines()) == 4, "of one device the newest"
+
+
+def test_a_full_disk_costs_the_files_and_not_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results(tmp_path / "gone", FACTS, is_rehearsal=False)
+    results.add(Outcome("right", "done", None, 90.0, 150.0, [{"check": "a", "passed": True}]))
+    assert "error: cannot write" in capsys.readouterr().err
+    assert results.table().splitlines()[1] == "right  done         90  150  1 of 1 checks passed"
+
+
 def test_a_rehearsal_changes_no_block_sizes_and_a_card_comes_before_it(tmp_path: Path) -> None:
     root = repository(tmp_path)
     before = (root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text()
@@ -301,7 +338,7 @@ def test_a_rehearsal_changes_no_block_sizes_and_a_card_comes_before_it(tmp_path:
     assert "nothing yet" in adopt.status(root / adopt.RESULTS)
     results_in(root / adopt.RESULTS, "2026-12-01 10:00 UTC", word="failed")
     text = adopt.status(root / adopt.RESULTS)
-    assert "[tune done; right failed (boom)]" in text
+    assert "[right failed (boom); tune done]" in text
     assert "nothing yet" not in text
 
 

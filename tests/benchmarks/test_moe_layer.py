@@ -114,7 +114,8 @@ def test_the_first_row_is_measured_even_after_the_deadline(monkeypatch: pytest.M
     rows = run(monkeypatch, tmp_path, "--seconds", "0", "--profile", "--repeats", "9")
     (row,) = layers(rows)
     assert (row["peer"], row["routing"], row["repeats"]) == (OURS, "balanced", 3)
-    assert [row["kind"] for row in rows] == ["matrix_rate", "layer"]
+    assert [row["kind"] for row in rows] == ["matrix_rate", "layer", "checks", "checks"]
+    assert [row["passed"] for row in rows[2:]] == [True, None], "the other routing was not reached"
 
 
 def test_settings_come_in_order_of_worth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

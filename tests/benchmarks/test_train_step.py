@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.measuring import RESULTS, Rows
 from benchmarks.train_step import OPPONENTS, SHAPES, Entrants, Run, make_config, measure, table
 from dsmoe.parallel import Rank
 from dsmoe.plan import count_parameters
+from dsmoe.plan.flops import flops_per_token
 
 PAGE = RESULTS.parents[1] / "docs" / "training_step.md"
 
@@ -37,7 +39,7 @@ def test_contenders_train_the_same_model_and_are_all_measured() -> None:
 def test_a_run_whose_time_is_over_has_one_round_of_the_first_contender(tmp_path: Path) -> None:
     run = Run(ranks=1, dtype="bf16", shape="tiny", rounds=10**9, device="cpu", until=0.0)
     measure(run, threads=1, rows=Rows(tmp_path / "rows.jsonl"))
-    *left_out, row = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    *left_out, row, check = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {each["contender"] for each in left_out} == {
         "dsmoe expert=1 capacity 1.25",
         "deepspeed expert=1 dropless",
@@ -47,7 +49,10 @@ def test_a_run_whose_time_is_over_has_one_round_of_the_first_contender(tmp_path:
     assert {(each["kind"], each["error"]) for each in left_out} == {("step", "no time left")}
     assert row["tokens_per_second"].keys() == {"dsmoe dropless"}
     assert row["speed_over"] == {}
-    assert table([*left_out, row]).endswith(f"| bf16 |  |  |  | {row['tokens_per_second']['dsmoe dropless']:.0f} |")
+    assert check == {"kind": "checks", "check": "dsmoe dropless, bf16, 1 rank", "passed": True}
+    assert table([*left_out, row, check]).endswith(
+        f"| bf16 |  |  |  | {row['tokens_per_second']['dsmoe dropless']:.0f} |"
+    )
     assert len(table([*left_out, {**row, "tokens_per_second": {}}]).splitlines()) == 3
 
 
@@ -101,6 +106,32 @@ def test_five_contenders_of_the_large_shape_fit_an_80_gb_card() -> None:
     assert parameters == pytest.approx(487e6, rel=0.01)
     assert needed == pytest.approx(63e9, rel=0.02)
     assert needed < 0.8 * 79.1 * 2**30
+
+
+@pytest.mark.parametrize(("card", "sequences"), [(79.1, 16), (139.8, 47), (39.4, 1)])
+def test_a_step_fills_the_card_that_there_is(card: float, sequences: int) -> None:
+    assert train_step.sequences_that_fit(int(card * 2**30)) == sequences
+
+
+def test_figures_follow_from_seconds_bytes_and_flops() -> None:
+    run = Run(ranks=2, dtype="bf16", shape="tiny", rounds=3, device="h100-sxm")
+    one = {"seconds": [0.5, 0.25, 1.0], "peak_bytes": 3 * 2**30, "loss": 4.0}
+    other = {"seconds": [1.0, 0.75, 1.5], "peak_bytes": 6 * 2**30, "loss": 4.0}
+    measured = {"dsmoe expert=1 dropless": one, "deepspeed expert=1 dropless": other}
+    row = train_step.summarise(run, "expert=1", measured)
+    tokens = 2 * 2 * 32
+    assert row["tokens_per_second"] == {"dsmoe dropless": tokens / 0.5, "deepspeed dropless": tokens / 1.0}
+    assert row["speed_over"] == {"deepspeed dropless": 2.0}
+    assert row["peak_gib"] == {"dsmoe dropless": 3.0, "deepspeed dropless": 6.0}
+    flops = flops_per_token(make_config(run, {}, None, Path()), 32).training
+    assert row["mfu_percent"]["dsmoe dropless"] == pytest.approx(100 * tokens / 0.5 * flops / (2 * 989.5e12))
+
+
+def test_ranks_that_fail_end_the_program_with_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=7))
+    with pytest.raises(SystemExit) as end:
+        measure(Run(ranks=2, dtype="fp32", shape="tiny", rounds=1, device="cpu"), 1, Rows())
+    assert end.value.code == 7
 
 
 def test_the_page_has_the_measured_table() -> None:

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from dsmoe.config.errors import UserError
-
 TABLE = Path(__file__).with_name("blocks.json")
 
 Sizes = dict[str, int]
@@ -50,12 +48,12 @@ def read(path: Path) -> Table:
     """The table of a file.
 
     Raises:
-        UserError: it is malformed; the message names the file, the key and what to do.
+        ValueError: it is malformed; the message names the file, the key and what to do.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore the file from the repository") from None
+        raise ValueError(f"{path}: not JSON ({error}); restore the file from the repository") from None
     check(table, path)
     return table
 
@@ -64,7 +62,7 @@ def check(table: Any, path: Path) -> None:
     """Refuse a malformed table; `path` is for the message.
 
     Raises:
-        UserError: as `read`.
+        ValueError: as `read`.
     """
     _expect_keys(table, "", ["default"], path, optional=r"sm_\d+")
     _expect_keys(table["default"], "default", list(KERNELS), path)
@@ -77,7 +75,7 @@ def check(table: Any, path: Path) -> None:
             for name, size in entry["sizes"].items():
                 most = 32 if name == "warps" else 2**16
                 if type(size) is not int or not 1 <= size <= most or size & (size - 1):
-                    raise UserError(f"{path}: {place}.sizes.{name}: {size!r}; must be a power of two from 1 to {most}")
+                    raise ValueError(f"{path}: {place}.sizes.{name}: {size!r}; must be a power of two from 1 to {most}")
 
 
 def capability() -> str:
@@ -97,17 +95,17 @@ def choose(table: Table, capability: str) -> dict[str, Sizes]:
 def _expect_keys(value: Any, place: str, required: list[str], path: Path, optional: str = "(?!)") -> None:
     """Refuse anything but an object with the required keys and, beyond them, keys that match `optional`."""
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {place or 'the file'}: {value!r}; must be an object in braces")
+        raise ValueError(f"{path}: {place or 'the file'}: {value!r}; must be an object in braces")
     prefix = f"{place}." if place else ""
     for key in value:
         if key not in required and not re.fullmatch(optional, key):
             known = [*required, *("sm_90" if "sm_" in optional else optional).split("|")]
             guess = get_close_matches(key, known, 1, 0.6)
             allowed = f"did you mean {guess[0]!r}?" if guess else f"expected {' or '.join(known)}"
-            raise UserError(f"{path}: {prefix}{key}: unknown key; {allowed}")
+            raise ValueError(f"{path}: {prefix}{key}: unknown key; {allowed}")
     for key in required:
         if key not in value:
-            raise UserError(f"{path}: {prefix}{key}: missing; add it, or restore the file from the repository")
+            raise ValueError(f"{path}: {prefix}{key}: missing; add it, or restore the file from the repository")
 
 
 SIZES = choose(read(TABLE), capability())

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import dsmoe
-from dsmoe.config.errors import UserError
 from dsmoe.moe.kernels import blocks
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
 from dsmoe.moe.kernels.bag_sum import bag_sum
@@ -147,14 +146,14 @@ def test_a_malformed_table_is_refused_by_file_key_and_remedy(
         inside[place[-1]] = value
     path = tmp_path / "blocks.json"
     path.write_text(json.dumps(table))
-    with pytest.raises(UserError, match=f"blocks.json: .*{message}"):
+    with pytest.raises(ValueError, match=f"blocks.json: .*{message}"):
         blocks.read(path)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "blocks.json"
     path.write_text(blocks.TABLE.read_text()[:-9])
-    with pytest.raises(UserError, match=r"blocks.json: not JSON .* restore the file"):
+    with pytest.raises(ValueError, match=r"blocks.json: not JSON .* restore the file"):
         blocks.read(path)
 
 
