@@ -25,6 +25,8 @@ GIB = 2**30
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "liger-kernel")
 
 Row = dict[str, Any]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+"""torchrun for one host, whose name need not be known to any name server."""
 
 
 def seconds(action: Callable[[], object], device: str) -> float:
@@ -111,9 +113,9 @@ def hardware(device: str) -> str:
     return platform.processor()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had not the memory; the next measurement may fit."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def free_memory() -> None:

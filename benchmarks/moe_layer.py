@@ -34,6 +34,7 @@ from benchmarks.measuring import (
     Row,
     Rows,
     add_stage_options,
+    first_line,
     free_memory,
     seconds,
     write,
@@ -174,7 +175,7 @@ class Measurement:
             action(name)
             return
         except Exception as error:  # whatever another library raises: the others go on
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
         self.layers.pop(name, None)
         self.times.pop(name, None)
         self.x_TD.grad = None

@@ -51,7 +51,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from benchmarks.measuring import DTYPES, GIB, Deadline, Rows, add_stage_options, free_memory, seconds, write
+from benchmarks.gpu.supervise import STACKS_SECONDS, end_tree
+from benchmarks.measuring import DTYPES, GIB, TORCHRUN, Deadline, Rows, add_stage_options, free_memory, seconds, write
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender, transformers_contender
 from dsmoe.config.schema import Config
 from dsmoe.parallel import Rank, join_processes, leave_processes
@@ -61,6 +62,8 @@ from dsmoe.plan.flops import flops_per_token
 from dsmoe.plan.text import quantity
 
 Result = TypeVar("Result")
+GRACE_SECONDS = 15.0
+"""How long ranks may take to come to their end when their time is over."""
 CAPACITIES = {"dropless": None, "capacity 1.25": 1.25}
 OPPONENTS = {
     "deepspeed dropless": "dsmoe dropless",
@@ -182,14 +185,16 @@ def main() -> None:
 
 def measure(run: Run, threads: int, rows: Rows) -> None:
     """Start the ranks, and make a row of every layout, and of every contender that was left out."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)]
-    command = [*launcher, "-m", "benchmarks.train_step", "--worker", json.dumps(asdict(run))]
+    command = [*TORCHRUN, "--nproc-per-node", str(run.ranks), "-m", "benchmarks.train_step"]
+    command += ["--worker", json.dumps(asdict(run))]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "corpus.txt").write_text("a training step\n" * 64 * SHAPES[run.shape]["length"])
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RESULTS": folder}
-        if code := subprocess.run(command, env=environment).returncode:
+        code = _run_ranks(command, environment, run)
+        measured = Path(folder) / "measured.json"
+        if code and not measured.exists():
             sys.exit(code)  # the ranks have said why
-        measured = json.loads((Path(folder) / "measured.json").read_text())
+        measured = json.loads(measured.read_text())
     crowded = run.device == "cpu" and run.ranks * threads > (os.cpu_count() or 1)
     setting = {"kind": "step", "ranks": run.ranks, "dtype": run.dtype}
     for name, error in measured["left_out"].items():
@@ -202,6 +207,19 @@ def measure(run: Run, threads: int, rows: Rows) -> None:
     if rows.file is not None:
         measured_ours = all("dsmoe dropless" in found["tokens_per_second"] for found in figures.values())
         rows.add({"kind": "checks", "check": run.name, "passed": measured_ours})
+    if code:
+        sys.exit(code)
+
+
+def _run_ranks(command: list[str], environment: dict[str, str], run: Run) -> int:
+    """Run them to their end, or end them when they are far over their time; returns the exit code."""
+    ranks = subprocess.Popen(command, env=environment)
+    try:
+        return ranks.wait(None if run.until is None else max(run.until - time.time(), 0) + GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"the ranks are still running {GRACE_SECONDS:.0f} s after their time", file=sys.stderr, flush=True)
+        end_tree(ranks, stacks_seconds=STACKS_SECONDS)
+        return 1
 
 
 def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -315,14 +333,23 @@ def work(run: Run) -> None:
             of_step = entrants.attempt(name, partial(step_seconds, entrants, name, tokens))
             if number and of_step is not None:
                 taken[name].append(of_step)
-    report = {}
+        if number:
+            report(entrants, taken, None, folder)
+    report(entrants, taken, tokens, folder)
+    leave_processes()
+
+
+def report(entrants: Entrants, taken: dict[str, list[float]], tokens: torch.Tensor | None, folder: Path) -> None:
+    """Write what is known so far, for `measure`; with the loss of `tokens`, where they are given."""
+    found = {}
     for name in list(entrants.contenders):
         figures = entrants.attempt(name, partial(figures_of, entrants, name, taken[name], tokens))
         if figures is not None:
-            report[name] = figures
-    if rank.is_first:
-        (folder / "measured.json").write_text(json.dumps({"contenders": report, "left_out": entrants.left_out}))
-    leave_processes()
+            found[name] = figures
+    if entrants.rank.is_first:
+        part = folder / "measured.part"
+        part.write_text(json.dumps({"contenders": found, "left_out": entrants.left_out}))
+        part.replace(folder / "measured.json")
 
 
 def step_seconds(entrants: Entrants, name: str, tokens: torch.Tensor) -> float:
@@ -335,17 +362,20 @@ def step_seconds(entrants: Entrants, name: str, tokens: torch.Tensor) -> float:
         return seconds(partial(contender.step, contender.part_of(tokens)), entrants.rank.device.type)
 
 
-def figures_of(entrants: Entrants, name: str, taken: list[float], tokens: torch.Tensor) -> dict[str, Any]:
-    """What `summarise` needs of a contender: the slowest rank's times, the largest memory, the mean loss."""
+def figures_of(entrants: Entrants, name: str, taken: list[float], tokens: torch.Tensor | None) -> dict[str, Any]:
+    """What `summarise` needs of a contender: the slowest rank's times, the largest memory, and the loss of `tokens`."""
     contender, rank = entrants.contenders[name], entrants.rank
     contender.activate()
     worst = torch.tensor([*taken, contender.peak_bytes], dtype=torch.float64, device=rank.device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    with torch.no_grad():
-        loss = contender.loss(contender.part_of(tokens)) / rank.world_size
-    dist.all_reduce(loss)
     *slowest, peak_bytes = worst.tolist()
-    return {"seconds": slowest, "peak_bytes": peak_bytes, "loss": loss.item()}
+    figures = {"seconds": slowest, "peak_bytes": peak_bytes, "loss": None}
+    if tokens is not None:
+        with torch.no_grad():
+            loss = contender.loss(contender.part_of(tokens)) / rank.world_size
+        dist.all_reduce(loss)
+        figures["loss"] = loss.item()
+    return figures
 
 
 def out_of_time(run: Run, rank: Rank) -> bool:

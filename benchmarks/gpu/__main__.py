@@ -7,7 +7,7 @@
 Stages, in order of worth: right, layer, step, memory, preflight, tune. Each runs in a process of its own with its own
 time limit and log; one that fails, hangs or is killed does not take the next with it, and what it had measured by then
 is kept. At the end there is a table, and in the folder one JSON and one Markdown file with device, driver, versions and
-command. Needs no network, no registry and no compiler.
+command. Needs no network and no registry, and no compiler but the one that Triton needs (docs/gpu.md).
 
 Exit codes: 0 every stage did all that it is for; 1 one did not; 2 the command line is wrong, or there is no device.
 """
@@ -26,13 +26,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.results import Outcome, Results, read_rows
-from benchmarks.gpu.stages import STAGES, Machine, time_limit
-from benchmarks.gpu.supervise import supervise
+try:
+    from benchmarks.gpu.results import Outcome, Results, read_rows
+    from benchmarks.gpu.stages import STAGES, Machine, time_limit
+    from benchmarks.gpu.supervise import supervise
+except ModuleNotFoundError as error:
+    print(
+        f"error: {sys.executable} has no {error.name}; docs/gpu.md says what is needed, and how to bring it",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 ROOT = Path(__file__).parents[2]
 FOUND_SECONDS = 120.0
 """How long a process may take to say what the machine is."""
+LEFT_OUT = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET", "DS_ACCELERATOR", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+)
+LEFT_OUT_PREFIXES = ("GROUP_", "OMPI_", "PMI_", "PYTEST_", "ROLE_", "SLURM_", "TORCHELASTIC_")
+"""Variables of a launcher, a test run or an image around this command, which stages would take for their own."""
 LEAST_SECONDS = 5.0
 """With less than that left, a stage is not begun."""
 
@@ -64,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -74,9 +90,14 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     facts = _find_machine(options.device, arguments, environment)
     machine = Machine(options.device, facts["ranks"], facts["known_as"], options.tiny)
     results = Results(folder, facts, options.tiny)
-    results.logs.mkdir(exist_ok=True)
+    try:
+        results.logs.mkdir()
+    except FileExistsError:
+        raise ValueError(
+            f"{results.logs} is there: another run began in this minute; begin again in the next"
+        ) from None
     print(f"{facts['devices']} x {facts['hardware']}; results in {results.json_path}", flush=True)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
     try:
         for number, stage in enumerate(stages):
@@ -98,9 +119,12 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     except KeyboardInterrupt:  # between two stages
         pass
     finally:
-        signal.signal(signal.SIGTERM, before)
-    print(f"\n{results.table()}\n\nwrote {results.json_path}\n      {results.markdown_path}", flush=True)
-    return 0 if len(results.outcomes) == len(stages) and all(outcome.is_done for outcome in results.outcomes) else 1
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for stage in stages[len(results.outcomes) :]:
+        results.add(Outcome(stage.name, "not begun", "interrupted", 0.0, 0.0))
+    print(f"\n{results.table()}\n\nresults: {results.json_path}\n         {results.markdown_path}", flush=True)
+    return 0 if all(outcome.is_done for outcome in results.outcomes) else 1
 
 
 def _interrupt(*_: object) -> None:
@@ -112,8 +136,8 @@ def _environment(device: str) -> dict[str, str]:
     """For every stage; on the CPU without the devices that may be there, and with Triton's interpreter."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+    for name in [name for name in environment if name in LEFT_OUT or name.startswith(LEFT_OUT_PREFIXES)]:
+        del environment[name]
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
     return environment
@@ -133,8 +157,9 @@ def _find_machine(device: str, arguments: list[str], environment: Mapping[str, s
     except subprocess.TimeoutExpired:
         raise ValueError(f"torch found no device in {FOUND_SECONDS:.0f} s: does nvidia-smi answer?") from None
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise ValueError(lines[-1].removeprefix("error: ") if lines else f"machine.py ended with {done.returncode}")
+        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        hint = "; docs/gpu.md says what is needed, and how to bring it" if "No module named" in lines[-1] else ""
+        raise ValueError(lines[-1].removeprefix("error: ") + hint)
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts
 

@@ -59,9 +59,19 @@ def read_results(file: Path) -> Row:
     """
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-        [Outcome(**stage) for stage in tree["stages"]]
-        return {key: tree[key] for key in ("date", "rehearsal", "hardware", "devices", "packages", "stages")} | tree
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [row for stage in tree["stages"] for row in Outcome(**stage).rows]
+        texts = [
+            tree["date"],
+            tree["hardware"],
+            tree["packages"]["torch"],
+            *(stage["word"] for stage in tree["stages"]),
+        ]
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError("a value of another kind")
+        if tree["page"] != f"{file.stem}.md":
+            raise ValueError(f"it was named {Path(tree['page']).stem}.json")
+        return {key: tree[key] for key in ("rehearsal", "devices")} | tree
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the JSON file of a run of `python -m benchmarks.gpu` ({error!r})") from error
 
 

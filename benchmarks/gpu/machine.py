@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import circumstances
+from benchmarks.measuring import circumstances, first_line
 from dsmoe.plan.devices import known_device
 from dsmoe.train.environment import git_commit
 
@@ -32,7 +32,25 @@ def describe(device: str, arguments: list[str]) -> dict[str, Any]:
     return {**facts, "commit": git_commit(), "device": device, "devices": devices, "ranks": ranks, "known_as": known_as}
 
 
+def why_not(device: str) -> str | None:
+    """Why nothing can be measured here: no device, or Triton cannot make what every kernel needs."""
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here; `--device cpu --tiny` rehearses without one"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # compiles a module of C once, and keeps it in its cache
+    except Exception as error:
+        return (
+            f"Triton cannot compile its driver module ({first_line(error)}): it needs a C compiler (gcc, or what CC "
+            f"names), Python's headers and a writable TRITON_CACHE_DIR"
+        )
+    return None
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch sees no CUDA device here; `--device cpu --tiny` rehearses without one")
+    if reason := why_not(sys.argv[1]):
+        sys.exit(f"error: {reason}")
     print(json.dumps(describe(sys.argv[1], sys.argv[2:])))

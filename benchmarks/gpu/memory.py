@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import psutil
 import torch
 from torch import nn
 
-from benchmarks.measuring import GIB, Deadline, Row, Rows, add_stage_options, free_memory, is_out_of_memory
+from benchmarks.measuring import GIB, Deadline, Row, Rows, add_stage_options, first_line, free_memory
 from dsmoe.config.schema import Config
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
@@ -85,10 +86,9 @@ def main() -> int:
                 row |= {"passed": True} | measured(
                     make_config(name, "tiny" if options.tiny else "gpu", device, Path(folder)), rank
                 )
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                row |= {"passed": False, "detail": f"out of memory: {str(error).splitlines()[0]}"}
+            except Exception as error:  # the next may fit, or work
+                traceback.print_exc()
+                row |= {"passed": False, "detail": f"{type(error).__name__}: {first_line(error)}"}
             free_memory()
             rows.add(row)
             print({key: value for key, value in row.items() if key != "settings"}, flush=True)

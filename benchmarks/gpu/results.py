@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gpu.supervise import End
 from benchmarks.measuring import Row
-from dsmoe.plan.text import table
+from dsmoe.plan.text import quantity, table
 
 LEFT_OUT_KINDS, LEFT_OUT_KEYS = ("tune",), ("kind", "settings")
 """What the Markdown file has no room for; the JSON has everything."""
@@ -68,9 +68,9 @@ class Outcome:
         left_out = sum("error" in row for row in self.rows)
         figures = len(self.rows) - len(verdicts) - left_out
         tests = sum(row.get("tests", 0) for row in self.rows)
-        parts = [f"{verdicts.count(True)} of {len(verdicts)} checks passed"] if verdicts else []
-        parts += [f"{tests} tests in them"] if tests else []
-        parts += [f"{figures} figures"] if figures else []
+        parts = [f"{verdicts.count(True)} of {quantity(len(verdicts), 'check')} passed"] if verdicts else []
+        parts += [f"{quantity(tests, 'test')} in them"] if tests else []
+        parts += [quantity(figures, "figure")] if figures else []
         parts += [f"{left_out} left out"] if left_out else []
         return ", ".join(parts) or "nothing"
 
@@ -135,7 +135,7 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
 
 def markdown(tree: Row) -> str:
     """The results as a page: the machine, the stages, and a table for every kind of row."""
-    packages = ", ".join(f"{name} {version}" for name, version in tree["packages"].items() if version)
+    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in tree["packages"].items())
     driver = f", driver {tree['driver']}, CUDA {tree['cuda']}" if "driver" in tree else ""
     commit = f", commit {tree['commit'][:12]}" if tree.get("commit") else ""
     tiny = ["Tiny sizes on a CPU: the figures below show that the stages work, and nothing else.", ""]

@@ -10,7 +10,7 @@ LAYER_PEERS = (
     *("dense floor", "dsmoe dropless", "dsmoe capacity 1.25", "transformers qwen3 grouped_mm", "liger grouped"),
     *("deepspeed no drop", "deepspeed capacity 1.25"),
 )
-START_SECONDS = {"cuda": 15.0, "cpu": 8.0}
+START_SECONDS = {"cuda": 25.0, "cpu": 8.0}
 """Seconds of a stage that are left for importing torch and DeepSpeed, and for coming to an end."""
 
 
@@ -58,7 +58,7 @@ class Stage:
                 measured = ["--shapes", *shapes, *tokens, "--dtypes", "bf16", "--routing", "balanced", "zipf"]
                 return [*device, *measured, "--profile", "--peers", *LAYER_PEERS]
             case "step":
-                worlds = [1] if machine.tiny else sorted({1, machine.ranks})
+                worlds = [1] if machine.tiny else sorted({1, machine.ranks}, reverse=True)
                 sizes = ["--shape", "tiny" if machine.tiny else "gpu", "--dtypes", "bf16"]
                 return ["--device", machine.known_as or machine.device, *sizes, "--ranks", *map(str, worlds)]
             case "memory":

@@ -1,7 +1,8 @@
 """One program with a time limit: nothing that it does, and nothing that it starts, outlives or harms its caller.
 
 A program may hang, be killed, print without end, or leave children in sessions of their own, as torchrun's workers are.
-Whatever it has started inherits a mark in its environment, by which it is found in the end.
+Whatever it has started inherits a mark in its environment, by which it is found in the end. If the caller is killed, a
+guard (`python -m benchmarks.gpu.supervise MARK`) does that: what stays on a device disturbs what is measured next.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def supervise(
         output = log.open("wb")
     except OSError as error:
         return End("failed", f"cannot write {log}: {error.strerror}", 0.0)
-    with output:
+    with output, _guard(mark, folder):
         try:
             process = subprocess.Popen(
                 command,
@@ -94,6 +96,35 @@ def supervise(
     if why_ended is not None:
         return End("out of time", f"{why_ended}; where it stood is at the end of {log.name}", seconds)
     return _judged(process.returncode, log, seconds)
+
+
+@contextmanager
+def _guard(mark: str, folder: Path) -> Iterator[None]:
+    """End all that has the mark when this process has ended, however: the guard then reads the end of its input."""
+    command = [sys.executable, "-m", "benchmarks.gpu.supervise", mark]
+    guard = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait()
+
+
+def end_tree(process: subprocess.Popen[bytes], *, stacks_seconds: float = 0.0) -> None:
+    """Kill a process and all that it has started; before that, let each write its threads' stacks, if there is time."""
+    try:
+        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        tree = []
+    for number, seconds in ((signal.SIGABRT, stacks_seconds), (signal.SIGKILL, 0.0)):
+        if number == signal.SIGABRT and not seconds:
+            continue
+        for part in tree:
+            with suppress(psutil.NoSuchProcess):
+                part.send_signal(number)
+        psutil.wait_procs(tree, timeout=seconds)
+    process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path, deadline: float) -> str | None:
@@ -187,3 +218,8 @@ def _shorten(log: Path) -> None:
         output.write(f"\n... {size - 2 * KEPT_OUTPUT} bytes left out ...\n".encode())
         output.write(end)
         output.truncate()
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    _end_all(sys.argv[1])

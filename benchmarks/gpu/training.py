@@ -14,16 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 
-from benchmarks.gpu.supervise import last_line
-from benchmarks.measuring import Deadline, Row
+from benchmarks.gpu.supervise import STACKS_SECONDS, end_tree, last_line
+from benchmarks.measuring import TORCHRUN, Deadline, Row
 from dsmoe.checkpoint.files import read_tensor
 from dsmoe.checkpoint.folder import all_checkpoints, step_of, verify
 from dsmoe.train.parity import TEXT
@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[2]
 BEGUN = 2
 """Steps before the checkpoint from which every run starts."""
 NO_TIME = "there was no time left"
+PATIENCE = {"cuda": 75.0, "cpu": 400.0}
+"""Seconds after which a run of the small model hangs; a CPU may be busy with other things."""
 BOUNDS = {"fp32": 1e-3, "bf16": 5e-3}
 """How far a step's loss on a CUDA device may be from the CPU's, relatively, within these steps."""
 MODEL: dict[str, Any] = {
@@ -62,6 +64,9 @@ MODEL: dict[str, Any] = {
     "checkpoint": {"every": None, "keep": 50, "asynchronous": False},
     "observe": {"log_every": 1, "tensorboard": False},
 }
+
+
+LONG = ("model.head_dim=64", "model.max_sequence_length=512", "train.sequence_length=512", "train.batch_tokens=16384")
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Run:
         """Run it to its end; None, or why it did not come to it."""
         if self.bench.deadline.passed():
             return NO_TIME
-        return wait_within(self.bench.deadline, self.start(launcher), self.output)
+        return wait_within(self.bench.deadline, self.start(launcher), self.output, PATIENCE[self.bench.device])
 
     def losses(self) -> dict[int, float]:
         """The loss of each step, and the held-out one after the last as step -1."""
@@ -170,11 +175,13 @@ class Run:
 def launch(launcher: str, ranks: int) -> list[str]:
     """What starts `ranks` processes of a program on this host: `torchrun`, `deepspeed`, or `python` for one."""
     if launcher == "deepspeed":
-        port = ["--master_port", str(_free_port())]
-        return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), *port]
+        visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device][:ranks]
+        # With --num_gpus it would take the first devices, whichever are visible.
+        devices = ["--include", f"localhost:{','.join(visible)}"] if visible else ["--num_gpus", str(ranks)]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *devices, "--master_port", str(_free_port())]
     if launcher == "python":
         return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*TORCHRUN, "--nproc-per-node", str(ranks)]
 
 
 def begin_on_cpu(bench: Bench, precision: str) -> tuple[Run, Row | None]:
@@ -219,19 +226,23 @@ def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: 
 
 
 def through_a_kill(bench: Bench, precision: str, zero: int, ranks: int) -> list[Row]:
-    """The same run twice, and once killed with SIGKILL in the middle and started again: equal to the last bit."""
+    """The same run twice, and once killed with SIGKILL in the middle and started again: equal to the last bit.
+
+    On a device with sequences and heads so long that attention's backward pass adds up several blocks.
+    """
     setting = _setting(precision, zero, ranks)
     overrides = [
         *(f"train.precision={precision}", f"parallel.zero_stage={zero}", f"parallel.expert={ranks}"),
-        *(f"train.steps={bench.killed_steps}", "checkpoint.every=2"),
+        *(f"train.steps={bench.killed_steps}", "checkpoint.every=2", *(LONG if bench.device == "cuda" else [])),
     ]
     name = f"kill_{precision}_zero{zero}_ranks{ranks}"
     whole, again, killed = (bench.run(f"{name}_{kind}", *overrides, ranks=ranks) for kind in ("one", "two", "killed"))
     repeat: Row = {"kind": "repeat", "check": f"{setting}: the same bits twice", "passed": False}
     resume: Row = {"kind": "resume", "check": f"{setting}: the same bits after SIGKILL", "passed": False}
-    for run in (whole, again):
-        if why := run.finish():
-            return [not_passed(row, why) for row in (repeat, resume)]
+    with ThreadPoolExecutor(2 if bench.device == "cuda" else 1) as pool:
+        for why in pool.map(Run.finish, (whole, again)):
+            if why:
+                return [not_passed(row, why) for row in (repeat, resume)]
     if difference := _difference(whole, again):
         repeat["detail"] = difference
     else:
@@ -284,7 +295,7 @@ def layouts_of(ranks: int) -> list[str]:
 def environment(device: str) -> dict[str, str]:
     """For programs that train; those on a CPU do not see the machine's devices."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
-    return {**os.environ, "OMP_NUM_THREADS": "2", **hidden}
+    return {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONFAULTHANDLER": "1", **hidden}
 
 
 def start(command: Sequence[str], environment: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
@@ -293,37 +304,30 @@ def start(command: Sequence[str], environment: dict[str, str], output: Path) -> 
         return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
 
 
-def wait_within(deadline: Deadline, process: subprocess.Popen[bytes], output: Path) -> str | None:
-    """Wait for the end of a program; None, or why it was no good one. All of its output is then printed."""
+def wait_within(
+    deadline: Deadline, process: subprocess.Popen[bytes], output: Path, patience: float = float("inf")
+) -> str | None:
+    """Wait for the end of a program; None, or why it was no good one, and then all of its output is printed.
+
+    A program that is still running after `patience` seconds hangs: it is ended like one that there is no time for, but
+    that is its own fault. Where its threads stood is at the end of its output.
+    """
+    why = None
     try:
-        code = process.wait(timeout=max(deadline.left(), 1.0))
+        code = process.wait(timeout=max(min(deadline.left(), patience), 1.0))
+        if code:
+            why = f"exit code {code}: {last_line(output)}"
     except subprocess.TimeoutExpired:
-        kill_all(process)
-        return NO_TIME
-    if code == 0:
-        return None
-    print(f"--- {output.name}\n{output.read_text(errors='replace')[-20_000:]}", flush=True)
-    return f"exit code {code}: {last_line(output)}"
+        end_tree(process, stacks_seconds=STACKS_SECONDS)
+        why = NO_TIME if deadline.passed() else f"still running after {patience:.0f} s"
+    if why:
+        print(f"--- {output.name}\n{output.read_text(errors='replace')[-20_000:]}", flush=True)
+    return why
 
 
 def not_passed(row: Row, why: str) -> Row:
     """The row of a check that did not pass, or that there was no time for, which is not its fault."""
     return {**row, "passed": None if why == NO_TIME else False, "detail": why}
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a process and to all that it has started."""
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        children = []
-    process.send_signal(signal.SIGKILL)
-    for child in children:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
 
 
 def _start_and_kill(run: Run) -> int | None:
@@ -332,10 +336,10 @@ def _start_and_kill(run: Run) -> int | None:
     checkpoints = run.folder / "checkpoints"
     while process.poll() is None and not run.bench.deadline.passed():
         if len(saved := all_checkpoints(checkpoints)) >= 2:
-            kill_all(process)
+            end_tree(process)
             return step_of(saved[-1]) if process.returncode == -signal.SIGKILL else None
         time.sleep(0.002)
-    kill_all(process)
+    end_tree(process)
     return None
 
 

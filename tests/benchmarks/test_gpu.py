@@ -138,7 +138,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytes
     assert "its time was up after 8 s" in hangs["why"]
     (log,) = (path.read_text() for path in tmp_path.glob("*/hangs.log"))
     assert "faults.py" in log, "where it hung"
-    assert not [p for p in psutil.process_iter(["cmdline"]) if "signal.SIG_IGN); time.sleep(600)" in str(p.info)]
+    assert not orphans()
 
 
 def test_a_stage_that_prints_without_end_fills_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,25 +158,47 @@ def test_a_program_that_does_not_exist_is_a_failure(tmp_path: Path) -> None:
     assert end == End("failed", "cannot start /nowhere/python: No such file or directory", 0.0)
 
 
-def test_what_was_measured_is_kept_when_the_run_is_told_to_end(tmp_path: Path) -> None:
+def begin(folder: Path, *faults: str) -> subprocess.Popen[str]:
+    """A run in a process of its own, whose first stage hangs; returns when that has begun."""
     program = (
         "import sys; import benchmarks.gpu.__main__ as command; from tests.benchmarks import test_gpu as here;"
-        "command.STAGES = here.stages('hangs', 'fine');"
+        "command.STAGES = here.stages(*sys.argv[2:]);"
         "command._find_machine = lambda *_: here.FACTS | {'device': 'cpu'};"
         "sys.exit(command.main(['--device', 'cpu', '--tiny', '--out', sys.argv[1]]))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    while not list(tmp_path.glob("*/hangs.log")):
+    arguments = [str(folder), *faults]
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not orphans():
         time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
+    return process
+
+
+def orphans() -> list[psutil.Process]:
+    """What the stage that hangs has started in a session of its own."""
+    return [p for p in psutil.process_iter(["cmdline"]) if "signal.SIG_IGN); time.sleep(600)" in str(p.info)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_what_was_measured_is_kept_when_the_run_is_told_to_end(number: int, tmp_path: Path) -> None:
+    process = begin(tmp_path, "hangs", "fine")
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    (stage,) = json.loads(next(tmp_path.glob("gpu_*.json")).read_text())["stages"]
-    assert (stage["stage"], stage["word"]) == ("hangs", "interrupted")
+    found = json.loads(next(tmp_path.glob("gpu_*.json")).read_text())["stages"]
+    assert [(stage["stage"], stage["word"]) for stage in found] == [("hangs", "interrupted"), ("fine", "not begun")]
+    assert found[0]["rows"] == [GOOD]
     assert "hangs: interrupted in" in output
+    assert not orphans()
+
+
+def test_nothing_stays_on_the_device_when_the_run_is_killed(tmp_path: Path) -> None:
+    process = begin(tmp_path, "hangs")
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while orphans() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not orphans()
 
 
 def test_time_goes_to_what_is_worth_most_and_what_is_left_to_the_rest() -> None:
@@ -249,7 +271,7 @@ def test_outcomes_say_what_is_missing() -> None:
     rows = [{"check": "a", "passed": True}, {"check": "b", "passed": None}, {"value": 1}, {"error": "out of memory"}]
     outcome = Outcome.of("right", done, rows, 0, 10.0)
     assert (outcome.word, outcome.why) == ("out of time", "no time for 1 of 2 checks")
-    assert outcome.summary == "1 of 2 checks passed, 1 figures, 1 left out"
+    assert outcome.summary == "1 of 2 checks passed, 1 figure, 1 left out"
     assert Outcome.of("layer", done, [{"value": 1}], 0, 10.0).is_done
 
 
@@ -327,7 +349,29 @@ def test_a_full_disk_costs_the_files_and_not_the_figures(tmp_path: Path, capsys:
     results = Results(tmp_path / "gone", FACTS, is_rehearsal=False)
     results.add(Outcome("right", "done", None, 90.0, 150.0, [{"check": "a", "passed": True}]))
     assert "error: cannot write" in capsys.readouterr().err
-    assert results.table().splitlines()[1] == "right  done         90  150  1 of 1 checks passed"
+    assert results.table().splitlines()[1] == "right  done         90  150  1 of 1 check passed"
+
+
+def test_two_runs_do_not_write_one_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run(monkeypatch, tmp_path, "fine")[0] == 0
+    assert command.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 2
+
+
+def test_stages_do_not_take_a_launcher_around_them_for_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_PROCID", "PYTEST_ADDOPTS", "TORCHELASTIC_RUN_ID", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "8")
+    environment = command._environment("cuda")
+    assert not environment.keys() & {"LOCAL_WORLD_SIZE", "SLURM_PROCID", "PYTEST_ADDOPTS", "TORCHELASTIC_RUN_ID"}
+    assert "TRITON_INTERPRET" not in environment
+    assert command._environment("cpu")["TRITON_INTERPRET"] == "1"
+
+
+def test_an_interpreter_without_a_package_is_told_which() -> None:
+    program = "import runpy, sys; sys.modules['psutil'] = None; runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "has no psutil; docs/gpu.md says what is needed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_rehearsal_changes_no_block_sizes_and_a_card_comes_before_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,10 +129,29 @@ def test_figures_follow_from_seconds_bytes_and_flops() -> None:
 
 
 def test_ranks_that_fail_end_the_program_with_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=7))
+    monkeypatch.setattr(train_step.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda _: 7))
     with pytest.raises(SystemExit) as end:
         measure(Run(ranks=2, dtype="fp32", shape="tiny", rounds=1, device="cpu"), 1, Rows())
     assert end.value.code == 7
+
+
+def test_ranks_that_hang_are_ended_and_what_they_had_measured_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(ranks=1, dtype="fp32", shape="tiny", rounds=9, device="cpu", until=0.0)
+    known = {"dsmoe expert=1 dropless": {"seconds": [0.5], "peak_bytes": 0, "loss": None}}
+    text = json.dumps({"contenders": known, "left_out": {}})
+    write = f"Path(os.environ['RESULTS'], 'measured.json').write_text({text!r})"
+    hang = f"import os, time; from pathlib import Path; {write}; time.sleep(600)"
+    real = train_step.subprocess.Popen
+    monkeypatch.setattr(train_step.subprocess, "Popen", lambda _, env: real([sys.executable, "-c", hang], env=env))
+    monkeypatch.setattr(train_step, "GRACE_SECONDS", 3.0)
+    rows = Rows(tmp_path / "rows")
+    with pytest.raises(SystemExit):
+        measure(run, 1, rows)
+    assert [row["kind"] for row in rows.rows] == ["step", "checks"]
+    assert rows.rows[0]["tokens_per_second"] == {"dsmoe dropless": run.tokens / 0.5}
+    assert "still running 3 s after their time" in capfd.readouterr().err
 
 
 def test_the_page_has_the_measured_table() -> None:

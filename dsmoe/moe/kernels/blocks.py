@@ -92,14 +92,14 @@ def choose(table: Table, capability: str) -> dict[str, Sizes]:
     return {kernel: entry["sizes"] for kernel, entry in chosen.items()}
 
 
-def _expect_keys(value: Any, place: str, required: list[str], path: Path, optional: str = "(?!)") -> None:
+def _expect_keys(value: Any, place: str, required: list[str], path: Path, optional: str = "") -> None:
     """Refuse anything but an object with the required keys and, beyond them, keys that match `optional`."""
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {place or 'the file'}: {value!r}; must be an object in braces")
     prefix = f"{place}." if place else ""
     for key in value:
-        if key not in required and not re.fullmatch(optional, key):
-            known = [*required, *("sm_90" if "sm_" in optional else optional).split("|")]
+        if key not in required and not (optional and re.fullmatch(optional, key)):
+            known = [*required, *("sm_90" if "sm_" in optional else optional).split("|")] if optional else required
             guess = get_close_matches(key, known, 1, 0.6)
             allowed = f"did you mean {guess[0]!r}?" if guess else f"expected {' or '.join(known)}"
             raise ValueError(f"{path}: {prefix}{key}: unknown key; {allowed}")
