@@ -87,7 +87,8 @@ def supervise(
             return End("interrupted", "interrupted", time.monotonic() - begun)
         finally:
             left = _end_all(mark)
-            process.wait()
+            if not left:
+                process.wait()
     seconds = time.monotonic() - begun
     _shorten(log)
     if left:

@@ -50,7 +50,9 @@ def test_a_run_whose_time_is_over_has_one_round_of_the_first_contender(tmp_path:
     assert {(each["kind"], each["error"]) for each in left_out} == {("step", "no time left")}
     assert row["tokens_per_second"].keys() == {"dsmoe dropless"}
     assert row["speed_over"] == {}
-    assert check == {"kind": "checks", "check": "dsmoe dropless, bf16, 1 rank", "passed": True}
+    assert check == {"kind": "checks", "check": "dsmoe in bf16, 1 rank", "passed": None}, (
+        "no time for the other capacity"
+    )
     assert table([*left_out, row, check]).endswith(
         f"| bf16 |  |  |  | {row['tokens_per_second']['dsmoe dropless']:.0f} |"
     )
@@ -126,6 +128,22 @@ def test_figures_follow_from_seconds_bytes_and_flops() -> None:
     assert row["peak_gib"] == {"dsmoe dropless": 3.0, "deepspeed dropless": 6.0}
     flops = flops_per_token(make_config(run, {}, None, Path()), 32).training
     assert row["mfu_percent"]["dsmoe dropless"] == pytest.approx(100 * tokens / 0.5 * flops / (2 * 989.5e12))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "verdict"),
+    [
+        ({}, {"passed": True}),
+        ({"transformers": "not installed", "deepspeed dropless": "out of memory"}, {"passed": True}),
+        ({"dsmoe dropless": "no time left"}, {"passed": None}),
+        (
+            {"dsmoe dropless": "no time left", "dsmoe capacity 1.25": "illegal access"},
+            {"passed": False, "detail": "dsmoe capacity 1.25: illegal access"},
+        ),
+    ],
+)
+def test_a_step_owes_what_is_ours(left_out: dict[str, str], verdict: dict[str, object]) -> None:
+    assert train_step._verdict(left_out) == verdict
 
 
 def test_ranks_that_fail_end_the_program_with_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
