@@ -321,8 +321,14 @@ def wait_within(
         end_tree(process, stacks_seconds=STACKS_SECONDS)
         why = NO_TIME if deadline.passed() else f"still running after {patience:.0f} s"
     if why:
-        print(f"--- {output.name}\n{output.read_text(errors='replace')[-20_000:]}", flush=True)
+        _print_end(output)
     return why
+
+
+def _print_end(output: Path) -> None:
+    """Print the end of what a program has printed, for the stage's log."""
+    text = output.read_text(errors="replace") if output.exists() else ""
+    print(f"--- {output.name}\n{text[-20_000:]}", flush=True)
 
 
 def not_passed(row: Row, why: str) -> Row:
@@ -339,7 +345,8 @@ def _start_and_kill(run: Run) -> int | None:
             end_tree(process)
             return step_of(saved[-1]) if process.returncode == -signal.SIGKILL else None
         time.sleep(0.002)
-    end_tree(process)
+    end_tree(process, stacks_seconds=STACKS_SECONDS)
+    _print_end(run.output)
     return None
 
 
