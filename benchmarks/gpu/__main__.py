@@ -97,7 +97,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             f"{results.logs} is there: another run began in this minute; begin again in the next"
         ) from None
     print(f"{facts['devices']} x {facts['hardware']}; results in {results.json_path}", flush=True)
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # SIGINT as well, which a shell lets its background commands ignore.
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
     try:
         for number, stage in enumerate(stages):

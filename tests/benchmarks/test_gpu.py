@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -176,6 +177,13 @@ def begin(folder: Path, *faults: str) -> subprocess.Popen[str]:
 def orphans() -> list[psutil.Process]:
     """What the stage that hangs has started in a session of its own."""
     return [p for p in psutil.process_iter(["cmdline"]) if "signal.SIG_IGN); time.sleep(600)" in str(p.info)]
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_orphans() -> Iterator[None]:
+    yield
+    for process in orphans():
+        process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

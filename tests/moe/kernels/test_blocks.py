@@ -44,7 +44,7 @@ def test_kernels_are_their_twins_at_other_sizes() -> None:
             test_bag_sum.test_kernel_is_its_twin(*bags, dtype)
     for score in ("softmax", "sigmoid"):
         for shape in test_topk_router.SHAPES:
-            test_topk_router.test_kernels_are_their_twin(score, True, 2.5, *shape, "both")
+            test_topk_router.test_kernels_are_their_twin(score, True, 2.5, "both", shape)
     for num_assignments in (0, 1, 64, 513):
         experts_A = torch.randint(0, 8, (num_assignments,), device=DEVICE)
         counts_E, order_A, expert_A, _ = sort_by_expert(experts_A, 7)
