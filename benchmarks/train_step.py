@@ -52,7 +52,18 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu.supervise import STACKS_SECONDS, end_tree
-from benchmarks.measuring import DTYPES, GIB, TORCHRUN, Deadline, Rows, add_stage_options, free_memory, seconds, write
+from benchmarks.measuring import (
+    DTYPES,
+    GIB,
+    TORCHRUN,
+    Deadline,
+    Rows,
+    add_stage_options,
+    first_line,
+    free_memory,
+    seconds,
+    write,
+)
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender, transformers_contender
 from dsmoe.config.schema import Config
 from dsmoe.parallel import Rank, join_processes, leave_processes
@@ -413,7 +424,7 @@ class Entrants:
         except Exception as error:  # whatever another library raises: the others go on
             if self.run.ranks > 1 and not isinstance(error, ImportError):
                 raise
-            self.left_out[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.left_out[name] = first_line(error)
         self.contenders.pop(name, None)
         free_memory()
         if self.rank.is_first:

@@ -24,6 +24,7 @@ from benchmarks.gpu.training import ROOT, environment, launch, not_passed, start
 from benchmarks.measuring import DTYPES, Deadline, Row, Rows, add_stage_options
 from dsmoe.config import Config, load_config
 from dsmoe.plan.devices import KNOWN_DEVICES
+from dsmoe.plan.text import quantity
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS
 from dsmoe.preflight.judge.devices import (
     CHECKSUM_TOLERANCE,
@@ -75,7 +76,7 @@ def preflight(
     """Preflight's own table, and the margins of the links; the check is that it comes to its end with numbers."""
     row: Row = {
         "kind": "checks",
-        "check": f"preflight of {path.stem}, {ranks} rank{'s' * (ranks > 1)}, came to its end",
+        "check": f"preflight of {path.stem}, {quantity(ranks, 'rank')}, came to its end",
     }
     if deadline.left() < LEAST_SECONDS:
         yield {**row, "passed": None}

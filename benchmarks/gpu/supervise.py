@@ -114,17 +114,18 @@ def _guard(mark: str, folder: Path) -> Iterator[None]:
 
 def end_tree(process: subprocess.Popen[bytes], *, stacks_seconds: float = 0.0) -> None:
     """Kill a process and all that it has started; before that, let each write its threads' stacks, if there is time."""
-    try:
-        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        tree = []
-    for number, seconds in ((signal.SIGABRT, stacks_seconds), (signal.SIGKILL, 0.0)):
-        if number == signal.SIGABRT and not seconds:
-            continue
-        for part in tree:
-            with suppress(psutil.NoSuchProcess):
-                part.send_signal(number)
-        psutil.wait_procs(tree, timeout=seconds)
+    started: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+    if stacks_seconds:
+        process.send_signal(signal.SIGABRT)
+        _signal(started, signal.SIGABRT)
+        # psutil must not wait for the process itself: its exit code would be gone.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=stacks_seconds)
+        psutil.wait_procs(started, timeout=stacks_seconds)
+    process.send_signal(signal.SIGKILL)
+    _signal(started, signal.SIGKILL)
     process.wait()
 
 
@@ -181,13 +182,17 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 
 def _send(number: signal.Signals, mark: str) -> list[psutil.Process]:
+    """Send a signal to all that has the mark; returns them."""
     processes = _marked(mark)
-    for process in processes:
-        try:
-            process.send_signal(number)
-        except psutil.Error:
-            continue
+    _signal(processes, number)
     return processes
+
+
+def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    """Send a signal to those that are still there."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def _end_all(mark: str) -> int:

@@ -26,6 +26,7 @@ from benchmarks.gpu.supervise import STACKS_SECONDS, end_tree, last_line
 from benchmarks.measuring import TORCHRUN, Deadline, Row
 from dsmoe.checkpoint.files import read_tensor
 from dsmoe.checkpoint.folder import all_checkpoints, step_of, verify
+from dsmoe.plan.text import quantity
 from dsmoe.train.parity import TEXT
 
 ROOT = Path(__file__).parents[2]
@@ -193,10 +194,9 @@ def begin_on_cpu(bench: Bench, precision: str) -> tuple[Run, Row | None]:
 
 def as_on_a_cpu(bench: Bench, reference: Run, precision: str, zero: int, ranks: int, launcher: str) -> Row:
     """The devices' losses over the same steps from the same checkpoint, beside the CPU's."""
-    start = reference.checkpoint(BEGUN)
     name = f"{precision}_zero{zero}_ranks{ranks}_{launcher}"
     overrides = [f"train.precision={precision}", f"parallel.zero_stage={zero}", f"parallel.expert={ranks}"]
-    run = bench.run(name, *overrides, f"checkpoint.resume={start}", ranks=ranks)
+    run = bench.run(name, *overrides, f"checkpoint.resume={reference.checkpoint(BEGUN)}", ranks=ranks)
     bound = BOUNDS[precision]
     row = {
         "kind": "training",
@@ -378,7 +378,7 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _setting(precision: str, zero: int, ranks: int) -> str:
-    return f"{precision}, ZeRO {zero}, {ranks} rank{'s' * (ranks > 1)}"
+    return f"{precision}, ZeRO {zero}, {quantity(ranks, 'rank')}"
 
 
 def _free_port() -> int:

@@ -375,6 +375,12 @@ def test_killed_programs_take_their_children_along() -> None:
     assert all(map(has_ended, children))
 
 
+def test_how_a_program_ended_is_known_when_it_was_ended() -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    supervise.end_tree(process, stacks_seconds=2.0)
+    assert process.returncode == -signal.SIGABRT
+
+
 def has_ended(process: psutil.Process) -> bool:
     try:
         return process.status() == psutil.STATUS_ZOMBIE  # nobody has asked for its exit code
