@@ -49,8 +49,6 @@ def fragments(engine: DeepSpeedEngine) -> list[Fragment]:
         return [Fragment(p, 0, p, 0, p.numel()) for group in optimizer.param_groups for p in group["params"]]
     if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2: this rank's part of each flat group
         return _linked(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 with fp32 accumulation at stage 1
-        return _linked(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
     if hasattr(optimizer, "fp32_groups"):  # bf16 at stage 0
         return [
             Fragment(weight, 0, master, 0, master.numel())

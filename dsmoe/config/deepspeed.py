@@ -21,12 +21,18 @@ OWNED_KEYS = {
     "tensorboard": "observe.tensorboard",
     "steps_per_print": "observe.log_every",
     "checkpoint": "the checkpoint section",
+    "communication_data_type": None,
+    "data_types.grad_accum_dtype": None,
+    "data_types.param_dtype": "train.precision",
     "zero_allow_untested_optimizer": None,
 }
-"""DeepSpeed's keys, dotted, that dsmoe sets from the key named beside it, or (None) that it never needs."""
+"""DeepSpeed's keys, dotted, that dsmoe sets from the key named beside it, or (None) without asking."""
+
+REDUCE_BUCKET_ELEMENTS = 250_000_000
+"""What a reduction bucket of ZeRO holds: in fp32 as many bytes, 1.0 GB, as DeepSpeed's own 5e8 in bf16."""
 
 FREE_KEYS = (
-    *("activation_checkpointing", "aio", "autotuning", "comet", "comms_logger", "communication_data_type", "compile"),
+    *("activation_checkpointing", "aio", "autotuning", "comet", "comms_logger", "compile"),
     *("csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt", "disable_allgather"),
     *("disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "gradient_allreduce_op"),
     *("gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation", "memory_breakdown"),
@@ -48,6 +54,7 @@ def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "bf16": {"enabled": config.train.precision == "bf16"},
+        "communication_data_type": "fp32",  # of gradients, which are summed in fp32 (dsmoe.train.gradient_sums)
         "zero_optimization": {"stage": stage},
         # Without ZeRO, DeepSpeed averages the experts' norms over the ranks instead of adding them up (0.19.8,
         # runtime/utils.py:413), so there dsmoe clips and DeepSpeed must not.
@@ -59,6 +66,7 @@ def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
         generated["zero_optimization"] |= {
             "contiguous_gradients": True,
             "reduce_scatter": True,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "overlap_comm": config.cluster.device != "cpu",  # there are no streams to overlap on
         }
     return _merge(generated, config.deepspeed)

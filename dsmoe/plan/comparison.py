@@ -130,6 +130,10 @@ def comparable(config: Config, steps: int, precision: str) -> dict[str, Any]:
     return settings
 
 
+MICRO_BATCHES = 4
+"""Of a step, on the layout of most data ranks: gradients are summed over them as well as over ranks."""
+
+
 def shrunk(config: Config, layouts: Sequence[Layout], text: str) -> dict[str, Any]:
     """The settings that make `config` small enough for any machine, by key.
 
@@ -142,7 +146,7 @@ def shrunk(config: Config, layouts: Sequence[Layout], text: str) -> dict[str, An
     settings = {
         "train.sequence_length": sequence,
         "train.micro_batch_size": micro_batch,
-        "train.batch_tokens": 2 * math.lcm(*(layout.data for layout in layouts)) * micro_batch * sequence,
+        "train.batch_tokens": MICRO_BATCHES * math.lcm(*(layout.data for layout in layouts)) * micro_batch * sequence,
         "train.eval_batches": 4,
         "data.sources": [{"name": "sums", "path": text}],
         "data.tokenizer": "bytes",

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dsmoe.checkpoint.fragments import fragments, inner_optimizer
-from dsmoe.config.deepspeed import to_deepspeed
+from dsmoe.config.deepspeed import REDUCE_BUCKET_ELEMENTS, to_deepspeed
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
@@ -24,6 +24,7 @@ from dsmoe.moe.layer import MoE
 from dsmoe.parallel.distributed import on_first_rank, set_timeout_everywhere
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
+from dsmoe.train.gradient_sums import fill_missing_gradients, sum_in_fp32
 from dsmoe.train.schedule import learning_rate
 
 ELEMENTS_PER_PIECE = 2**18
@@ -76,6 +77,7 @@ def initialize(
         mpu=groups.mpu,
         dist_init_required=False,
     )
+    sum_in_fp32(engine)
     _reduce_over_own_groups(engine, groups)
     set_timeout_everywhere(timedelta(seconds=config.cluster.collective_timeout_seconds))
     fragments(engine)  # refuses now what a checkpoint could not save
@@ -107,9 +109,11 @@ def _reduce_over_own_groups(engine: deepspeed.DeepSpeedEngine, groups: Groups) -
     """
     reduce = engine.allreduce_gradients
 
-    def over_own_groups(*arguments: Any, **options: Any) -> None:
+    def over_own_groups(bucket_size: int = REDUCE_BUCKET_ELEMENTS) -> None:
         groups.register_with_deepspeed()
-        reduce(*arguments, **options)
+        if not engine.zero_optimization():
+            fill_missing_gradients(engine.module)
+        reduce(bucket_size)
 
     engine.allreduce_gradients = over_own_groups
 

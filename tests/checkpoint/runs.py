@@ -14,8 +14,6 @@ from dsmoe.config.schema import Config
 from dsmoe.train import Trainer
 from tests.train.layouts import make_trainer, small_config
 
-FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
-"""DeepSpeed then takes another wrapper for bf16."""
 OFFLOAD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 MODEL = {  # with everything that is cut, replicated, shared, or carried from step to step in its own way

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsmoe.parallel.local import run_ranks
-from tests.checkpoint.runs import FP32_SUMS, OFFLOAD, folder_of, go_on, layout_config, save_between, tensors_of
+from tests.checkpoint.runs import OFFLOAD, folder_of, go_on, layout_config, save_between, tensors_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank": {"ranks": 1, "zero": 0},
@@ -25,7 +25,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2": {"ranks": 2, "tensor": 2, "expert": 2, "zero": 0},
     "tensor 2, data 2": {"ranks": 4, "tensor": 2, "expert": 4, "zero": 1, "precision": "bf16"},
     "everything": {"ranks": 4, "tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 2},
-    "fp32 sums": {"ranks": 4, "expert": 2, "zero": 1, "precision": "bf16", "deepspeed": FP32_SUMS},
+    "expert 2 of 4, ZeRO 1": {"ranks": 4, "expert": 2, "zero": 1, "precision": "bf16"},
     "offload": {"ranks": 2, "tensor": 2, "expert": 2, "zero": 2, "deepspeed": OFFLOAD},
 }
 
@@ -36,13 +36,13 @@ PAIRS = [
     ("everything", "1 rank"),
     ("everything", "expert 4, ZeRO 2"),
     ("everything", "everything"),
-    ("everything", "fp32 sums"),
+    ("everything", "expert 2 of 4, ZeRO 1"),
     ("expert 2 of 4, ZeRO 2", "expert 2 of 4, ZeRO 2"),
     ("expert 2 of 4, ZeRO 2", "expert_tensor 2"),
     ("expert 2 of 4, ZeRO 2", "tensor 2, data 2"),
     ("expert 2 of 4, ZeRO 2", "1 rank, bf16"),
-    ("fp32 sums", "fp32 sums"),
-    ("fp32 sums", "tensor 2"),
+    ("expert 2 of 4, ZeRO 1", "expert 2 of 4, ZeRO 1"),
+    ("expert 2 of 4, ZeRO 1", "tensor 2"),
     ("data 2", "data 2"),
     ("data 2", "offload"),
     ("offload", "1 rank, ZeRO 2"),

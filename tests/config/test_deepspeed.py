@@ -15,10 +15,12 @@ def test_the_generated_config_in_full(tmp_path: Path) -> None:
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
         "bf16": {"enabled": True},
+        "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": 1,
             "contiguous_gradients": True,
             "reduce_scatter": True,
+            "reduce_bucket_size": 250_000_000,
             "overlap_comm": True,
         },
         "gradient_clipping": 1.0,
