@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/tiny_cpu.yaml
 CLUSTER ?= cluster
+# DeepSpeed's own, 29500, may be taken by another run on this machine.
+FREE_PORT = $$($(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 .PHONY: install train test test-cluster test-containers test-mutations gpu check format clean
 
@@ -17,7 +19,7 @@ install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	$(BIN)/dsmoe prepare $(CONFIG)
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config $(CONFIG)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 --master_port $(FREE_PORT) launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (cluster or containers or layouts or mutations)"
