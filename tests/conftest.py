@@ -1,4 +1,4 @@
-"""What has to be so before any test is imported: Triton interprets, text is prepared once, no settings of the user count."""
+"""Set before any test is imported: Triton interprets, text is prepared once, no settings of the user count."""
 
 import os
 import tempfile
