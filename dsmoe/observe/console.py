@@ -25,7 +25,8 @@ def console_line(metrics: Mapping[str, float], step: int, steps: int, memory_gib
         )
     parts.append(f"{_thousands(metrics['throughput/tokens_per_second'])} tok/s")
     if "throughput/mfu_percent" in metrics:
-        parts.append(f"MFU {metrics['throughput/mfu_percent']:.1f}%")
+        causal = metrics["throughput/mfu_percent_causal"]
+        parts.append(f"MFU {metrics['throughput/mfu_percent']:.1f}% (causal {causal:.1f}%)")
     of_memory = f"/{memory_gib:.1f}" if memory_gib else ""
     parts.append(f"mem {metrics['memory/peak_gib']:.1f}{of_memory} GiB")
     parts.append(f"eta {_duration((steps - step) * metrics['throughput/step_seconds'])}")

@@ -104,18 +104,21 @@ class Meter:
         batch, steps = self._constants.batch, max(self._steps, 1)
         rate = batch.tokens_per_step * steps / seconds
         ranks = batch.topology.world_size
-        tflops = rate * self._constants.flops_per_token.training / ranks / 1e12
+        flops = self._constants.flops_per_token
+        # By the convention of PaLM, attention in full, and by Megatron-LM's, half of it (dsmoe.plan.flops).
+        tflops = {"": rate * flops.training / ranks / 1e12, "_causal": rate * flops.causal_training / ranks / 1e12}
         metrics = {
             "throughput/tokens_per_second": rate,
             "throughput/tokens_per_second_per_device": rate / ranks,
             "throughput/step_seconds": seconds / steps,
             "throughput/data_wait_seconds": wait / steps,
-            "throughput/tflops_per_device": tflops,
+            **{f"throughput/tflops_per_device{kind}": value for kind, value in tflops.items()},
             "memory/peak_gib": memory,
         }
         facts = self._constants.device_facts
         if facts is not None and facts.peak_tflops is not None:
-            metrics["throughput/mfu_percent"] = tflops / facts.peak_tflops * 100
+            for kind, value in tflops.items():
+                metrics[f"throughput/mfu_percent{kind}"] = value / facts.peak_tflops * 100
         if stall:
             metrics["checkpoint/stall_seconds"] = stall
         return metrics

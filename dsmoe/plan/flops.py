@@ -1,7 +1,10 @@
-"""How many floating-point operations a token costs: the numerator of MFU.
+"""How many floating-point operations a token costs: the numerator of MFU, by two conventions.
 
 Model FLOPs as in PaLM, appendix B (arXiv:2204.02311): what the mathematics needs, not what the devices happen to do.
 Recomputed activations, padding to capacity and tokens that were dropped change the time, not this count.
+
+PaLM, and torch's flop counter, count attention in full. Megatron-LM's published figures count half of it, because the
+causal mask leaves half of the scores ("causal" here). Compare a figure with one of the same convention.
 """
 
 from __future__ import annotations
@@ -18,12 +21,19 @@ class Flops:
     """Floating-point operations per token; a multiply and an add are two."""
 
     forward: int
-    """One forward pass."""
+    """One forward pass, attention in full."""
+    attention: int
+    """What of it is attention's scores and values, in full."""
 
     @property
     def training(self) -> int:
         """Forward and backward, which does two products (for the input and for the weight) per forward product."""
         return 3 * self.forward
+
+    @property
+    def causal_training(self) -> int:
+        """The same with half of the attention, as Megatron-LM counts."""
+        return 3 * (self.forward - self.attention // 2)
 
 
 def flops_per_token(config: Config, sequence_length: int) -> Flops:
@@ -33,8 +43,7 @@ def flops_per_token(config: Config, sequence_length: int) -> Flops:
       SwiGLU, router, the K chosen experts, a shared expert or residual MLP with its coefficients, and the output head
       (tied or not). The embedding is a lookup: free.
     - Attention: scores (Q K^T) and values (P V) are each 2 * sequence_length * num_heads * head_dim per token and
-      layer. Counted in full, not halved for the causal mask, as PaLM and torch's flop counter do; kernels that skip
-      the masked half therefore show a slightly higher MFU.
+      layer.
     - Norms, biases, rotary positions, softmax and activation functions are not matrix products: left out.
     """
     model, counts = config.model, count_parameters(config)
@@ -43,4 +52,4 @@ def flops_per_token(config: Config, sequence_length: int) -> Flops:
     every_token = counts.attention + counts.dense_ffn + counts.router + counts.shared_experts + counts.residual_mix
     matrices = every_token - biases + counts.active_experts + head
     attention = model.num_layers * 2 * 2 * sequence_length * model.num_heads * head_dim(model)
-    return Flops(forward=2 * matrices + attention)
+    return Flops(forward=2 * matrices + attention, attention=attention)

@@ -146,7 +146,11 @@ class Plan:
                 },
                 "per_device": {**asdict(self.per_device), "total": self.per_device.total},
             },
-            "flops_per_token": {"forward": self.flops.forward, "training": self.flops.training},
+            "flops_per_token": {
+                "forward": self.flops.forward,
+                "training": self.flops.training,
+                "causal_training": self.flops.causal_training,
+            },
         }
 
     def _groups_table(self) -> list[str]:
@@ -192,7 +196,8 @@ class Plan:
         length = self.config.train.sequence_length
         return (
             f"FLOPs per token, in sequences of {length:,}: "
-            f"{self.flops.forward:,} forward, {self.flops.training:,} forward and backward"
+            f"{self.flops.forward:,} forward, {self.flops.training:,} forward and backward "
+            f"({self.flops.causal_training:,} with causal attention counted half, as Megatron-LM does)"
         )
 
 

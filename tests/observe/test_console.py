@@ -15,13 +15,13 @@ DENSE = {
     "memory/peak_gib": 61.23,
 }
 MOE = {"moe/balance_loss": 1.0126, "moe/dropped_percent": 0.0, "moe/load_max_over_mean": 1.4199}
-MFU = {"throughput/mfu_percent": 38.149}
+MFU = {"throughput/mfu_percent": 38.149, "throughput/mfu_percent_causal": 36.04}
 
 
 def test_moe_with_everything_is_the_line_in_the_documentation() -> None:
     assert console_line({**DENSE, **MOE, **MFU}, 120, 20_000, 139.8) == (
         "step 120/20000 0.6% loss 7.0412 gnorm 0.84 lr 2.40e-04 bal 1.013 drop 0.00% max/mean 1.42 "
-        "412.3k tok/s MFU 38.1% mem 61.2/139.8 GiB eta 9h41m"
+        "412.3k tok/s MFU 38.1% (causal 36.0%) mem 61.2/139.8 GiB eta 9h41m"
     )
 
 
@@ -34,7 +34,8 @@ def test_moe_on_unknown_hardware() -> None:
 
 def test_dense() -> None:
     assert console_line({**DENSE, **MFU}, 120, 20_000, 139.8) == (
-        "step 120/20000 0.6% loss 7.0412 gnorm 0.84 lr 2.40e-04 412.3k tok/s MFU 38.1% mem 61.2/139.8 GiB eta 9h41m"
+        "step 120/20000 0.6% loss 7.0412 gnorm 0.84 lr 2.40e-04 412.3k tok/s "
+        "MFU 38.1% (causal 36.0%) mem 61.2/139.8 GiB eta 9h41m"
     )
 
 

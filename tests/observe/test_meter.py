@@ -20,7 +20,7 @@ from dsmoe.plan import Batch, Topology
 from dsmoe.plan.devices import DeviceFacts
 from dsmoe.plan.flops import Flops
 
-FLOPS = Flops(forward=10**9)
+FLOPS = Flops(forward=10**9, attention=2 * 10**8)
 KNOWN = DeviceFacts("a test's", memory_gib=1.0, peak_tflops=0.5)
 UNKNOWN = DeviceFacts("cpu", memory_gib=None, peak_tflops=None)
 Metrics = dict[str, float]
@@ -102,6 +102,8 @@ def test_throughput_is_of_the_slowest_rank_over_the_steps_in_between() -> None:
         tflops = 3 * 10**9 * 4 * 64 / 10 / 2 / 1e12
         assert first["throughput/tflops_per_device"] == pytest.approx(tflops)
         assert first["throughput/mfu_percent"] == pytest.approx(100 * tflops / 0.5)
+        assert first["throughput/tflops_per_device_causal"] == pytest.approx(0.9 * tflops)
+        assert first["throughput/mfu_percent_causal"] == pytest.approx(90 * tflops / 0.5)
 
         assert second["throughput/step_seconds"] == pytest.approx(0.5)
         assert second["throughput/tokens_per_second"] == pytest.approx(128)

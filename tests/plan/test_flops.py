@@ -34,6 +34,7 @@ def test_mixed_layers_by_hand(tie_embeddings: bool) -> None:
     flops = flops_per_token(config, sequence_length=10)
     assert flops.forward == 4 * (projections + scores_and_values) + 2 * dense + 2 * experts + head
     assert flops.training == 3 * flops.forward
+    assert flops.causal_training == flops.training - 3 * 4 * scores_and_values // 2
 
 
 def test_dense_model_is_six_times_its_matrices_plus_attention() -> None:

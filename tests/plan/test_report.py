@@ -146,7 +146,8 @@ def test_the_json_has_the_planners_numbers(config: Config) -> None:
     assert sum(part["total"] for part in parameters["parts"].values()) == counts.total
     assert sum(part["active"] for part in parameters["parts"].values()) == counts.active
     assert parameters["per_device"] == {"shared": held.shared, "experts": held.experts, "total": held.total}
-    assert plan["flops_per_token"] == {"forward": flops.forward, "training": flops.training}
+    causal = flops.causal_training
+    assert plan["flops_per_token"] == {"forward": flops.forward, "training": flops.training, "causal_training": causal}
     for axis, groups in plan["groups"].items():
         assert groups["size"] * groups["count"] == topology.world_size, axis
     for place, entry in enumerate(plan["experts_of_first_node"]):

@@ -38,6 +38,7 @@ PROMISED = {
     "throughput/tokens_per_second_per_device",
     "throughput/data_wait_seconds",
     "throughput/tflops_per_device",
+    "throughput/tflops_per_device_causal",
     "memory/peak_gib",
     "progress/tokens",
     "progress/percent",
