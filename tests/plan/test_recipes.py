@@ -21,7 +21,7 @@ class Expected:
     devices: int
     accumulation_steps: int
     held_gib: float
-    """bf16 weights; fp32 gradients, whole at ZeRO-1 until the step; the rank's share of fp32 sums and optimizer state."""
+    """bf16 weights, fp32 gradients (whole at ZeRO-1), and the rank's share of fp32 sums and optimizer state."""
 
 
 EXPECTED = {
