@@ -22,6 +22,7 @@ from deepspeed import comm
 
 from dsmoe.config.errors import UserError
 from dsmoe.launch.world import join_slurm, launched_world
+from dsmoe.parallel.claims import Claims
 from dsmoe.parallel.roll import call_roll
 from dsmoe.parallel.watch import process_watch, stop_watching
 
@@ -52,7 +53,10 @@ class Rank:
 
 
 def join_processes(
-    device: str = "cuda", timeout: timedelta = timedelta(minutes=30), interface: str | None = None
+    device: str = "cuda",
+    timeout: timedelta = timedelta(minutes=30),
+    interface: str | None = None,
+    claims: Claims | None = None,
 ) -> Rank:
     """Start `torch.distributed` and DeepSpeed's view of it, once per process.
 
@@ -60,8 +64,10 @@ def join_processes(
         device: `cuda` (NCCL) or `cpu` (gloo).
         timeout: how long a collective of the world group may wait; `Groups` gives its own groups the same.
         interface: the network interface between nodes; None leaves the choice to NCCL and gloo.
+        claims: what every rank must have alike (`dsmoe.parallel.claims`), compared before the first collective.
 
     Raises:
+        DifferentRanksError: ranks have other claims than rank 0; on all of them.
         HostError: no CUDA device or no such interface on this host, or the port is taken.
         DeviceError: no CUDA device for this rank.
         UserError: ranks that srun has laid over the nodes in a way that is not supported.
@@ -84,7 +90,7 @@ def join_processes(
         backend = "nccl" if device == "cuda" else "gloo"
         try:
             if not torch.distributed.is_initialized():  # by the program around us, or by a file
-                call_roll(world.devices_per_node, timeout)
+                call_roll(world.devices_per_node, timeout, claims or {})
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         except torch.distributed.DistNetworkError as error:
             raise _rendezvous_problem(error) from None

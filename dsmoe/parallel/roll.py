@@ -1,31 +1,45 @@
-"""Whether every rank has come to where the ranks meet; torch, which waits next, only knows how many are missing."""
+"""Wait at the rendezvous for all ranks, name the missing ones, and compare what the ranks are about to do.
+
+torch, which waits next, only knows how many are missing.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from dsmoe.parallel.claims import ASKED_RANKS, Claims, Deviation, DifferentRanksError, deviation, digest, explain
 from dsmoe.parallel.watch import STORE_SECONDS, LostRanksError
 
 WORD_SECONDS = 20.0
 """After how long a rank first says for whom it waits; each time twice as long passes before it says so again."""
 SHOWN_NODES = 8
+HEARD_SECONDS = 5.0
+"""How long rank 0, which may have the store, stays for the others to read why all of them end."""
+REPORT_SECONDS = 60.0
+"""How long a rank that cannot start tries to tell rank 0 why."""
+_ERROR = "error: "
 
 
-def call_roll(devices_per_node: int | None, timeout: timedelta) -> None:
-    """Wait until all ranks of the launcher's world have come to MASTER_ADDR:MASTER_PORT.
+def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims) -> None:
+    """Wait until all ranks of the launcher's world have come to MASTER_ADDR:MASTER_PORT, and compare their claims.
 
     Args:
         devices_per_node: by which ranks are named by their node; None where it is not known.
         timeout: how long.
+        claims: what all ranks must have alike.
 
     Raises:
         LostRanksError: some have not come, and which; or rank 0 is not reached from here.
+        DifferentRanksError: some have other claims than rank 0, or could not start; on every rank.
         torch.distributed.DistNetworkError: rank 0 cannot listen at the port.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -38,18 +52,75 @@ def call_roll(devices_per_node: int | None, timeout: timedelta) -> None:
         _reach(address, port, timeout)
     store = dist.TCPStore(address, port, world, serves, timeout, wait_for_workers=False, multi_tenant=True)
     _servers.append(store)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    everybody = f"dsmoe/here/{attempt}/all"
-    keys = [f"dsmoe/here/{attempt}/{place}" for place in range(world)]
-    store.set(keys[rank], "")
+    keys = [_key(place) for place in range(world)]
+    store.set(keys[rank], digest(claims))
     if rank == 0:
         _await_all(store, keys, devices_per_node, timeout)
-        store.set(everybody, "")
+        _compare(store, keys, claims)
         return
     try:
-        store.wait([everybody], timeout + timedelta(seconds=STORE_SECONDS))  # rank 0 speaks first, and by name
+        store.wait([_key("all")], timeout + timedelta(seconds=STORE_SECONDS))  # rank 0 speaks first, and by name
+        asked = json.loads(store.get(_key("all")))
+        if asked:
+            if rank in asked:
+                first = json.loads(store.get(_key("claims")))
+                store.set(_key(f"{rank}/deviation"), json.dumps(asdict(deviation(rank, claims, first))))
+            raise DifferentRanksError(_verdict(store))
     except RuntimeError as error:
         raise LostRanksError(f"rank 0, at {address}:{port}, does not say that all ranks have come") from error
+
+
+def report_at_roll(error: str) -> bool:
+    """Tell rank 0, which waits for all, why this rank cannot start; whether it has said so for all of them."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank == 0 or world == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return False
+    limit = timedelta(seconds=REPORT_SECONDS)
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        _reach(address, port, limit)
+        store = dist.TCPStore(address, port, world, False, limit, wait_for_workers=False, multi_tenant=True)
+        own = Deviation(rank, socket.gethostname(), {}, error)
+        store.set(_key(f"{rank}/deviation"), json.dumps(asdict(own)))
+        store.set(_key(rank), _ERROR)
+        _verdict(store)
+    except (LostRanksError, RuntimeError):  # rank 0 has ended, or never began: perhaps for the same reason
+        return False
+    return True
+
+
+def _compare(store: dist.Store, keys: list[str], claims: Claims) -> None:
+    """Let rank 0 look at all digests, and ask some of the ranks that have another one what differs."""
+    digests = store.multi_get(keys)
+    differing = [place for place, there in enumerate(digests) if there != digests[0]]
+    asked = differing[:ASKED_RANKS]
+    if not asked:
+        store.set(_key("all"), "[]")
+        return
+    store.set(_key("claims"), json.dumps(dict(claims)))
+    store.set(_key("all"), json.dumps(asked))
+    answers = [_key(f"{place}/deviation") for place in asked]
+    with suppress(RuntimeError):  # the others have said what they have
+        store.wait(answers, timedelta(seconds=STORE_SECONDS))
+    deviations = [Deviation(**json.loads(store.get(key))) for key in answers if store.check([key])]
+    text = explain(claims, deviations, len(differing), len(keys))
+    store.set(_key("verdict"), text)
+    deadline = time.monotonic() + HEARD_SECONDS
+    while store.add(_key("heard"), 0) < len(keys) - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    raise DifferentRanksError(text)
+
+
+def _verdict(store: dist.Store) -> str:
+    """What rank 0 says of all of them."""
+    store.wait([_key("verdict")], timedelta(seconds=REPORT_SECONDS))
+    text = store.get(_key("verdict")).decode()
+    store.add(_key("heard"), 1)
+    return text
+
+
+def _key(what: object) -> str:
+    return f"dsmoe/here/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}"
 
 
 _servers: list[dist.Store] = []
