@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 
 def _whole_number(value: object) -> object:
@@ -20,7 +20,17 @@ def _whole_number(value: object) -> object:
     return value
 
 
+def _zero_is_never(value: object) -> object:
+    """Let 0 switch off what happens at an interval."""
+    return None if value == 0 and not isinstance(value, bool) else value
+
+
 PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
+Interval = Annotated[
+    PositiveInt | None,
+    BeforeValidator(_zero_is_never),
+    WithJsonSchema({"anyOf": [{"minimum": 0, "type": "integer"}, {"type": "null"}]}),
+]
 NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -296,8 +306,8 @@ class Train(Section):
     which is most of what an MoE layer keeps; `full`, each block from its input."""
     seed: NonNegativeInt = 0
     """Decides the initial weights."""
-    eval_every: PositiveInt | None = None
-    """Steps between evaluations; null evaluates only before the first and after the last step."""
+    eval_every: Interval = None
+    """Steps between evaluations; null or 0 evaluates only before the first and after the last step."""
     eval_batches: PositiveInt = 16
     """Micro-batches per source in an evaluation, over all devices: the same text however many there are."""
 
@@ -305,12 +315,12 @@ class Train(Section):
 class Checkpoint(Section):
     """When the run is saved, and what a new start does with what it finds."""
 
-    every: PositiveInt | None = None
-    """Steps between checkpoints; null saves only after the last step."""
+    every: Interval = None
+    """Steps between checkpoints; null or 0 saves only after the last step."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay."""
-    keep_every: PositiveInt | None = None
-    """Checkpoints of steps that are multiples of this stay as well; null keeps none for its step."""
+    keep_every: Interval = None
+    """Checkpoints of steps that are multiples of this stay as well; null or 0 keeps none for its step."""
     keep_best: NonNegativeInt = 0
     """How many checkpoints of the lowest validation loss stay as well, of those that an evaluation came with."""
     asynchronous: bool = True
@@ -329,8 +339,8 @@ class Observe(Section):
 
     log_every: PositiveInt = 1
     """Steps between lines on the console and in `metrics.jsonl`."""
-    layer_detail_every: PositiveInt | None = None
-    """Steps between per-layer metrics (`moe/layer_003/...`), a multiple of `log_every`; null never."""
+    layer_detail_every: Interval = None
+    """Steps between per-layer metrics (`moe/layer_003/...`), a multiple of `log_every`; null or 0 never."""
     tensorboard: bool = True
     """Write the metrics as TensorBoard events as well."""
 

@@ -74,8 +74,8 @@ def explain(first: Claims, deviations: Sequence[Deviation], num_differing: int, 
         lines[SHOWN_CLAIMS:] = [f"and {len(lines) - SHOWN_CLAIMS} more"]
     return "\n  - ".join(
         [
-            f"{quantity(num_differing, 'rank')} of {world_size} would not train what rank 0 does; give every host the "
-            f"same config, data, packages and dsmoe:",
+            f"{quantity(num_differing, 'rank')} of {world_size:,} would not train what rank 0 does; give every host "
+            f"the same config, data, packages and dsmoe:",
             *lines,
         ]
     )

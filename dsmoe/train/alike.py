@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dsmoe.config.schema import Config
+from dsmoe.config.show import flatten
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow")
 """Of which another version may compute, read or exchange something else."""
@@ -19,16 +19,8 @@ def claims_of_run(config: Config) -> dict[str, str]:
     """The resolved config key by key, and what runs it."""
     packages = {name: _version(name) for name in PACKAGES}
     source = {"dsmoe's source": _source_digest()}
-    return {**dict(_flat(config.model_dump(mode="json"))), "python": platform.python_version(), **packages, **source}
-
-
-def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`optimizer.lr` and `0.0003`; a list is one value."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(value, sort_keys=True)
+    settings = {key: json.dumps(value) for key, value in flatten(config.model_dump(mode="json")).items()}
+    return {**settings, "python": platform.python_version(), **packages, **source}
 
 
 def _source_digest() -> str:

@@ -109,6 +109,19 @@ def test_float_keys_take_integers(tmp_path: Path) -> None:
     assert type(theta) is float
 
 
+@pytest.mark.parametrize(
+    "key", ["train.eval_every", "checkpoint.every", "checkpoint.keep_every", "observe.layer_detail_every"]
+)
+def test_an_interval_of_0_is_never(tmp_path: Path, key: str) -> None:
+    section, name = key.split(".")
+    path = write(tmp_path, VALID)
+    assert getattr(getattr(load_config(path, [f"{key}=0"]), section), name) is None
+    with pytest.raises(ConfigError, match=rf"{key}"):
+        load_config(path, [f"{key}=false"])
+    with pytest.raises(ConfigError, match=rf"{key}"):
+        load_config(path, [f"{key}=-1"])
+
+
 def test_a_choice_of_integers_takes_a_whole_float(tmp_path: Path) -> None:
     assert type(load(tmp_path, "parallel.zero_stage=2.0").parallel.zero_stage) is int
 
