@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
-from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS
 from dsmoe.config.errors import Problem
 from dsmoe.config.layout_checks import LAYOUT_CHECKS, world_size
 from dsmoe.config.moe_checks import MOE_CHECKS
@@ -134,6 +135,12 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
             f"optimizer.decay_steps ({optimizer.decay_steps}) would be unused: optimizer.schedule is "
             f"{optimizer.schedule}; remove it or set optimizer.schedule: wsd",
         )
+    if optimizer.offload and config.parallel.zero_stage == 0:
+        yield (
+            "optimizer.offload",
+            "optimizer.offload (true) needs parallel.zero_stage (0) to be 1 or 2, at which DeepSpeed can keep the "
+            "optimizer on the host",
+        )
     yield from _schedule(config)
 
 
@@ -206,13 +213,18 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
         if isinstance(holder, dict) and name in holder:
             remedy = f"remove it and use {ours}" if ours else "remove it"
             yield f"deepspeed.{key}", f"deepspeed.{key} is set by dsmoe; {remedy}"
-    if not isinstance(config.deepspeed.get("zero_optimization", {}), dict):
+    zero = config.deepspeed.get("zero_optimization", {})
+    for key in (*config.deepspeed, *(f"zero_optimization.{name}" for name in (zero if isinstance(zero, dict) else ()))):
+        reason = next((text for pattern, text in REFUSED_KEYS.items() if fnmatchcase(key, pattern)), None)
+        if reason is not None:
+            yield f"deepspeed.{key}", f"deepspeed.{key} cannot be used with dsmoe: {reason}; remove it"
+    if not isinstance(zero, dict):
         yield "deepspeed.zero_optimization", "deepspeed.zero_optimization must be a mapping, it is merged into ours"
 
 
 def _unknown_to_deepspeed(config: Config) -> Iterator[Problem]:
     """Find the top-level keys that DeepSpeed would ignore without a word."""
-    known = (*FREE_KEYS, *(key for key in OWNED_KEYS if "." not in key))
+    known = (*FREE_KEYS, *(key for key in (*OWNED_KEYS, *REFUSED_KEYS) if "." not in key))
     for name in config.deepspeed:
         if name not in known:
             guess = get_close_matches(name, known, 1)

@@ -25,20 +25,59 @@ OWNED_KEYS = {
     "data_types.grad_accum_dtype": None,
     "data_types.param_dtype": "train.precision",
     "zero_allow_untested_optimizer": None,
+    "zero_force_ds_cpu_optimizer": None,
+    "zero_optimization.contiguous_gradients": None,
+    "zero_optimization.offload_optimizer": "optimizer.offload",
+    "zero_optimization.reduce_scatter": None,
 }
 """DeepSpeed's keys, dotted, that dsmoe sets from the key named beside it, or (None) without asking."""
 
 REDUCE_BUCKET_ELEMENTS = 250_000_000
 """What a reduction bucket of ZeRO holds: in fp32 as many bytes, 1.0 GB, as DeepSpeed's own 5e8 in bf16."""
 
+_MONITORS = (
+    "DeepSpeed's monitors see none of dsmoe's metrics, which are in metrics.jsonl and in TensorBoard's files "
+    "(observe.tensorboard); `wandb sync --sync-tensorboard` reads the latter"
+)
+_LOADER = "dsmoe reads its data itself, as the data section says"
+_SCALING = "gradients are summed in fp32, which needs no scaling"
+_STAGE_3 = "it belongs to ZeRO-3, which DeepSpeed refuses for experts; parallel.zero_stage is at most 2"
+REFUSED_KEYS = {
+    "autotuning": "it tries batch sizes, which dsmoe sets; set train.micro_batch_size and parallel yourself",
+    "comet": _MONITORS,
+    "compile": "DeepCompile cannot compile dsmoe's exchange of tokens",
+    "csv_monitor": _MONITORS,
+    "data_efficiency": _LOADER,
+    "dataloader_drop_last": _LOADER,
+    "datastates_ckpt": "dsmoe saves by itself, as the checkpoint section says",
+    "expert_parallel": "use parallel.expert",
+    "gradient_allreduce_op": "a step's gradient is the mean over its tokens",
+    "gradient_predivide_factor": _SCALING,
+    "hybrid_engine": "it generates text for reinforcement learning, and dsmoe pretrains",
+    "managed_gradient_accumulation": "use train.batch_tokens, from which the accumulation steps follow",
+    "pipeline": "there is no pipeline parallelism; use parallel.expert, parallel.tensor and train.recompute",
+    "prescale_gradients": _SCALING,
+    "seq_parallel_communication_data_type": "use parallel.sequence",
+    "tensor_parallel": "use parallel.tensor",
+    "torch_autocast": "use train.precision",
+    "use_data_before_expert_parallelism": "the parallel section lays out the groups",
+    "wandb": _MONITORS,
+    "weight_quantization": "it is for inference",
+    "zero_optimization.compute_grad_norm": "clipping (optimizer.grad_clip) and metrics need the norm",
+    "zero_optimization.cpu_offload": "use optimizer.offload",
+    "zero_optimization.mics_shard_size": _STAGE_3,
+    "zero_optimization.offload_param": _STAGE_3,
+    "zero_optimization.stage3_*": _STAGE_3,
+    "zero_optimization.zenflow": "its state cannot be saved",
+    "zero_optimization.zero_hpz_partition_size": _STAGE_3,
+    "zero_optimization.zero_quantized_*": _STAGE_3,
+}
+"""DeepSpeed's keys, dotted, that dsmoe cannot honour, and why or what to use; `*` stands for any ending."""
+
 FREE_KEYS = (
-    *("activation_checkpointing", "aio", "autotuning", "comet", "comms_logger", "compile"),
-    *("csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt", "disable_allgather"),
-    *("disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "gradient_allreduce_op"),
-    *("gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation", "memory_breakdown"),
-    *("pipeline", "prescale_gradients", "seq_parallel_communication_data_type", "tensor_parallel", "timers"),
-    *("torch_autocast", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb"),
-    *("weight_quantization", "zero_force_ds_cpu_optimizer", "zero_optimization"),
+    *("activation_checkpointing", "aio", "comms_logger", "data_types", "disable_allgather", "disable_python_gc"),
+    *("dump_state", "flops_profiler", "log_level", "memory_breakdown", "timers", "vocabulary_size"),
+    *("wall_clock_breakdown", "zero_optimization"),
 )
 """The other top-level keys that DeepSpeed 0.19.8 reads; it ignores any further one without a word."""
 
@@ -69,6 +108,10 @@ def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
             "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "overlap_comm": config.cluster.device != "cpu",  # there are no streams to overlap on
         }
+    if config.optimizer.offload:
+        on_cuda = config.cluster.device != "cpu"
+        generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
+        generated["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW steps on the host as well
     return _merge(generated, config.deepspeed)
 
 

@@ -282,6 +282,9 @@ class Optimizer(Section):
     """Course of the learning rate after the warm-up; `wsd` stays high and decays at the end."""
     warmup_steps: NonNegativeInt = 0
     """Steps in which the learning rate rises linearly from 0."""
+    offload: bool = False
+    """Keep the fp32 weights and moments in the host's memory, and step there: less device memory, slower steps. Needs
+    `parallel.zero_stage` 1 or 2."""
     decay_steps: PositiveInt | None = None
     """`wsd` only: length of the final decay; null means a fifth of the steps."""
 

@@ -20,7 +20,7 @@ from dsmoe.config.schema import Config
 from dsmoe.interop.architectures import Architecture, choose, common_settings
 from dsmoe.interop.files import whole_folder, write_text
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
-from dsmoe.interop.names import Match, matches
+from dsmoe.interop.names import BIAS, Match, matches
 from dsmoe.interop.tensors import Tensors, checkpoint_tensors
 from dsmoe.interop.tokenizer import TokenizerFiles, tokenizer_files
 
@@ -99,7 +99,8 @@ def check_complete(source: Path, tensors: Tensors, pairs: Sequence[Match]) -> No
     """
     wanted = {pair.key: pair.whole for pair in pairs if pair.key is not None}
     mapped = {key for key in tensors if key.startswith(f"{MODEL}/") or key.endswith("balance.bias")}
-    problems = [f"{key} is missing" for key in wanted if key not in tensors]
+    # Checkpoints of weights alone may lack the selection biases, which then begin at 0.
+    problems = [f"{key} is missing" for key in wanted if key not in tensors and not key.endswith(BIAS)]
     problems += [f"{key} has no counterpart" for key in sorted(mapped - wanted.keys())]
     problems += [
         f"{key} has shape {list(tensors[key].shape)} and should have {list(shape)}"
@@ -111,7 +112,7 @@ def check_complete(source: Path, tensors: Tensors, pairs: Sequence[Match]) -> No
 
 
 def _item(match: Match, tensors: Tensors, dtype: torch.dtype) -> Item:
-    if match.key is None:
+    if match.key is None or (match.key.endswith(BIAS) and match.key not in tensors):
         return Item(match.theirs, torch.float32, match.shape, partial(torch.zeros, match.shape))
     tensor = tensors[match.key]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from dsmoe.config.checks import cross_field_problems
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Moe
 from dsmoe.interop.architectures import ARCHITECTURES, HIDDEN_ACT, MLA, Architecture, dense_layers
@@ -13,6 +16,12 @@ from dsmoe.plan.layers import head_dim, num_kv_heads
 Settings = Mapping[str, Any]
 """A Hugging Face config with all of its defaults."""
 
+_ANY_RUN: dict[str, Any] = {
+    "name": "any",
+    "data": {"sources": ({"name": "any", "path": "any"},), "tokenizer": "any.json"},
+    "optimizer": {"lr": 1.0},
+    "train": {"steps": 1, "batch_tokens": 1, "sequence_length": 1},
+}
 _ROUTER_KEYS = ("score", "normalize_weights", "scale", "num_groups", "top_k_groups", "group_score")
 
 
@@ -60,9 +69,27 @@ def sections_of(settings: Settings) -> dict[str, Any]:
         "norm_eps": float(settings["rms_norm_eps"]),
         "qk_norm": settings["model_type"] in ("qwen3", "qwen3_moe") or bool(settings.get("use_qk_norm")),
         "tie_embeddings": bool(settings["tie_word_embeddings"]),
-        "init_std": float(settings["initializer_range"]),
     }
-    return {"model": model, "moe": _moe_section(settings) if sparse else None}
+    if settings["initializer_range"] > 0:  # 0 says nothing of a model that has been trained
+        model["init_std"] = float(settings["initializer_range"])
+    sections = {"model": model, "moe": _moe_section(settings) if sparse else None}
+    problems = list(_unloadable(sections))
+    if problems:
+        raise UserError("\n  ".join(["the model does what ours cannot; as sections of ours:", *problems]))
+    return sections
+
+
+def _unloadable(sections: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the sections in any run's config."""
+    try:
+        config = Config.model_validate({**_ANY_RUN, **sections})
+    except ValidationError as error:
+        yield from (
+            f"{'.'.join(map(str, found['loc']))} ({found['input']}): {found['msg']}" for found in error.errors()
+        )
+        return
+    problems = cross_field_problems(config)
+    yield from (message for key, message in problems if key.partition(".")[0] in sections)
 
 
 def _misfits(settings: Settings) -> Iterator[str]:

@@ -28,7 +28,7 @@ from dsmoe.checkpoint.fit import refuse, rows
 from dsmoe.checkpoint.folder import inspect, verify
 from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.checkpoint.show import one_checkpoint
-from dsmoe.checkpoint.state import MODEL
+from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Moe
 from dsmoe.interop.architectures import dense_layers
@@ -37,7 +37,7 @@ from dsmoe.interop.files import whole_folder
 from dsmoe.interop.huggingface import folder_tensors, read_settings, read_slots
 from dsmoe.interop.importing import with_sections
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
-from dsmoe.interop.names import EXPERTS_DOWN, EXPERTS_GATE_UP, ROUTER, matches
+from dsmoe.interop.names import BIAS, EXPERTS_DOWN, EXPERTS_GATE_UP, ROUTER, matches
 from dsmoe.interop.sections import architecture_of, describe, sections_of
 from dsmoe.interop.tensors import Tensors, Tile, Tiled, checkpoint_tensors
 from dsmoe.interop.weights import write_checkpoint
@@ -255,7 +255,10 @@ def _moe_layer(path: str, gate_up: Tiled, down: Tiled, config: Config, cut: Cut,
         up, away = partial(read_up, 0, cut.shared), partial(read_down, 0, cut.shared)
         found["ffn.shared.gate_up.weight"] = _whole(gate_up.dtype, (2 * cut.shared, width), up)
         found["ffn.shared.down.weight"] = _whole(down.dtype, (width, cut.shared), away)
-    return {f"{MODEL}/{path}.{name}": tensor for name, tensor in found.items()}
+    tensors = {f"{MODEL}/{path}.{name}": tensor for name, tensor in found.items()}
+    if moe.balance.bias_update_rate:  # a selection bias is part of the model, and begins at 0
+        tensors[f"{BUFFER}/{path}.{BIAS}"] = _whole(torch.float32, (experts,), partial(torch.zeros, experts))
+    return tensors
 
 
 def _whole(dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], torch.Tensor]) -> Tiled:

@@ -27,6 +27,7 @@ _CHANGEABLE = (
     "observe",
     "deepspeed",
     "data.cache_dir",
+    "optimizer.offload",
     "train.steps",
     "train.tokens",
     "train.eval_every",

@@ -14,8 +14,6 @@ from dsmoe.config.schema import Config
 from dsmoe.train import Trainer
 from tests.train.layouts import make_trainer, small_config
 
-OFFLOAD = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-
 MODEL = {  # with everything that is cut, replicated, shared, or carried from step to step in its own way
     "model": {"qk_norm": True},
     "moe": {
@@ -40,13 +38,15 @@ def layout_config(
     expert_tensor: int = 1,
     zero: int = 1,
     precision: str = "fp32",
-    deepspeed: dict[str, Any] | None = None,
+    offload: bool = False,
     **sections: Any,
 ) -> Config:
     """`MODEL` on a layout; two sequences at a time, so that tensor ranks can share one."""
     parallel = {"tensor": tensor, "expert_tensor": expert_tensor, "sequence": tensor > 1}
     train = {"micro_batch_size": 2, "precision": precision, **sections.pop("train", {})}
-    tree = {**MODEL, "parallel": parallel, "train": train, "deepspeed": deepspeed or {}, **sections}
+    optimizer = {**MODEL["optimizer"], "offload": offload, **sections.pop("optimizer", {})}
+    moved = {"parallel": parallel, "train": train, "optimizer": optimizer}
+    tree = {**MODEL, **moved, **sections}
     return small_config(folder, ranks=ranks, expert=expert, zero_stage=zero, **tree)
 
 

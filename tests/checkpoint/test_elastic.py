@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsmoe.parallel.local import run_ranks
-from tests.checkpoint.runs import OFFLOAD, folder_of, go_on, layout_config, save_between, tensors_of
+from tests.checkpoint.runs import folder_of, go_on, layout_config, save_between, tensors_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank": {"ranks": 1, "zero": 0},
@@ -26,7 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2, data 2": {"ranks": 4, "tensor": 2, "expert": 4, "zero": 1, "precision": "bf16"},
     "everything": {"ranks": 4, "tensor": 2, "expert": 2, "expert_tensor": 2, "zero": 2},
     "expert 2 of 4, ZeRO 1": {"ranks": 4, "expert": 2, "zero": 1, "precision": "bf16"},
-    "offload": {"ranks": 2, "tensor": 2, "expert": 2, "zero": 2, "deepspeed": OFFLOAD},
+    "offload": {"ranks": 2, "tensor": 2, "expert": 2, "zero": 2, "offload": True},
 }
 
 PAIRS = [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import pytest
 
 from dsmoe.config import Config
 from dsmoe.config.checks import cross_field_problems
-from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS
 from dsmoe.config.layout_checks import world_size
+from dsmoe.config.show import flatten
 
 from .recipes import load, problems
 
@@ -506,8 +508,29 @@ def test_zero_optimization_is_a_mapping(tmp_path: Path) -> None:
 
 
 def test_other_deepspeed_keys_pass(tmp_path: Path) -> None:
-    config = load(tmp_path, "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}, comms_logger: {}}")
-    assert config.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "comms_logger": {}}
+    config = load(tmp_path, "deepspeed={zero_optimization: {reduce_bucket_size: 1000}, comms_logger: {}}")
+    assert config.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {}}
+
+
+@pytest.mark.parametrize("key", REFUSED_KEYS)
+def test_deepspeed_keys_that_cannot_be_honoured_are_refused_with_advice(tmp_path: Path, key: str) -> None:
+    given = key.replace("*", "max_live_parameters")
+    advice = f"deepspeed.{given} cannot be used with dsmoe: {REFUSED_KEYS[key]}; remove it"
+    for value in ("true", "{enabled: true}", "{}"):
+        assert check(tmp_path, f"deepspeed.{given}={value}") == [advice]
+
+
+def test_every_key_that_refusals_advise_exists(tmp_path: Path) -> None:
+    tree = flatten(load(tmp_path).model_dump())
+    for advice in REFUSED_KEYS.values():
+        for key in re.findall(r"\b(?:parallel|train|optimizer|observe|checkpoint|data)\.[a-z_]+", advice):
+            assert key in tree
+
+
+def test_an_offloaded_optimizer_needs_zero(tmp_path: Path) -> None:
+    assert load(tmp_path, "optimizer.offload=true").optimizer.offload
+    (problem,) = check(tmp_path, "optimizer.offload=true", "parallel.zero_stage=0")
+    assert problem.startswith("optimizer.offload (true) needs parallel.zero_stage (0) to be 1 or 2")
 
 
 def test_keys_unknown_to_deepspeed_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, to_deepspeed
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, to_deepspeed
 
 from .recipes import load
 
@@ -105,7 +105,15 @@ def test_the_known_keys_are_those_that_deepspeed_reads(tmp_path: Path) -> None:
     asked = Asked(to_deepspeed(load(tmp_path), 1))
     deepspeed_config.DeepSpeedConfig(asked)
     read = asked.names - set(deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
-    assert set(FREE_KEYS) == read - set(OWNED_KEYS)
+    assert set(FREE_KEYS) == read - set(OWNED_KEYS) - set(REFUSED_KEYS)
+
+
+def test_an_offloaded_optimizer(tmp_path: Path) -> None:
+    generated = to_deepspeed(load(tmp_path, "optimizer.offload=true"), 1)
+    assert generated["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert generated["zero_force_ds_cpu_optimizer"] is False
+    on_cpu = to_deepspeed(load(tmp_path, "optimizer.offload=true", "cluster.device=cpu"), 1)
+    assert on_cpu["zero_optimization"]["offload_optimizer"]["pin_memory"] is False
 
 
 def test_deepspeed_accepts_it(tmp_path: Path) -> None:

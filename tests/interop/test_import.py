@@ -113,6 +113,12 @@ MISFITS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("mixtral", {"hidden_act": "relu"}, "hidden_act (relu) must be silu or gelu"),
     ("qwen3_moe", {"mlp_only_layers": [1], "decoder_sparse_step": 1}, "its MoE layers (0, 2, 3, 4) must be every n-th"),
+    # What the loader would refuse in the sections that are printed.
+    ("mixtral", {"num_key_value_heads": 3}, "model.num_kv_heads (3) must divide model.num_heads"),
+    ("mixtral", {"num_experts_per_tok": 64}, "moe.top_k (64) must be at most moe.num_experts"),
+    ("glm4_moe", {"n_group": 3}, "moe.router.num_groups (3)"),
+    ("llama", {"rms_norm_eps": 0.0}, "model.norm_eps (0.0): Input should be greater than 0"),
+    ("llama", {"num_hidden_layers": 0}, "model.num_layers (0): Input should be greater than or equal to 1"),
 ]
 
 
@@ -122,6 +128,11 @@ def test_what_we_cannot_compute_is_refused(name: str, changes: dict[str, Any], m
     with pytest.raises(UserError) as error:
         sections_of(transformers.AutoConfig.for_model(name, **settings).to_dict())
     assert message in str(error.value)
+
+
+def test_initial_weights_of_0_are_not_the_loaders_concern() -> None:
+    settings = {**COMMON, **THEIRS["mixtral"], "initializer_range": 0.0}
+    assert "init_std" not in sections_of(transformers.AutoConfig.for_model("mixtral", **settings).to_dict())["model"]
 
 
 def test_other_architectures_are_refused() -> None:

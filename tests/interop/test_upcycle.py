@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dsmoe.cli import main
 from dsmoe.config.errors import UserError
@@ -14,11 +15,13 @@ from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config
 from dsmoe.interop import upcycle as upcycling
 from dsmoe.interop.logits import compare, our_logits
+from dsmoe.interop.tensors import Tensors
 from dsmoe.interop.upcycle import cut_of, upcycle
 from dsmoe.parallel.local import run_ranks
 from tests.checkpoint.runs import tensors_of
 from tests.interop.models import LLAMA, QWEN3, load_sections, make_config, save, save_theirs, tiled, train_on
 
+BIAS_KEY = "buffer/blocks.1.ffn.balance.bias"
 INNER = 48
 """The width of the dense model's feed-forward."""
 EXACT: dict[str, dict[str, Any]] = {
@@ -84,6 +87,25 @@ def test_the_logits_are_those_of_the_dense_model(
     assert torch.equal(
         weights["model/blocks.0.ffn.down.weight"], dense.tensors["model/blocks.0.ffn.down.weight"].read()
     )
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "left out, as before"])
+def test_an_upcycled_model_with_a_selection_bias_is_exported(
+    stored: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    if not stored:
+        upcycled = upcycling.upcycled
+
+        def without_bias(*arguments: Any) -> Tensors:
+            return {key: t for key, t in upcycled(*arguments).items() if not key.endswith("balance.bias")}
+
+        monkeypatch.setattr(upcycling, "upcycled", without_bias)
+    upcycle(llama, tmp_path / "out", moe_config(tmp_path, EXACT["copies, sigmoid and a factor"]))
+    assert (BIAS_KEY in tensors_of(tmp_path / "out")) == stored
+    assert main(["checkpoint", "export", str(tmp_path / "out"), str(tmp_path / "theirs"), "--tokenizer", "none"]) == 0
+    exported = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert exported["model.layers.1.mlp.gate.e_score_correction_bias"].tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

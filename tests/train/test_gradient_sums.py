@@ -21,7 +21,6 @@ from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train.gradient_sums import sum_in_fp32
-from tests.checkpoint.runs import OFFLOAD
 from tests.train.layouts import small_config
 
 FP32_ROUNDING = 2e-6
@@ -107,7 +106,12 @@ def errors(config: Config) -> dict[str, float]:
 
 
 def config_of(
-    folder: Path, ranks: int, stage: int, micro_batches: int, deepspeed: dict[str, Any] | None = None
+    folder: Path,
+    ranks: int,
+    stage: int,
+    micro_batches: int,
+    deepspeed: dict[str, Any] | None = None,
+    offload: bool = False,
 ) -> Config:
     return small_config(
         folder,
@@ -115,7 +119,7 @@ def config_of(
         expert=2,
         zero_stage=stage,
         train={"precision": "bf16", "batch_tokens": micro_batches * ranks * 32},
-        optimizer={"grad_clip": 0.0},
+        optimizer={"grad_clip": 0.0, "offload": offload},
         deepspeed=deepspeed or {},
     )
 
@@ -145,7 +149,7 @@ def test_three_data_ranks_of_every_expert(stage: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_offloaded_optimizer(stage: int, tmp_path: Path) -> None:
-    assert_fp32_sums(2, config_of(tmp_path, 2, stage, 8, OFFLOAD))
+    assert_fp32_sums(2, config_of(tmp_path, 2, stage, 8, offload=True))
 
 
 def bytes_between_micro_batches(config: Config) -> tuple[int, int, int]:

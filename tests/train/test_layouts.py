@@ -199,8 +199,7 @@ def test_losses_are_those_of_the_golden_file(folder: Path) -> None:
 
 def test_offloaded_optimizer_trains_the_same_model(folder: Path, reference: Training) -> None:
     """Another way to the norm in DeepSpeed."""
-    offload = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    assert_same(train_on(folder, "tp=2,ep=4,zero=2", **WHOLE, deepspeed=offload), reference)
+    assert_same(train_on(folder, "tp=2,ep=4,zero=2", **{**WHOLE, "optimizer": {"offload": True}}), reference)
 
 
 def test_bf16_norms_are_the_same_in_every_wrapper_and_near_those_of_one_rank(folder: Path) -> None:
