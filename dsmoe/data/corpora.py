@@ -38,7 +38,7 @@ def documents(source: Source, cache_dir: Path) -> Iterator[str]:
             if source.bad_records == "refuse":
                 raise record.error(source)
             num_skipped += 1
-            first_skipped = first_skipped or record.message
+            first_skipped = first_skipped or shown(record.message)
         elif record and not record.isspace():
             num_documents += 1
             yield record

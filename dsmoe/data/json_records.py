@@ -122,8 +122,8 @@ def field_text(record: dict[str, Any], field: str, where: str) -> str | BadRecor
 
 
 def missing_field(field: str, fields: list[str]) -> str:
-    """Say that there is no such field, and which there are: the first 30."""
-    names = ", ".join(fields[:30]) + (f" and {len(fields) - 30} more" if len(fields) > 30 else "")
+    """Say that there is no such field, and which there are: the first 30, and of a long name its beginning."""
+    names = ", ".join(name[:60] for name in fields[:30]) + (f" and {len(fields) - 30} more" if len(fields) > 30 else "")
     return f"no field {field!r}; the fields are {names or 'none'}"
 
 

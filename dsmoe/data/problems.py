@@ -46,12 +46,14 @@ class BadFileError(Exception):
 
 def source_error(source: Source, key: str, problem: str) -> UserError:
     """Make the error about one key of one source."""
-    return UserError(f"data.sources[{source.name}].{key}: {problem}")
+    return UserError(f"data.sources[{source.name}].{key}: {shown(problem)}")
 
 
-def shown(path: Path | str) -> str:
-    """Spell a path for a message, on one line and in valid Unicode: what cannot be printed is escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+def shown(text: Path | str) -> str:
+    """Spell a path or a message on one line and in valid Unicode: what cannot be printed is escaped."""
+    text = str(text)
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
@@ -70,7 +72,7 @@ def translated(source: Source, file: Path) -> Iterator[None]:
     except _damage() as error:
         raise _damaged(source, file, error) from error
     except OSError as error:
-        if error.errno is None:  # a library's own, not the system's
+        if error.errno in (None, errno.EINVAL):  # a library's own, or a place in the file that cannot be
             raise _damaged(source, file, error) from error
         if error.errno in _FOR_THE_USER:
             raise source_error(source, "path", f"{shown(file)} cannot be read ({error.strerror})") from error
@@ -81,7 +83,8 @@ def _damage() -> tuple[type[Exception], ...]:
     """List the errors of decoders; Python asks only after an error, and importing pyarrow takes a while."""
     import pyarrow
 
-    return EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pyarrow.ArrowException
+    # Names in the footer of a damaged parquet file need not be UTF-8; text that is not is a record of its own.
+    return EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, UnicodeDecodeError, pyarrow.ArrowException
 
 
 def _damaged(source: Source, file: Path, error: Exception) -> UserError:

@@ -85,10 +85,10 @@ def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReade
             try:
                 member = archive.open(name)
             except (RuntimeError, NotImplementedError) as error:  # a password, or an unknown compression
-                raise BadFileError(
-                    "path", f"{shown(file)}: cannot unpack {shown(name)} ({error}); unpack the archive"
-                ) from error
-            with io.BufferedReader(cast(io.RawIOBase, member), _BUFFER) as stream:
+                detail = f"{shown(file)}: cannot unpack {shown(name)} ({error}); unpack the archive"
+                raise BadFileError("path", detail) from error
+            stream: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, member), _BUFFER)
+            with stream:
                 yield f"{shown(file)}, {shown(name)}", stream
 
 
