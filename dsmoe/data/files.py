@@ -222,9 +222,9 @@ def _raise(error: OSError) -> None:
 
 
 def _each_once(paths: Iterable[Path], found: Found) -> Iterator[Path]:
-    """Yield the regular files among `paths`, each once: under its own name rather than a link's, else the first."""
+    """Yield the regular files among `paths`, each once: not as a link where there is another way, else the shortest."""
     seen = set()
-    for path in sorted(paths, key=lambda path: (path.is_symlink(), path)):
+    for path in sorted(paths, key=lambda path: (path.is_symlink(), len(path.parts), path)):
         try:
             mode = path.stat().st_mode
         except OSError as error:

@@ -58,8 +58,9 @@ def source_problems(source: Source, cache_dir: Path) -> list[str]:
     if source.hub is not None:
         _refuse_if_bad(source, next(hub_records(source, cache_dir), None))
         return []
+    files = corpus_files(source)
     problems = []
-    for file in [] if is_builtin(source) else corpus_files(source):
+    for file in [] if is_builtin(source) else files:
         try:
             with translated(source, file):
                 record = first_record(source, file)
