@@ -52,11 +52,13 @@ class Found:
         parts = [
             f"{len(self.files):,} files to read ({_some(f'{count:,} {end}' for end, count in read.most_common())})"
         ]
-        if self.left_out:
-            reasons = sorted(self.left_out.items(), key=lambda item: (-len(item[1]), item[0]))
-            texts = (f"{len(paths):,} {reason} ({_some(map(shown, sorted(paths)), 2)})" for reason, paths in reasons)
-            parts.append(f"left out: {_some(texts)}")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.what_is_left_out()])
+
+    def what_is_left_out(self) -> list[str]:
+        """Say in one text of bounded length what is left out, most first; nothing where nothing is."""
+        reasons = sorted(self.left_out.items(), key=lambda item: (-len(item[1]), item[0]))
+        texts = [f"{len(paths):,} {reason} ({_some(map(shown, sorted(paths)), 2)})" for reason, paths in reasons]
+        return [f"left out: {_some(texts)}"] if texts else []
 
 
 def corpus_files(source: Source) -> list[Path]:
@@ -128,13 +130,10 @@ def _folder_files(source: Source, folder: Path) -> Found:
     found.files = sorted(_each_once(_without_copies(fitting, found), found))
     if not found.files:
         wanted = " or ".join(SUFFIXES[source.format])
-        there = f"; {found.summary().partition('; ')[2]}" if found.left_out else ""
-        raise source_error(
-            source,
-            "path",
-            f"the folder {shown(folder)} has no {wanted} file; set `format`, "
-            f"or give a glob such as {shown(folder)}/*{there}",
+        problem = (
+            f"the folder {shown(folder)} has no {wanted} file; set `format`, or give a glob such as {shown(folder)}/*"
         )
+        raise source_error(source, "path", "; ".join([problem, *found.what_is_left_out()]))
     return found
 
 
@@ -161,7 +160,8 @@ def _glob_files(source: Source, path: Path) -> Found:
     names = set(_expand(path, found)) or set(_expand(_literal_start(path), found))
     found.files = sorted(_each_once((Path(name) for name in names), found), key=str)
     if not found.files:
-        raise source_error(source, "path", f"no file matches the glob {shown(path)}")
+        problem = f"no file matches the glob {shown(path)}"
+        raise source_error(source, "path", "; ".join([problem, *found.what_is_left_out()]))
     return found
 
 

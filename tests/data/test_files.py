@@ -65,6 +65,14 @@ def test_a_folder_without_fitting_files_says_what_is_there(tmp_path: Path) -> No
         read(tmp_path, "text")
 
 
+def test_a_glob_that_matches_folders_says_so(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl/part-0.jsonl", "b.json")
+    assert read(tmp_path / "*.json*") == ["b.json"]
+    assert find_files(source(tmp_path / "*.json*")).left_out == {"folders": [tmp_path / "a.jsonl"]}
+    with pytest.raises(UserError, match=r"no file matches the glob .*; left out: 1 folders \(.*a.jsonl\)"):
+        read(tmp_path / "*.jsonl")
+
+
 def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
     write(tmp_path / "in", "a/x.jsonl", "z/y.jsonl", "real.jsonl")
     write(tmp_path / "elsewhere", "e.jsonl", "deep/d.jsonl")
