@@ -13,7 +13,7 @@ from typing import Any
 from dsmoe.config.schema import Source
 from dsmoe.data.files import corpus_files, find_files, is_builtin
 from dsmoe.data.hub import hub_records
-from dsmoe.data.problems import BadRecord, shown, source_error, translated
+from dsmoe.data.problems import BadFileError, BadRecord, shown, source_error, translated
 from dsmoe.data.readers import records
 
 logger = logging.getLogger(__name__)
@@ -90,8 +90,12 @@ def _all_records(source: Source, cache_dir: Path) -> Iterator[str | BadRecord]:
         with translated(source, file):
             if is_builtin(source):
                 yield _read_lenient(file)
-            else:
-                yield from records(source, file)
+                continue
+            before = file.stat()
+            yield from records(source, file)
+            after = file.stat()
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise BadFileError("path", f"{shown(file)} changed while it was read; run again when it is complete")
 
 
 def _read_lenient(file: Path) -> str:

@@ -25,29 +25,34 @@ def hub_records(source: Source, cache_dir: Path) -> Iterator[str | BadRecord]:
         rows = datasets.load_dataset(
             source.hub, split=source.split, streaming=True, cache_dir=str(cache_dir / "huggingface" / "datasets")
         )
-    except (OSError, ValueError, RuntimeError) as error:  # no network, unknown name or split, or a script data set
+    except Exception as error:  # the network's and every reader's; `datasets` has no base class for them
         raise source_error(
             source,
             "hub",
-            f"cannot open data set {source.hub!r}, split {source.split!r} ({error}); check both names, the network "
-            "(HF_ENDPOINT sets another server) and, for a gated set, HF_TOKEN",
+            f"cannot open data set {source.hub!r}, split {source.split!r} ({_on_one_line(error)}); check both names, "
+            "the network (HF_ENDPOINT sets another server) and, for a gated set, HF_TOKEN; or download the files and "
+            "give their `path`",
         ) from error
     number = 0
     iterator = iter(rows)
     while True:
         try:
             row = next(iterator, None)
-        except Exception as error:  # the network's and every reader's; `datasets` has no base class for them
+        except Exception as error:
             raise source_error(
                 source,
                 "hub",
-                f"reading {source.hub!r} ended at row {number} ({type(error).__name__}: {str(error)[:300]}); "
+                f"reading {source.hub!r} ended at row {number} ({type(error).__name__}: {_on_one_line(error)}); "
                 "try again, or download the files and give their `path`",
             ) from error
         if row is None:
             return
         yield field_text(row, source.text_field, f"{source.hub}, row {number}")
         number += 1
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _import_datasets(cache_dir: Path) -> ModuleType:

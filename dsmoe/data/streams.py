@@ -78,9 +78,8 @@ def _decompressed(raw: io.BufferedReader, codec: str | None) -> Iterator[io.Buff
 
 def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReader]]:
     with zipfile.ZipFile(raw) as archive:
-        for name in sorted(archive.namelist()):
-            parts = name.split("/")
-            if name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in parts):
+        for name in sorted(archive.namelist(), key=_walk_order):
+            if name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
                 continue
             try:
                 member = archive.open(name)
@@ -90,6 +89,12 @@ def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReade
             stream: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, member), _BUFFER)
             with stream:
                 yield f"{shown(file)}, {shown(name)}", stream
+
+
+def _walk_order(name: str) -> list[tuple[bool, str]]:
+    """Sort the files of a folder before those of its subfolders, as `datasets` does."""
+    *folders, file = name.split("/")
+    return [*((True, folder) for folder in folders), (False, file)]
 
 
 class _Xz(io.RawIOBase):

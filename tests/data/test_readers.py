@@ -106,11 +106,12 @@ def test_every_cut_shows(codec: str, tmp_path: Path) -> None:
 
 
 def test_zip(tmp_path: Path) -> None:
+    names = ["b.jsonl", "c.jsonl", "a/1.jsonl", "b/a/2.jsonl"]  # a folder's files before its subfolders'
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("b/two.jsonl", '{"text": "two"}')
-        archive.writestr("a.jsonl", '{"text": "one"}\n')
+        for name in reversed(names):
+            archive.writestr(name, json.dumps({"text": name}))
         archive.writestr("__MACOSX/a.jsonl", b"\xff")
-    assert read(tmp_path / "a.zip") == ["one", "two"]
+    assert read(tmp_path / "a.zip") == names
 
 
 def test_not_utf_8_inside_names_line_and_byte_of_the_text(tmp_path: Path) -> None:
@@ -325,6 +326,16 @@ def test_only_the_text_column_is_read(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[20_000] ^= 1
     assert read(put(path, bytes(data)), "parquet") == ["a"]
+
+
+def test_a_file_that_grows_while_it_is_read(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", LINES)
+    texts = documents(Source(name="corpus", path=str(path), format="jsonl"), Path("unused"))
+    next(texts)
+    with path.open("ab") as file:  # a download goes on
+        file.write(LINES)
+    with pytest.raises(UserError, match=rf"{path} changed while it was read; run again when it is complete"):
+        list(texts)
 
 
 def test_errors_of_the_system(tmp_path: Path) -> None:
