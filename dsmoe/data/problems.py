@@ -69,19 +69,20 @@ def translated(source: Source, file: Path) -> Iterator[None]:
         yield
     except BadFileError as error:
         raise source_error(source, error.key, error.problem) from error
-    except _damage() as error:
-        raise _damaged(source, file, error) from error
     except OSError as error:
         if error.errno in (None, errno.EINVAL):  # a library's own, or a place in the file that cannot be
             raise _damaged(source, file, error) from error
         if error.errno in _FOR_THE_USER:
             raise source_error(source, "path", f"{shown(file)} cannot be read ({error.strerror})") from error
         raise OSError(error.errno, error.strerror, os.fspath(file)) from error
+    except Exception as error:
+        if isinstance(error, _errors_of_decoders()):
+            raise _damaged(source, file, error) from error
+        raise
 
 
-def _damage() -> tuple[type[Exception], ...]:
-    """List the errors of decoders; Python asks only after an error, and importing pyarrow takes a while."""
-    import pyarrow
+def _errors_of_decoders() -> tuple[type[Exception], ...]:
+    import pyarrow  # after an error only: it takes a while
 
     # Names in the footer of a damaged parquet file need not be UTF-8; text that is not is a record of its own.
     return EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, UnicodeDecodeError, pyarrow.ArrowException

@@ -25,27 +25,29 @@ SUFFIXES = {
 }
 """The compression that the end of a name (in small letters) stands for."""
 
-# No text in UTF-8 begins like this, but for bzip2's, of which all ten bytes are compared, and zip's control characters.
+# No text in UTF-8 begins like this, but for bzip2's, of which all ten bytes are compared.
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
-    b"PK\x03\x04": "zip",
     **{b"BZh%d1AY&SY" % level: "bz2" for level in range(1, 10)},
 }
 _BUFFER = 1 << 20
+_ZIP_MAGIC = b"PK\x03\x04"
+_TAR_MAGIC = slice(257, 262), b"ustar"
 
 
 def contents(file: Path) -> Iterator[tuple[str, io.BufferedReader]]:
     """Yield the name to show and the decompressed bytes of `file`; of a zip archive, those of each of its files.
 
-    The compression is told from the first bytes, else from the name. A stream is valid until the next is asked for.
+    The first bytes tell the compression, else the name; a zip archive is told from its name alone. A stream is valid
+    until the next is asked for.
 
     Raises:
         OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile: here or while the stream is read, as
             `problems.translated` expects them: the file is cut off, damaged or unreadable.
-        BadFileError: a compressed file has no bytes, or an archive needs a password.
+        BadFileError: a compressed file has no bytes, or an archive cannot be unpacked here.
     """
     with file.open("rb") as raw:
         start = raw.peek(16)
@@ -55,9 +57,14 @@ def contents(file: Path) -> Iterator[tuple[str, io.BufferedReader]]:
             raise BadFileError("path", f"{shown(file)} is cut off: it is {codec} by its name and has no bytes")
         if codec == "zip":
             yield from _archive(file, raw)
-        else:
-            with _decompressed(raw, codec) as stream:
-                yield shown(file), stream
+            return
+        if start.startswith(_ZIP_MAGIC):  # also a document of an office program, which is full of markup
+            raise BadFileError("path", f"{shown(file)} is a zip archive; unpack it, or end its name in .zip")
+        with _decompressed(raw, codec) as stream:
+            place, magic = _TAR_MAGIC
+            if stream.peek(512)[place] == magic:
+                raise BadFileError("path", f"{shown(file)} is a tar archive; unpack it")
+            yield shown(file), stream
 
 
 @contextmanager
@@ -79,13 +86,13 @@ def _decompressed(raw: io.BufferedReader, codec: str | None) -> Iterator[io.Buff
 def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReader]]:
     with zipfile.ZipFile(raw) as archive:
         for name in sorted(archive.namelist(), key=_walk_order):
-            if name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
-                continue
             try:
-                member = archive.open(name)
+                member = archive.open(name)  # also of what is left out: a damaged name is seen here
             except (RuntimeError, NotImplementedError) as error:  # a password, or an unknown compression
                 detail = f"{shown(file)}: cannot unpack {shown(name)} ({error}); unpack the archive"
                 raise BadFileError("path", detail) from error
+            if name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+                continue
             stream: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, member), _BUFFER)
             with stream:
                 yield f"{shown(file)}, {shown(name)}", stream

@@ -8,6 +8,7 @@ import json
 import logging
 import lzma
 import struct
+import tarfile
 import uuid
 import zipfile
 from pathlib import Path
@@ -112,6 +113,30 @@ def test_zip(tmp_path: Path) -> None:
             archive.writestr(name, json.dumps({"text": name}))
         archive.writestr("__MACOSX/a.jsonl", b"\xff")
     assert read(tmp_path / "a.zip") == names
+
+
+def test_archives_are_not_taken_for_text(tmp_path: Path) -> None:
+    put(tmp_path / "a.txt", b"text")
+    for name in ("b.tar", "b.tar.gz", "b.txt.xz"):
+        with tarfile.open(tmp_path / name, f"w:{'' if name == 'b.tar' else name[-2:]}") as archive:
+            archive.add(tmp_path / "a.txt")
+        with pytest.raises(UserError, match=rf"{tmp_path}/{name} is a tar archive; unpack it"):
+            read(tmp_path / name, "text")
+    with zipfile.ZipFile(tmp_path / "b.docx", "w") as archive:
+        archive.writestr("word/document.xml", "<xml/>")
+    with pytest.raises(UserError, match=r"b.docx is a zip archive; unpack it, or end its name in .zip"):
+        read(tmp_path / "b.docx", "text")
+
+
+def test_a_damaged_name_in_a_zip_is_not_taken_for_a_hidden_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("n.jsonl", '{"text": "one"}')
+        archive.writestr("o.jsonl", '{"text": "two"}')
+    data = (tmp_path / "a.zip").read_bytes()
+    place = data.rindex(b"n.jsonl")
+    put(tmp_path / "a.zip", data[:place] + b"." + data[place + 1 :])
+    with pytest.raises(UserError, match=r"a.zip is cut off or damaged \(File name in directory"):
+        read(tmp_path / "a.zip")
 
 
 def test_not_utf_8_inside_names_line_and_byte_of_the_text(tmp_path: Path) -> None:
