@@ -140,8 +140,8 @@ def test_compressed_and_sealed(seed: int, count: int, suffix: str, tmp_path: Pat
             bad = damaged(good, rng)
             path.write_bytes(bad)
             found = outcome(path, tmp_path, format="jsonl")
-            if bad.rstrip(b"\0") in (first, first + first) or bad[len(good) :] == good[:40]:
-                continue  # whole streams
+            if bad.rstrip(b"\0") == first.rstrip(b"\0"):
+                continue  # cut between two streams
             assert found in (None, texts)
             seen["refused" if found is None else "the same documents"] += 1
     assert seen["refused"] > count / 2

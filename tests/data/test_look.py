@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dsmoe.cli import main
+from dsmoe.config import dump_config
 from dsmoe.config.errors import UserError
 from dsmoe.data import corpora
 from dsmoe.data.cache import prepare
@@ -54,6 +56,22 @@ def test_all_problems_are_reported_before_anything_is_tokenised(make_config: Mak
     ):
         assert message.startswith(expected)
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_command_ends_with_2_and_a_line_for_each_problem(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(b"(\xb5/\xfd\x04X")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1PAR1")
+    config = make_config(
+        {"name": "a", "path": str(tmp_path / "a.jsonl.zst"), "format": "jsonl"},
+        {"name": "b", "path": str(tmp_path / "b.parquet"), "format": "parquet"},
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert main(["prepare", str(tmp_path / "config.yaml"), "train.steps=1", "model.ffn_size=8"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: data.sources[a].path: {tmp_path}/a.jsonl.zst is cut off or damaged")
+    assert second.startswith(f"data.sources[b].format: {tmp_path}/b.parquet is cut off or damaged")
 
 
 def test_one_source_lists_a_few_files_and_counts_the_others(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import lzma
 import struct
 import tarfile
+import tracemalloc
 import uuid
 import zipfile
 from pathlib import Path
@@ -267,6 +268,24 @@ def test_arrays_that_are_none(text: str, message: str, tmp_path: Path) -> None:
 def test_a_bad_item_is_skipped(tmp_path: Path) -> None:
     path = put(tmp_path / "a.json", b'[{"text": "a"},{"text" 1},null,{"text": "c"}]')
     assert read(path, bad_records="skip") == ["a", "c"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst"])
+def test_memory_holds_a_small_part_of_a_file(name: str, tmp_path: Path) -> None:
+    line = json.dumps({"text": "some words " * 800})
+    data = ("[" + ",\n".join([line] * 3000) + "]" if name == "a.json" else (line + "\n") * 3000).encode()
+    assert len(data) > 25_000_000
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix)
+    packed = by_arrow(data, codec) if codec else lzma.compress(data, preset=0) if name.endswith(".xz") else data
+    path = put(tmp_path / name, packed)
+    del data, packed
+    tracemalloc.start()
+    try:
+        texts = documents(Source(name="corpus", path=str(path), format="jsonl"), Path("unused"))
+        assert sum(1 for _ in texts) == 3000
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_line_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
