@@ -9,6 +9,7 @@ import pytest
 
 import dsmoe
 from dsmoe.config import schema
+from dsmoe.data import files, streams
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -35,3 +36,9 @@ def test_code_runs(page: Path) -> None:
 def test_the_checkpoints_page_explains_every_key() -> None:
     page = (DOCS / "checkpoints.md").read_text()
     assert not [key for key in schema.Checkpoint.model_fields if f"| `{key}` |" not in page]
+
+
+def test_the_corpora_page_names_every_format_and_compression() -> None:
+    page = (DOCS / "corpora.md").read_text()
+    suffixes = {suffix for suffixes in files.SUFFIXES.values() for suffix in suffixes} | set(streams.SUFFIXES)
+    assert not [suffix for suffix in suffixes - {".zstd"} if f"`{suffix}`" not in page]

@@ -241,9 +241,14 @@ class Source(Section):
     split: str = "train"
     """The hub data set's split."""
     format: Literal["text", "jsonl", "parquet"] = "text"
-    """How the files at `path` are read; with `text` a file is one document."""
+    """How the files at `path` are read: `text`, a file is one document; `jsonl`, one JSON object a line, or in a file
+    named `.json` also one array of objects; `parquet`, a row is a document. Text and jsonl may be compressed (gz, bz2,
+    xz, zst, lz4). Of a folder are read: `.txt`; `.jsonl`, `.ndjson` and `.json`; or `.parquet`."""
     text_field: str = "text"
-    """The field that holds the text (jsonl, parquet, hub)."""
+    """The field that holds the text (jsonl, parquet, hub); no other field is looked at."""
+    bad_records: Literal["refuse", "skip"] = "refuse"
+    """What a record without usable text does (no JSON, no such field, null, not UTF-8; a text file is one record):
+    `refuse` stops and names it, `skip` leaves it out and counts it. A damaged file is always refused."""
     weight: PositiveFloat = 1.0
     """Share of the training sequences, relative to the other sources'."""
 

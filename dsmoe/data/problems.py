@@ -1,0 +1,97 @@
+"""What can be wrong with a record or a file, and the one place where readers' errors become messages."""
+
+from __future__ import annotations
+
+import errno
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Source
+
+_FOR_THE_USER = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+"""Refusals of the system that last until somebody changes a path or a permission."""
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record without usable text, which readers yield in its place, so that the records after it can be read."""
+
+    key: str
+    """The key of the source that it is about."""
+    message: str
+    """Its file and its line, item or row, and what is wrong with it."""
+    advice: str = "mend it"
+
+    def error(self, source: Source) -> UserError:
+        """Make the error that ends the reading where `bad_records` is `refuse`."""
+        skip = ", or set `bad_records: skip` to leave such records out and count them"
+        return source_error(source, self.key, f"{self.message}; {self.advice}{skip}" if self.advice else self.message)
+
+
+class BadFileError(Exception):
+    """A file that cannot be read as its source says; `key` is the key of the source that it is about."""
+
+    def __init__(self, key: str, problem: str):
+        super().__init__(key, problem)
+        self.key = key
+        self.problem = problem
+
+
+def source_error(source: Source, key: str, problem: str) -> UserError:
+    """Make the error about one key of one source."""
+    return UserError(f"data.sources[{source.name}].{key}: {shown(problem)}")
+
+
+def shown(text: Path | str) -> str:
+    """Spell a path or a message on one line and in valid Unicode: what cannot be printed is escaped."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+@contextmanager
+def translated(source: Source, file: Path) -> Iterator[None]:
+    """Turn every error of reading `file` into one that names it.
+
+    Raises:
+        UserError: the file is damaged, is not what the source says, or may not be read.
+        OSError: the storage failed, which may pass by itself; it has the file's name.
+    """
+    try:
+        yield
+    except BadFileError as error:
+        raise source_error(source, error.key, error.problem) from error
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # a library's own, or a place in the file that cannot be
+            raise _damaged(source, file, error) from error
+        if error.errno in _FOR_THE_USER:
+            raise source_error(source, "path", f"{shown(file)} cannot be read ({error.strerror})") from error
+        raise OSError(error.errno, error.strerror, os.fspath(file)) from error
+    except Exception as error:
+        if isinstance(error, _errors_of_decoders()):
+            raise _damaged(source, file, error) from error
+        raise
+
+
+def _errors_of_decoders() -> tuple[type[Exception], ...]:
+    import pyarrow  # after an error only: it takes a while
+
+    # Names in the footer of a damaged parquet file need not be UTF-8; text that is not is a record of its own.
+    return EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, UnicodeDecodeError, pyarrow.ArrowException
+
+
+def _damaged(source: Source, file: Path, error: Exception) -> UserError:
+    detail = " ".join(str(error).split())[:300] or type(error).__name__
+    key = "format" if source.format == "parquet" else "path"
+    kind = ", or is not a parquet file" if source.format == "parquet" else ""
+    return source_error(
+        source, key, f"{shown(file)} is cut off or damaged{kind} ({detail}); get it again, or take it out of the corpus"
+    )

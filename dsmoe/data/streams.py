@@ -1,0 +1,145 @@
+"""The bytes in a file, decompressed, where every cut and every detectable damage is an error."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+from dsmoe.data.problems import BadFileError, shown
+
+SUFFIXES = {
+    ".gz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".lzma": "xz",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".lz4": "lz4",
+    ".zip": "zip",
+}
+"""The compression that the end of a name (in small letters) stands for."""
+
+# No text in UTF-8 begins like this, but for bzip2's, of which all ten bytes are compared.
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    **{b"BZh%d1AY&SY" % level: "bz2" for level in range(1, 10)},
+}
+_BUFFER = 1 << 20
+_ZIP_MAGIC = b"PK\x03\x04"
+_TAR_MAGIC = slice(257, 262), b"ustar"
+
+
+def contents(file: Path) -> Iterator[tuple[str, io.BufferedReader]]:
+    """Yield the name to show and the decompressed bytes of `file`; of a zip archive, those of each of its files.
+
+    The first bytes tell the compression, else the name; a zip archive is told from its name alone. A stream is valid
+    until the next is asked for.
+
+    Raises:
+        OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile: here or while the stream is read, as
+            `problems.translated` expects them: the file is cut off, damaged or unreadable.
+        BadFileError: a compressed file has no bytes, or an archive cannot be unpacked here.
+    """
+    with file.open("rb") as raw:
+        start = raw.peek(16)
+        codec = next((codec for magic, codec in _MAGIC.items() if start.startswith(magic)), None)
+        codec = codec or SUFFIXES.get(file.suffix.lower())
+        if codec and not start:
+            raise BadFileError("path", f"{shown(file)} is cut off: it is {codec} by its name and has no bytes")
+        if codec == "zip":
+            yield from _archive(file, raw)
+            return
+        if start.startswith(_ZIP_MAGIC):  # also a document of an office program, which is full of markup
+            raise BadFileError("path", f"{shown(file)} is a zip archive; unpack it, or end its name in .zip")
+        with _decompressed(raw, codec) as stream:
+            place, magic = _TAR_MAGIC
+            if stream.peek(512)[place] == magic:
+                raise BadFileError("path", f"{shown(file)} is a tar archive; unpack it")
+            yield shown(file), stream
+
+
+@contextmanager
+def _decompressed(raw: io.BufferedReader, codec: str | None) -> Iterator[io.BufferedReader]:
+    with ExitStack() as stack:
+        if codec is None:
+            yield raw
+        elif codec == "gzip":
+            yield stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER))
+        elif codec == "xz":
+            yield stack.enter_context(io.BufferedReader(_Xz(raw), _BUFFER))
+        else:
+            import pyarrow
+
+            # Unlike `bz2`, pyarrow also refuses what follows the last stream and is not one.
+            yield stack.enter_context(io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), _BUFFER))
+
+
+def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReader]]:
+    with zipfile.ZipFile(raw) as archive:
+        for name in sorted(archive.namelist(), key=_walk_order):
+            try:
+                member = archive.open(name)  # also of what is left out: a damaged name is seen here
+            except (RuntimeError, NotImplementedError) as error:  # a password, or an unknown compression
+                detail = f"{shown(file)}: cannot unpack {shown(name)} ({error}); unpack the archive"
+                raise BadFileError("path", detail) from error
+            if name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+                continue
+            stream: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, member), _BUFFER)
+            with stream:
+                yield f"{shown(file)}, {shown(name)}", stream
+
+
+def _walk_order(name: str) -> list[tuple[bool, str]]:
+    """Sort the files of a folder before those of its subfolders, as `datasets` does."""
+    *folders, file = name.split("/")
+    return [*((True, folder) for folder in folders), (False, file)]
+
+
+class _Xz(io.RawIOBase):
+    """The streams of an xz file, one after another.
+
+    `lzma.LZMAFile` takes a damaged second stream for the end of the file, without an error.
+    """
+
+    def __init__(self, raw: IO[bytes]):
+        self._raw = raw
+        self._decoder: lzma.LZMADecompressor | None = lzma.LZMADecompressor()
+        self._pending = b""
+
+    def readable(self) -> bool:
+        """Say yes, for `io.BufferedReader`."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Decompress up to `len(buffer)` bytes; 0 at the end."""
+        while True:
+            if self._decoder is None:
+                self._pending = self._pending.lstrip(b"\0")  # padding may stand between and after streams
+                self._pending = self._pending or self._raw.read(_BUFFER)
+                if not self._pending:
+                    return 0
+                if not self._pending.strip(b"\0"):
+                    continue
+                self._decoder = lzma.LZMADecompressor()
+                self._pending = self._pending.lstrip(b"\0")
+            if self._decoder.needs_input and not self._pending:
+                self._pending = self._raw.read(_BUFFER)
+                if not self._pending:
+                    raise EOFError("the file ends inside of an xz stream")
+            data = self._decoder.decompress(self._pending, len(buffer))
+            self._pending = b""
+            if self._decoder.eof:
+                self._pending = self._decoder.unused_data
+                self._decoder = None
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
