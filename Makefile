@@ -1,5 +1,6 @@
 # `make train`: train a small MoE model in a few minutes.  `make check`, `make test`, `make test-cluster`: what CI runs.
 # `make test-containers`: build the image and train in two containers (root, buildah, podman; minutes).
+# `make test-fuzz`: damaged files of every kind, by the ten thousand (docs/reliability.md).
 # `make test-mutations`: does a test see every mistake of tests/mutations/mutations.py?
 # `make gpu`: prove dsmoe on this machine's CUDA devices and measure it, in nine minutes (docs/gpu.md); ARGS="--minutes 6".
 # Needs Python 3.11 or newer, git and a C compiler's headers for nothing but some packages' installation.
@@ -13,7 +14,7 @@ CLUSTER ?= cluster
 # DeepSpeed's own, 29500, may be taken by another run on this machine.
 FREE_PORT = $$($(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-.PHONY: install train test test-cluster test-containers test-mutations gpu check format clean
+.PHONY: install train test test-cluster test-containers test-fuzz test-mutations gpu check format clean
 
 install: $(VENV)/.installed
 
@@ -22,7 +23,7 @@ train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 --master_port $(FREE_PORT) launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (cluster or containers or layouts or mutations)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (cluster or containers or layouts or mutations or fuzz)"
 
 test-cluster: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(CLUSTER)" -rs $(ARGS)
@@ -30,6 +31,9 @@ test-cluster: $(VENV)/.installed
 test-containers: $(VENV)/.installed
 	$(BIN)/pip install --quiet podman-compose==1.6.0
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m containers -rs -s
+
+test-fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz --timeout 1800 $(ARGS)
 
 test-mutations: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations --durations=0
