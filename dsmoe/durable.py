@@ -39,7 +39,7 @@ def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:
                 special.write(data)
             return
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")
     try:
         write_synced(partial, data, mode)
         os.replace(partial, path)
