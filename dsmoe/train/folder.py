@@ -59,6 +59,14 @@ def run_folder(config: Config) -> Path:
     return Path(config.runs_dir) / config.name
 
 
+def free_name(config: Config) -> str:
+    """A name like the run's, under which there is no run yet: `small-2`."""
+    number = 2
+    while os.path.lexists(Path(config.runs_dir) / f"{config.name}-{number}"):
+        number += 1
+    return f"{config.name}-{number}"
+
+
 @dataclass(frozen=True)
 class Beginning:
     """What a run can begin with, in the order of preference."""
@@ -327,7 +335,7 @@ def _of_another_config(
         f"{key} is {before.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in differing
     )
     newest = next(iter(found.whole), None)
-    name = f"name={config.name}-2"
+    name = f"name={free_name(config)}"
     if newest is None or any(key.startswith(_OTHER_STATE) for key in differing):
         return f"{folder} belongs to another config: {text}. Set them back, or give this run another name ({name})"
     onward = f"{name} checkpoint.resume={newest}"

@@ -13,6 +13,7 @@ from dsmoe.checkpoint.folder import candidates
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Request
 from dsmoe.launch.world import SRUN, launched_world
+from dsmoe.train.folder import free_name
 
 BITS_PER_BYTE = "eval/bits_per_byte"
 
@@ -109,6 +110,6 @@ def after_divergence(config: Config, checkpoints: Path) -> str:
         f"{slower}{again} ({also})"
     )
     if len(found) > 1:
-        earlier = f"name={config.name}-again checkpoint.resume={found[-1]} {slower}"
+        earlier = f"name={free_name(config)} checkpoint.resume={found[-1]} {slower}"
         advice += f". From further back, in a folder of its own: {earlier}"
     return advice
