@@ -45,8 +45,10 @@ _CHANGEABLE = (
 )
 _SAID = ("optimizer.", "train.steps", "train.tokens")
 """Of these, what the log says when it changes."""
-_OTHER_STATE = ("model.", "moe", "train.batch_tokens", "train.sequence_length", "optimizer.name")
-"""What a checkpoint is refused for: a run where these differ begins anew."""
+_OTHER_MODEL = ("model.", "moe")
+"""Where these differ, a checkpoint is of no use."""
+_OTHER_STEPS = ("train.batch_tokens", "train.sequence_length")
+"""Where these differ, a checkpoint's weights may be begun with, and nothing else of it."""
 LOCK, TOKEN = ".lock", ".token"
 LOOKS = (1.0, 4.0)
 """Seconds before each further look at checkpoints that could not be read."""
@@ -144,10 +146,13 @@ def check_run_folder(config: Config) -> Beginning:
     is_again = before.get("checkpoint.resume") == config.checkpoint.resume
     beginning = replace(_beginning(config, folder / "checkpoints", found, is_again), notes=tuple(notes))
     if beginning.checkpoints:
-        newest, steps = beginning.checkpoints[0], Batch.from_config(config).steps
-        if inspect(newest).facts.step > steps:
+        newest, batch = beginning.checkpoints[0], Batch.from_config(config)
+        done = inspect(newest).facts.step
+        if done > batch.steps:
+            longer = f"train.steps={done}" if config.train.steps else f"train.tokens={done * batch.tokens_per_step}"
             raise UserError(
-                f"{newest} is past this config's last step, {steps}; raise train.steps, or take another name"
+                f"{newest} is past this config's last step, {batch.steps}; set {longer} or more, or give this run "
+                f"another name (name={free_name(config)})"
             )
     elif beginning.weights is not None:
         _chosen("checkpoint.weights_from", beginning.weights)
@@ -279,13 +284,13 @@ def _beginning(config: Config, folder: Path, found: Found, is_again: bool) -> Be
         newest = max((*whole, *found.passed_over), key=step_of)
         raise UserError(
             f"checkpoint.resume is 'never' and {newest} is there; set checkpoint.resume: auto to "
-            f"go on from it, or give this run another name"
+            f"go on from it, or give this run another name (name={free_name(config)})"
         )
     if resume in ("auto", "always", "never"):
         if passed_over and not whole:
             raise UserError(
                 f"no checkpoint in {folder} is whole: {'; '.join(passed_over)}. Remove them to begin anew, or give "
-                f"this run another name"
+                f"this run another name (name={free_name(config)})"
             )
         if resume == "always" and not whole:
             raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {folder}")
@@ -294,10 +299,12 @@ def _beginning(config: Config, folder: Path, found: Found, is_again: bool) -> Be
     step = _chosen("checkpoint.resume", chosen).facts.step
     if whole and step_of(whole[0]) > step and is_again:  # the same command, after a stop
         return Beginning((*whole, chosen), passed_over, tuple(found.damaged))
-    if whole and step_of(whole[0]) > step:
+    later = [str(checkpoint) for checkpoint in whole if step_of(checkpoint) > step]
+    if later:
         raise UserError(
-            f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {whole[0]}: it would be taken "
-            f"for the newest afterwards. Remove it to go back, or give this run another name"
+            f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {later[0]}: it would be taken "
+            f"for the newest afterwards. To go back, remove {' '.join(later)}; or give this run another name "
+            f"(name={free_name(config)})"
         )
     return Beginning((chosen,), passed_over, tuple(found.damaged))
 
@@ -336,10 +343,12 @@ def _of_another_config(
     )
     newest = next(iter(found.whole), None)
     name = f"name={free_name(config)}"
-    if newest is None or any(key.startswith(_OTHER_STATE) for key in differing):
+    if newest is None or any(key.startswith(_OTHER_MODEL) for key in differing):
         return f"{folder} belongs to another config: {text}. Set them back, or give this run another name ({name})"
-    onward = f"{name} checkpoint.resume={newest}"
+    onward = f"{name} checkpoint.resume={newest} goes on from its newest checkpoint"
+    if any(key in _OTHER_STEPS for key in differing):
+        onward = f"{name} checkpoint.weights_from={newest} begins with its newest weights"
     return (
-        f"{folder} belongs to another config: {text}. Set them back, or give this run another name: {onward} goes on "
-        f"from its newest checkpoint, and {name} alone begins anew"
+        f"{folder} belongs to another config: {text}. Set them back, or give this run another name: {onward}, and "
+        f"{name} alone begins anew"
     )

@@ -45,6 +45,7 @@ from dsmoe.train.folder import (
     Beginning,
     check_shared,
     claim_run_folder,
+    free_name,
     make_run_folder,
     run_folder,
     set_later_aside,
@@ -186,7 +187,7 @@ def _begin(trainer: Trainer, beginning: Beginning) -> bool:
     for reason in beginning.passed_over:
         logger.warning("passed over: %s", reason)
     damaged: list[Path] = list(beginning.damaged)
-    last: DamagedError | None = None
+    last, last_tried = None, Path()
     for checkpoint in beginning.checkpoints:
         try:
             trainer.resume(checkpoint)
@@ -195,14 +196,19 @@ def _begin(trainer: Trainer, beginning: Beginning) -> bool:
         except DamagedError as error:  # on every rank alike; another one is loaded over it, if any of it was
             logger.warning("passed over: %s", error)
             damaged.append(checkpoint)
-            last = error
+            last, last_tried = error, checkpoint
             continue
         logger.info("continuing from %s", checkpoint)
         for path in on_first_rank(lambda: set_later_aside(trainer.checkpoints.folder, trainer.step_index, damaged)):
             logger.warning("set aside: %s", path)
         return True
-    if last is not None:
+    if last is not None and last_tried.parent.absolute() != trainer.checkpoints.folder.absolute():
         raise last
+    if last is not None:
+        raise UserError(
+            f"there is no checkpoint in {trainer.checkpoints.folder} to go on from: {last}. Move them away to begin "
+            f"anew, or give this run another name (name={free_name(trainer.config)})"
+        )
     if beginning.weights is not None:
         trainer.take_weights(beginning.weights)
         logger.info("beginning with the weights of %s", beginning.weights)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from dsmoe.checkpoint.folder import all_checkpoints, verify
+from dsmoe.cli import main as cli
 from dsmoe.config import UserError, load_config
 from dsmoe.config.errors import PassingError, exit_code_of
 from dsmoe.parallel.distributed import HostError
@@ -381,6 +382,49 @@ def test_the_advice_for_a_folder_of_another_config_works(work: Path) -> None:
     anew = start(work, "moe.top_k=1", "moe.router.normalize_weights=false", advice)
     assert anew.code == 0, anew.err
     assert "run small-3 in" in anew.out
+
+
+def test_the_advice_to_go_back_or_to_go_on_works(work: Path) -> None:
+    earlier = "checkpoint.resume=runs/small/checkpoints/step_00000002"
+    outcome = start(work, earlier)
+    refused(outcome, "this run has a later one, runs/small/checkpoints/step_00000004")
+    (paths,) = re.findall(r"To go back, remove (.+); or give", outcome.err)
+    (name,) = re.findall(r"another name \((name=\S+)\)", outcome.err)
+    fork = start(work, earlier, name)
+    assert fork.code == 0, fork.err
+    assert "continuing from runs/small/checkpoints/step_00000002" in fork.out
+    past = start(work, "train.steps=3")
+    refused(past, "step_00000004 is past this config's last step, 3")
+    (longer,) = re.findall(r"set (train\.steps=\d+) or more", past.err)
+    assert start(work, longer).code == 0
+    for path in shlex.split(paths):
+        shutil.rmtree(work / path)
+    back = start(work, earlier)
+    assert back.code == 0, back.err
+    assert "continuing from runs/small/checkpoints/step_00000002" in back.out
+
+
+def test_the_advice_for_other_steps_works(work: Path) -> None:
+    outcome = start(work, "train.batch_tokens=512")
+    refused(outcome, "train.batch_tokens is 256 there and 512 here")
+    (advice,) = re.findall(r"(name=\S+ checkpoint\.weights_from=\S+) begins with", outcome.err)
+    onward = start(work, "train.batch_tokens=512", *shlex.split(advice))
+    assert onward.code == 0, onward.err
+    assert "beginning with the weights of runs/small/checkpoints/step_00000004" in onward.out
+
+
+def test_looking_at_checkpoints_changes_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where they are damaged, and where a run is at work."""
+    run = work / "runs" / "small"
+    newest = run / "checkpoints" / "step_00000004"
+    (newest / "manifest.json").unlink()
+    (run / "checkpoints" / ".step_00000005.partial").mkdir()
+    before = {path: path.lstat().st_mtime_ns for path in run.rglob("*")}
+    assert cli(["checkpoint", "show", str(run)]) == 0
+    assert "step_00000003" in capsys.readouterr().out
+    assert cli(["checkpoint", "verify", str(run)]) == 2
+    assert "manifest.json is missing" in capsys.readouterr().err
+    assert before == {path: path.lstat().st_mtime_ns for path in run.rglob("*")}
 
 
 @pytest.mark.parametrize(
