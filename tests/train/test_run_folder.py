@@ -441,3 +441,53 @@ def test_what_one_changes_after_a_divergence_may_change(
     assert len(beginning.notes) == 1
     assert beginning.notes[0].startswith(f"changed since the run was last started: {key}, ")
     assert beginning.notes[0].endswith(f"-> {value}")
+
+
+# ---- the last save, in real processes
+
+FULL = """
+import errno, os, sys
+from dsmoe.checkpoint import checkpoints, files
+from dsmoe.train import run
+number, often = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+checkpoints.PAUSES, checkpoints.WORTH_SECONDS = (0.2, 0.2), (1.0, 1.0)
+write, left = files._write, [often]
+def full(path, *arguments):
+    if "step_00000004" in str(path) and os.environ.get("RANK", "0") == os.environ["FULL_RANK"]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(number, os.strerror(number))
+    return write(path, *arguments)
+files._write = full
+os._exit(run.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "number", "often", "code"),
+    [(1, errno.ENOSPC, 99, 1), (1, errno.EACCES, 99, 2), (1, errno.EIO, 2, 0), (2, errno.ENOSPC, 2, 0)],
+)
+def test_how_a_run_ends_whose_last_save_fails(
+    ranks: int, number: int, often: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"train": {"steps": 4}, "checkpoint": {"every": 1, "keep": 2}}
+    write_config(tmp_path, ranks=ranks, runs_dir="runs", **options)
+    (tmp_path / "full.py").write_text(FULL)
+    folder = tmp_path / "runs" / "small" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / ".step_00000002.removed").symlink_to(tmp_path)
+    (folder / ".step_00000003.partial.swp").touch()
+    monkeypatch.setenv("FULL_RANK", str(ranks - 1))
+    program = ["full.py", str(number), str(often), "--config", "config.yaml"]
+    start = ["torchrun", "--nproc-per-node", "2", "--master-port", "29833"] if ranks > 1 else [sys.executable]
+    outcome = launch(tmp_path, *start, *program)
+    assert outcome.code == code, outcome.err
+    assert "the last save is tried again in 0 s" in outcome.out
+    last = 3 if code else 4
+    assert [path.name for path in all_checkpoints(folder)] == [f"step_0000000{step}" for step in (last - 1, last)]
+    verify(folder / f"step_0000000{last}")
+    assert "Traceback" not in outcome.err
+    if code:
+        assert "error: cannot save runs/small/checkpoints/step_00000004: " in outcome.err
+        assert os.strerror(number) in outcome.err
