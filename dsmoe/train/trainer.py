@@ -13,13 +13,15 @@ from typing import NoReturn
 import torch
 
 from dsmoe.checkpoint.checkpoints import Checkpoints
+from dsmoe.checkpoint.folder import all_checkpoints, step_of
+from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config.schema import Config
 from dsmoe.data import ValidationLoader, prepare
 from dsmoe.model import build_model
 from dsmoe.moe import begin_step, hold_drop_rate, update_routers
 from dsmoe.observe import Meter, Sink, console_line
 from dsmoe.observe.meter import Constants
-from dsmoe.parallel.distributed import Rank
+from dsmoe.parallel.distributed import Rank, on_first_rank
 from dsmoe.parallel.groups import Groups
 from dsmoe.parallel.watch import SAVING, process_watch
 from dsmoe.plan.batch import Batch
@@ -66,7 +68,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._odd_steps = torch.zeros((), dtype=torch.int64, device=rank.device)
         """Of this rank's steps since the last look, those whose loss or gradient norm was not finite."""
-        self._looked_at = 0
+        self._looked_at = self._begun_at = 0
         self._validation_loss = math.nan
         self._validated_step = -1
         self.sinks: Sequence[Sink] = ()
@@ -91,7 +93,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, whatever layout wrote it."""
         facts = self.checkpoints.load(checkpoint)
-        self.step_index = self._looked_at = facts.step
+        self.step_index = self._looked_at = self._begun_at = facts.step
         for name, then in facts.corpora.items():
             now = self._corpora.get(name)
             if now != then:
@@ -174,7 +176,11 @@ class Trainer:
         self._write(metrics)
         memory_gib = self._device_facts.memory_gib if self._device_facts else None
         logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
-        if not math.isfinite(metrics["train/loss"]) or self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        only_skips = self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+        if not math.isfinite(metrics["train/loss"]) or only_skips:
+            self.checkpoints.wait()
+            if only_skips:
+                self._set_dead_end_aside()
             self._end_diverged(
                 f"the loss is {metrics['train/loss']:.4g}, the gradient norm {metrics['optim/grad_norm']:.4g}, and the "
                 f"last {self._skipped_in_a_row} steps were skipped"
@@ -221,9 +227,20 @@ class Trainer:
         self.meter.add_stall(time.perf_counter() - begun)
         return path
 
+    def _set_dead_end_aside(self) -> None:
+        """Rename what this start has saved of the state after which every step was skipped: it is finite and bad."""
+        last_taken = self.step_index - self._skipped_in_a_row
+
+        def rename() -> list[Path]:
+            saved = all_checkpoints(self.checkpoints.folder)
+            return set_aside(path for path in saved if step_of(path) >= max(last_taken, self._begun_at + 1))
+
+        for path in on_first_rank(rename):
+            logger.warning("set aside, because every step after it was skipped: %s", path)
+
     def _end_diverged(self, what: str) -> NoReturn:
         """Raise the error that says what was seen, and which command goes on from the last good checkpoint."""
-        self.checkpoints.wait()  # every rank is here: the last one before is to be there
+        self.checkpoints.wait()  # every rank is here: the one before is to be there
         raise TrainingDivergedError(
             f"at step {self.step_index} {what}. {after_divergence(self.config, self.checkpoints.folder)}"
         )

@@ -197,6 +197,21 @@ def test_what_a_diverged_run_advises_works(ranks: int, tmp_path: Path) -> None:
     assert [path.name for path in all_checkpoints(folder)][-1] == "step_00000009"
 
 
+def test_a_finite_state_from_which_every_step_is_skipped_is_no_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    options = {"train": {"steps": 60}, "checkpoint": {"every": 1, "keep": 2}, "observe": {"log_every": 10}}
+    config = str(write_config(tmp_path, runs_dir="runs", **options))
+    assert pretrain(tmp_path, "--config", config, "train.steps=3").code == 0
+    outcome = pretrain(tmp_path, "--config", config, "optimizer.lr=1e30", "optimizer.grad_clip=0")
+    assert outcome.code == 1
+    folder = tmp_path / "runs" / "small" / "checkpoints"
+    assert "because every step after it was skipped: runs/small/checkpoints/step_00000004.damaged" in outcome.out
+    assert [path.name for path in all_checkpoints(folder)] == ["step_00000003"]
+    assert "To go on from runs/small/checkpoints/step_00000003, the last good checkpoint" in outcome.err
+    onward = pretrain(tmp_path, "--config", config, "optimizer.lr=0.001", "train.steps=6")
+    assert onward.code == 0, onward.err
+    assert "continuing from runs/small/checkpoints/step_00000003" in onward.out
+
+
 def skip_and_save(config: Config, skipped: list[int]) -> None:
     """A run whose gradients are not finite in some steps."""
     trainer = make_trainer(config)
