@@ -175,7 +175,7 @@ def test_what_a_diverged_run_advises_works(ranks: int, tmp_path: Path) -> None:
     script = tmp_path / "diverges.py"
     script.write_text(DIVERGES)
     program = [str(script), "--config", str(config)]
-    start = ["torchrun", "--nproc-per-node", str(ranks), "--master-port", "29831"] if ranks > 1 else [sys.executable]
+    start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
     first = launch(tmp_path, *start, *program)
     assert first.code == 1, first.err
     folder = tmp_path / "runs" / "small" / "checkpoints"

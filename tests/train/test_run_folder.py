@@ -480,7 +480,7 @@ def test_how_a_run_ends_whose_last_save_fails(
     (folder / ".step_00000003.partial.swp").touch()
     monkeypatch.setenv("FULL_RANK", str(ranks - 1))
     program = ["full.py", str(number), str(often), "--config", "config.yaml"]
-    start = ["torchrun", "--nproc-per-node", "2", "--master-port", "29833"] if ranks > 1 else [sys.executable]
+    start = ["torchrun", "--standalone", "--nproc-per-node", "2"] if ranks > 1 else [sys.executable]
     outcome = launch(tmp_path, *start, *program)
     assert outcome.code == code, outcome.err
     assert "the last save is tried again in 0 s" in outcome.out
