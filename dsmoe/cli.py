@@ -1,4 +1,4 @@
-"""The `dsmoe` command. Exit codes: 0 done, 2 the input is wrong (one clear message), 1 anything else."""
+"""The `dsmoe` command. Exit codes: 0 done, 2 somebody has to change something (one clear message), 1 anything else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
+from dsmoe.config.errors import describe, exit_code_of
 from dsmoe.config.show import json_schema
 from dsmoe.launch.job import Request, default_folder
 from dsmoe.launch.world import join_slurm
@@ -22,7 +23,6 @@ from dsmoe.plan import Batch, Plan, headline, resolve_device
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
 # that needs more imports it when it runs.
 
-_USER_ERROR = 2
 _WAYS = {
     "--hostfile": ("hosts", "a hostfile and an environment, for `deepspeed` over ssh"),
     "--slurm": ("slurm", "job scripts, for sbatch"),
@@ -46,12 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under a launcher every rank has the same input
             print(f"error: {error}", file=sys.stderr)
-        return _USER_ERROR
+        return exit_code_of(error)
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return _USER_ERROR
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return exit_code_of(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +20,11 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from dsmoe.checkpoint.fit import check_fits, refuse, tensor_rows
-from dsmoe.checkpoint.folder import checkpoint_name, inspect, remove_old
+from dsmoe.checkpoint.folder import checkpoint_name, inspect
 from dsmoe.checkpoint.fragments import MOMENTS, inner_optimizer
-from dsmoe.checkpoint.manifest import Facts, Manifest, check_contents
+from dsmoe.checkpoint.manifest import DamagedError, Facts, Manifest, UnreadableError, check_contents
 from dsmoe.checkpoint.planning import PartsLoadPlanner, PartsSavePlanner, by_key
+from dsmoe.checkpoint.removal import remove_old
 from dsmoe.checkpoint.sharing import NamedBox, own_share
 from dsmoe.checkpoint.staging import HostBuffer
 from dsmoe.checkpoint.state import (
@@ -32,13 +33,14 @@ from dsmoe.checkpoint.state import (
     STEP,
     EngineState,
     Part,
+    not_finite,
     rng_parts,
     rng_states,
     set_rng_states,
     whole_part,
 )
 from dsmoe.checkpoint.storage import FolderReader, FolderWriter
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import UserError, describe, exit_code_of
 from dsmoe.config.schema import Config
 from dsmoe.parallel.boxes import Placement
 from dsmoe.parallel.distributed import on_every_rank, on_first_rank
@@ -53,8 +55,25 @@ PATIENCE = timedelta(hours=2)
 """How long ranks wait for the slowest disk among them."""
 
 
+WORTH_SECONDS = (60.0, 3600.0)
+"""Between these, the last save is tried again for as long as the work since the last checkpoint has taken."""
+STOPPING_SECONDS = 20.0
+"""The same after a signal: whoever has sent it waits half a minute or so."""
+PAUSES = (2.0, 120.0)
+"""Seconds before the second attempt, which double with each one, and the most that they become."""
+LOOKS = (1.0, 4.0)
+"""Seconds before each further look at a file that could not be read, or is not what was written."""
+
+
 class SaveError(UserError):
     """A checkpoint could not be written; the earlier ones are untouched."""
+
+    is_of_disk = False
+    """Whether it was the disk that would not have it, which may at another try."""
+
+
+class NotFiniteError(DamagedError):
+    """A checkpoint whose files are as they were written, and whose state is no model any more: NaN or infinite."""
 
 
 class Checkpoints:
@@ -87,6 +106,9 @@ class Checkpoints:
         self._failure: SaveError | None = None
         self._saved_step: int | None = None
         """The last step that was saved to `folder`, or loaded from it."""
+        self._failed_in_a_row = 0
+        self._safe = ("the beginning", time.time())
+        """What would be gone on from after a crash, and since when that is so."""
         self._settings = config.model_dump(mode="json")
         self._layout = _layout(config, engine.device)
         self._corpora = dict(corpora)
@@ -104,8 +126,7 @@ class Checkpoints:
         engine, final = self._engine, self.folder / checkpoint_name(step)
         if step == self._saved_step and self._failure is None:
             return final
-        if self._thread is not None:
-            self._thread.join()
+        self.wait()
         self._saved_step = step
         facts = Facts(
             step=step,
@@ -119,10 +140,25 @@ class Checkpoints:
             versions=_versions(),
             corpora=self._corpora,
         )
-        self._start(FolderWriter(final, facts), self._buffer.copy(self._parts()))
+        self._facts, self._copies = facts, self._buffer.copy(self._parts())
+        self._start(FolderWriter(final, facts), self._copies)
         return final
 
-    def wait(self, seconds: float) -> None:
+    def is_finite(self, also: torch.Tensor | None = None) -> bool:
+        """Whether all state of all ranks, as it is now, is finite; collective, and the host waits for the device once.
+
+        Args:
+            also: a bool of this rank, on its device, that has to be true as well.
+        """
+        device = self._engine.device
+        bad = not_finite(self._state.floats(), device).any()
+        if also is not None:
+            bad = bad | ~also.to(device)
+        flag = bad.to(torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return not flag.item()
+
+    def wait(self, seconds: float | None = None) -> None:
         """Wait until the last save has come to an end, well or not, but no longer than `seconds`."""
         if self._thread is not None:
             self._thread.join(seconds)
@@ -133,10 +169,53 @@ class Checkpoints:
         Raises:
             SaveError: some rank could not write (disk full, no permission); the earlier checkpoints are untouched.
         """
-        if self._thread is not None:
-            self._thread.join()
+        self.wait()
         if self._failure is not None:
             raise self._failure
+
+    def finish(self, is_told: Callable[[], bool] = lambda: False, is_stopping: bool = False) -> None:
+        """The same at the end of a run: where a disk has failed, try again for as long as it is worth it.
+
+        That is about as long as it would take to do the lost work again, and seconds where a signal ends the run.
+
+        Args:
+            is_told: whether a signal has come to this rank meanwhile: one more attempt, and no other.
+            is_stopping: a signal ends the run already; the same on every rank.
+
+        Raises:
+            SaveError: in the end, the state is not on the disk.
+        """
+        self.wait()
+        begun, pause = time.monotonic(), PAUSES[0]
+        least, most = WORTH_SECONDS
+        worth = STOPPING_SECONDS if is_stopping else min(max(time.time() - self._safe[1], least), most)
+        while self._failure is not None and self._failure.is_of_disk:
+            left = worth - (time.monotonic() - begun)
+            if self._any_rank(left < pause):
+                break
+            if dist.get_rank() == 0:
+                logger.error("the last save is tried again in %.0f s, and for %.0f s at most", pause, left)
+            if self._pause(pause, is_told, is_stopping):
+                is_stopping, begun, worth = True, time.monotonic(), STOPPING_SECONDS
+            self._start(FolderWriter(self.folder / checkpoint_name(self._facts.step), self._facts), self._copies)
+            self.wait()
+            pause = min(2 * pause, PAUSES[1])
+        self.flush()
+
+    def _pause(self, seconds: float, is_told: Callable[[], bool], is_stopping: bool) -> bool:
+        """Wait, on all ranks alike; True as soon as a rank is told to stop, unless that is what the run does."""
+        end = time.monotonic() + seconds
+        while not self._any_rank(time.monotonic() >= end):
+            if not is_stopping and self._any_rank(is_told()):
+                return True
+            time.sleep(min(0.5, seconds))
+        return False
+
+    def _any_rank(self, here: bool) -> bool:
+        """Whether it is so on any rank, as all agree; no save may be under way."""
+        flag = torch.tensor(int(here))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
 
     def load(self, checkpoint: Path) -> Facts:
         """Put the whole state of a checkpoint into the engine, whatever layout wrote it.
@@ -146,7 +225,8 @@ class Checkpoints:
 
         Raises:
             DamagedError: it is not what was written; the engine is unchanged.
-            UserError: it is of another model or optimizer; the engine is unchanged.
+            NotFiniteError: it is, and its state is not finite: the engine has that now, and must load another one.
+            UserError: it is of another model or optimizer, or cannot be read now; the engine is unchanged.
         """
         manifest = self._checked(checkpoint)
         facts, engine = manifest.facts, self._engine
@@ -174,8 +254,9 @@ class Checkpoints:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch misses an optimizer step before this one
             engine.lr_scheduler.step()
-        if checkpoint.absolute() == (self.folder / checkpoint_name(facts.step)).absolute():
+        if checkpoint.parent.absolute() == self.folder.absolute():
             self._saved_step = facts.step
+        self._safe = (f"step {facts.step}", time.time())
         return facts
 
     def load_weights(self, checkpoint: Path) -> Facts:
@@ -183,6 +264,7 @@ class Checkpoints:
 
         Raises:
             DamagedError: it is not what was written; the engine is unchanged.
+            NotFiniteError: it is, and its weights are not finite: the engine has them now.
             UserError: it is of another model; the engine is unchanged.
         """
         manifest = self._checked(checkpoint)
@@ -203,7 +285,7 @@ class Checkpoints:
         """The manifest, when all ranks together have found every file to be what was written."""
         manifest = on_first_rank(lambda: inspect(checkpoint))
         mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-        on_every_rank(lambda: check_contents(checkpoint, manifest, mine))
+        on_every_rank(lambda: _check_surely(checkpoint, manifest, mine))
         return manifest
 
     def _read(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...]) -> None:
@@ -219,6 +301,12 @@ class Checkpoints:
             planner=PartsLoadPlanner(),
             process_group=self._group,
         )
+        checked = [(part.key, part.here) for part in parts if part.here.is_floating_point()]
+        bad = not_finite(checked, self._engine.device).tolist()
+        here_bad = next((key for (key, _), is_bad in zip(checked, bad, strict=True) if is_bad), None)
+        first = next((key for key in on_every_rank(lambda: here_bad) if key is not None), None)
+        if first is not None:
+            raise NotFiniteError(f"{checkpoint} has a state that is not finite ({first} has NaN or infinite elements)")
 
     def _parts(self) -> list[Part]:
         """What this rank writes."""
@@ -242,30 +330,56 @@ class Checkpoints:
         except CheckpointException as error:  # on every rank alike
             if dist.get_rank() == 0:
                 writer.discard()
-            self._failure = SaveError(
-                f"cannot save {writer.final}: {_reason(error)}; the earlier checkpoints are there"
-            )
+            self._failure = _save_error(writer.final, error)
         except Exception as error:  # another rank is gone: training will find out as well
             self._failure = SaveError(f"cannot save {writer.final}: {error}")
         if dist.get_rank() != 0:
             return
         if self._failure is not None:
-            logger.error("%s", self._failure)
+            self._failed_in_a_row += 1
+            logger.error("%s%s", self._failure, self._since())
             return
+        self._failed_in_a_row, self._safe = 0, (f"step {self._facts.step}", time.time())
         logger.info("saved %s in %.1f s", writer.final, time.perf_counter() - begun)
         try:
-            remove_old(self.folder, self._config.checkpoint)
-        except OSError as error:
+            remove_old(self.folder, self._config.checkpoint, writer.final)
+        except Exception as error:  # whatever it is, the newest one is safe
             logger.error("cannot remove old checkpoints: %s", error)
 
+    def _since(self) -> str:
+        """What the log says besides when one save after the other fails."""
+        if self._failed_in_a_row < 2:
+            return ""
+        what, since = self._safe
+        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+        return (
+            f". NO NEW CHECKPOINT SINCE {what.upper()} ({begun}): {self._failed_in_a_row} saves in a row have failed, "
+            f"and what was trained since then is lost if the run ends now"
+        )
 
-def _reason(error: CheckpointException) -> str:
+
+def _check_surely(checkpoint: Path, manifest: Manifest, names: list[str]) -> None:
+    """`check_contents`, and again where it finds something: a read that fails once is no damage."""
+    for pause in LOOKS:
+        try:
+            return check_contents(checkpoint, manifest, names)
+        except UnreadableError as error:
+            logger.error("%s; looking again in %.0f s", error, pause)
+            time.sleep(pause)
+        except DamagedError:
+            time.sleep(LOOKS[0])
+            break
+    return check_contents(checkpoint, manifest, names)
+
+
+def _save_error(final: Path, error: CheckpointException) -> SaveError:
     """What went wrong where, without torch's tracebacks if it is the disk."""
     rank, (cause, _) = min(error.failures.items())
     where = f" (rank {rank})" if dist.get_world_size() > 1 else ""
-    if isinstance(cause, OSError) and cause.filename:
-        return f"{cause.filename}: {cause.strerror}{where}"
-    return str(error)
+    reason = f"{describe(cause)}{where}" if isinstance(cause, OSError) else str(error)
+    failure = SaveError(f"cannot save {final}: {reason}; the earlier checkpoints are there")
+    failure.is_of_disk, failure.exit_code = isinstance(cause, OSError), exit_code_of(cause)
+    return failure
 
 
 def _layout(config: Config, device: torch.device) -> dict[str, Any]:

@@ -119,12 +119,3 @@ def read_tensor(path: Path, dtype: str, shape: Sequence[int], offset: int) -> to
     if before % BYTES[dtype]:
         elements = elements.clone()  # other people's files need not be aligned
     return elements.view(DTYPES[dtype]).view(tuple(shape))
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder onto the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,25 +1,31 @@
-"""The folder of a run's checkpoints: which are there, and which go. No torch.
+"""The folder of a run's checkpoints: which are there, and in what state. Changes nothing. No torch.
 
 There is no pointer to the newest one that could lie: it is the whole one of the highest step, by its name.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsmoe.checkpoint.manifest import DamagedError, Manifest, check_contents, check_files
-from dsmoe.config.schema import Checkpoint
+from dsmoe.checkpoint.manifest import DamagedError, Manifest, UnreadableError, check_contents, check_files
 
 _NAME = re.compile(r"step_\d+", re.ASCII)
-DAMAGED = ".damaged"
-"""What is added to the name of a checkpoint that has been passed over."""
 
 
 def checkpoint_name(step: int) -> str:
     """The name of a step's checkpoint."""
     return f"step_{step:08d}"
+
+
+def spare_name(checkpoint: Path) -> Path:
+    """Another name of the same step, `step_000000100`, for when something that cannot be moved has the first."""
+    digits = checkpoint.name.removeprefix("step_")
+    while os.path.lexists(checkpoint.with_name(f"step_{digits}")):
+        digits = f"0{digits}"
+    return checkpoint.with_name(f"step_{digits}")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -28,9 +34,23 @@ def step_of(checkpoint: Path) -> int:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Every folder that has a checkpoint's name, whole or not, oldest first."""
-    named = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(named, key=step_of)
+    """Every folder that has a checkpoint's name, whole or not, oldest first.
+
+    Raises:
+        OSError: the folder is there and cannot be read: no reason to take it for empty.
+    """
+    try:
+        entries = [entry for entry in os.scandir(folder) if _NAME.fullmatch(entry.name) and _may_be_folder(entry)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((folder / entry.name for entry in entries), key=lambda path: (step_of(path), len(path.name)))
+
+
+def _may_be_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # storage that does not answer: looking into it will tell
+        return True
 
 
 def inspect(checkpoint: Path) -> Manifest:
@@ -38,6 +58,7 @@ def inspect(checkpoint: Path) -> Manifest:
 
     Raises:
         DamagedError: they are not.
+        UnreadableError: that cannot be seen now.
     """
     manifest = Manifest.read(checkpoint)
     check_files(checkpoint, manifest)
@@ -51,6 +72,7 @@ def verify(checkpoint: Path) -> Manifest:
 
     Raises:
         DamagedError: it is not what was written.
+        UnreadableError: that cannot be seen now.
     """
     manifest = inspect(checkpoint)
     check_contents(checkpoint, manifest, sorted(manifest.files))
@@ -64,51 +86,39 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def candidates(folder: Path) -> tuple[list[Path], list[str]]:
     """The checkpoints that have all of their files, newest first, and why others were passed over."""
-    found, passed_over = _inspected(folder)
-    return list(found), passed_over
+    found = look(folder)
+    return list(found.whole), list(found.passed_over.values())
 
 
-def _inspected(folder: Path) -> tuple[dict[Path, Manifest], list[str]]:
-    """As `candidates`, with their manifests."""
-    found, passed_over = {}, []
+@dataclass
+class Found:
+    """The checkpoints of a folder, newest first."""
+
+    whole: dict[Path, Manifest] = field(default_factory=dict)
+    """Those that have all of their files, of the right sizes."""
+    passed_over: dict[Path, str] = field(default_factory=dict)
+    """The others, and what is wrong with each."""
+    unreadable: dict[Path, UnreadableError] = field(default_factory=dict)
+    """Of the others, those of which nobody knows: they cannot be read now."""
+
+    @property
+    def damaged(self) -> list[Path]:
+        """The others that are known to be damaged."""
+        return [path for path in self.passed_over if path not in self.unreadable]
+
+
+def look(folder: Path) -> Found:
+    """Inspect every checkpoint of a folder.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found = Found()
     for checkpoint in reversed(all_checkpoints(folder)):
         try:
-            found[checkpoint] = inspect(checkpoint)
+            found.whole[checkpoint] = inspect(checkpoint)
         except DamagedError as error:
-            passed_over.append(str(error))
-    return found, passed_over
-
-
-def set_aside_later(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, where a run goes on because these are damaged; returns their new paths.
-
-    They keep what they have, and nothing takes them for the newest any more.
-    """
-    aside = []
-    for checkpoint in all_checkpoints(folder):
-        if step_of(checkpoint) > step:
-            target = checkpoint.with_name(checkpoint.name + DAMAGED)
-            if target.exists():  # of an earlier time
-                shutil.rmtree(target)
-            aside.append(checkpoint.rename(target))
-    return aside
-
-
-def remove_old(folder: Path, options: Checkpoint) -> list[Path]:
-    """Remove the checkpoints that nothing in `options` keeps, and return them. Call it when a newer one is safe."""
-    there = all_checkpoints(folder)
-    whole, _ = _inspected(folder)
-    kept = set(list(whole)[: options.keep])
-    if options.keep_every:
-        kept |= {checkpoint for checkpoint in there if step_of(checkpoint) % options.keep_every == 0}
-    if options.keep_best:
-        losses = {checkpoint: manifest.facts.validation_loss for checkpoint, manifest in whole.items()}
-        known = [(loss, step_of(path), path) for path, loss in losses.items() if loss is not None]
-        kept |= {path for _, _, path in sorted(known)[: options.keep_best]}
-    removed = [checkpoint for checkpoint in there if checkpoint not in kept]
-    for checkpoint in removed:
-        # Under a name that nothing takes for a checkpoint: removing takes time, and may be interrupted.
-        going = checkpoint.with_name(f".{checkpoint.name}.removed")
-        checkpoint.rename(going)
-        shutil.rmtree(going)
-    return removed
+            found.passed_over[checkpoint] = str(error)
+            if isinstance(error, UnreadableError):
+                found.unreadable[checkpoint] = error
+    return found

@@ -17,17 +17,32 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import UserError, exit_code_of
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Size of an element by the dtype's name in safetensors files."""
+_DROPPED = re.compile(
+    r"\.nfs[0-9a-f]+|\.fuse_hidden\w+|\..*\.sw[a-p]|\.#.*|#.*#|.*~|\.DS_Store|\._.*|Thumbs\.db", re.ASCII
+)
+"""What systems and editors leave beside files that are looked at: no reason to take a checkpoint for damaged."""
 _FILE_NAME = re.compile(r"rank_\d{5,}_\d{3,}\.safetensors")
 
 
 class DamagedError(UserError):
     """A checkpoint that is not what was written, with the name of the file."""
+
+
+class UnreadableError(DamagedError):
+    """A checkpoint that cannot be read now and may be whole: nothing is made of it until it can."""
+
+    @classmethod
+    def of(cls, path: str | Path, error: OSError) -> UnreadableError:
+        """That of a file, with the exit code of what the system says."""
+        unreadable = cls(f"cannot read {path}: {error.strerror}")
+        unreadable.exit_code = exit_code_of(error)
+        return unreadable
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} is missing") from None
         except OSError as error:
-            raise DamagedError(f"cannot read {path}: {error.strerror}") from None
+            raise UnreadableError.of(path, error) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DamagedError(f"{path} is damaged: it is not what was written") from None
         return manifest
@@ -167,10 +182,12 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
         there = {
             path.name: path.stat().st_size
             for path in checkpoint.iterdir()
-            if path.name != MANIFEST and not path.name.startswith(".nfs")  # NFS' own, of a file that was open
+            if path.name != MANIFEST and not _DROPPED.fullmatch(path.name)
         }
-    except OSError as error:  # a run may be removing it
+    except (FileNotFoundError, NotADirectoryError) as error:  # a run may be removing it
         raise DamagedError(f"cannot read {error.filename}: {error.strerror}") from None
+    except OSError as error:
+        raise UnreadableError.of(error.filename, error) from None
     for name in sorted(manifest.files.keys() | there.keys()):
         path = checkpoint / name
         if name not in manifest.files:
@@ -192,8 +209,10 @@ def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -
         try:
             with path.open("rb", buffering=0) as stream:
                 found = hashlib.file_digest(stream, xxh3_128).hexdigest()
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise DamagedError(f"cannot read {path}: {error.strerror}") from None
+        except OSError as error:
+            raise UnreadableError.of(path, error) from None
         if found != manifest.files[name].xxh128:
             raise DamagedError(f"{path} is damaged: it is not what was written")
 

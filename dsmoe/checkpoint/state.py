@@ -179,9 +179,34 @@ class EngineState:
         saved = module.state_dict()
         return {name: x.detach() for name, x in saved.items() if name in names or name.endswith("_extra_state")}
 
+    def floats(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All floating-point state of this rank as it is: weights, masters, moments, buffers; under rough names."""
+        yield from ((f"{MODEL}/{name}", x.detach()) for name, x in self.engine.module.named_parameters())
+        masters = {id(f.master): f for f, _ in self._optimized}
+        for fragment in masters.values():
+            yield f"{MODEL} (masters)", fragment.master.detach()
+            state = moments_of(self.engine, fragment)
+            yield from ((f"{kind} (moments)", state[kind]) for kind in MOMENTS if kind in state)
+        yield from ((f"{BUFFER}/{name}", x) for name, x in self.buffers().items() if x.is_floating_point())
+
     def set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
         """Put back what `buffers` gave, all or some of it."""
         self.engine.module.load_state_dict(dict(values), strict=False)
+
+
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """Which of the tensors have an infinite element or one that is no number: bool, on the device, by their order.
+
+    Nothing is copied, and the host waits for nothing: the smallest and the largest element tell.
+    """
+    flags = [_has_bad(tensor).to(device, non_blocking=True) for _, tensor in tensors]
+    return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool, device=device)
+
+
+def _has_bad(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.numel() or not tensor.is_floating_point():
+        return torch.zeros((), dtype=torch.bool, device=tensor.device)
+    return ~torch.isfinite(torch.stack(tensor.aminmax())).all()  # aminmax passes on what is no number
 
 
 def whole_part(key: str, tensor: torch.Tensor) -> Part:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,13 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dsmoe.checkpoint.files import DTYPES, NAMES, Item, read_tensor, sync_folder, write_items
+from dsmoe.checkpoint.files import DTYPES, NAMES, Item, read_tensor, write_items
+from dsmoe.checkpoint.folder import spare_name
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor
+from dsmoe.checkpoint.removal import discard, hidden_name, remove, remove_leftovers
+from dsmoe.durable import sync_folder, write_synced
+
+logger = logging.getLogger(__name__)
 
 FILE_BYTES = 1 << 33
 """A rank begins another file when one has become as large as this."""
@@ -50,13 +55,14 @@ class FolderWriter(StorageWriter):
     """Writes the folder `final`, under another name until it is whole and on the disk.
 
     Args:
-        final: the folder. One of that name which is there already is replaced.
+        final: the folder. One of that name which is there already is replaced; where it cannot be moved, `final`
+            becomes another name of the same step.
         facts: what the manifest says besides.
     """
 
     def __init__(self, final: Path, facts: Facts) -> None:
         self.final, self._facts = final, facts
-        self._partial = final.with_name(f".{final.name}.partial")
+        self._partial = final  # until the coordinator has chosen a name
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, which changes nothing: a writer writes one folder."""
@@ -69,15 +75,18 @@ class FolderWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make room: what saves that did not come to an end have left goes first."""
-        for left in self.final.parent.glob(".step_*"):
-            shutil.rmtree(left)
-        self._partial.mkdir(parents=True)
-        sync_folder(self.final.parent.parent)  # the first save makes the folder of all
-        return plans
+        """Make the folder to write in, and tell every rank its name; what earlier saves have left goes first."""
+        folder = self.final.parent
+        remove_leftovers(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._partial = hidden_name(self.final, "partial")
+        self._partial.mkdir()
+        sync_folder(folder.parent)  # the first save makes the folder of all
+        return [replace(plan, storage_data=self._partial.name) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's files and force them onto the disk."""
+        self._partial = self.final.with_name(plan.storage_data)
         results: list[WriteResult] = []
         for number, items in enumerate(_files(plan.items)):
             name = f"rank_{dist.get_rank():05d}_{number:03d}.safetensors"
@@ -100,26 +109,29 @@ class FolderWriter(StorageWriter):
             stored = (StoredBox(tuple(c.offsets), tuple(c.sizes), at.name, at.offset) for c, at in boxes)
             tensors[key] = StoredTensor(NAMES[tensor.properties.dtype], tuple(tensor.size), tuple(stored))
         files = {at.name: at.file for at in written.values()}
-        manifest = self._partial / MANIFEST
-        try:
-            with manifest.open("w") as stream:
-                stream.write(Manifest(self._facts, files, tensors).text())
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(manifest)) from None  # writing does not name the file
+        write_synced(self._partial / MANIFEST, Manifest(self._facts, files, tensors).text())
         sync_folder(self._partial)
-        replaced = self.final.with_name(f".{self.final.name}.replaced")
-        if self.final.exists():
-            self.final.rename(replaced)
+        replaced = self._make_way() if os.path.lexists(self.final) else None
         self._partial.rename(self.final)
         sync_folder(self.final.parent)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        if replaced is not None:
+            remove(replaced)
+
+    def _make_way(self) -> Path | None:
+        """Move aside what has the name already, and return where to; if that cannot be done, take another name."""
+        replaced = hidden_name(self.final, "replaced")
+        try:
+            return self.final.rename(replaced)
+        except OSError as error:
+            spare = spare_name(self.final)
+            logger.warning("cannot replace %s (%s); saving %s beside it", self.final, error.strerror, spare.name)
+            self.final = spare
+            return None
 
     def discard(self) -> None:
         """Remove what a failed save has written."""
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if self._partial != self.final:
+            discard(self._partial)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

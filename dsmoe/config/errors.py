@@ -1,7 +1,8 @@
-"""The two exceptions that say the user's input is wrong, so that every command reports it without a traceback."""
+"""The exceptions that every command reports as one message, without a traceback, and the exit code of each."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 Problem = tuple[str, str]
@@ -10,6 +11,48 @@ Problem = tuple[str, str]
 
 class UserError(ValueError):
     """The input is wrong and the message says how to put it right; commands print it and exit with code 2."""
+
+    exit_code = 2
+    """Whatever starts runs again by itself leaves one that has ended with 2: somebody has to change something first."""
+
+
+class PassingError(UserError):
+    """What may be right at another try: a lock that is held, a full disk, storage that does not answer."""
+
+    exit_code = 1
+
+
+_FOR_A_PERSON = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+    }
+)
+"""Errors of the system that are there at the next try as well, until somebody changes a path or a permission.
+
+All others pass, or may: too many open files, a stale handle, no memory, a connection. So may a full disk or quota,
+which many share: other jobs end, and what they wrote is removed.
+"""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a command that an error ends: 2 where a person has to change something, else 1."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2 if error.errno in _FOR_A_PERSON else 1
+    return 1
+
+
+def system_error(message: str, error: OSError) -> UserError:
+    """The error that says `message`, with the exit code of what the system has answered."""
+    return UserError(message) if exit_code_of(error) == UserError.exit_code else PassingError(message)
+
+
+def describe(error: OSError) -> str:
+    """`/data/a.txt: No space left on device`, or what there is of it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
 class ConfigError(UserError):

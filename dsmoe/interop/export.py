@@ -17,8 +17,9 @@ from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.durable import write_synced
 from dsmoe.interop.architectures import Architecture, choose, common_settings
-from dsmoe.interop.files import whole_folder, write_text
+from dsmoe.interop.files import whole_folder
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
 from dsmoe.interop.names import BIAS, Match, matches
 from dsmoe.interop.tensors import Tensors, checkpoint_tensors
@@ -158,8 +159,8 @@ def _write_settings(
     _write_json(folder / "config.json", settings)
     _write_json(folder / "generation_config.json", special)
     for file, text in files.files.items():
-        write_text(folder / file, text)
+        write_synced(folder / file, text)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_synced(path, json.dumps(content, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from dsmoe.checkpoint.files import DTYPES, read_tensor, sync_folder
+from dsmoe.checkpoint.files import DTYPES, read_tensor
 from dsmoe.checkpoint.manifest import BYTES
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import UserError, system_error
+from dsmoe.durable import sync_folder
 
 _LONGEST_HEADER = 100_000_000
 """As in the safetensors library: a longer one is no header."""
@@ -63,7 +65,7 @@ def read_header(path: Path) -> dict[str, Slot]:
         if 8 + length + end != size:
             raise ValueError(f"it has {size:,} bytes, and its header describes {8 + length + end:,}")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise system_error(f"cannot read {path}: {error.strerror}", error) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     return slots
@@ -92,11 +94,13 @@ def whole_folder(final: Path) -> Iterator[Path]:
         raise UserError(f"{final} is there already; remove it, or give another name")
     partial = final.absolute().with_name(f".{final.name}.partial")
     try:
-        if partial.exists():  # of a process that was killed
-            shutil.rmtree(partial)
+        if os.path.lexists(partial):  # of a process that was killed
+            shutil.rmtree(partial, ignore_errors=True)
+        if os.path.lexists(partial):  # it cannot be removed, which hinders nobody
+            partial = partial.with_name(f"{partial.name}.{secrets.token_hex(4)}")
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot make {partial}: {error.strerror}") from None
+        raise system_error(f"cannot make {partial}: {error.strerror}", error) from None
     try:
         yield partial
         sync_folder(partial)
@@ -105,13 +109,5 @@ def whole_folder(final: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.strerror:  # the system's; libraries have their own, without
-            raise UserError(f"cannot write {error.filename or final}: {error.strerror}") from None
+            raise system_error(f"cannot write {error.filename or final}: {error.strerror}", error) from None
         raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file and force it onto the disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -13,7 +13,7 @@ from dsmoe.checkpoint.files import NAMES, Item, write_items
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor
 from dsmoe.checkpoint.storage import FILE_BYTES
 from dsmoe.config.schema import Config
-from dsmoe.interop.files import write_text
+from dsmoe.durable import write_synced
 from dsmoe.interop.tensors import Tensors, Tile
 
 NO_OPTIMIZER = "none (weights only)"
@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, config: Config, tensors: Tensors, origin: str
         layout={"origin": origin},
         versions={"python": platform.python_version(), "dsmoe": __version__, "torch": torch.__version__},
     )
-    write_text(folder / MANIFEST, Manifest(facts, files, stored).text())
+    write_synced(folder / MANIFEST, Manifest(facts, files, stored).text())
 
 
 def _reader(tile: Tile) -> Callable[[], torch.Tensor]:

@@ -5,7 +5,8 @@ has got no further is not to hold the cluster for ever: after `MOST_FAILURES` su
 message that says so; and so is one that is told to stop so early, as many times, that there is nothing to save.
 Whoever submits it again, as a new job, has as many attempts again.
 
-With the standard library alone: in a job that runs in containers, the script's own Python has nothing else.
+With the standard library alone (dsmoe.durable has nothing else either): in a job that runs in containers, the
+script's own Python has no more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from dsmoe.durable import write_whole
 
 MOST_FAILURES = 3
 """So many attempts of a job may fail without one of them getting further than those before."""
@@ -52,9 +55,9 @@ def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
             )
     else:
         reached = steps_taken(folder)
-        is_further = reached > before.steps_done and saved > before.saved
+        is_further = (reached is None or reached > before.steps_done) and saved > before.saved
         failures = 1 if is_further else before.failures + 1
-        now = replace(now, failures=failures, steps_done=max(reached, before.steps_done))
+        now = replace(now, failures=failures, steps_done=max(reached or 0, before.steps_done))
         again = failures < MOST_FAILURES
         why = f"exit code {code}: failure {failures} of {MOST_FAILURES} (steps done: {now.steps_done})"
         if not again:
@@ -84,8 +87,10 @@ def newest_checkpoint(folder: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def steps_taken(folder: Path) -> int:
+def steps_taken(folder: Path) -> int | None:
     """By the last line of metrics, the optimizer steps that have changed the weights; 0 where there is none.
+
+    None where the metrics cannot be read, or no line of them: then checkpoints alone tell how far a run is.
 
     Skipped steps do not count: a run that has diverged gets further by them, from each checkpoint to the next failure.
     """
@@ -95,13 +100,15 @@ def steps_taken(folder: Path) -> int:
             lines = file.read().splitlines()
     except FileNotFoundError:
         return 0
+    except OSError:
+        return None
     for line in reversed(lines):
         try:
             metrics = json.loads(line)
             return int(metrics["step"] - metrics["optim/skipped_steps"])
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # an evaluation's; or cut off, by the end of a rank or as the first one of the tail
-    return 0
+    return None if lines else 0
 
 
 def _read(path: Path, job: str) -> Attempts:
@@ -116,9 +123,7 @@ def _read(path: Path, job: str) -> Attempts:
 
 
 def _write(path: Path, attempts: Attempts) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(asdict(attempts)) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(asdict(attempts)) + "\n")
 
 
 def main() -> int:
@@ -126,8 +131,11 @@ def main() -> int:
     folder, code = sys.argv[1:]
     try:
         again, why = worth_another(Path(folder), int(code), os.environ["SLURM_JOB_ID"])
-    except OSError as error:  # attempts that cannot be counted might have no end
-        again, why = False, f"exit code {code}, and {error.filename}: {error.strerror}; not tried again"
+    except OSError as error:  # a full disk, say; attempts that cannot be counted here are counted by Slurm
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        again = restarts.isdecimal() and int(restarts) < MOST_FAILURES
+        then = "tried again, as Slurm has not often" if again else "not tried again"
+        why = f"exit code {code}, and {error.filename}: {error.strerror}; {then} (SLURM_RESTART_COUNT is {restarts})"
     print(why, flush=True)
     return 0 if again else 1
 

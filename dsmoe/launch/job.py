@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import UserError, describe, system_error
 from dsmoe.config.schema import Config
+from dsmoe.durable import write_whole
 
 
 def default_folder(config: Config) -> str:
@@ -73,12 +74,8 @@ class Job:
                     f"is yours, or name another folder: --out DIR"
                 )
             for path, text in paths.items():
-                temporary = path.with_name(f".{path.name}.tmp")
-                temporary.write_text(text)
-                temporary.chmod(0o755 if path.name in self.executable else 0o644)
-                temporary.replace(path)
+                write_whole(path, text, 0o755 if path.name in self.executable else 0o644)
         except OSError as error:
-            raise UserError(
-                f"cannot write {error.filename}: {error.strerror}; name another folder: --out DIR"
-            ) from None
+            advice = "name another folder: --out DIR"
+            raise system_error(f"cannot write {describe(error)}; {advice}", error) from None
         return list(paths)

@@ -59,6 +59,10 @@ class Meter:
         self._loss_sum[0] += token_losses.detach().sum()
         self._loss_sum[1] += token_losses.numel()
 
+    def is_loss_finite(self) -> torch.Tensor:
+        """Whether this rank's loss of the step so far is a number: bool, on the device."""
+        return torch.isfinite(self._loss_sum[0])
+
     def end_step(self, data_wait_seconds: float) -> None:
         """Count one optimizer step, `data_wait_seconds` of which went by waiting for data."""
         self._steps += 1

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
+
+from dsmoe.durable import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -23,27 +29,37 @@ class Sink(Protocol):
 class JsonLines:
     """One JSON object per logged step: `step`, `time` (seconds since 1970) and the metrics.
 
+    The file is opened for each line, so that one that is moved away, removed or repaired meanwhile is no matter.
+
     Args:
         path: the file, appended to.
         resume_step: lines of later steps are removed: they are of a run that ended after its last checkpoint, and
-            those steps are about to be done again. -1 removes them all.
+            those steps are about to be done again. -1 removes them all. Lines that are no metrics go as well.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, path)
-        self._file = path.open("a", buffering=1)
+            lines = path.read_bytes().splitlines()
+            steps = [_step_of(line) for line in lines]
+            broken = steps[:-1].count(None)  # the last one may be cut off by the end of the run before
+            if broken:
+                logger.warning("%s: %d lines that are no metrics are left out", path, broken)
+            kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= resume_step]
+            write_whole(path, b"".join(line + b"\n" for line in kept))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line."""
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics}).encode() + b"\n"
+        with self._path.open("ab+", buffering=0) as file:
+            if (size := file.seek(0, os.SEEK_END)) > 0:
+                file.seek(size - 1)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # a full disk has cut the one before
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing is open."""
 
 
 class TensorBoard:
@@ -64,9 +80,9 @@ class TensorBoard:
         self._writer.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a line cut off by a crash sorts last and so is removed."""
+def _step_of(line: bytes) -> float | None:
+    """The step of a line; None where it is no line of metrics: cut off by a crash, or damaged."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None

@@ -32,6 +32,8 @@ T = TypeVar("T")
 class HostError(UserError):
     """What is wrong on this host, and may be right on the others."""
 
+    exit_code = 1
+
 
 class DeviceError(HostError):
     """What is wrong with the device of this rank, and may be right with the host's others."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import write_yaml
+from dsmoe.durable import write_whole
 from dsmoe.plan import resolve_device
 from dsmoe.plan.text import quantity, table
 from dsmoe.preflight.judge import Check, Verdict
@@ -72,7 +73,7 @@ def write_json(path: Path, config: Config, verdict: Verdict, reports: Sequence[R
         "cluster": verdict.measured,
         "ranks": [report.json() for report in reports],
     }
-    path.write_text(json.dumps(_without_nan(tree), indent=2) + "\n")
+    write_whole(path, json.dumps(_without_nan(tree), indent=2) + "\n")
 
 
 def _table(checks: Sequence[Check]) -> list[str]:

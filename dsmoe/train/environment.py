@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import torch
 
+from dsmoe.durable import write_whole
 from dsmoe.launch.world import launched_world
-from dsmoe.train.folder import replace_text
 
 _PACKAGES = ("dsmoe", "torch", "deepspeed", "datasets", "tokenizers", "numpy", "pydantic")
 _PREFIXES = (
@@ -41,7 +41,7 @@ def of_this_rank() -> tuple[str, str]:
 
 def write_environment(folder: Path, ds_config: Mapping[str, Any], ranks: Sequence[tuple[str, str]]) -> None:
     """Write `ds_config.json` and `environment.json`; `ranks` has what `of_this_rank` says on each."""
-    replace_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    write_whole(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
     facts = {
         "command": sys.argv,
         "launcher": launched_world().launcher,
@@ -55,7 +55,7 @@ def write_environment(folder: Path, ds_config: Mapping[str, Any], ranks: Sequenc
         "cuda": _cuda() if torch.cuda.is_initialized() else None,
         "environment": worth_recording(os.environ),
     }
-    replace_text(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
 
 
 def worth_recording(environment: Mapping[str, str]) -> dict[str, str]:

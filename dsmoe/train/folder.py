@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and what is written there besides metrics and checkpoints."""
+"""The run folder: whose it is, and what a run begins with. It is locked before it is looked at."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import os
 import platform
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, step_of
+from dsmoe.checkpoint.folder import Found, all_checkpoints, inspect, look, step_of
 from dsmoe.checkpoint.manifest import DamagedError, Manifest
+from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
+from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
 
-# What may change when a run goes on: how long, how often, where. Everything else is the run's identity.
+# What may change when a run goes on: how long, how often, where, and what one changes after a divergence. Everything
+# else is the run's identity.
 _CHANGEABLE = (
     "runs_dir",
     "cluster",
@@ -27,6 +32,10 @@ _CHANGEABLE = (
     "observe",
     "deepspeed",
     "data.cache_dir",
+    "optimizer.lr",
+    "optimizer.min_lr",
+    "optimizer.warmup_steps",
+    "optimizer.grad_clip",
     "optimizer.offload",
     "train.steps",
     "train.tokens",
@@ -35,12 +44,30 @@ _CHANGEABLE = (
     "train.recompute",
     "train.micro_batch_size",
 )
+_SAID = ("optimizer.", "train.steps", "train.tokens")
+"""Of these, what the log says when it changes."""
+_OTHER_MODEL = ("model.", "moe")
+"""Where these differ, a checkpoint is of no use."""
+_OTHER_STEPS = ("train.batch_tokens", "train.sequence_length")
+"""Where these differ, a checkpoint's weights may be begun with, and nothing else of it."""
 LOCK, TOKEN = ".lock", ".token"
+LOOKS = (1.0, 4.0)
+"""Seconds before each further look at checkpoints that could not be read."""
+_held: dict[Path, int] = {}
+"""Locks of this process, with their descriptors: they are let go of when it ends."""
 
 
 def run_folder(config: Config) -> Path:
     """`runs_dir/name`."""
     return Path(config.runs_dir) / config.name
+
+
+def free_name(config: Config) -> str:
+    """A name like the run's, under which there is no run yet: `small-2`."""
+    number = 2
+    while os.path.lexists(Path(config.runs_dir) / f"{config.name}-{number}"):
+        number += 1
+    return f"{config.name}-{number}"
 
 
 @dataclass(frozen=True)
@@ -50,55 +77,87 @@ class Beginning:
     checkpoints: tuple[Path, ...] = ()
     """To go on from, newest first: each has all of its files, and the first undamaged one is taken."""
     passed_over: tuple[str, ...] = ()
-    """Why newer ones are not among them."""
+    """Why others are not among them."""
+    damaged: tuple[Path, ...] = ()
+    """Of the others, those that are known to be damaged."""
     weights: Path | None = None
     """Else a checkpoint whose weights are taken."""
+    notes: tuple[str, ...] = ()
+    """What else the log is to say."""
 
 
-def check_run_folder(config: Config) -> Beginning:
-    """Check that the folder is this config's, and return what to begin with; writes nothing.
+def claim_run_folder(config: Config) -> None:
+    """Take the folder for this process if it is there, then check it: nothing is prepared for a run that is refused.
 
     Raises:
-        UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
+        PassingError: another process is training in it.
+        UserError: as `check_run_folder`.
     """
-    folder = run_folder(config)
-    there = load_config(folder / "config.yaml") if (folder / "config.yaml").exists() else None
-    if there is not None:
-        differing = _differences(there, config)
-        if differing:
-            raise UserError(
-                f"{folder} belongs to another config: {'; '.join(differing)}. Give this run another name "
-                f"(name=...), or remove the folder"
-            )
-    is_again = there is not None and there.checkpoint.resume == config.checkpoint.resume
-    beginning = _beginning(config, folder / "checkpoints", is_again)
-    if beginning.checkpoints:
-        newest, steps = beginning.checkpoints[0], Batch.from_config(config).steps
-        if inspect(newest).facts.step > steps:
-            raise UserError(
-                f"{newest} is past this config's last step, {steps}; raise train.steps, or take another name"
-            )
-    elif beginning.weights is not None:
-        _chosen("checkpoint.weights_from", beginning.weights)
-    return beginning
+    if run_folder(config).is_dir():
+        _lock(run_folder(config))
+        check_run_folder(config)
+    elif config.checkpoint.resume not in ("auto", "never") or config.checkpoint.weights_from:
+        check_run_folder(config)
 
 
-def make_run_folder(config: Config) -> str:
-    """Make the folder, take it for this process, write `config.yaml`, and return a token that `check_shared` wants.
+def make_run_folder(config: Config) -> tuple[Beginning, str]:
+    """Make the folder, take it for this process, check it, and write `config.yaml`.
+
+    Returns:
+        What to begin with, and a token that `check_shared` wants.
 
     Raises:
-        UserError: another process is training in it, or it cannot be written.
+        PassingError: another process is training in it.
+        UserError: as `check_run_folder`, or it cannot be written.
     """
     folder = run_folder(config)
     token = uuid.uuid4().hex
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _take(folder / LOCK)
-        replace_text(folder / "config.yaml", dump_config(config))
-        replace_text(folder / TOKEN, token)
+        _lock(folder)
+        beginning = check_run_folder(config)
+        remove_leftovers(folder)
+        write_whole(folder / "config.yaml", dump_config(config))
+        write_whole(folder / TOKEN, token)
     except OSError as error:
-        raise UserError(f"cannot write the run folder {folder.absolute()}: {error.strerror}; see runs_dir") from None
-    return token
+        raise system_error(
+            f"cannot write the run folder {folder.absolute()}: {describe(error)}; see runs_dir", error
+        ) from None
+    return beginning, token
+
+
+def check_run_folder(config: Config) -> Beginning:
+    """Check that the folder is this config's, and return what to begin with; writes nothing.
+
+    Of a folder that another process trains in, what it says may be wrong a moment later: lock it first.
+
+    Raises:
+        UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
+        PassingError: storage does not answer now.
+    """
+    folder = run_folder(config)
+    found = _look(folder / "checkpoints")
+    before, notes = _config_before(folder / "config.yaml", found)
+    here = flatten(config.model_dump(mode="json"))
+    differing = [key for key in _differing(before, here) if not f"{key}.".startswith(_free_prefixes())]
+    if differing:
+        raise UserError(_of_another_config(config, folder, found, before, here, differing))
+    said = [key for key in _differing(before, here) if key.startswith(_SAID)]
+    notes += [f"changed since the run was last started: {key}, {before[key]} -> {here[key]}" for key in said]
+    is_again = before.get("checkpoint.resume") == config.checkpoint.resume
+    beginning = replace(_beginning(config, folder / "checkpoints", found, is_again), notes=tuple(notes))
+    if beginning.checkpoints:
+        newest, batch = beginning.checkpoints[0], Batch.from_config(config)
+        done = inspect(newest).facts.step
+        if done > batch.steps:
+            longer = f"train.steps={done}" if config.train.steps else f"train.tokens={done * batch.tokens_per_step}"
+            raise UserError(
+                f"{newest} is past this config's last step, {batch.steps}; set {longer} or more, or give this run "
+                f"another name (name={free_name(config)})"
+            )
+    elif beginning.weights is not None:
+        _chosen("checkpoint.weights_from", beginning.weights)
+    return beginning
 
 
 def check_shared(folder: Path, token: str) -> None:
@@ -109,8 +168,11 @@ def check_shared(folder: Path, token: str) -> None:
     """
     file = folder / TOKEN
     for _ in range(50):  # a network file system may show a new file late
-        if file.exists() and file.read_text() == token:
-            return
+        try:
+            if file.read_text() == token:
+                return
+        except (OSError, ValueError):
+            pass
         time.sleep(0.2)
     raise UserError(
         f"on {platform.node()}, {folder.absolute()} is not the folder that rank 0 made; runs_dir must be on storage "
@@ -118,47 +180,134 @@ def check_shared(folder: Path, token: str) -> None:
     )
 
 
+def set_later_aside(folder: Path, step: int, damaged: Iterable[Path]) -> list[Path]:
+    """Rename the checkpoints after `step`, where a run goes on because these are damaged; returns their new paths.
+
+    Raises:
+        PassingError: there is a later one of which that is not known: it may be whole, and is not to be lost.
+    """
+    later = [checkpoint for checkpoint in all_checkpoints(folder) if step_of(checkpoint) > step]
+    unknown = sorted(set(later) - set(damaged))
+    if unknown:
+        raise PassingError(
+            f"{unknown[-1]} is later than step {step}, from which the run was to go on, and nothing is known to be "
+            f"wrong with it: it could not be read, or has come since. Nothing was changed; start the run again"
+        )
+    return set_aside(later)
+
+
+def _lock(folder: Path) -> None:
+    try:
+        _take(folder / LOCK)
+    except OSError as error:
+        raise system_error(f"cannot lock the run folder {folder.absolute()}: {describe(error)}", error) from None
+
+
 def _take(lock: Path) -> None:
     """Hold `lock` for as long as this process lives; the system lets go of it however the process ends."""
+    key = lock.absolute()
+    if key in _held and lock.exists() and os.path.samestat(os.fstat(_held[key]), lock.stat()):
+        return
     descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(
+        raise PassingError(
             f"another process is training in {lock.parent}; wait for it, or give this run another name (name=...)"
         ) from None
+    _held[key] = descriptor
 
 
-def _beginning(config: Config, folder: Path, is_again: bool) -> Beginning:
+def _look(folder: Path) -> Found:
+    """The checkpoints of a run, when it is known what the newest one is.
+
+    Raises:
+        UserError: it cannot be read; with exit code 1 where that may pass.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is to be a folder of checkpoints, and is a file or a link to nothing; move it away")
+    for pause in LOOKS:
+        try:
+            found = look(folder)
+            if _first_unknown(found) is None:
+                return found
+        except OSError:
+            pass
+        time.sleep(pause)
+    try:
+        found = look(folder)
+    except OSError as error:
+        raise system_error(f"cannot read the checkpoints in {describe(error)}", error) from None
+    unknown = _first_unknown(found)
+    if unknown is not None:
+        problem = found.unreadable[unknown]
+        refusal = UserError(
+            f"{problem}. It may be whole, and is newer than all that can be read: nothing was changed. Start the run "
+            f"again when the storage answers, or move {unknown} away to go on from an earlier one"
+        )
+        refusal.exit_code = problem.exit_code
+        raise refusal
+    return found
+
+
+def _first_unknown(found: Found) -> Path | None:
+    """The newest checkpoint, where nobody knows now whether it is one."""
+    newest = max(map(step_of, found.whole), default=-1)
+    return next((path for path in found.unreadable if step_of(path) > newest), None)
+
+
+def _config_before(file: Path, found: Found) -> tuple[dict[str, Any], list[str]]:
+    """The run's config as it was last started with, flattened, and what is to be said of where it comes from.
+
+    A file that cannot be read is no reason to refuse the run: its newest checkpoint has the config as well. Of that,
+    which may be of another version of dsmoe, only keys count that both have. Empty where there is no run yet.
+    """
+    if not os.path.lexists(file):
+        return {}, []
+    try:
+        return flatten(load_config(file).model_dump(mode="json")), []
+    except ConfigError as error:
+        what = error.problems[0]
+    newest = next(iter(found.whole), None)
+    if newest is None:
+        return {}, [f"{file} cannot be used ({what}), and there is no checkpoint: the run begins with the config given"]
+    note = f"{file} cannot be used ({what}): the config in {newest} is compared instead, and the file written anew"
+    saved = flatten(found.whole[newest].facts.config)
+    return {key: value for key, value in saved.items() if key != "name"}, [note]
+
+
+def _beginning(config: Config, folder: Path, found: Found, is_again: bool) -> Beginning:
     """What to begin with; `is_again`, where the run has begun before, with the same `checkpoint.resume`."""
-    resume = config.checkpoint.resume
-    found, passed_over = candidates(folder)
+    resume, whole, passed_over = config.checkpoint.resume, list(found.whole), tuple(found.passed_over.values())
     weights = Path(config.checkpoint.weights_from) if config.checkpoint.weights_from else None
-    if resume == "never" and (found or passed_over):
+    if resume == "never" and (whole or passed_over):
+        newest = max((*whole, *found.passed_over), key=step_of)
         raise UserError(
-            f"checkpoint.resume is 'never' and {all_checkpoints(folder)[-1]} is there; set checkpoint.resume: auto to "
-            f"go on from it, or give this run another name"
+            f"checkpoint.resume is 'never' and {newest} is there; set checkpoint.resume: auto to "
+            f"go on from it, or give this run another name (name={free_name(config)})"
         )
     if resume in ("auto", "always", "never"):
-        if passed_over and not found:
+        if passed_over and not whole:
             raise UserError(
                 f"no checkpoint in {folder} is whole: {'; '.join(passed_over)}. Remove them to begin anew, or give "
-                f"this run another name"
+                f"this run another name (name={free_name(config)})"
             )
-        if resume == "always" and not found:
+        if resume == "always" and not whole:
             raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {folder}")
-        return Beginning(tuple(found), tuple(passed_over), weights)
+        return Beginning(tuple(whole), passed_over, tuple(found.damaged), weights)
     chosen = Path(resume)
     step = _chosen("checkpoint.resume", chosen).facts.step
-    if found and step_of(found[0]) > step and is_again:  # the same command, after a stop
-        return Beginning((*found, chosen), tuple(passed_over))
-    if found and step_of(found[0]) > step:
+    if whole and step_of(whole[0]) > step and is_again:  # the same command, after a stop
+        return Beginning((*whole, chosen), passed_over, tuple(found.damaged))
+    later = [str(checkpoint) for checkpoint in whole if step_of(checkpoint) > step]
+    if later:
         raise UserError(
-            f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {found[0]}: it would be taken "
-            f"for the newest afterwards. Remove it to go back, or give this run another name"
+            f"checkpoint.resume is {resume}, step {step}, and this run has a later one, {later[0]}: it would be taken "
+            f"for the newest afterwards. To go back, remove {' '.join(later)}; or give this run another name "
+            f"(name={free_name(config)})"
         )
-    return Beginning((chosen,))
+    return Beginning((chosen,), passed_over, tuple(found.damaged))
 
 
 def _chosen(key: str, checkpoint: Path) -> Manifest:
@@ -166,21 +315,41 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
     try:
         return inspect(checkpoint)
     except DamagedError as error:
-        raise UserError(f"{key}: {error}") from None
+        refusal = UserError(f"{key}: {error}")
+        refusal.exit_code = exit_code_of(error)
+        raise refusal from None
 
 
-def _differences(there: Config, here: Config) -> list[str]:
-    """Each key outside `_CHANGEABLE` whose values differ, as text."""
-    old, new = flatten(there.model_dump()), flatten(here.model_dump())
-    return [
-        f"{key} is {old.get(key, 'absent')} there and {new.get(key, 'absent')} here"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in _CHANGEABLE))
-    ]
+def _free_prefixes() -> tuple[str, ...]:
+    return tuple(f"{free}." for free in _CHANGEABLE)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def _differing(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Each key whose values differ; none where there is nothing to compare with."""
+    keys = {**before, **here} if "name" in before else [key for key in before if key in here]
+    return [key for key in keys if before.get(key) != here.get(key)]
+
+
+def _of_another_config(
+    config: Config,
+    folder: Path,
+    found: Found,
+    before: Mapping[str, Any],
+    here: Mapping[str, Any],
+    differing: list[str],
+) -> str:
+    """What differs, and what works instead: the old values, or a folder of its own with this run's state or without."""
+    text = "; ".join(
+        f"{key} is {before.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in differing
+    )
+    newest = next(iter(found.whole), None)
+    name = f"name={free_name(config)}"
+    if newest is None or any(key.startswith(_OTHER_MODEL) for key in differing):
+        return f"{folder} belongs to another config: {text}. Set them back, or give this run another name ({name})"
+    onward = f"{name} checkpoint.resume={newest} goes on from its newest checkpoint"
+    if any(key in _OTHER_STEPS for key in differing):
+        onward = f"{name} checkpoint.weights_from={newest} begins with its newest weights"
+    return (
+        f"{folder} belongs to another config: {text}. Set them back, or give this run another name: {onward}, and "
+        f"{name} alone begins anew"
+    )

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import itertools
 import json
+import logging
 import os
 import re
 import resource
@@ -20,6 +22,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -30,6 +33,7 @@ from typing import Any
 
 import torch
 
+from dsmoe.config.errors import describe
 from dsmoe.parallel.watch import Watch, within
 
 FOLDER = "failures"
@@ -44,7 +48,11 @@ _BARE = ("Fatal Python error: ", "Timeout (")
 """How faulthandler begins to write of a crash, and of an interpreter that has stood still."""
 _BARE_THREAD = re.compile(r"^(Current thread|Thread) 0x.*\n  File \"(.+)\", line (\d+) in (.+)$", re.M)
 _PACKAGE = str(Path(__file__).parents[1])
+_START = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d{6}", re.ASCII)
+"""The name of the folder of one start."""
 GIB = 2**30
+
+logger = logging.getLogger(__name__)
 
 
 def record_collectives(folder: Path) -> None:
@@ -59,18 +67,31 @@ def record_collectives(folder: Path) -> None:
 
 
 def make_folder(failures: Path) -> Path:
-    """Make the folder of this start of the run, and remove the oldest ones and those without a report."""
-    for old in sorted(path for path in failures.glob("2*") if path.is_dir()):
-        for file in old.iterdir():
-            if not file.stat().st_size:
-                file.unlink()
-        if not any(old.iterdir()):
-            old.rmdir()
-    for old in sorted(failures.glob("2*"))[: 1 - KEPT_FOLDERS]:
-        shutil.rmtree(old)
-    folder = failures / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
-    folder.mkdir(parents=True)
+    """Make the folder of this start of the run, and remove the oldest ones and those without a report.
+
+    What cannot be removed stays. Where the folder cannot be made, another is, for this host's temporary files.
+    """
+    with contextlib.suppress(OSError):
+        _remove_old(failures)
+    try:
+        folder = failures / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+        folder.mkdir(parents=True)
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="dsmoe_failures_"))
+        logger.error("cannot make %s: reports of failures go to %s", describe(error), folder)
     return folder
+
+
+def _remove_old(failures: Path) -> None:
+    old = sorted(path for path in failures.iterdir() if _START.fullmatch(path.name) and path.is_dir())
+    for folder in old:
+        with contextlib.suppress(OSError):
+            for file in folder.iterdir():
+                if not file.stat().st_size:
+                    file.unlink()
+            folder.rmdir()  # where it is empty
+    for folder in [path for path in old if path.exists()][: 1 - KEPT_FOLDERS]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Reports:
@@ -84,9 +105,19 @@ class Reports:
     def __init__(self, folder: Path, watch: Watch) -> None:
         self.folder = folder
         self._watch = watch
-        self._file = (folder / f"rank_{watch.rank:05d}.txt").open("ab", buffering=0)
+        self._file = self._open()
         self._writing = threading.Lock()
         self._has_failed = False
+
+    def _open(self) -> io.FileIO:
+        """This rank's file; nowhere, if that cannot be had."""
+        name = f"rank_{self._watch.rank:05d}.txt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # on another host it may be for temporary files
+            return (self.folder / name).open("ab", buffering=0)
+        except OSError as error:
+            logger.error("rank %d has no place for its reports: %s", self._watch.rank, describe(error))
+            return Path(os.devnull).open("ab", buffering=0)
 
     def listen(self) -> None:
         """Write a report whenever there is cause to, from now on; called by the main thread."""
@@ -116,7 +147,10 @@ class Reports:
     def write(self, why: str, error: BaseException | None = None) -> None:
         """Append a report; what hinders that (a full disk, storage that hangs) must not hide why the run ends."""
         with self._writing:
-            text = self._text(why, error)
+            try:
+                text = self._text(why, error)
+            except Exception as problem:
+                text = f"{datetime.now():%Y-%m-%d %H:%M:%S}, because {why}; no more is known: {problem!r}\n"
             if within(FILE_SECONDS, lambda: self._file.write(text.encode())) is None:
                 print(f"[rank {self._watch.rank}] could not write to {self.folder}", file=sys.stderr, flush=True)
 
@@ -146,10 +180,12 @@ class Reports:
         self._watch.reports = None
         faulthandler.cancel_dump_traceback_later()
         faulthandler.disable()
-        if not os.fstat(self._file.fileno()).st_size:
-            Path(self._file.name).unlink()
-            with contextlib.suppress(OSError):  # other ranks' files are in it still; the last one removes it
-                self.folder.rmdir()
+        with contextlib.suppress(OSError):  # it may have been removed
+            if os.fstat(self._file.fileno()).st_size or self._file.name == os.devnull:
+                return
+            Path(os.fsdecode(self._file.name)).unlink()
+            self.folder.rmdir()  # if no other rank's files are in it still: the last one removes it
+            if self.folder.parent.name == FOLDER:
                 self.folder.parent.rmdir()
 
     def _answer(self, numbers: int) -> None:
@@ -184,9 +220,11 @@ class Reports:
     def _places(self) -> dict[int, str]:
         """By rank, where its last report says that it stood."""
         places = {}
-        for path in self.folder.glob("rank_*.txt"):
-            if place := _last_place(path.read_text(errors="replace")):
-                places[int(path.stem.removeprefix("rank_"))] = place
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob("rank_*.txt"):
+                number = path.stem.removeprefix("rank_")
+                if number.isdecimal() and (place := _last_place(path.read_text(errors="replace"))):
+                    places[int(number)] = place
         return places
 
 

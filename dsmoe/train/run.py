@@ -1,7 +1,7 @@
 """From the command line to a finished run: `deepspeed launch/pretrain.py --config CONFIG [section.key=value ...]`.
 
-Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 stopped by a signal after a checkpoint
-(the same command goes on from it), 1 anything else.
+Exit codes: 0 done, 2 somebody has to change something first (one message, no traceback), 75 stopped by a signal after a
+checkpoint (the same command goes on from it), 1 anything else: also what may pass by itself, like a lock that is held.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import logging
+import logging.handlers
 import os
 import platform
 import signal
@@ -16,18 +17,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
-from dsmoe.checkpoint.folder import set_aside_later
-from dsmoe.checkpoint.manifest import DamagedError
+from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import UserError, describe, exit_code_of
 from dsmoe.config.schema import Config
 from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
@@ -42,15 +43,19 @@ from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
 from dsmoe.train.folder import (
     Beginning,
-    check_run_folder,
     check_shared,
+    claim_run_folder,
+    free_name,
     make_run_folder,
     run_folder,
+    set_later_aside,
 )
 from dsmoe.train.reports import FOLDER as FAILURES
 from dsmoe.train.reports import Reports, make_folder, record_collectives
 from dsmoe.train.summary import BITS_PER_BYTE, summary
-from dsmoe.train.trainer import Trainer
+from dsmoe.train.trainer import Trainer, TrainingDivergedError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +90,14 @@ def ended_by(error: Exception) -> int:
 
     That is 2 for what is wrong wherever the ranks run, and 1 for what may not be so at another try or on other hosts.
     """
-    told = isinstance(error, (UserError, LostRanksError))
-    explain_end(error, f"error: {error}" if told else "".join(traceback.format_exception(error)))
-    return 2 if isinstance(error, UserError) and not isinstance(error, HostError) else 1
+    if isinstance(error, (UserError, LostRanksError, TrainingDivergedError)):
+        text = f"error: {error}"
+    elif isinstance(error, OSError):  # the traceback is in the run's failures
+        text = f"error: {describe(error)}"
+    else:
+        text = "".join(traceback.format_exception(error))
+    explain_end(error, text)
+    return exit_code_of(error)
 
 
 def load_on_host(path: str, overrides: Sequence[str]) -> Config:
@@ -118,16 +128,17 @@ def pretrain(given: Config) -> bool:
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
-    beginning = on_first_rank(lambda: check_run_folder(given))
+    on_first_rank(lambda: claim_run_folder(given))
     prepare_once(config)
-    token = on_first_rank(lambda: make_run_folder(given))
+    beginning, token = on_first_rank(lambda: make_run_folder(given))
     on_every_rank(lambda: check_shared(folder, token))
     reports = Reports(on_first_rank(lambda: make_folder(folder / FAILURES)), process_watch())
     reports.listen()
     ranks = on_every_rank(of_this_rank)
     if rank.is_first:
-        logging.getLogger("dsmoe").addHandler(_handler(logging.FileHandler(folder / "train.log")))
-        write_environment(folder, to_deepspeed(config, plan.batch.accumulation_steps), ranks)
+        _report("train.log", lambda: logging.getLogger("dsmoe").addHandler(_handler(LogFile(folder / "train.log"))))
+        ds_config = to_deepspeed(config, plan.batch.accumulation_steps)
+        _report("environment.json", lambda: write_environment(folder, ds_config, ranks))
         logger.info("run %s in %s", config.name, folder)
         for line in plan.introduction():
             logger.info("%s", line)
@@ -144,10 +155,20 @@ def pretrain(given: Config) -> bool:
         trainer.checkpoints.wait(SAVE_SECONDS)  # of all ranks, if they live: for the others this one's end is theirs
         raise
     for sink in trainer.sinks:
-        with suppress(OSError):  # what it could not write has been said
+        with suppress(Exception):  # what it could not write has been said
             sink.close()
     reports.close()
     return finished
+
+
+def _report(what: str, make: Callable[[], T]) -> T | None:
+    """What `make` returns, or None where it fails: no report is a reason for a run to end, or to end otherwise."""
+    try:
+        return make()
+    except Exception as error:
+        reason = describe(error) if isinstance(error, OSError) else repr(error)
+        logger.error("no %s (%s); training goes on without", what, reason)
+        return None
 
 
 def _for_this_world(config: Config) -> Config:
@@ -161,22 +182,33 @@ def _for_this_world(config: Config) -> Config:
 
 def _begin(trainer: Trainer, beginning: Beginning) -> bool:
     """Go on from the newest undamaged checkpoint, and say why from no newer one; returns whether there was one."""
+    for note in beginning.notes:
+        logger.warning("%s", note)
     for reason in beginning.passed_over:
         logger.warning("passed over: %s", reason)
-    damaged: DamagedError | None = None
+    damaged: list[Path] = list(beginning.damaged)
+    last, last_tried = None, Path()
     for checkpoint in beginning.checkpoints:
         try:
             trainer.resume(checkpoint)
-        except DamagedError as error:  # found before anything was loaded, and on every rank alike
+        except UnreadableError:
+            raise  # it may be whole
+        except DamagedError as error:  # on every rank alike; another one is loaded over it, if any of it was
             logger.warning("passed over: %s", error)
-            damaged = error
+            damaged.append(checkpoint)
+            last, last_tried = error, checkpoint
             continue
         logger.info("continuing from %s", checkpoint)
-        for path in on_first_rank(lambda: set_aside_later(trainer.checkpoints.folder, trainer.step_index)):
+        for path in on_first_rank(lambda: set_later_aside(trainer.checkpoints.folder, trainer.step_index, damaged)):
             logger.warning("set aside: %s", path)
         return True
-    if damaged is not None:
-        raise damaged
+    if last is not None and last_tried.parent.absolute() != trainer.checkpoints.folder.absolute():
+        raise last
+    if last is not None:
+        raise UserError(
+            f"there is no checkpoint in {trainer.checkpoints.folder} to go on from: {last}. Move them away to begin "
+            f"anew, or give this run another name (name={free_name(trainer.config)})"
+        )
     if beginning.weights is not None:
         trainer.take_weights(beginning.weights)
         logger.info("beginning with the weights of %s", beginning.weights)
@@ -185,23 +217,30 @@ def _begin(trainer: Trainer, beginning: Beginning) -> bool:
 
 def _train_and_tell(trainer: Trainer, folder: Path) -> bool:
     """Evaluate, train, and say what was learnt; False if a signal has ended it before."""
-    bigram = on_first_rank(lambda: evaluate_bigram_model(trainer.held_out, trainer.config.model.vocab_size))
-    logger.info("a bigram model of the same tokens reaches %.3f bits/byte on the held-out text", bigram[BITS_PER_BYTE])
+    bigram = on_first_rank(
+        lambda: _report(
+            "bigram model", lambda: evaluate_bigram_model(trainer.held_out, trainer.config.model.vocab_size)
+        )
+    )
+    if bigram:
+        reached = bigram[BITS_PER_BYTE]
+        logger.info("a bigram model of the same tokens reaches %.3f bits/byte on the held-out text", reached)
     if trainer.step_index == 0:
         trainer.evaluate()
     finished = trainer.run()
     if not finished:
         logger.info("stopped after step %d; run the same command again to go on", trainer.step_index)
     elif trainer.rank.is_first:
-        logger.info("%s", summary(folder, bigram, trainer.config))
+        logger.info("%s", _report("summary", lambda: summary(folder, bigram, trainer.config)) or "done")
     return finished
 
 
 def _sinks(config: Config, folder: Path, resume_step: int) -> list[Sink]:
-    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+    lines = _report("metrics.jsonl", lambda: JsonLines(folder / "metrics.jsonl", resume_step))
+    events = None
     if config.observe.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard", resume_step))
-    return sinks
+        events = _report("tensorboard", lambda: TensorBoard(folder / "tensorboard", resume_step))
+    return [sink for sink in (lines, events) if sink is not None]
 
 
 def _log_to_console(rank: Rank) -> None:
@@ -211,6 +250,18 @@ def _log_to_console(rank: Rank) -> None:
     package.setLevel(logging.INFO if rank.is_first else logging.ERROR)
     package.propagate = False
     package.addHandler(_handler(logging.StreamHandler(sys.stdout)))
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """The run's log, opened again where it was moved or removed; storage that fails loses lines, and nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a line, if that can be done."""
+        with suppress(OSError):
+            super().emit(record)
 
 
 def _handler(handler: logging.Handler) -> logging.Handler:

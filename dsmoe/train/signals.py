@@ -46,6 +46,10 @@ class StopSignals:
         self._answer = dist.all_reduce(self._asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop
 
+    def told(self) -> bool:
+        """Whether this rank has been told to stop."""
+        return self._told is not None
+
     def finish(self) -> None:
         """Let the last question be answered, so that no rank leaves while another asks."""
         if self._answer is not None:

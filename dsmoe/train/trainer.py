@@ -8,17 +8,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from dsmoe.checkpoint.checkpoints import Checkpoints
+from dsmoe.checkpoint.folder import all_checkpoints, step_of
+from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config.schema import Config
 from dsmoe.data import ValidationLoader, prepare
 from dsmoe.model import build_model
 from dsmoe.moe import begin_step, hold_drop_rate, update_routers
 from dsmoe.observe import Meter, Sink, console_line
 from dsmoe.observe.meter import Constants
-from dsmoe.parallel.distributed import Rank
+from dsmoe.parallel.distributed import Rank, on_first_rank
 from dsmoe.parallel.groups import Groups
 from dsmoe.parallel.watch import SAVING, process_watch
 from dsmoe.plan.batch import Batch
@@ -28,6 +31,7 @@ from dsmoe.train.engine import initialize
 from dsmoe.train.evaluate import HeldOut, evaluate
 from dsmoe.train.placement import placements
 from dsmoe.train.signals import StopSignals
+from dsmoe.train.summary import after_divergence
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ MAX_SKIPPED_IN_A_ROW = 20
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number, or no step is taken any more."""
+    """The loss or the state is no longer finite, or no step is taken any more."""
 
 
 class Trainer:
@@ -62,6 +66,9 @@ class Trainer:
         self.used_learning_rate = 0.0
         """That of the last step."""
         self._skipped_in_a_row = 0
+        self._odd_steps = torch.zeros((), dtype=torch.int64, device=rank.device)
+        """Of this rank's steps since the last look, those whose loss or gradient norm was not finite."""
+        self._looked_at = self._begun_at = 0
         self._validation_loss = math.nan
         self._validated_step = -1
         self.sinks: Sequence[Sink] = ()
@@ -86,7 +93,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, whatever layout wrote it."""
         facts = self.checkpoints.load(checkpoint)
-        self.step_index = facts.step
+        self.step_index = self._looked_at = self._begun_at = facts.step
         for name, then in facts.corpora.items():
             now = self._corpora.get(name)
             if now != then:
@@ -110,7 +117,7 @@ class Trainer:
         self.signals.listen()
         self.checkpoints.reserve()
         self.meter.restart_clock()
-        stop = False
+        stop = is_due = False
         while self.step_index < self.batch.steps and not stop:
             grad_norm = self.step()
             process_watch().note("agreeing whether to stop")
@@ -120,10 +127,14 @@ class Trainer:
             # The sender of a signal waits half a minute or so: that is for saving.
             if last or (not stop and train.eval_every and self.step_index % train.eval_every == 0):
                 self.evaluate()
-            if last or stop or (save_every and self.step_index % save_every == 0):
+            is_due = is_due or bool(save_every and self.step_index % save_every == 0)
+            # While gradients are not finite nothing is learnt, and soon nothing good would be left to go back to.
+            if last or stop or (is_due and self._skipped_in_a_row == 0):
                 self.save()
+                is_due = False
         self.signals.finish()
-        self.checkpoints.flush()
+        process_watch().note(SAVING)
+        self.checkpoints.finish(self.signals.told, is_stopping=stop)
         return self.step_index == self.batch.steps
 
     def step(self) -> torch.Tensor | float:
@@ -146,7 +157,9 @@ class Trainer:
         self.meter.end_step(sum(waits))
         self.step_index += 1
         self._skipped_in_a_row = 0 if self.engine.was_step_applied() else self._skipped_in_a_row + 1
-        return self.engine.get_global_grad_norm()
+        grad_norm = self.engine.get_global_grad_norm()
+        self._odd_steps += ~(self.meter.is_loss_finite() & _is_finite(grad_norm))
+        return grad_norm
 
     def log(self, grad_norm: torch.Tensor | float) -> None:
         """Reduce the step's figures over all ranks and write them down."""
@@ -163,13 +176,17 @@ class Trainer:
         self._write(metrics)
         memory_gib = self._device_facts.memory_gib if self._device_facts else None
         logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
-        if not math.isfinite(metrics["train/loss"]) or self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self.checkpoints.flush()  # every rank is here: the last one before is to be there
-            raise TrainingDivergedError(
-                f"at step {self.step_index} the loss is {metrics['train/loss']:.4g}, the gradient norm "
-                f"{metrics['optim/grad_norm']:.4g}, and the last {self._skipped_in_a_row} steps were skipped; lower "
-                f"optimizer.lr, lengthen optimizer.warmup_steps, or look at the last steps of metrics.jsonl"
+        only_skips = self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+        if not math.isfinite(metrics["train/loss"]) or only_skips:
+            self.checkpoints.wait()
+            if only_skips:
+                self._set_dead_end_aside()
+            self._end_diverged(
+                f"the loss is {metrics['train/loss']:.4g}, the gradient norm {metrics['optim/grad_norm']:.4g}, and the "
+                f"last {self._skipped_in_a_row} steps were skipped"
             )
+        self._odd_steps.zero_()
+        self._looked_at = self.step_index
 
     def evaluate(self) -> dict[str, float]:
         """Held-out losses of every source, written down."""
@@ -189,14 +206,44 @@ class Trainer:
         return metrics
 
     def save(self) -> Path:
-        """Save a checkpoint of this step, or begin to; `checkpoints.flush` waits for its end."""
+        """Save a checkpoint of this step, or begin to; `checkpoints.flush` waits for its end.
+
+        Raises:
+            TrainingDivergedError: the loss of this step or the state is not finite: it would take the place of a good
+                checkpoint, and nothing can go on from it.
+        """
         process_watch().note(SAVING)
         begun = time.perf_counter()
-        loss = self._validation_loss if self._validated_step == self.step_index else None
+        if not self.checkpoints.is_finite(self.meter.is_loss_finite()):
+            since = self.step_index - self._looked_at
+            self._end_diverged(
+                f"the loss, a weight or the optimizer's state is not finite (of the last {since} steps, "
+                f"{self._odd_steps} had such a loss or gradient norm), and it is not saved"
+            )
+        is_known = self._validated_step == self.step_index and math.isfinite(self._validation_loss)
+        loss = self._validation_loss if is_known else None
         path = self.checkpoints.save(self.step_index, self.step_index * self.batch.tokens_per_step, loss)
         self.meter.restart_clock()
         self.meter.add_stall(time.perf_counter() - begun)
         return path
+
+    def _set_dead_end_aside(self) -> None:
+        """Rename what this start has saved of the state after which every step was skipped: it is finite and bad."""
+        last_taken = self.step_index - self._skipped_in_a_row
+
+        def rename() -> list[Path]:
+            saved = all_checkpoints(self.checkpoints.folder)
+            return set_aside(path for path in saved if step_of(path) >= max(last_taken, self._begun_at + 1))
+
+        for path in on_first_rank(rename):
+            logger.warning("set aside, because every step after it was skipped: %s", path)
+
+    def _end_diverged(self, what: str) -> NoReturn:
+        """Raise the error that says what was seen, and which command goes on from the last good checkpoint."""
+        self.checkpoints.wait()  # every rank is here: the one before is to be there
+        raise TrainingDivergedError(
+            f"at step {self.step_index} {what}. {after_divergence(self.config, self.checkpoints.folder)}"
+        )
 
     def _on_device(self, tokens: torch.Tensor) -> torch.Tensor:
         """Copy to the device without stopping the host: only pinned memory allows that."""
@@ -208,8 +255,14 @@ class Trainer:
         for sink in self.sinks:
             try:
                 sink.write(self.step_index, metrics)
-            except OSError as error:  # a full disk is no reason to stop: the state is in memory
-                logger.error("cannot write metrics of step %d: %s", self.step_index, error.strerror or error)
+            except Exception as error:  # no report is a reason to stop: the state is in memory
+                reason = getattr(error, "strerror", None) or repr(error)
+                logger.error("cannot write metrics of step %d: %s", self.step_index, reason)
+
+
+def _is_finite(number: torch.Tensor | float) -> torch.Tensor | bool:
+    """Whether it is, where it is: nothing is copied."""
+    return torch.isfinite(number) if isinstance(number, torch.Tensor) else math.isfinite(number)
 
 
 def timed(items: Iterator[torch.Tensor], waits: list[float]) -> Iterator[torch.Tensor]:

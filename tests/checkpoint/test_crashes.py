@@ -12,9 +12,10 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from dsmoe.checkpoint.folder import all_checkpoints, candidates, checkpoint_name, remove_old, verify
+from dsmoe.checkpoint.folder import all_checkpoints, candidates, checkpoint_name, verify
 from dsmoe.checkpoint.manifest import Facts
 from dsmoe.checkpoint.planning import PartsSavePlanner, by_key
+from dsmoe.checkpoint.removal import remove_old
 from dsmoe.checkpoint.state import whole_part
 from dsmoe.checkpoint.storage import FolderWriter
 from dsmoe.config.schema import Checkpoint as CheckpointSection

@@ -123,15 +123,34 @@ def test_a_damaged_count_is_no_count(text: str, tmp_path: Path) -> None:
     assert [fail(tmp_path) for _ in range(3)] == [True, True, False]
 
 
-def test_what_cannot_be_counted_is_not_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("restarts", "again"), [(None, True), ("2", True), ("3", False), ("many", False)])
+def test_what_cannot_be_counted_is_tried_again_while_slurm_has_not_often(
+    restarts: str | None,
+    again: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "attempts.json.partial").mkdir()
+    (tmp_path / "attempts.json").mkdir()
     monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     monkeypatch.setattr(sys, "argv", ["attempts", str(tmp_path), "1"])
-    assert attempts.main() == 1
-    said = capsys.readouterr().out
-    assert said == f"exit code 1, and {tmp_path}/attempts.json.partial: Is a directory; not tried again\n"
+    assert attempts.main() == (0 if again else 1)
+    assert f"exit code 1, and {tmp_path}/attempts.json: Is a directory; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("harm", ["folder", "damaged"])
+def test_metrics_that_cannot_be_read_do_not_count_against_a_run_that_saves(harm: str, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.mkdir() if harm == "folder" else metrics.write_bytes(b"\xff\xfe" * 50 + b"\n" + b"[" * 5000)
+    answers = []
+    for step in range(1, 6):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        answers.append(fail(tmp_path))
+    assert answers == [True] * 5
+    assert [fail(tmp_path), fail(tmp_path)] == [True, False]
 
 
 def test_the_command_needs_nothing_but_python(tmp_path: Path) -> None:

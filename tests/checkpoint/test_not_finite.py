@@ -1,0 +1,238 @@
+"""A state that is not finite is never saved over a good one, and never gone on from without a word."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmoe.checkpoint.checkpoints import NotFiniteError
+from dsmoe.checkpoint.folder import all_checkpoints, verify
+from dsmoe.checkpoint.fragments import inner_optimizer
+from dsmoe.config.schema import Config
+from dsmoe.parallel.local import run_ranks
+from dsmoe.train.trainer import Trainer, TrainingDivergedError
+from tests.checkpoint.runs import folder_of, layout_config, tensors_of
+from tests.train.layouts import make_trainer
+from tests.train.test_run import launch, pretrain, refused, write_config
+
+LAYOUTS = {
+    "one rank": {"ranks": 1, "zero": 0},
+    "two ranks, experts over both": {"ranks": 2, "expert": 2, "zero": 1},
+    "two ranks in bf16": {"ranks": 2, "zero": 2, "precision": "bf16"},
+    "two ranks without ZeRO in bf16": {"ranks": 2, "zero": 0, "precision": "bf16"},
+}
+WRECKS = ["weight", "master", "moment", "square", "buffer", "loss"]
+
+
+def wreck(trainer: Trainer, what: str, value: float) -> None:
+    """Put one bad element where the rank has it."""
+    engine = trainer.engine
+    if what == "weight":
+        next(engine.module.parameters()).data.view(-1)[-1] = value
+    elif what == "buffer":
+        next(x for name, x in engine.module.named_buffers() if name.endswith("balance.bias"))[0] = value
+    elif what == "loss":
+        trainer.meter._loss_sum[0] = value
+    else:
+        state = inner_optimizer(engine).state
+        master = next(iter(state))
+        tensor = {"master": master.data, "moment": state[master]["exp_avg"], "square": state[master]["exp_avg_sq"]}
+        tensor[what].view(-1)[0] = value
+
+
+def save_good_then_bad(config: Config, wrecked_rank: int, value: float) -> list[str]:
+    trainer = make_trainer(config)
+    trainer.step()
+    trainer.save()
+    trainer.checkpoints.flush()
+    messages = []
+    for what in WRECKS:
+        trainer.resume(folder_of(config) / "step_00000001")
+        trainer.step()
+        if trainer.rank.rank == wrecked_rank:
+            wreck(trainer, what, value)
+        with pytest.raises(TrainingDivergedError) as error:
+            trainer.save()
+        messages.append(str(error.value))
+    trainer.resume(folder_of(config) / "step_00000001")
+    trainer.step()
+    trainer.save()
+    trainer.checkpoints.flush()
+    return messages
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_bad_element_on_one_rank_keeps_the_state_from_being_saved(
+    layout: str, value: float, tmp_path: Path
+) -> None:
+    config = layout_config(tmp_path, **LAYOUTS[layout], checkpoint={"keep": 1, "every": 1})
+    ranks = LAYOUTS[layout]["ranks"]
+    for messages in run_ranks(ranks, save_good_then_bad, config, ranks - 1, value):
+        assert len(messages) == len(WRECKS)
+        for message in messages:
+            assert message.startswith("at step 2 the loss, a weight or the optimizer's state is not finite")
+            assert f"To go on from {folder_of(config)}/step_00000001, the last good checkpoint" in message
+    assert [path.name for path in all_checkpoints(folder_of(config))] == ["step_00000002"]
+    state = tensors_of(folder_of(config) / "step_00000002")
+    assert all(bool(torch.isfinite(x).all()) for x in state.values() if x.is_floating_point())
+
+
+def save_as_an_older_version_would(config: Config, upto: int, what: str) -> None:
+    """So many checkpoints, the last of which has an element that is no number."""
+    trainer = make_trainer(config)
+    for step in range(1, upto + 1):
+        trainer.step()
+        if step == upto:
+            wreck(trainer, what, math.nan)
+        trainer.checkpoints.save(step, 0)
+    trainer.checkpoints.flush()
+
+
+def resume_it(config: Config, checkpoint: Path) -> str:
+    trainer = make_trainer(config)
+    with pytest.raises(NotFiniteError) as error:
+        trainer.resume(checkpoint)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("what", "named"), [("weight", "model/"), ("square", "exp_avg_sq/"), ("buffer", "buffer/")])
+def test_every_rank_refuses_to_go_on_from_one_and_names_the_tensor(what: str, named: str, tmp_path: Path) -> None:
+    config = layout_config(tmp_path, zero=0)
+    run_ranks(1, save_as_an_older_version_would, config, 1, what)
+    two = layout_config(tmp_path, 2, expert=2, zero=1)
+    messages = run_ranks(2, resume_it, two, folder_of(config) / "step_00000001")
+    assert len(set(messages)) == 1
+    assert f"step_00000001 has a state that is not finite ({named}" in messages[0]
+
+
+def test_a_run_goes_on_from_the_last_finite_one_and_says_so(tmp_path: Path) -> None:
+    options = {"train": {"steps": 4}, "checkpoint": {"every": 1, "keep": 3}, "runs_dir": "runs"}
+    config = str(write_config(tmp_path, **options))
+    assert pretrain(tmp_path, "--config", config).code == 0
+    folder = tmp_path / "runs" / "small" / "checkpoints"
+    old = layout_config(tmp_path, zero=0, runs_dir=str(tmp_path / "old"), name="old", moe=small_moe(), **PLAIN)
+    run_ranks(1, save_as_an_older_version_would, old, 4, "weight")
+    shutil.rmtree(folder / "step_00000004")
+    shutil.copytree(folder_of(old) / "step_00000004", folder / "step_00000004")
+    again = pretrain(tmp_path, "--config", config)
+    assert again.code == 0, again.err
+    assert re.search(r"passed over: \S+/step_00000004 has a state that is not finite \(model/\S+ has NaN", again.out)
+    assert "continuing from runs/small/checkpoints/step_00000003" in again.out
+    assert "set aside: runs/small/checkpoints/step_00000004.damaged" in again.out
+    for checkpoint in all_checkpoints(folder):
+        verify(checkpoint)
+    for step in (2, 3, 4):
+        shutil.rmtree(folder / f"step_0000000{step}")
+    shutil.copytree(folder_of(old) / "step_00000004", folder / "step_00000004")
+    refused(pretrain(tmp_path, "--config", config), "has a state that is not finite")
+    named = f"checkpoint.resume={folder}/step_00000004"
+    refused(pretrain(tmp_path, "--config", config, "name=other", named), "has a state that is not finite")
+    weights = f"checkpoint.weights_from={folder}/step_00000004"
+    refused(pretrain(tmp_path, "--config", config, "name=third", weights), "has a state that is not finite")
+
+
+PLAIN: dict[str, Any] = {"model": {}, "optimizer": {}, "train": {"micro_batch_size": 1}}
+"""What `write_config` has."""
+
+
+def small_moe() -> dict[str, Any]:
+    balance = {"aux_loss": 0.02, "z_loss": 0.001, "scope": "micro_batch", "bias_update_rate": 0.0}
+    return {"shared_expert_ffn_size": None, "expert_ffn_size": 24, "router": {}, "balance": balance}
+
+
+DIVERGES = """
+import os, sys, torch
+from dsmoe.train import run, Trainer
+step = Trainer.step
+def diverging(self):
+    norm = step(self)
+    if self.step_index == 6 and self.config.optimizer.lr == 3e-3:
+        with torch.no_grad():
+            list(self.model.parameters())[-1].view(-1)[0] = float("nan")
+            for flat in self.engine.optimizer.single_partition_of_fp32_groups:
+                flat[0] = float("nan")
+    return norm
+Trainer.step = diverging
+os._exit(run.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_diverged_run_advises_works(ranks: int, tmp_path: Path) -> None:
+    """In real processes: it saves every step, and looks at the loss after the last one only."""
+    options = {"train": {"steps": 9}, "checkpoint": {"every": 1, "keep": 3}, "observe": {"log_every": 50}}
+    config = write_config(tmp_path, ranks=ranks, runs_dir="runs", **options)
+    script = tmp_path / "diverges.py"
+    script.write_text(DIVERGES)
+    program = [str(script), "--config", str(config)]
+    start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    first = launch(tmp_path, *start, *program)
+    assert first.code == 1, first.err
+    folder = tmp_path / "runs" / "small" / "checkpoints"
+    assert [path.name for path in all_checkpoints(folder)] == ["step_00000003", "step_00000004", "step_00000005"]
+    assert "Traceback" not in "".join(line for line in first.err.splitlines() if "rank" in line)
+    (advice,) = set(re.findall(r"add to the same command: (optimizer\.lr=\S+) \(", first.err))
+    (further,) = set(
+        re.findall(r"in a folder of its own: (name=\S+ checkpoint\.resume=\S+ optimizer\.lr=\S+)", first.err)
+    )
+    if ranks == 1:
+        earlier = launch(tmp_path, *start, *program, *shlex.split(further))
+        assert earlier.code == 0, earlier.err
+        assert "continuing from runs/small/checkpoints/step_00000003" in earlier.out
+        assert "run small-2 in" in earlier.out
+    onward = launch(tmp_path, *start, *program, *shlex.split(advice))
+    assert onward.code == 0, onward.err
+    assert "changed since the run was last started: optimizer.lr, 0.003 -> 0.0015" in onward.out
+    assert "continuing from runs/small/checkpoints/step_00000005" in onward.out
+    assert [path.name for path in all_checkpoints(folder)][-1] == "step_00000009"
+
+
+def test_a_finite_state_from_which_every_step_is_skipped_is_no_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    options = {"train": {"steps": 60}, "checkpoint": {"every": 1, "keep": 2}, "observe": {"log_every": 10}}
+    config = str(write_config(tmp_path, runs_dir="runs", **options))
+    assert pretrain(tmp_path, "--config", config, "train.steps=3").code == 0
+    outcome = pretrain(tmp_path, "--config", config, "optimizer.lr=1e30", "optimizer.grad_clip=0")
+    assert outcome.code == 1
+    folder = tmp_path / "runs" / "small" / "checkpoints"
+    assert "because every step after it was skipped: runs/small/checkpoints/step_00000004.damaged" in outcome.out
+    assert [path.name for path in all_checkpoints(folder)] == ["step_00000003"]
+    assert "To go on from runs/small/checkpoints/step_00000003, the last good checkpoint" in outcome.err
+    onward = pretrain(tmp_path, "--config", config, "optimizer.lr=0.001", "train.steps=6")
+    assert onward.code == 0, onward.err
+    assert "continuing from runs/small/checkpoints/step_00000003" in onward.out
+
+
+def skip_and_save(config: Config, skipped: list[int]) -> None:
+    """A run whose gradients are not finite in some steps."""
+    trainer = make_trainer(config)
+    step = trainer.step
+
+    def some_skipped() -> Any:
+        hook = None
+        if trainer.step_index + 1 in skipped:
+            hook = trainer.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+        norm = step()
+        if hook:
+            hook.remove()
+        return norm
+
+    trainer.step = some_skipped  # type: ignore[method-assign]
+    trainer.run()
+
+
+def test_steps_that_are_skipped_push_no_good_checkpoint_out(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train": {"steps": 9}, "checkpoint": {"every": 2, "keep": 9}}
+    config = layout_config(tmp_path, observe={"log_every": 50}, **options)
+    run_ranks(1, skip_and_save, config, [2, 6, 7])
+    names = [path.name for path in all_checkpoints(folder_of(config))]
+    assert names == [f"step_0000000{step}" for step in (3, 4, 8, 9)], "put off to the next step that is taken"
