@@ -20,7 +20,7 @@ train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (cluster or containers or layouts or mutations)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (cluster or containers or layouts or mutations or fuzz)"
 
 test-cluster: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(CLUSTER)" -rs $(ARGS)

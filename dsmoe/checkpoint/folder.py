@@ -102,7 +102,9 @@ def remove_old(folder: Path, options: Checkpoint) -> list[Path]:
     if options.keep_every:
         kept |= {checkpoint for checkpoint in there if step_of(checkpoint) % options.keep_every == 0}
     if options.keep_best:
-        losses = {checkpoint: manifest.facts.validation_loss for checkpoint, manifest in whole.items()}
+        # Of the text that the newest was evaluated on: losses on another do not compare.
+        text = next((m.facts.held_out for m in whole.values() if m.facts.validation_loss is not None), "")
+        losses = {path: m.facts.validation_loss for path, m in whole.items() if m.facts.held_out == text}
         known = [(loss, step_of(path), path) for path, loss in losses.items() if loss is not None]
         kept |= {path for _, _, path in sorted(known)[: options.keep_best]}
     removed = [checkpoint for checkpoint in there if checkpoint not in kept]

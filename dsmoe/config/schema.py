@@ -235,7 +235,7 @@ class Source(Section):
     text_field: str = "text"
     """The field that holds the text (jsonl, parquet, hub)."""
     weight: PositiveFloat = 1.0
-    """Share of the training sequences, relative to the other sources'."""
+    """Share of the training sequences, relative to the other sources'; exact, however small."""
 
 
 class Data(Section):
@@ -251,6 +251,9 @@ class Data(Section):
     """Part of each source's bytes held out, whole documents at a time."""
     seed: NonNegativeInt = 0
     """Decides the split and the order of the training sequences."""
+    changed_order: Literal["refuse", "accept"] = "refuse"
+    """What becomes of a run that goes on with other sources, weights, text or seed than its checkpoint was made with,
+    and so reads some text again and leaves other out: `refuse` says how much, `accept` goes on."""
 
 
 class Optimizer(Section):
@@ -298,8 +301,11 @@ class Train(Section):
     """Decides the initial weights."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations; null evaluates only before the first and after the last step."""
-    eval_batches: PositiveInt = 16
-    """Micro-batches per source in an evaluation, over all devices: the same text however many there are."""
+    eval_sequences: PositiveInt | None = None
+    """Held-out sequences per source in an evaluation: the same text however many devices there are and whatever the
+    micro-batch; null means 128."""
+    eval_batches: PositiveInt | None = None
+    """An older way to say `eval_sequences`: in eights, whatever the micro-batch."""
 
 
 class Checkpoint(Section):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
 import platform
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,15 @@ from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, step_o
 from dsmoe.checkpoint.manifest import DamagedError, Manifest
 from dsmoe.config import load_config
 from dsmoe.config.errors import UserError
+from dsmoe.config.locks import HeldError, take
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
+from dsmoe.data import PreparedSource
+from dsmoe.data.loader import train_sequences
 from dsmoe.plan.batch import Batch
+from dsmoe.train.changed import Order, changed_order
+
+logger = logging.getLogger(__name__)
 
 # What may change when a run goes on: how long, how often, where. Everything else is the run's identity.
 _CHANGEABLE = (
@@ -31,9 +38,13 @@ _CHANGEABLE = (
     "train.tokens",
     "train.eval_every",
     "train.eval_batches",
+    "train.eval_sequences",
+    "data.changed_order",
     "train.recompute",
     "train.micro_batch_size",
 )
+_OF_THE_ORDER = ("data.sources", "data.seed", "data.validation_fraction")
+"""What may change besides where `data.changed_order` accepts it."""
 LOCK, TOKEN = ".lock", ".token"
 
 
@@ -82,6 +93,18 @@ def check_run_folder(config: Config) -> Beginning:
     return beginning
 
 
+def check_order(beginning: Beginning, config: Config, sources: Sequence[PreparedSource]) -> None:
+    """Check that the run reads on where its newest checkpoint stopped; before anything is written.
+
+    Raises:
+        UserError: it would read other text, and `data.changed_order` does not accept it.
+    """
+    if beginning.checkpoints:
+        newest = beginning.checkpoints[0]
+        here = Order.of_run(config, sources, [len(train_sequences(source, config)) for source in sources])
+        changed_order(newest, inspect(newest).facts, config, here)
+
+
 def make_run_folder(config: Config) -> str:
     """Make the folder, take it for this process, write `config.yaml`, and return a token that `check_shared` wants.
 
@@ -117,16 +140,20 @@ def check_shared(folder: Path, token: str) -> None:
     )
 
 
-def _take(lock: Path) -> None:
-    """Hold `lock` for as long as this process lives; the system lets go of it however the process ends."""
-    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
+def _take(path: Path) -> None:
+    """Hold the lock at `path` for as long as this process lives; the system lets go of it however the process ends."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lock = take(path)
+    except HeldError:
         raise UserError(
-            f"another process is training in {lock.parent}; wait for it, or give this run another name (name=...)"
+            f"another process is training in {path.parent}; wait for it, or give this run another name (name=...)"
         ) from None
+    if not lock.works:
+        logger.warning(
+            "%s is on a file system without locks (flock): nothing keeps a second start of this run from writing over "
+            "the first one's files; start it once at a time",
+            path.parent,
+        )
 
 
 def _beginning(config: Config, folder: Path, is_again: bool) -> Beginning:
@@ -169,12 +196,13 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
 
 
 def _differences(there: Config, here: Config) -> list[str]:
-    """Each key outside `_CHANGEABLE` whose values differ, as text."""
+    """Each key that may not change and whose values differ, as text."""
+    free_keys = (*_CHANGEABLE, *(_OF_THE_ORDER if here.data.changed_order == "accept" else ()))
     old, new = flatten(there.model_dump()), flatten(here.model_dump())
     return [
         f"{key} is {old.get(key, 'absent')} there and {new.get(key, 'absent')} here"
         for key in {**old, **new}
-        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in _CHANGEABLE))
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in free_keys))
     ]
 
 

@@ -42,6 +42,7 @@ from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
 from dsmoe.train.folder import (
     Beginning,
+    check_order,
     check_run_folder,
     check_shared,
     make_run_folder,
@@ -119,7 +120,8 @@ def pretrain(given: Config) -> bool:
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
     beginning = on_first_rank(lambda: check_run_folder(given))
-    prepare_once(config)
+    sources = prepare_once(config)
+    on_first_rank(lambda: check_order(beginning, config, sources))
     token = on_first_rank(lambda: make_run_folder(given))
     on_every_rank(lambda: check_shared(folder, token))
     reports = Reports(on_first_rank(lambda: make_folder(folder / FAILURES)), process_watch())

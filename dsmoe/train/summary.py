@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dsmoe.config.schema import Config
 from dsmoe.launch.world import SRUN, launched_world
+from dsmoe.plan.batch import Batch
+from dsmoe.train.changed import rate_when_longer
 
 BITS_PER_BYTE = "eval/bits_per_byte"
 
@@ -46,10 +48,11 @@ def _next_steps(folder: Path, config: Config) -> list[str]:
     if config.cluster.nodes > 1:
         way = "--slurm" if launched_world().launcher == SRUN else "--hostfile"
         onward = f"dsmoe launch {file} {longer} {way}"
+    jump = rate_when_longer(config, 2 * Batch.from_config(config).steps)
     commands = {
         f"tensorboard --logdir {folder / 'tensorboard'}": "loss, load balance, dropped tokens, throughput",
         f"dsmoe config show {file}": "every setting of this run",
-        onward: "train on from here",
+        onward: f"train on from here; {jump} (README, Longer runs)" if jump else "train on from here",
     }
     width = max(map(len, commands))
     return [f"  {command:<{width}}   # {what}" for command, what in commands.items()]
