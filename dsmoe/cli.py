@@ -253,7 +253,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sources = prepare(config)
-    print(f"{len(sources)} sources ready and verified in {config.data.cache_dir}")
+    print(f"{len(sources)} sources ready in {config.data.cache_dir}")
 
 
 def _checkpoint_show(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ META = "meta.json"
 FORMAT_VERSION = 2
 """1 had no checksums, and another split."""
 PARTS = ("train", "validation")
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Strict(BaseModel):

@@ -52,7 +52,9 @@ def _next_steps(folder: Path, config: Config) -> list[str]:
     commands = {
         f"tensorboard --logdir {folder / 'tensorboard'}": "loss, load balance, dropped tokens, throughput",
         f"dsmoe config show {file}": "every setting of this run",
-        onward: f"train on from here; {jump} (README, Longer runs)" if jump else "train on from here",
+        onward: f"train on from here: {jump}, and the start says what to write instead"
+        if jump
+        else "train on from here",
     }
     width = max(map(len, commands))
     return [f"  {command:<{width}}   # {what}" for command, what in commands.items()]

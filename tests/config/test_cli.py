@@ -137,7 +137,7 @@ def test_prepare_hands_over_the_config(
     fake_data(monkeypatch, lambda config: seen.append(config) or ["plays", "code"])
     assert main(["prepare", config_path, "data.cache_dir=there"]) == 0
     assert seen == [load_config(config_path, ["data.cache_dir=there"])]
-    assert capsys.readouterr().out == "2 sources ready and verified in there\n"
+    assert capsys.readouterr().out == "2 sources ready in there\n"
 
 
 def test_prepare_reports_what_the_user_can_put_right(
