@@ -85,6 +85,8 @@ def changed_order(checkpoint: Path, facts: Facts, config: Config, here: Order) -
     Raises:
         UserError: something, and `data.changed_order` does not accept it.
     """
+    if facts.step == 0:  # nothing has been read
+        return None
     saved = Order.of_checkpoint(facts)
     differing = _order_rows(saved, here)
     if not differing:
