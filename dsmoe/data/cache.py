@@ -84,9 +84,16 @@ class PreparedSource:
         return self.validation_bytes / self.validation_tokens
 
     @property
-    def train(self) -> np.memmap:
-        """The training tokens to look at, read-only, unchecked, `left_out` included, `[train_tokens]` of `dtype`."""
-        return np.memmap(self.folder / token_file("train"), dtype=self.dtype, mode="r")
+    def train(self) -> np.ndarray:
+        """The tokens that are trained on, to look at: read-only, unchecked, `[tokens]` of `dtype`.
+
+        A map of the file; where something is `left_out`, a copy of the rest in memory.
+        """
+        tokens = np.memmap(self.folder / token_file("train"), dtype=self.dtype, mode="r")
+        if not self.left_out:
+            return tokens
+        kept = np.split(tokens, np.array(self.left_out).reshape(-1))[::2]
+        return np.concatenate(kept)
 
     @property
     def validation(self) -> np.memmap:

@@ -44,7 +44,7 @@ _CHANGEABLE = (
     "train.micro_batch_size",
 )
 _OF_THE_ORDER = ("data.sources", "data.seed", "data.validation_fraction")
-"""What may change besides where `data.changed_order` accepts it."""
+"""What may change besides where `data.changed_order` accepts it. Where there are checkpoints, `check_order` decides."""
 LOCK, TOKEN = ".lock", ".token"
 
 
@@ -74,7 +74,7 @@ def check_run_folder(config: Config) -> Beginning:
     folder = run_folder(config)
     there = load_config(folder / "config.yaml") if (folder / "config.yaml").exists() else None
     if there is not None:
-        differing = _differences(there, config)
+        differing = _differences(there, config, bool(all_checkpoints(folder / "checkpoints")))
         if differing:
             raise UserError(
                 f"{folder} belongs to another config: {'; '.join(differing)}. Give this run another name "
@@ -195,9 +195,9 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
         raise UserError(f"{key}: {error}") from None
 
 
-def _differences(there: Config, here: Config) -> list[str]:
+def _differences(there: Config, here: Config, has_checkpoints: bool) -> list[str]:
     """Each key that may not change and whose values differ, as text."""
-    free_keys = (*_CHANGEABLE, *(_OF_THE_ORDER if here.data.changed_order == "accept" else ()))
+    free_keys = (*_CHANGEABLE, *(_OF_THE_ORDER if has_checkpoints or here.data.changed_order == "accept" else ()))
     old, new = flatten(there.model_dump()), flatten(here.model_dump())
     return [
         f"{key} is {old.get(key, 'absent')} there and {new.get(key, 'absent')} here"

@@ -47,6 +47,10 @@ def held_out(source: PreparedSource) -> list[str]:
     return [bytes(part[:-1].tolist()).decode() for part in parts[:-1]]
 
 
+def text_of(tokens: np.ndarray) -> str:
+    return "".join(chr(token) if token < EOD else "|" for token in tokens.tolist())
+
+
 def trained_on(config: Config, sources: list[PreparedSource]) -> str:
     """All tokens that are read in the first epochs of all sources, as text."""
     loader = TrainLoader(sources, config, 0, 1)
@@ -54,13 +58,13 @@ def trained_on(config: Config, sources: list[PreparedSource]) -> str:
     while min(loader.epochs(steps).values()) < 1:
         steps += 1
     rows = [row for step in range(steps) for batch in loader.micro_batches(step) for row in batch.tolist()]
-    return "\n".join("".join(chr(token) if token < EOD else "|" for token in row) for row in rows)
+    return "\n".join(text_of(np.array(row)) for row in rows)
 
 
 def check(config: Config) -> list[PreparedSource]:
     """Every held-out document begins with its number, and no sequence that is read has the beginning of one."""
     sources = prepare(config)
-    read = trained_on(config, sources)
+    read = "\n".join([trained_on(config, sources), *(text_of(source.train) for source in sources)])
     for source in sources:
         for text in held_out(source):
             assert text.split(":")[0].strip() + ":" not in read, f"{source.name} holds out {text[:30]!r}"
@@ -178,7 +182,9 @@ def test_the_bigram_model_does_not_learn_from_it_either(tmp_path: Path, make_con
     for source in sources:
         sequences = source.validation_file.read(0, 33).reshape(1, 33).astype(np.int64)
         whole = bigram_nats(source, 257, sequences)
-        kept = np.delete(np.asarray(source.train), [t for b, e in source.left_out for t in range(b, e)])
+        tokens = np.fromfile(source.folder / "train.bin", dtype=source.dtype)
+        kept = np.delete(tokens, [t for b, e in source.left_out for t in range(b, e)])
+        assert np.array_equal(kept, source.train)
         clean = tmp_path / f"clean_{source.name}"
         clean.mkdir()
         write_file(clean / "train.bin", kept.tobytes())

@@ -227,5 +227,10 @@ def test_a_command_with_other_weights_is_refused_and_leaves_nothing(tmp_path: Pa
     accepted = pretrain(tmp_path, *arguments, *other, "data.changed_order=accept")
     assert accepted.code == 0, accepted.err
     assert "another order of the training text" in accepted.out
+    kept = (Path(run.runs_dir) / run.name / "config.yaml").read_text()
+    same_folder = pretrain(tmp_path, *arguments, "data.seed=7", "train.steps=3")
+    assert same_folder.code == 2
+    assert "set data.changed_order: accept" in same_folder.err
+    assert (Path(run.runs_dir) / run.name / "config.yaml").read_text() == kept
     again = pretrain(tmp_path, *arguments, "data.seed=7", "train.steps=3", "data.changed_order=accept")
     assert again.code == 0, again.err
