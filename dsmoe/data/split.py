@@ -1,6 +1,6 @@
 """Which text is held out for validation: whole documents chosen by hash, or the end of a single one.
 
-A document's hash depends on its text and `data.seed` alone, so that a document is held out of every source or of none.
+A document's hash depends on its text and `data.seed` alone, so that nearly all sources hold out the same documents.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 NEAR = 0.1
-"""How far the held-out part of a source's bytes may be from the fraction, relative to it, to be left as it is."""
+"""How far the held-out part of a source's bytes may be from the fraction, relative to the smaller part."""
 
 
 def hash_limit(fraction: float) -> int:
@@ -36,8 +36,9 @@ def choose_validation(hashes_D: np.ndarray, bytes_D: np.ndarray, fraction: float
         `[documents]` bool, true for validation: at least one, if two texts differ.
     """
     below_D = hashes_D < np.uint64(min(hash_limit(fraction), 2**64 - 1))
-    wanted = fraction * int(bytes_D.sum())
-    if abs(int(bytes_D[below_D].sum()) - wanted) <= NEAR * wanted and below_D.any() and not below_D.all():
+    missed = abs(int(bytes_D[below_D].sum()) - fraction * int(bytes_D.sum()))
+    is_near = missed <= NEAR * min(fraction, 1 - fraction) * int(bytes_D.sum())
+    if is_near and below_D.any() and not below_D.all():
         return below_D
     _, text_D = np.unique(hashes_D, return_inverse=True)  # numbered in the order of their hashes
     bytes_of_text = np.bincount(text_D, weights=bytes_D)

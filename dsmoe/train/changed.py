@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from dsmoe.checkpoint.fit import Row, rows
-from dsmoe.checkpoint.manifest import Facts
+from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Optimizer
 from dsmoe.data import PreparedSource
@@ -51,10 +53,20 @@ class Order:
         )
 
     @classmethod
-    def of_checkpoint(cls, facts: Facts) -> Order:
-        """The one it was made with; of checkpoints from before it was recorded, what is known of it."""
+    def of_checkpoint(cls, checkpoint: Path, facts: Facts) -> Order:
+        """The one it was made with; of checkpoints from before it was recorded, what is known of it.
+
+        Raises:
+            DamagedError: what was recorded is not what dsmoe records.
+        """
         if facts.order:
-            return cls(**facts.order)
+            try:
+                return _ORDER.validate_python(facts.order)
+            except ValidationError as error:
+                where = ".".join(map(str, error.errors()[0]["loc"]))
+                raise DamagedError(
+                    f"{checkpoint} is damaged: facts.order.{where}: {error.errors()[0]['msg']}"
+                ) from None
         data, length = facts.config["data"], facts.config["train"]["sequence_length"]
         weights = {source["name"]: source["weight"] for source in data["sources"]}
         total = math.fsum(weights.values())
@@ -75,6 +87,9 @@ class Order:
         return {name: round(share * samples) for name, share in self.shares.items()}
 
 
+_ORDER = TypeAdapter(Order)
+
+
 def _text_of(source: PreparedSource) -> str:
     return hashlib.sha256(f"{source.text} {source.left_out}".encode()).hexdigest()[:16]
 
@@ -87,7 +102,7 @@ def changed_order(checkpoint: Path, facts: Facts, config: Config, here: Order) -
     """
     if facts.step == 0:  # nothing has been read
         return None
-    saved = Order.of_checkpoint(facts)
+    saved = Order.of_checkpoint(checkpoint, facts)
     differing = _order_rows(saved, here)
     if not differing:
         return None
@@ -171,7 +186,8 @@ def changed_rate(checkpoint: Path, facts: Facts, config: Config) -> str | None:
 
     None where it goes on as the saved config would have it.
     """
-    saved = Optimizer.model_validate(facts.config["optimizer"], strict=False)
+    known = {key: value for key, value in facts.config["optimizer"].items() if key in Optimizer.model_fields}
+    saved = Optimizer.model_validate(known)
     steps = _steps_of(facts.config)
     return _jump(saved, steps, config.optimizer, Batch.from_config(config).steps, facts.schedule_step, str(checkpoint))
 

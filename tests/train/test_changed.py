@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe.checkpoint.manifest import Facts
+from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config import UserError, dump_config
 from dsmoe.config.schema import Config
 from dsmoe.data.order import Mixture
@@ -130,6 +130,13 @@ def test_a_checkpoint_from_before_the_order_was_recorded(config: Config) -> None
     lines = told(config, replace(SAVED, shares={"sums": 1.0}, sequences={"sums": 99}, texts={"sums": "x"}), None)
     assert "dsmoe's rules of the order version 1 version 2" in lines
     assert "data.sources[sums], training sequences unknown 99" in lines
+
+
+def test_a_record_of_another_shape_is_damage(config: Config) -> None:
+    saved = facts(config, SAVED)
+    for wrong in ({"version": 2}, {**asdict(SAVED), "shares": [1]}, {**asdict(SAVED), "seed": None}):
+        with pytest.raises(DamagedError, match=f"^{CHECKPOINT} is damaged: facts.order."):
+            changed_order(CHECKPOINT, replace(saved, order=wrong), config, SAVED)
 
 
 def with_schedule(config: Config, steps: int, **optimizer: object) -> Config:
