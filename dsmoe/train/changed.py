@@ -159,6 +159,11 @@ def _consequences(saved: Order, here: Order, done: int, end: int) -> list[str]:
                 f"{name}: new; of its {length:,} sequences, the order takes {passed[name]:,} for read: they are left "
                 f"out until it has been through all of them"
             )
+            lines += [
+                f"{name} has the text of {old}: under that name it goes on as before"
+                for old in saved.shares
+                if old not in here.shares and saved.texts.get(old) == here.texts[name]
+            ]
             continue
         same = saved.version == here.version and saved.seed == here.seed and saved.sequences.get(name) == length
         if not (same and saved.texts and saved.texts[name] == here.texts[name]):

@@ -108,7 +108,9 @@ def test_added_removed_and_renamed_sources_are_said(config: Config) -> None:
     assert "data.sources[novels] absent 10.000000%" in lines
     assert re.search(r"books: \d+ sequences have been read, and no more will be", "\n".join(lines))
     assert re.search(r"novels: new; of its 200 sequences, the order takes \d+ for read", "\n".join(lines))
-    assert not any("eval/loss" in line for line in lines)
+    assert not any("eval/loss" in line or "has the text of" in line for line in lines)
+    renamed = told(config, replace(here, texts={"web": "aa", "novels": "bb"}))
+    assert "novels has the text of books: under that name it goes on as before" in renamed
 
 
 @pytest.mark.parametrize(
