@@ -61,7 +61,7 @@ MODEL: dict[str, Any] = {
     },
     # Adam divides a gradient by its own size: the rounding of one near zero would be a whole step of the weight.
     "optimizer": {"lr": 1e-3, "eps": 1e-6, "schedule": "constant", "warmup_steps": 0},
-    "train": {"micro_batch_size": 2, "sequence_length": 64, "eval_batches": 2},
+    "train": {"micro_batch_size": 2, "sequence_length": 64, "eval_sequences": 4},
     "checkpoint": {"every": None, "keep": 50, "asynchronous": False},
     "observe": {"log_every": 1, "tensorboard": False},
 }

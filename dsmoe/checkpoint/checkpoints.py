@@ -84,7 +84,7 @@ class Checkpoints:
         engine: DeepSpeed's.
         placements: by each parameter's name in `engine.module`, where it is in the whole model.
         config: the run.
-        corpora: by source, how many tokens and bytes of training text there are.
+        data: what is recorded of the text: the fields `corpora`, `order` and `held_out` of `Facts`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Checkpoints:
         engine: DeepSpeedEngine,
         placements: Mapping[str, Placement],
         config: Config,
-        corpora: Mapping[str, list[int]] = MappingProxyType({}),
+        data: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self._engine, self._config = engine, config
@@ -111,7 +111,7 @@ class Checkpoints:
         """What would be gone on from after a crash, and since when that is so."""
         self._settings = config.model_dump(mode="json")
         self._layout = _layout(config, engine.device)
-        self._corpora = dict(corpora)
+        self._data = dict(data)
 
     def reserve(self) -> None:
         """Take the host memory that saving needs, so that the first save keeps training no longer than the others."""
@@ -138,7 +138,7 @@ class Checkpoints:
             config=self._settings,
             layout=self._layout,
             versions=_versions(),
-            corpora=self._corpora,
+            **self._data,
         )
         self._facts, self._copies = facts, self._buffer.copy(self._parts())
         self._start(FolderWriter(final, facts), self._copies)

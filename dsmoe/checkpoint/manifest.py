@@ -18,6 +18,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from dsmoe.config.errors import UserError, exit_code_of
+from dsmoe.config.sealed import sealed_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
@@ -102,6 +103,10 @@ class Facts:
     versions: dict[str, str]
     corpora: dict[str, list[int]] = field(default_factory=dict)
     """By source, how many tokens and bytes of training text it had."""
+    order: dict[str, Any] = field(default_factory=dict)
+    """The order of the training text, as `dsmoe.train.changed` compares it; empty where it was not recorded."""
+    held_out: str = ""
+    """Names the text that the evaluation read: losses of others are not to be compared."""
 
 
 @dataclass(frozen=True)
@@ -250,13 +255,4 @@ def _tensor(dtype: str, shape: list[int], boxes: list[list[Any]]) -> StoredTenso
 
 
 def _sealed(content: dict[str, Any]) -> str:
-    """JSON with a checksum of itself as the last entry."""
-    lines: list[str] = []
-    for key, value in content.items():
-        if key in ("files", "tensors"):
-            entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
-            lines.append(f"{json.dumps(key)}: {{\n{entries}\n}}")
-        else:
-            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    text = ",\n".join(lines)
-    return f'{{\n{text},\n"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+    return sealed_json(content, tables=("files", "tensors"))

@@ -109,7 +109,10 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
         return []
     kept = set(list(found.whole)[: options.keep])
     if options.keep_best:
-        losses = {checkpoint: manifest.facts.validation_loss for checkpoint, manifest in found.whole.items()}
+        # Of the text that the newest was evaluated on: losses on another do not compare.
+        facts = {checkpoint: manifest.facts for checkpoint, manifest in found.whole.items()}
+        text = next((fact.held_out for fact in facts.values() if fact.validation_loss is not None), "")
+        losses = {path: fact.validation_loss for path, fact in facts.items() if fact.held_out == text}
         known = [
             (loss, step_of(path), path) for path, loss in losses.items() if loss is not None and math.isfinite(loss)
         ]

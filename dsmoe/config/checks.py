@@ -107,6 +107,16 @@ def _length(config: Config) -> Iterator[Problem]:
         )
 
 
+def _evaluation(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if train.eval_sequences is not None and train.eval_batches is not None:
+        yield (
+            "train.eval_batches",
+            f"train.eval_sequences ({train.eval_sequences}) and train.eval_batches ({train.eval_batches}, in eights) "
+            "both say how much is evaluated; remove eval_batches, or set it to null if it is included",
+        )
+
+
 def _batch(config: Config) -> Iterator[Problem]:
     train = config.train
     data_degree, rest = divmod(world_size(config), config.parallel.tensor)
@@ -270,6 +280,7 @@ _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _learning_rate,
     _length,
     _batch,
+    _evaluation,
     _checkpoint,
     _observe,
     _deepspeed,

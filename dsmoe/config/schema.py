@@ -250,7 +250,7 @@ class Source(Section):
     """What a record without usable text does (no JSON, no such field, null, not UTF-8; a text file is one record):
     `refuse` stops and names it, `skip` leaves it out and counts it. A damaged file is always refused."""
     weight: PositiveFloat = 1.0
-    """Share of the training sequences, relative to the other sources'."""
+    """Share of the training sequences, relative to the other sources'; exact, however small."""
 
 
 class Data(Section):
@@ -266,6 +266,9 @@ class Data(Section):
     """Part of each source's bytes held out, whole documents at a time."""
     seed: NonNegativeInt = 0
     """Decides the split and the order of the training sequences."""
+    changed_order: Literal["refuse", "accept"] = "refuse"
+    """What becomes of a run that goes on with other sources, weights, text or seed than its checkpoint was made with,
+    and so reads some text again and leaves other out: `refuse` says how much, `accept` goes on."""
 
 
 class Optimizer(Section):
@@ -316,8 +319,11 @@ class Train(Section):
     """Decides the initial weights."""
     eval_every: Interval = None
     """Steps between evaluations; null or 0 evaluates only before the first and after the last step."""
-    eval_batches: PositiveInt = 16
-    """Micro-batches per source in an evaluation, over all devices: the same text however many there are."""
+    eval_sequences: PositiveInt | None = None
+    """Held-out sequences per source in an evaluation: the same text however many devices there are and whatever the
+    micro-batch; null means 128."""
+    eval_batches: PositiveInt | None = None
+    """An older way to say `eval_sequences`: in eights, whatever the micro-batch."""
 
 
 class Checkpoint(Section):

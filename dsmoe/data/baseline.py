@@ -19,18 +19,27 @@ def bigram_nats(source: PreparedSource, vocab_size: int, sequences: np.ndarray) 
 
     p(b | a) = w2 * count(a, b) / count(a) + w1 * count(b) / count + w0 / vocab_size (Jelinek and Mercer 1980), where
     the unigram term stands in for the bigram term after an `a` that was never seen. Counts come from the first 95 % of
-    the first 50 million training tokens, the weights from the rest of them by expectation maximisation.
+    the first 50 million tokens that are trained on, the weights from the rest of them by expectation maximisation.
 
     Args:
         source: from `prepare`; only its training part is learnt from.
         vocab_size: number of tokens the model knows; every token is below it.
         sequences: [N, S + 1] tokens, as a language model is evaluated on.
     """
-    tokens = source.train[:MAX_TRAIN_TOKENS]
+    tokens = _trained_on(source)
     num_held_out = min(MAX_HELD_OUT_TOKENS, math.ceil(HELD_OUT_FRACTION * len(tokens)))
     model = _Bigram(tokens[:-num_held_out], vocab_size)
     model.fit_weights(tokens[-num_held_out - 1 :])
     return sum(model.nats(sequence) for sequence in sequences)
+
+
+def _trained_on(source: PreparedSource) -> np.ndarray:
+    """The first training tokens of a source, without those that another source holds out."""
+    size = min(source.train_tokens, MAX_TRAIN_TOKENS)
+    is_trained_on = np.ones(size, dtype=bool)
+    for begin, end in source.left_out:
+        is_trained_on[begin:end] = False
+    return source.train_file.read(0, size)[is_trained_on]
 
 
 class _Bigram:

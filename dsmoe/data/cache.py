@@ -8,31 +8,54 @@ import itertools
 import json
 import logging
 import os
-import re
-import shutil
-import socket
 import time
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import UserError, system_error
 from dsmoe.config.schema import Config, Data, Source
 from dsmoe.data.corpora import corpus_state, documents
 from dsmoe.data.look import look_first
-from dsmoe.data.packing import copy_documents, pack
-from dsmoe.data.split import choose_validation, cut_single_document
+from dsmoe.data.meta import (
+    FORMAT_VERSION,
+    META,
+    PARTS,
+    Meta,
+    document_file,
+    old_formats,
+    read_meta,
+    token_file,
+    write_meta,
+)
+from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_documents
+from dsmoe.data.packing import Packed, copy_documents, document_hash, pack
+from dsmoe.data.partial import in_the_making
+from dsmoe.data.sequences import Sequences
+from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
+from dsmoe.data.stored import (
+    DamagedCacheError,
+    FileReader,
+    TokenFile,
+    check_size,
+    check_sums,
+    spans,
+    sums_path,
+    verify,
+)
 from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, Tokenizer, token_dtype
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+VERIFIED_AT_START = 8 << 30
+"""Bytes of the cache that are read at a start of training, to see whether they are what was written."""
 
+_VERIFIED: dict[tuple[Any, ...], bool] = {}
+"""The folders that were checked in this process, with the states of their files: whether all of their bytes were."""
 _NO_ROOM = {errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """What only writing meets, and nothing but the cache is written; such an error often names no file."""
 
@@ -49,6 +72,12 @@ class PreparedSource:
     train_bytes: int
     validation_tokens: int
     validation_bytes: int
+    max_token: int
+    """No token is larger."""
+    text: str = ""
+    """Checksum of the training tokens, and of the held-out ones."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Ranges of training tokens, in order, that another source of the run holds out: they are not to be trained on."""
 
     @property
     def validation_bytes_per_token(self) -> float:
@@ -56,39 +85,89 @@ class PreparedSource:
         return self.validation_bytes / self.validation_tokens
 
     @property
-    def train(self) -> np.memmap:
-        """The training tokens, read-only, `[train_tokens]` of `dtype`."""
-        return np.memmap(self.folder / "train.bin", dtype=self.dtype, mode="r")
+    def train(self) -> np.ndarray:
+        """The tokens that are trained on, to look at: read-only, unchecked, `[tokens]` of `dtype`.
+
+        A map of the file; where something is `left_out`, a copy of the rest in memory.
+        """
+        tokens = np.memmap(self.folder / token_file("train"), dtype=self.dtype, mode="r")
+        if not self.left_out:
+            return tokens
+        kept = np.split(tokens, np.array(self.left_out).reshape(-1))[::2]
+        return np.concatenate(kept)
 
     @property
     def validation(self) -> np.memmap:
-        """The held-out tokens, read-only, `[validation_tokens]` of `dtype`."""
-        return np.memmap(self.folder / "validation.bin", dtype=self.dtype, mode="r")
+        """The held-out tokens to look at, read-only, unchecked, `[validation_tokens]` of `dtype`."""
+        return np.memmap(self.folder / token_file("validation"), dtype=self.dtype, mode="r")
+
+    @property
+    def train_file(self) -> TokenFile:
+        """The training tokens, checked wherever they are read."""
+        return TokenFile(self.folder / token_file("train"), self.dtype, self.train_tokens, self.max_token)
+
+    @property
+    def validation_file(self) -> TokenFile:
+        """The held-out tokens, checked wherever they are read."""
+        return TokenFile(self.folder / token_file("validation"), self.dtype, self.validation_tokens, self.max_token)
 
 
-def prepare(config: Config) -> list[PreparedSource]:
+def prepare(config: Config, check: int | None = None) -> list[PreparedSource]:
     """Tokenise every source of `config.data` into `cache_dir/NAME-FINGERPRINT/`, unless that folder is there.
 
     Any number of processes may call this at any time: a folder appears complete or not at all. Let one process per file
     system go first, so that the others only open what it made.
+
+    Args:
+        config: reads `data`, `model.vocab_size` and `train.sequence_length`.
+        check: how many bytes of the files to read, spread evenly over them, to see whether they are what was written;
+            None for all. What was checked in this process and has not changed since is not read again. Whatever this
+            leaves out is checked when it is read for training.
 
     Returns:
         One entry per source, in the order of the config.
 
     Raises:
         UserError: corpora or the tokenizer are missing or unreadable, of which all that a first look shows is said
-            before anything is tokenised; `cache_dir` cannot be used; or a part is shorter than one sequence.
+            before anything is tokenised; `cache_dir` cannot be used or has a damaged file; or a part is shorter than
+            one sequence.
     """
     cache_dir = Path(config.data.cache_dir).expanduser().absolute()
     with _blaming(cache_dir):
-        tokenizer = look_first(
-            config, cache_dir, lambda source, tokenizer: _place(source, tokenizer, config.data, cache_dir)[0].exists()
-        )
-        prepared = [_prepare_source(source, tokenizer, config.data, cache_dir) for source in config.data.sources]
+        places: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+        def is_prepared(source: Source, tokenizer: Tokenizer) -> bool:
+            places[source.name] = _place(source, tokenizer, config.data, cache_dir)
+            return places[source.name][0].exists()
+
+        tokenizer = look_first(config, cache_dir, is_prepared)
+        found = [
+            _prepare_source(source, tokenizer, config.data, *places[source.name]) for source in config.data.sources
+        ]
+        if check != 0:
+            _verify([(source, meta) for source, meta, _ in found], check)
+        prepared = _without_held_out([source for source, _, _ in found], [split for _, _, split in found], check != 0)
     problems = [problem for source in prepared for problem in _too_short(source, config)]
     if problems:
         raise UserError("\n".join(problems))
     return prepared
+
+
+def _without_held_out(
+    sources: Sequence[PreparedSource], splits: Sequence[Split], is_told: bool
+) -> list[PreparedSource]:
+    """The sources, each with what the others hold out of its training part."""
+    told = logger.info if is_told else logger.debug
+    result = []
+    for source, ranges in zip(sources, left_out(list(splits)), strict=True):
+        result.append(replace(source, left_out=tuple(ranges)))
+        if ranges:
+            tokens = sum(end - begin for begin, end in ranges)
+            told(
+                "%s: %s of its %s training tokens are held out in another source, and are not trained on",
+                *(source.name, f"{tokens:,}", f"{source.train_tokens:,}"),
+            )
+    return result
 
 
 @contextmanager
@@ -101,9 +180,10 @@ def _blaming(cache_dir: Path) -> Iterator[None]:
         if not named and error.errno not in _NO_ROOM:
             raise
         where = f" ({error.filename})" if named else ""
-        raise UserError(
+        raise system_error(
             f"data.cache_dir: cannot use {cache_dir}: {error.strerror}{where}; "
-            "give data.cache_dir a folder that can be written and has room"
+            "give data.cache_dir a folder that can be written and has room",
+            error,
         ) from error
 
 
@@ -111,11 +191,12 @@ def _on_one_path(first: Path, second: Path) -> bool:
     return first.is_relative_to(second) or second.is_relative_to(first)
 
 
-def _prepare_source(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> PreparedSource:
-    folder, recipe = _place(source, tokenizer, data, cache_dir)
+def _prepare_source(
+    source: Source, tokenizer: Tokenizer, data: Data, folder: Path, recipe: dict[str, Any]
+) -> tuple[PreparedSource, Meta, Split]:
     if not folder.exists():
         _build(folder, source, tokenizer, data, recipe)
-    return _load(folder, source)
+    return _load(folder, source, tokenizer, data, recipe)
 
 
 def _place(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> tuple[Path, dict[str, Any]]:
@@ -134,84 +215,79 @@ def _place(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) ->
 def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]) -> None:
     """Write everything to a hidden folder beside `folder`, then rename it."""
     start = time.monotonic()
-    partial = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.partial")
-    partial.mkdir(parents=True)
     logger.info("preparing %s in %s", source.name, folder)
+    for path, version in old_formats(folder.parent, source.name):
+        logger.info(
+            "%s is of format %s, without checksums and with another split: it is not used any more, and can be removed "
+            "when no run of an earlier version needs it",
+            *(path, version),
+        )
     if tokenizer.end_of_document is None:
         names = ", ".join(END_OF_DOCUMENT_NAMES)
         logger.warning(
             "data.tokenizer %s has no end-of-document token (%s): nothing separates documents", data.tokenizer, names
         )
-    try:
-        _remove_orphans(folder.parent, source.name)
-        counts = _write_tokens(partial, source, tokenizer, data)
-        meta = {**counts, "dtype": token_dtype(tokenizer.vocab_size).str, "recipe": recipe}
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    with in_the_making(folder, source.name) as partial:
+        meta = _write_tokens(partial, source, tokenizer, data, recipe)
+        write_meta(partial, meta)
         _publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    train, validation = counts["train"], counts["validation"]
+    train, validation = meta.train, meta.validation
     logger.info(
         "prepared %s in %.1f s: train %s tokens of %s documents, validation %s tokens of %s (%.1f%% of %.1f MB)",
         source.name,
         time.monotonic() - start,
-        f"{train['tokens']:,}",
-        f"{train['documents']:,}",
-        f"{validation['tokens']:,}",
-        f"{validation['documents']:,}",
-        100 * validation["bytes"] / (train["bytes"] + validation["bytes"]),
-        (train["bytes"] + validation["bytes"]) / 1e6,
+        f"{train.tokens:,}",
+        f"{train.documents:,}",
+        f"{validation.tokens:,}",
+        f"{validation.documents:,}",
+        100 * validation.bytes / (train.bytes + validation.bytes),
+        (train.bytes + validation.bytes) / 1e6,
     )
 
 
-def _remove_orphans(cache_dir: Path, name: str) -> None:
-    """Remove the partial folders of source `name` whose process, of this host, was killed."""
-    host = re.escape(socket.gethostname())
-    pattern = re.compile(rf"\.{re.escape(name)}-[0-9a-f]{{16}}\.{host}\.(\d+)\.[0-9a-f]{{32}}\.partial")
-    for path in cache_dir.iterdir():
-        found = pattern.fullmatch(path.name)
-        if found and not _is_running(int(found[1])):
-            logger.info("removing %s, which a process that was killed has left", path)
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # sends nothing
-    except OSError as error:
-        return error.errno != errno.ESRCH  # it is another user's
-    return True
-
-
-def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Data) -> dict[str, dict[str, int]]:
-    """Write `train.bin` and `validation.bin`; return the tokens, bytes and documents of each."""
+def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]) -> Meta:
+    """Write the files of both parts; return what they are."""
     texts: Iterable[str] = documents(source, cache_dir=partial.parent)
     first_texts = list(itertools.islice(texts, 2))
-    single = len(first_texts) == 1
-    if single:
+    is_cut = len(first_texts) == 1
+    if is_cut:
         texts = cut_single_document(first_texts[0], data.validation_fraction)
         logger.info("%s is a single document: its last %g is held out", source.name, data.validation_fraction)
     else:
         texts = itertools.chain(first_texts, texts)
 
     flat = partial / "tokens.bin"
-    packed = pack(source.name, texts, tokenizer, salt=f"{data.seed}/{source.name}", target=flat)
-    if single:
+    packed = pack(source.name, texts, tokenizer, seed=data.seed, target=flat)
+    if is_cut:
         validation_D = np.array([False, True])
+        whole = document_hash(first_texts[0], data.seed)  # what another source may have as one document of many
+        packed = replace(packed, hashes=np.full(2, whole, dtype=np.uint64))
     else:
         validation_D = choose_validation(packed.hashes, packed.num_bytes, data.validation_fraction)
 
-    counts = {}
-    for split, chosen_D in (("train", ~validation_D), ("validation", validation_D)):
-        itemsize = token_dtype(tokenizer.vocab_size).itemsize
-        copy_documents(flat, packed.num_tokens, chosen_D, itemsize, partial / f"{split}.bin")
-        counts[split] = {
-            "tokens": int(packed.num_tokens[chosen_D].sum()),
-            "bytes": int(packed.num_bytes[chosen_D].sum()),
-            "documents": int(chosen_D.sum()),
-        }
+    dtype = token_dtype(tokenizer.vocab_size)
+    parts = {
+        part: _write_part(partial, part, packed, chosen_D, dtype)
+        for part, chosen_D in zip(PARTS, (~validation_D, validation_D), strict=True)
+    }
     flat.unlink()
-    return counts
+    return Meta.model_validate(
+        {"dtype": dtype.str, "max_token": packed.max_token, "is_cut": is_cut, **parts, "recipe": recipe}
+    )
+
+
+def _write_part(partial: Path, part: str, packed: Packed, chosen_D: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
+    """Write the chosen documents of `partial/tokens.bin`; return the fields of `Part`."""
+    flat = partial / "tokens.bin"
+    tokens = copy_documents(flat, packed.num_tokens, chosen_D, dtype.itemsize, partial / token_file(part))
+    listed = write_documents(partial / document_file(part), packed.hashes[chosen_D], packed.num_tokens[chosen_D])
+    return {
+        "tokens": int(packed.num_tokens[chosen_D].sum()),
+        "bytes": int(packed.num_bytes[chosen_D].sum()),
+        "documents": int(chosen_D.sum()),
+        "token_file": asdict(tokens),
+        "document_file": asdict(listed),
+    }
 
 
 def _publish(partial: Path, folder: Path) -> None:
@@ -235,31 +311,78 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _load(folder: Path, source: Source) -> PreparedSource:
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype = np.dtype(meta["dtype"])
-        for split in ("train", "validation"):
-            expected = meta[split]["tokens"] * dtype.itemsize
-            found = (folder / f"{split}.bin").stat().st_size
-            if found != expected:
-                raise ValueError(f"{split}.bin has {found} bytes, not {expected}")
-        return PreparedSource(
-            name=source.name,
-            weight=source.weight,
-            folder=folder,
-            dtype=dtype,
-            train_tokens=meta["train"]["tokens"],
-            train_bytes=meta["train"]["bytes"],
-            validation_tokens=meta["validation"]["tokens"],
-            validation_bytes=meta["validation"]["bytes"],
+def _load(
+    folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]
+) -> tuple[PreparedSource, Meta, Split]:
+    """Open a folder: its description is whole, its files are there and of their sizes."""
+    meta, dtype = read_meta(folder, recipe), token_dtype(tokenizer.vocab_size)
+    if meta.dtype != dtype.str or meta.max_token >= tokenizer.vocab_size:
+        raise DamagedCacheError(
+            folder,
+            f"{META}: tokens up to {meta.max_token} as {meta.dtype}, and the tokenizer has {tokenizer.vocab_size}",
         )
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.cache_dir: {folder} is damaged ({error}); delete that folder and run again") from error
+    for name, stored in meta.files().items():
+        check_size(folder / name, stored)
+    for part, found in meta.parts().items():
+        sizes = (found.token_file.bytes, found.document_file.bytes)
+        if sizes != (found.tokens * dtype.itemsize, found.documents * DOCUMENT.itemsize):
+            raise DamagedCacheError(folder, f"{META}: the sizes of {part} are not those of its tokens and documents")
+    listed = {part: Documents(folder / document_file(part), found.documents) for part, found in meta.parts().items()}
+    prepared = PreparedSource(
+        name=source.name,
+        weight=source.weight,
+        folder=folder,
+        dtype=dtype,
+        train_tokens=meta.train.tokens,
+        train_bytes=meta.train.bytes,
+        validation_tokens=meta.validation.tokens,
+        validation_bytes=meta.validation.bytes,
+        max_token=meta.max_token,
+        text=f"{meta.train.token_file.xxh128}/{meta.validation.token_file.xxh128}",
+    )
+    limit = hash_limit(data.validation_fraction)
+    return prepared, meta, Split(listed["train"], listed["validation"], meta.is_cut, limit)
+
+
+def _verify(sources: Sequence[tuple[PreparedSource, Meta]], budget: int | None) -> None:
+    """Read up to `budget` bytes of the sources' files, evenly spread, and all of their checksums.
+
+    Raises:
+        DamagedCacheError: something is not what was written.
+    """
+    pieces: list[tuple[FileReader | TokenFile, int, int]] = []
+    states, total = [], 0
+    for source, meta in sources:
+        files = meta.files()
+        state = (source.folder, *(_state(source.folder / name) for name in files))
+        if _VERIFIED.get(state, False) or (state in _VERIFIED and budget is not None):
+            continue
+        states.append(state)
+        total += sum(stored.bytes for stored in files.values())
+        for name, stored in files.items():
+            check_sums(source.folder / name, stored)
+        for part, file in (("train", source.train_file), ("validation", source.validation_file)):
+            pieces += [(file, *span) for span in spans(meta.parts()[part].token_file.bytes, source.dtype.itemsize)]
+            listed = meta.parts()[part].document_file.bytes
+            reader = FileReader(source.folder / document_file(part), listed)
+            pieces += [(reader, *span) for span in spans(listed)]
+    every = 1 if budget is None else max(1, -(-total // budget))
+    if every > 1:
+        logger.info(
+            "checking 1 / %d of the cache now, and the rest as it is read (all of it at once: dsmoe prepare)", every
+        )
+    verify(pieces[::every])
+    _VERIFIED.update(dict.fromkeys(states, every == 1))
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file or its checksums are written."""
+    status = [file.stat() for file in (path, sums_path(path))]
+    return tuple(number for s in status for number in (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
 
 
 def _too_short(source: PreparedSource, config: Config) -> list[str]:
-    needed = config.train.sequence_length + 1
+    length = config.train.sequence_length
     problems = []
     for part, tokens, fix in (
         ("training", source.train_tokens, "give it more text, or lower train.sequence_length"),
@@ -270,9 +393,15 @@ def _too_short(source: PreparedSource, config: Config) -> list[str]:
             "or lower train.sequence_length",
         ),
     ):
-        if tokens < needed:
+        if tokens < length + 1:
             problems.append(
                 f"data.sources[{source.name}]: the {part} part has {tokens} tokens, but train.sequence_length "
-                f"({config.train.sequence_length}) + 1 = {needed} are needed; {fix}"
+                f"({length}) + 1 = {length + 1} are needed; {fix}"
             )
+    if not problems and not len(Sequences(source.train_tokens, length, source.left_out)):
+        problems.append(
+            f"data.sources[{source.name}]: other sources hold out all of its {source.train_tokens} training tokens, "
+            f"in whole sequences of train.sequence_length ({length}); its text is in another source already: leave it "
+            f"out, or set another data.seed"
+        )
     return problems

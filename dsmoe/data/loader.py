@@ -13,17 +13,20 @@ import torch
 from dsmoe.config.schema import Config
 from dsmoe.data.cache import PreparedSource
 from dsmoe.data.order import Mixture
+from dsmoe.data.sequences import Sequences
+from dsmoe.data.stored import TokenFile
+from dsmoe.plan.batch import eval_sequences
 
 
 class TrainLoader:
     """The training micro-batches of one data rank.
 
-    A sequence is S + 1 tokens of a source's `train.bin`; neighbours overlap by one token, so that every token but the
-    first is a target exactly once per epoch (less than S tokens at the end of the file are never read). A step's global
-    batch is cut into micro-batches, which are dealt to the ranks in turn: which ones exist does not depend on the
-    number of ranks. There is no state: resuming is asking for another step.
+    Its sequences are those of each source's `train.bin` (`dsmoe.data.sequences`), but for text that another source
+    holds out: every token but the first is a target exactly once per epoch. A step's global batch is cut into
+    micro-batches, which are dealt to the ranks in turn: which ones exist does not depend on the number of ranks. There
+    is no state: resuming is asking for another step.
 
-    Reads are synchronous: a micro-batch is a few pages of a memory-mapped file.
+    Reads are synchronous: a micro-batch is a few times 64 KiB of a file, and all that is read is checked.
 
     Args:
         sources: from `prepare`.
@@ -43,9 +46,9 @@ class TrainLoader:
         self._rank = data_rank
         self._degree = data_degree
         self._names = [source.name for source in sources]
-        self._tokens = [source.train for source in sources]
-        self._lengths = [_num_sequences(source.train_tokens, train.sequence_length) for source in sources]
-        self._mixture = Mixture(self._lengths, [source.weight for source in sources], config.data.seed)
+        self._tokens = [source.train_file for source in sources]
+        self._sequences = [train_sequences(source, config) for source in sources]
+        self._mixture = mixture(sources, config)
 
     def micro_batches(self, step: int) -> Iterator[torch.Tensor]:
         """Yield this rank's micro-batches of the 0-based `step`, each `[B, S + 1]` int64, as many as on every rank."""
@@ -53,38 +56,59 @@ class TrainLoader:
         first, stride = self._rank * self._micro_batch_size, self._degree * self._micro_batch_size
         for start in range(first, self._batch_sequences, stride):
             rows = slice(start, start + self._micro_batch_size)
-            yield _read([self._tokens[source] for source in sources[rows]], sequences[rows], self._sequence_length)
+            places = [self._sequences[s].place(n) for s, n in zip(sources[rows], sequences[rows], strict=True)]
+            yield _read([self._tokens[source] for source in sources[rows]], places, self._sequence_length)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Tell how often each source has been read through before the 0-based `step`."""
         counts = self._mixture.counts(step * self._batch_sequences)
-        return {name: float(counts[i] / self._lengths[i]) for i, name in enumerate(self._names)}
+        return {name: float(counts[i] / len(self._sequences[i])) for i, name in enumerate(self._names)}
+
+
+def train_sequences(source: PreparedSource, config: Config) -> Sequences:
+    """The sequences of a source that are trained on."""
+    return Sequences(source.train_tokens, config.train.sequence_length, source.left_out)
+
+
+def mixture(sources: Sequence[PreparedSource], config: Config) -> Mixture:
+    """The order in which the sequences of all sources are trained on."""
+    return Mixture(
+        [len(train_sequences(source, config)) for source in sources],
+        [source.weight for source in sources],
+        config.data.seed,
+        [source.name for source in sources],
+    )
 
 
 class ValidationLoader:
     """One data rank's share of an evaluation of one source.
 
-    Evaluates min(all, `train.eval_batches` x `train.micro_batch_size`) sequences of `validation.bin`, evenly spaced,
-    whatever the number of ranks. Every rank yields equally many micro-batches, because the model's collectives need all
+    Evaluates min(all, `eval_sequences(config)`) sequences of `validation.bin`, evenly spaced, whatever the number of
+    ranks and the micro-batch. Every rank yields equally many micro-batches, because the model's collectives need all
     ranks; rows that only fill up have weight 0.
 
     Args:
         source: from `prepare`.
-        config: reads `train.eval_batches`, `train.micro_batch_size` and `train.sequence_length`.
+        config: reads `train.eval_sequences`, `train.micro_batch_size` and `train.sequence_length`.
         data_rank: this rank's number in its data group.
         data_degree: ranks in the data group.
     """
 
     def __init__(self, source: PreparedSource, config: Config, data_rank: int, data_degree: int):
         assert 0 <= data_rank < data_degree
-        self._tokens = source.validation
+        self._tokens = source.validation_file
         self._sequence_length = config.train.sequence_length
         self._micro_batch_size = config.train.micro_batch_size
-        available = _num_sequences(source.validation_tokens, self._sequence_length)
-        wanted = min(available, config.train.eval_batches * self._micro_batch_size)
+        available = len(Sequences(source.validation_tokens, self._sequence_length))
+        wanted = min(available, eval_sequences(config))
         self._sequences = np.arange(wanted) * available // wanted
         self._rank = data_rank
         self._degree = data_degree
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the evaluation, of all ranks together."""
+        return len(self._sequences)
 
     def __len__(self) -> int:
         """Count the micro-batches, the same number on every rank."""
@@ -104,13 +128,9 @@ class ValidationLoader:
             yield _read([self._tokens] * len(rows), sequences, self._sequence_length), weight
 
 
-def _num_sequences(tokens: int, sequence_length: int) -> int:
-    return (tokens - 1) // sequence_length
-
-
-def _read(tokens: Sequence[np.ndarray], sequences: np.ndarray, sequence_length: int) -> torch.Tensor:
-    """Row i is sequence `sequences[i]` of the token file `tokens[i]`, `[B, S + 1]` int64."""
+def _read(tokens: Sequence[TokenFile], places: Sequence[int] | np.ndarray, sequence_length: int) -> torch.Tensor:
+    """Row i is sequence `places[i]` of the token file `tokens[i]`, `[B, S + 1]` int64."""
     batch = np.empty((len(tokens), sequence_length + 1), dtype=np.int64)
-    for row, (file, sequence) in enumerate(zip(tokens, sequences.tolist(), strict=True)):
-        batch[row] = file[sequence * sequence_length : (sequence + 1) * sequence_length + 1]
+    for row, (file, place) in enumerate(zip(tokens, map(int, places), strict=True)):
+        batch[row] = file.read(place * sequence_length, (place + 1) * sequence_length + 1)
     return torch.from_numpy(batch)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
-from dsmoe.config.errors import UserError
-
-BLOCK = 1024
-"""Samples in which every source has its exact share."""
+ORDER_VERSION = 2
+"""Under another, the samples of a run are others. (1 had shares of 1/1024, and none smaller.)"""
+BLOCK = 64
+"""Samples that are shuffled among each other."""
 
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -19,6 +22,7 @@ _MASK = (1 << 64) - 1
 # Uses of a key that must not share random numbers.
 _BLOCK_KEY = 0
 _EPOCH_KEY = 1
+_TREE_KEY = 2
 
 
 def permute(index: np.ndarray, length: int, key: np.ndarray) -> np.ndarray:
@@ -76,31 +80,36 @@ class Mixture:
 
     Guaranteed, for every seed:
 
-    * sample `i` is a function of (lengths, weights, seed, `i`) alone;
-    * every aligned block of 1024 samples has the same number of samples of a source: 1024 * weight / sum(weights),
-      up or down to a whole number. A source too light for one sample gets one, at the heaviest source's expense;
+    * sample `i` is a function of (names, lengths, weights, seed, `i`) alone, in whatever order the sources are given;
+    * of the first n samples, n a multiple of 64, a source of share p = weight / sum(weights) has n * p, up to less than
+      4 more or fewer, however small its weight and however many sources there are; between multiples of 64, up to
+      64 * p more or fewer on top;
     * the samples of one source, in the order they come, go through all its sequences once (an epoch), then through
       all of them once again in another order, and so on.
+
+    Shares are exact: a binary tree has the sources as its leaves, and of the first m samples that reach an inner node,
+    floor(m * P + U) go to its left, where P is the left's share of the node and U, in [0, 1), is drawn from the seed.
+    So the place of any sample in its source follows from its number by one multiplication for each level. The tree is
+    Huffman's: a sample passes log2(sources) levels or fewer on average, and as no inner node has more than two thirds
+    of the one above it, the roundings of all levels add up to less than 4 samples.
 
     Args:
         lengths: number of sequences of each source.
         weights: shares of the samples, relative to each other.
         seed: decides both orders.
-
-    Raises:
-        UserError: more sources than a block has samples.
+        names: of the sources, all different, which decide the order within each; their numbers where left out.
     """
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int):
+    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, names: Sequence[str] | None = None):
         assert len(lengths) == len(weights)
         assert min(lengths) > 0
         assert min(weights) > 0
+        names = [str(number) for number in range(len(lengths))] if names is None else names
+        assert len(set(names)) == len(names) == len(lengths)
         self._lengths = list(lengths)
         self._seed = seed
-        self._shares = _block_shares(weights)
-        self._sources_of_share = np.repeat(np.arange(len(lengths)), self._shares)
-        starts = np.cumsum(self._shares) - self._shares
-        self._rank_in_share = np.arange(BLOCK) - np.repeat(starts, self._shares)
+        self._name_keys = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in names]
+        self._tree = _Tree(weights, names, seed)
 
     def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Find the samples `first` to `first + count - 1`: their sources and sequences, each `[count]` int64."""
@@ -108,15 +117,14 @@ class Mixture:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         first_block, offset = divmod(first, BLOCK)
         last_block = (first + count - 1) // BLOCK
-        blocks = np.arange(first_block, last_block + 1)
-        source_NK, number_NK = self._blocks(blocks)
+        source_NK, number_NK = self._blocks(np.arange(first_block, last_block + 1))
         sources = source_NK.reshape(-1)[offset : offset + count]
         numbers = number_NK.reshape(-1)[offset : offset + count]
         sequences = np.empty(count, dtype=np.int64)
         for source in np.unique(sources):
             mine = sources == source
             epochs, indices = np.divmod(numbers[mine], self._lengths[source])
-            keys = make_key(self._seed, _EPOCH_KEY, int(source), epochs)
+            keys = make_key(self._seed, _EPOCH_KEY, self._name_keys[source], epochs)
             sequences[mine] = permute(indices, self._lengths[source], keys)
         return sources, sequences
 
@@ -124,28 +132,81 @@ class Mixture:
         """Count how many of the first `total` samples come from each source, `[sources]` int64."""
         full_blocks, rest = divmod(total, BLOCK)
         source_NK, _ = self._blocks(np.array([full_blocks]))
-        return full_blocks * self._shares + np.bincount(source_NK[0, :rest], minlength=len(self._lengths))
+        return self._tree.counts(full_blocks * BLOCK) + np.bincount(source_NK[0, :rest], minlength=len(self._lengths))
 
     def _blocks(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give each sample of N blocks of K = 1024 its source and its number among that source's samples, `[N, K]`."""
-        key_N1 = make_key(self._seed, _BLOCK_KEY, blocks)[:, None]
-        source_NK = self._sources_of_share[permute(np.arange(BLOCK)[None, :], BLOCK, key_N1)]
-        # A stable sort groups each block's positions by source and keeps their order in time.
-        position_NK = np.argsort(source_NK, axis=1, kind="stable")
-        rank_NK = np.empty_like(source_NK)
-        np.put_along_axis(rank_NK, position_NK, self._rank_in_share[None, :], axis=1)
-        return source_NK, blocks[:, None] * self._shares[source_NK] + rank_NK
+        """Give each sample of N blocks of K samples its source and its number among that source's samples, `[N, K]`.
+
+        The tree deals the sources in turn, so that some ranks would read one source only: within each block the samples
+        are shuffled, and each source's then numbered in the order in which they come.
+        """
+        even_NK, number_NK = self._tree.find(blocks[:, None] * BLOCK + np.arange(BLOCK))
+        place_NK = permute(np.arange(BLOCK)[None, :], BLOCK, make_key(self._seed, _BLOCK_KEY, blocks)[:, None])
+        source_NK = np.take_along_axis(even_NK, place_NK, axis=1)
+        # Stable sorts group each block's samples by source: before the shuffle by number, after it by time.
+        by_number_NK = np.argsort(even_NK, axis=1, kind="stable")
+        by_time_NK = np.argsort(source_NK, axis=1, kind="stable")
+        shuffled_NK = np.empty_like(number_NK)
+        np.put_along_axis(shuffled_NK, by_time_NK, np.take_along_axis(number_NK, by_number_NK, axis=1), axis=1)
+        return source_NK, shuffled_NK
 
 
-def _block_shares(weights: Sequence[float]) -> np.ndarray:
-    """Round to whole samples per block, `[sources]` int64, by largest remainder; at least one each."""
-    if len(weights) > BLOCK:
-        raise UserError(f"data.sources: {len(weights)} sources, at most {BLOCK} can be mixed; put files together")
-    exact = np.asarray(weights, dtype=np.float64) / math.fsum(weights) * BLOCK
-    shares = np.floor(exact).astype(np.int64)
-    by_remainder = np.argsort(shares - exact, kind="stable")
-    shares[by_remainder[: BLOCK - int(shares.sum())]] += 1
-    for source in np.flatnonzero(shares == 0):
-        shares[np.argmax(shares)] -= 1
-        shares[source] = 1
-    return shares
+class _Tree:
+    """Deals the samples 0, 1, 2, ... to sources in exact proportion. Leaves are `-1 - source`, inner nodes from 0."""
+
+    def __init__(self, weights: Sequence[float], names: Sequence[str], seed: int):
+        self._num_sources = len(weights)
+        # Ties go by name, so that nothing depends on the order in which sources are given.
+        by_weight = sorted(range(len(weights)), key=lambda source: (weights[source], names[source]))
+        heap = [(Fraction(weights[source]), number, -1 - source) for number, source in enumerate(by_weight)]
+        self._children: list[tuple[int, int]] = []
+        shares: list[int] = []
+        while len(heap) > 1:
+            left, right = heapq.heappop(heap), heapq.heappop(heap)
+            shares.append(int((left[0] / (left[0] + right[0])) * (1 << 64)))
+            node = len(self._children)
+            self._children.append((left[2], right[2]))
+            heapq.heappush(heap, (left[0] + right[0], len(weights) + node, node))
+        self._root = heap[0][2]
+        self._left = np.array([left for left, _ in self._children], dtype=np.int64)
+        self._right = np.array([right for _, right in self._children], dtype=np.int64)
+        self._shares = np.array(shares, dtype=np.uint64)
+        self._offsets = make_key(seed, _TREE_KEY, np.arange(len(shares)))
+
+    def find(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sample and its number among that source's samples, each `[...]` int64."""
+        numbers = samples.astype(np.int64).reshape(-1)
+        nodes = np.full(len(numbers), self._root, dtype=np.int64)
+        while (inner := np.flatnonzero(nodes >= 0)).size:
+            at, number = nodes[inner], numbers[inner]
+            before = _scaled(number, self._shares[at], self._offsets[at])
+            is_left = _scaled(number + 1, self._shares[at], self._offsets[at]) > before
+            numbers[inner] = np.where(is_left, before, number - before)
+            nodes[inner] = np.where(is_left, self._left[at], self._right[at])
+        return (-1 - nodes).reshape(samples.shape), numbers.reshape(samples.shape)
+
+    def counts(self, total: int) -> np.ndarray:
+        """Count how many of the samples below `total` each source has, `[sources]` int64."""
+        found = np.zeros(self._num_sources, dtype=np.int64)
+        waiting = [(self._root, total)]
+        while waiting:
+            node, count = waiting.pop()
+            if node < 0:
+                found[-1 - node] = count
+                continue
+            left = int(self._shares[node]) * count + int(self._offsets[node]) >> 64
+            waiting += [(self._children[node][0], left), (self._children[node][1], count - left)]
+        return found
+
+
+def _scaled(number: np.ndarray, share: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """floor((number * share + offset) / 2^64) without rounding, `[n]` int64: a product of 128 bits, from halves."""
+    half, low = np.uint64(32), np.uint64((1 << 32) - 1)
+    a_high, a_low = number.astype(np.uint64) >> half, number.astype(np.uint64) & low
+    b_high, b_low = share >> half, share & low
+    lowest = a_low * b_low
+    middle = a_high * b_low + (lowest >> half)
+    other = a_low * b_high + (middle & low)
+    below = (other << half) | (lowest & low)  # the lower 64 bits of the product
+    above = a_high * b_high + (middle >> half) + (other >> half)
+    return (above + (below + offset < below)).astype(np.int64)

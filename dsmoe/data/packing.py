@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dsmoe.config.errors import UserError
+from dsmoe.data.stored import FileWriter, StoredFile
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
 
 logger = logging.getLogger(__name__)
@@ -31,10 +33,23 @@ class Packed:
     num_bytes: np.ndarray
     """`[documents]` int64: UTF-8 bytes of the text."""
     hashes: np.ndarray
-    """`[documents]` uint64: hash of the text under the salt."""
+    """`[documents]` uint64: hash of the text under the seed; equal for texts that differ in what `plain_text` drops."""
+    max_token: int
+    """The largest token."""
 
 
-def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, salt: str, target: Path) -> Packed:
+def plain_text(text: str) -> str:
+    """What makes two documents the same one: the text without white space at its ends, lines ended by line feeds."""
+    return text.strip().replace("\r\n", "\n").replace("\r", "\n")
+
+
+def document_hash(text: str, seed: int) -> int:
+    """64 bits that follow from the document and the seed alone: the same in every source."""
+    key = hashlib.sha256(f"document/{seed}".encode()).digest()
+    return int.from_bytes(hashlib.blake2b(plain_text(text).encode("utf-8"), digest_size=8, key=key).digest(), "little")
+
+
+def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, target: Path) -> Packed:
     """Write the tokens of `texts`, each followed by the end-of-document token, to `target`.
 
     Memory holds one batch of about a million characters (or the largest document), and 24 bytes per document.
@@ -43,31 +58,39 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, salt: str, targe
         name: of the source, for the progress log.
         texts: the documents.
         tokenizer: decides the tokens and their type, `token_dtype(vocab_size)`.
-        salt: makes the documents' hashes different from those under another salt.
+        seed: makes the documents' hashes different from those under another seed.
         target: the file to write.
+
+    Raises:
+        UserError: the tokenizer gives a token that is beyond its own vocabulary.
     """
     token_counts, byte_counts, hashes = array("q"), array("q"), array("Q")
-    hash_key = hashlib.sha256(salt.encode("utf-8")).digest()
     separator = [] if tokenizer.end_of_document is None else [tokenizer.end_of_document]
     end_of_document = np.array(separator, dtype=token_dtype(tokenizer.vocab_size))
+    max_token = max(separator, default=0)
     progress = _Progress(name)
     with target.open("wb") as file:
         for batch in _batches(texts):
             for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                data = text.encode("utf-8")
-                digest = hashlib.blake2b(data, digest_size=8, key=hash_key).digest()
-                hashes.append(int.from_bytes(digest, "little"))
-                byte_counts.append(len(data))
+                num_bytes = len(text.encode("utf-8"))
+                hashes.append(document_hash(text, seed))
+                byte_counts.append(num_bytes)
                 token_counts.append(len(tokens) + len(end_of_document))
                 file.write(tokens.tobytes())
                 file.write(end_of_document.tobytes())
-                progress.add(len(data), token_counts[-1])
+                max_token = max(max_token, int(tokens.max(initial=0)))
+                progress.add(num_bytes, token_counts[-1])
             progress.report()
-    return Packed(np.array(token_counts), np.array(byte_counts), np.array(hashes, dtype=np.uint64))
+    if max_token >= tokenizer.vocab_size:
+        raise UserError(
+            f"data.tokenizer: it has made token {max_token} of the text of data.sources[{name}], and its vocabulary "
+            f"ends at {tokenizer.vocab_size - 1}; give data.tokenizer another file"
+        )
+    return Packed(np.array(token_counts), np.array(byte_counts), np.array(hashes, dtype=np.uint64), max_token)
 
 
-def copy_documents(flat: Path, tokens_D: np.ndarray, chosen_D: np.ndarray, itemsize: int, target: Path) -> None:
-    """Copy the chosen documents of a flat token file to `target`, in order.
+def copy_documents(flat: Path, tokens_D: np.ndarray, chosen_D: np.ndarray, itemsize: int, target: Path) -> StoredFile:
+    """Copy the chosen documents of a flat token file to `target`, in order, with checksums.
 
     Args:
         flat: a file written by `pack`.
@@ -79,11 +102,13 @@ def copy_documents(flat: Path, tokens_D: np.ndarray, chosen_D: np.ndarray, items
     offsets = np.concatenate([[0], np.cumsum(tokens_D)]) * itemsize
     # Runs of neighbouring chosen documents are copied together.
     runs = np.flatnonzero(np.diff(chosen_D.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    with flat.open("rb") as source, target.open("wb") as file:
+    writer = FileWriter(target)
+    with flat.open("rb") as source:
         for begin, end in offsets[runs].tolist():
             source.seek(begin)
             for position in range(begin, end, COPY_BYTES):
-                file.write(source.read(min(COPY_BYTES, end - position)))
+                writer.write(source.read(min(COPY_BYTES, end - position)))
+    return writer.close()
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -79,3 +79,16 @@ class Batch:
             f"{' x '.join(factors)} = {quantity(self.tokens_per_step, 'token')} per step; "
             f"{quantity(self.steps, 'step')} = {readable_count(self.total_tokens)} tokens"
         )
+
+
+DEFAULT_EVAL_SEQUENCES = 128
+EVAL_BATCH = 8
+"""Sequences that `train.eval_batches`, the older name of the quantity, counts by."""
+
+
+def eval_sequences(config: Config) -> int:
+    """Held-out sequences of each source in an evaluation: the same whatever the devices and the micro-batch."""
+    train = config.train
+    if train.eval_sequences is not None:
+        return train.eval_sequences
+    return EVAL_BATCH * train.eval_batches if train.eval_batches is not None else DEFAULT_EVAL_SEQUENCES

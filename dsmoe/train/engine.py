@@ -20,6 +20,7 @@ from dsmoe.config.deepspeed import REDUCE_BUCKET_ELEMENTS, to_deepspeed
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
+from dsmoe.data.cache import VERIFIED_AT_START
 from dsmoe.moe.layer import MoE
 from dsmoe.parallel.distributed import on_first_rank, set_timeout_everywhere
 from dsmoe.parallel.groups import Groups
@@ -92,13 +93,14 @@ def initialize(
 def prepare_once(config: Config) -> list[PreparedSource]:
     """The prepared data of `config`, tokenised by one rank while the others wait; collective.
 
-    Where nodes do not share `data.cache_dir`, the first rank of each node makes its own.
+    Where nodes do not share `data.cache_dir`, the first rank of each node makes its own. That rank also looks whether
+    the files are what was written (`prepare`'s `check`); the others check what they read.
     """
-    on_first_rank(lambda: len(prepare(config)))
+    on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)))
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        prepare(config)
+        prepare(config, VERIFIED_AT_START)
     dist.barrier()
-    return prepare(config)
+    return prepare(config, check=0)
 
 
 def _reduce_over_own_groups(engine: deepspeed.DeepSpeedEngine, groups: Groups) -> None:

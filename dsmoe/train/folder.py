@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,16 @@ from dsmoe.checkpoint.manifest import DamagedError, Manifest
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
+from dsmoe.config.locks import HeldError, Lock, take
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
+from dsmoe.data import PreparedSource
+from dsmoe.data.loader import train_sequences
 from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
+from dsmoe.train.changed import Order, changed_order
+
+logger = logging.getLogger(__name__)
 
 # What may change when a run goes on: how long, how often, where, and what one changes after a divergence. Everything
 # else is the run's identity.
@@ -41,6 +47,8 @@ _CHANGEABLE = (
     "train.tokens",
     "train.eval_every",
     "train.eval_batches",
+    "train.eval_sequences",
+    "data.changed_order",
     "train.recompute",
     "train.micro_batch_size",
 )
@@ -50,11 +58,13 @@ _OTHER_MODEL = ("model.", "moe")
 """Where these differ, a checkpoint is of no use."""
 _OTHER_STEPS = ("train.batch_tokens", "train.sequence_length")
 """Where these differ, a checkpoint's weights may be begun with, and nothing else of it."""
+_OF_THE_ORDER = ("data.sources", "data.seed", "data.validation_fraction")
+"""What may change besides where `data.changed_order` accepts it. Where there are checkpoints, `check_order` decides."""
 LOCK, TOKEN = ".lock", ".token"
 LOOKS = (1.0, 4.0)
 """Seconds before each further look at checkpoints that could not be read."""
-_held: dict[Path, int] = {}
-"""Locks of this process, with their descriptors: they are let go of when it ends."""
+_held: dict[Path, Lock] = {}
+"""Locks of this process: they are let go of when it ends."""
 
 
 def run_folder(config: Config) -> Path:
@@ -100,8 +110,8 @@ def claim_run_folder(config: Config) -> None:
         check_run_folder(config)
 
 
-def make_run_folder(config: Config) -> tuple[Beginning, str]:
-    """Make the folder, take it for this process, check it, and write `config.yaml`.
+def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[Beginning, str]:
+    """Make the folder, take it for this process, check it and the order of its text, and write `config.yaml`.
 
     Returns:
         What to begin with, and a token that `check_shared` wants.
@@ -116,6 +126,7 @@ def make_run_folder(config: Config) -> tuple[Beginning, str]:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
         beginning = check_run_folder(config)
+        check_order(beginning, config, sources)
         remove_leftovers(folder)
         write_whole(folder / "config.yaml", dump_config(config))
         write_whole(folder / TOKEN, token)
@@ -139,7 +150,8 @@ def check_run_folder(config: Config) -> Beginning:
     found = _look(folder / "checkpoints")
     before, notes = _config_before(folder / "config.yaml", found)
     here = flatten(config.model_dump(mode="json"))
-    differing = [key for key in _differing(before, here) if not f"{key}.".startswith(_free_prefixes())]
+    free = _free_prefixes(config, found)
+    differing = [key for key in _differing(before, here) if not f"{key}.".startswith(free)]
     if differing:
         raise UserError(_of_another_config(config, folder, found, before, here, differing))
     said = [key for key in _differing(before, here) if key.startswith(_SAID)]
@@ -158,6 +170,18 @@ def check_run_folder(config: Config) -> Beginning:
     elif beginning.weights is not None:
         _chosen("checkpoint.weights_from", beginning.weights)
     return beginning
+
+
+def check_order(beginning: Beginning, config: Config, sources: Sequence[PreparedSource]) -> None:
+    """Check that the run reads on where its newest checkpoint stopped; before anything is written.
+
+    Raises:
+        UserError: it would read other text, and `data.changed_order` does not accept it.
+    """
+    if beginning.checkpoints:
+        newest = beginning.checkpoints[0]
+        here = Order.of_run(config, sources, [len(train_sequences(source, config)) for source in sources])
+        changed_order(newest, inspect(newest).facts, config, here)
 
 
 def check_shared(folder: Path, token: str) -> None:
@@ -203,20 +227,24 @@ def _lock(folder: Path) -> None:
         raise system_error(f"cannot lock the run folder {folder.absolute()}: {describe(error)}", error) from None
 
 
-def _take(lock: Path) -> None:
-    """Hold `lock` for as long as this process lives; the system lets go of it however the process ends."""
-    key = lock.absolute()
-    if key in _held and lock.exists() and os.path.samestat(os.fstat(_held[key]), lock.stat()):
+def _take(path: Path) -> None:
+    """Hold the lock at `path` for as long as this process lives; the system lets go of it however the process ends."""
+    held = _held.get(path.absolute())
+    if held is not None and held.is_in_place:
         return
-    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lock = take(path)
+    except HeldError:
         raise PassingError(
-            f"another process is training in {lock.parent}; wait for it, or give this run another name (name=...)"
+            f"another process is training in {path.parent}; wait for it, or give this run another name (name=...)"
         ) from None
-    _held[key] = descriptor
+    if not lock.works:
+        logger.warning(
+            "%s is on a file system without locks (flock): nothing keeps a second start of this run from writing over "
+            "the first one's files; start it once at a time",
+            path.parent,
+        )
+    _held[path.absolute()] = lock
 
 
 def _look(folder: Path) -> Found:
@@ -320,8 +348,11 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
         raise refusal from None
 
 
-def _free_prefixes() -> tuple[str, ...]:
-    return tuple(f"{free}." for free in _CHANGEABLE)
+def _free_prefixes(config: Config, found: Found) -> tuple[str, ...]:
+    """Where there are checkpoints, `check_order` decides about the order of the text."""
+    has_checkpoints = bool(found.whole or found.passed_over)
+    order = _OF_THE_ORDER if has_checkpoints or config.data.changed_order == "accept" else ()
+    return tuple(f"{free}." for free in (*_CHANGEABLE, *order))
 
 
 def _differing(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

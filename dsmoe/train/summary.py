@@ -13,6 +13,8 @@ from dsmoe.checkpoint.folder import candidates
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Request
 from dsmoe.launch.world import SRUN, launched_world
+from dsmoe.plan.batch import Batch
+from dsmoe.train.changed import rate_when_longer
 from dsmoe.train.folder import free_name
 
 BITS_PER_BYTE = "eval/bits_per_byte"
@@ -74,10 +76,13 @@ def _next_steps(folder: Path, config: Config) -> list[str]:
     if config.cluster.nodes > 1:
         way = "--slurm" if launched_world().launcher == SRUN else "--hostfile"
         onward = f"dsmoe launch {file} {longer} {way}"
+    jump = rate_when_longer(config, 2 * Batch.from_config(config).steps)
     commands = {
         f"tensorboard --logdir {folder / 'tensorboard'}": "loss, load balance, dropped tokens, throughput",
         f"dsmoe config show {file}": "every setting of this run",
-        onward: "train on from here",
+        onward: f"train on from here: {jump}, and the start says what to write instead"
+        if jump
+        else "train on from here",
     }
     if not config.observe.tensorboard:
         del commands[next(iter(commands))]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from dsmoe.checkpoint.checkpoints import Checkpoints
-from dsmoe.checkpoint.folder import all_checkpoints, step_of
+from dsmoe.checkpoint.folder import all_checkpoints, inspect, step_of
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config.schema import Config
 from dsmoe.data import ValidationLoader, prepare
+from dsmoe.data.loader import train_sequences
 from dsmoe.model import build_model
 from dsmoe.moe import begin_step, hold_drop_rate, update_routers
 from dsmoe.observe import Meter, Sink, console_line
@@ -27,6 +31,7 @@ from dsmoe.parallel.watch import SAVING, process_watch
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
+from dsmoe.train.changed import Order, changed_order, changed_rate
 from dsmoe.train.engine import initialize
 from dsmoe.train.evaluate import HeldOut, evaluate
 from dsmoe.train.placement import placements
@@ -77,32 +82,45 @@ class Trainer:
         self.model = model
         self.moe_layers = [layer for _, layer in model.moe_layers()]
         self.engine, _, self.loader, self.scheduler = initialize(model=model, config=config, groups=groups)
-        self.sources = prepare(config)
-        self._corpora = {source.name: [source.train_tokens, source.train_bytes] for source in self.sources}
-        self.checkpoints = Checkpoints(checkpoint_folder, self.engine, placements(model), config, self._corpora)
+        self.sources = prepare(config, check=0)
+        self.order = Order.of_run(config, self.sources, [len(train_sequences(s, config)) for s in self.sources])
         self.signals = StopSignals(timedelta(seconds=config.cluster.collective_timeout_seconds))
         data_rank, data_degree = groups.coordinate("data"), groups.topology.data
         self.held_out = [
             HeldOut(source, ValidationLoader(source, config, data_rank, data_degree)) for source in self.sources
         ]
+        self.checkpoints = Checkpoints(checkpoint_folder, self.engine, placements(model), config, self._data_facts())
         flops = flops_per_token(config, config.train.sequence_length)
         self._device_facts = resolve_device(config.cluster.device)
         constants = Constants(self.batch, flops, self._device_facts)
         self.meter = Meter(constants, model.moe_layers(), rank.device)
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint, whatever layout wrote it."""
-        facts = self.checkpoints.load(checkpoint)
-        self.step_index = self._looked_at = self._begun_at = facts.step
-        for name, then in facts.corpora.items():
-            now = self._corpora.get(name)
-            if now != then:
-                what = "is not among data.sources any more" if now is None else f"has {now[0]:,} tokens now"
-                logger.warning(
-                    "the text of %s, of %s tokens when step %d was saved, %s: what the run has read, and what it will "
-                    "read next, are no longer parts of one order",
-                    *(name, f"{then[0]:,}", facts.step, what),
-                )
+        """Continue from a checkpoint, whatever layout wrote it; says what is different from the run that was saved.
+
+        Raises:
+            UserError: it would read other text than that run, and `data.changed_order` does not accept it.
+        """
+        for change in on_first_rank(lambda: self._changes(checkpoint)):
+            logger.warning("%s", change)
+        self.step_index = self._looked_at = self._begun_at = self.checkpoints.load(checkpoint).step
+
+    def _changes(self, checkpoint: Path) -> list[str]:
+        facts = inspect(checkpoint).facts
+        changes = (
+            changed_order(checkpoint, facts, self.config, self.order),
+            changed_rate(checkpoint, facts, self.config),
+        )
+        return [change for change in changes if change]
+
+    def _data_facts(self) -> dict[str, Any]:
+        """What a checkpoint records of the text."""
+        evaluated = [(part.source.text.partition("/")[2], part.loader.num_sequences) for part in self.held_out]
+        return {
+            "corpora": {source.name: [source.train_tokens, source.train_bytes] for source in self.sources},
+            "order": asdict(self.order),
+            "held_out": hashlib.sha256(json.dumps(evaluated).encode()).hexdigest()[:16],
+        }
 
     def take_weights(self, checkpoint: Path) -> None:
         """Begin with the weights of a checkpoint, whatever layout wrote it; everything else is new."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, checkpoint_name, verify
-from dsmoe.checkpoint.manifest import Facts
+from dsmoe.checkpoint.manifest import Facts, Manifest
 from dsmoe.checkpoint.planning import PartsSavePlanner, by_key
 from dsmoe.checkpoint.removal import remove_old
 from dsmoe.checkpoint.state import whole_part
@@ -75,6 +76,15 @@ def test_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
     run_ranks(1, save_three, tmp_path)  # the validation loss is the step
     (data,) = (tmp_path / "step_00000001").glob("*.safetensors")
     os.truncate(data, 10)
+    remove_old(tmp_path, CheckpointSection(keep=1, keep_best=1))
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_a_loss_on_another_text_is_not_the_best(tmp_path: Path) -> None:
+    run_ranks(1, save_three, tmp_path)  # the validation loss is the step
+    manifest = Manifest.read(tmp_path / "step_00000001")
+    other = replace(manifest, facts=replace(manifest.facts, held_out="of another amount"))
+    (tmp_path / "step_00000001" / "manifest.json").write_text(other.text())
     remove_old(tmp_path, CheckpointSection(keep=1, keep_best=1))
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
 

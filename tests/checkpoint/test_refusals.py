@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,18 +215,22 @@ def go_on_with_another_text(config: Config, checkpoint: Path) -> list[str]:
     trainer = make_trainer(config)
     trainer.resume(checkpoint)
     assert logged == []
-    ((name, (tokens, size)),) = trainer._corpora.items()
-    trainer._corpora[name] = [tokens + 1000, size]
+    ((name, length),) = trainer.order.sequences.items()
+    trainer.order = replace(trainer.order, sequences={name: length + 1000})
+    with pytest.raises(UserError) as refused:
+        trainer.resume(checkpoint)
+    assert trainer.step_index == 2
+    trainer.config = config.model_copy(update={"data": config.data.model_copy(update={"changed_order": "accept"})})
     trainer.resume(checkpoint)
-    trainer._corpora = {"news": [1, 1]}
-    trainer.resume(checkpoint)
-    return logged
+    return [str(refused.value), *logged]
 
 
-def test_another_text_is_said(checkpoint: Path, tmp_path: Path) -> None:
-    ((more, gone),) = run_ranks(1, go_on_with_another_text, layout_config(tmp_path), checkpoint)
-    assert re.match(r"the text of \w+, of [\d,]+ tokens when step 2 was saved, has [\d,]+ tokens now: ", more)
-    assert "is not among data.sources any more" in gone
+def test_another_text_is_refused_or_said(checkpoint: Path, tmp_path: Path) -> None:
+    ((refused, said),) = run_ranks(1, go_on_with_another_text, layout_config(tmp_path), checkpoint)
+    row = r"data\.sources\[sums\], training sequences +[\d,]+ +[\d,]+\n"
+    assert re.search(rf"was made with another order of the training text:\n +saved +here\n +{row}", said)
+    assert refused.startswith(said)
+    assert "To go on so, set data.changed_order: accept." in refused
 
 
 def fine_tune(config: Config, checkpoint: Path) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_the_image_is_built_and_two_containers_train(engine: Engine, tmp_path: P
 def _two_nodes_train(engine: Engine, folder: Path) -> None:
     """The services of a compose file like the committed one stop, go on, and end as one machine does."""
     path = "configs/tiny_cpu.yaml"
-    train = {"steps": 40, "batch_tokens": 512, "micro_batch_size": 2, "sequence_length": 128, "eval_batches": 1}
+    train = {"steps": 40, "batch_tokens": 512, "micro_batch_size": 2, "sequence_length": 128, "eval_sequences": 2}
     overrides = [*(f"train.{key}={value}" for key, value in train.items()), "train.eval_every=null"]
     overrides += ["data.sources=[{name: prose, path: 'builtin:shakespeare'}]"]  # builtin:python is each Python's own
     overrides += ["optimizer.warmup_steps=5", "observe.log_every=1", "observe.layer_detail_every=null"]

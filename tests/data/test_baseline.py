@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from dsmoe.data import PreparedSource, baseline, bigram_nats, prepare
+from dsmoe.data.stored import write_file
 from tests.data.conftest import MakeConfig
 
 VOCAB = 7
 
 
 def write_source(folder: Path, train: np.ndarray) -> PreparedSource:
-    train.astype("<u2").tofile(folder / "train.bin")
-    return PreparedSource("a", 1.0, folder, np.dtype("<u2"), len(train), 0, 0, 0)
+    write_file(folder / "train.bin", train.astype("<u2").tobytes())
+    return PreparedSource("a", 1.0, folder, np.dtype("<u2"), len(train), 0, 0, 0, max_token=2**16 - 1)
 
 
 def brute_force(train: list[int], sequences: list[list[int]]) -> float:
@@ -70,4 +71,4 @@ def test_lower_than_the_unigram_entropy_of_shakespeare(make_config: MakeConfig) 
     whole = np.asarray(source.validation)[None]
     bits = bigram_nats(source, 257, whole) / math.log(2) / source.validation_bytes
     assert 3.0 < bits < unigram_bits - 1.0
-    assert bits == pytest.approx(3.639, abs=0.01)
+    assert bits == pytest.approx(3.662, abs=0.01)

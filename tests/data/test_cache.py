@@ -1,15 +1,17 @@
 import errno
+import fcntl
 import json
 import logging
 import multiprocessing
 import os
 import re
-import socket
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dsmoe.config import locks
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, cache, packing, prepare
@@ -78,6 +80,7 @@ def test_counts(corpus: Path, make_config: MakeConfig) -> None:
     assert source.validation_bytes_per_token == source.validation_bytes / source.validation_tokens
     meta = json.loads((source.folder / "meta.json").read_text())
     assert meta["train"]["documents"] + meta["validation"]["documents"] == 40
+    assert source.max_token == EOD
     with pytest.raises(ValueError, match="read-only"):
         source.train[0] = 1
 
@@ -185,9 +188,10 @@ def test_a_killed_run_does_no_harm(corpus: Path, make_config: MakeConfig, monkey
     process.start()
     process.join()
     assert process.exitcode == 9
-    (left_over,) = folders(config)
-    host = re.escape(socket.gethostname())
-    assert re.fullmatch(rf"\.corpus-[0-9a-f]{{16}}\.{host}\.{process.pid}\.[0-9a-f]{{32}}\.partial", left_over)
+    assert [re.sub("[0-9a-f]{16,}", "HEX", name) for name in folders(config)] == [
+        ".corpus-HEX.HEX.lock",
+        ".corpus-HEX.HEX.partial",
+    ]
     monkeypatch.undo()
     source = prepare_one(config)
     assert len(decode(source.train)) > 30
@@ -195,24 +199,83 @@ def test_a_killed_run_does_no_harm(corpus: Path, make_config: MakeConfig, monkey
 
 
 def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfig) -> None:
-    """Of this source, on this host, by a process that is gone."""
-    config, host = make_config(spec(corpus)), socket.gethostname()
-    process = multiprocessing.get_context("fork").Process(target=int)
-    process.start()
-    process.join()
-    names = [
-        f".{source}-{16 * '0'}.{where}.{number}.{32 * '0'}.partial"
-        for source, where, number in [
-            ("corpus", host, process.pid),
-            ("corpus", host, os.getpid()),
-            ("corpus", f"{host}2", process.pid),
-            ("corpus-2", host, process.pid),
-        ]
-    ]
-    for name in names:
-        (Path(config.data.cache_dir) / name).mkdir(parents=True)
+    """Of this source, by a process whose lock is free; on another machine, whose locks may be its own, after a day."""
+    config = make_config(spec(corpus))
+    cache_dir = Path(config.data.cache_dir)
+    cache_dir.mkdir()
+
+    def leave(number: int, source: str = "corpus", host: str = locks.machine(), age: float = 0) -> list[str]:
+        partial = cache_dir / f".{source}-{16 * '0'}.{number:032x}.partial"
+        partial.mkdir()
+        (partial / "tokens.bin").write_bytes(b"")
+        partial.with_suffix(".lock").write_text(host)
+        for path in (partial / "tokens.bin", partial):
+            os.utime(path, (time.time() - age,) * 2)
+        return [partial.with_suffix(".lock").name, partial.name]
+
+    leave(1)
+    leave(2, host="elsewhere", age=100_000)
+    alive = leave(3)
+    kept = [*alive, *leave(4, host="elsewhere", age=80_000), *leave(5, source="corpus-2")]
+    for age, of_earlier_version in ((100_000, "old"), (80_000, "young")):
+        path = cache_dir / f".corpus-{16 * '0'}.{of_earlier_version}.77.{32 * '0'}.partial"
+        path.mkdir()
+        os.utime(path, (time.time() - age,) * 2)
+    held = locks.take(cache_dir / alive[0])
     source = prepare_one(config)
-    assert folders(config) == sorted([*names[1:], source.folder.name])
+    held.release()
+    assert folders(config) == sorted([*kept, path.name, source.folder.name])
+
+
+def test_a_live_process_of_the_same_host_and_number_keeps_its_folder(
+    corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers may have one host name, and process numbers that the other does not see."""
+    config = make_config(spec(corpus))
+    context = multiprocessing.get_context("fork")
+    building, go_on = context.Event(), context.Event()
+    publish = cache._publish
+
+    def publish_later(partial: Path, folder: Path) -> None:
+        building.set()
+        assert go_on.wait(timeout=60)
+        publish(partial, folder)
+
+    def elsewhere() -> None:
+        monkeypatch.setattr(cache, "_publish", publish_later)
+        prepare(config)
+
+    process = context.Process(target=elsewhere)
+    process.start()
+    assert building.wait(timeout=60)
+    monkeypatch.setattr(os, "kill", None)  # as if its number said nothing here
+    prepare(make_config(spec(corpus), data={"seed": 1}))
+    assert sum(name.endswith(".partial") for name in folders(config)) == 1
+    go_on.set()
+    process.join()
+    assert process.exitcode == 0
+    assert [name for name in folders(config) if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_locks_it_works_and_says_what_that_costs(
+    number: int,
+    corpus: Path,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    config = make_config(spec(corpus))
+    monkeypatch.setattr(fcntl, "flock", fail)
+    left = Path(config.data.cache_dir) / f".corpus-{16 * '0'}.{32 * '0'}.partial"
+    left.mkdir(parents=True)
+    source = prepare_one(config)
+    assert len(decode(source.train)) > 30
+    assert folders(config) == [left.name, source.folder.name]
+    assert "without locks (flock): what a killed process leaves there, .*.partial, is not removed" in caplog.text
 
 
 @pytest.mark.parametrize("below", ["file", "file/cache", "file/cache/dsmoe"])

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from dsmoe.data import PreparedSource, TrainLoader, ValidationLoader
+from dsmoe.data.stored import DamagedCacheError, write_file
 from tests.data.conftest import MakeConfig
 
 SPEC = {"name": "unused", "path": "unused"}
@@ -15,8 +17,8 @@ def write_source(folder: Path, train: int, validation: int, name: str = "a", wei
     """Write a source whose tokens are their own positions, so that a batch shows where it was read."""
     folder.mkdir()
     for split, tokens in (("train", train), ("validation", validation)):
-        np.arange(tokens, dtype="<u2").tofile(folder / f"{split}.bin")
-    return PreparedSource(name, weight, folder, np.dtype("<u2"), train, train, validation, validation)
+        write_file(folder / f"{split}.bin", np.arange(tokens, dtype="<u2").tobytes())
+    return PreparedSource(name, weight, folder, np.dtype("<u2"), train, train, validation, validation, 2**16 - 1)
 
 
 def rows(loader: TrainLoader, step: int) -> list[list[int]]:
@@ -77,7 +79,43 @@ def test_sources_are_read_by_weight(tmp_path: Path, make_config: MakeConfig) -> 
         write_source(tmp_path / "a", 8 * 256 + 1, 10, "a", 3.0),
         write_source(tmp_path / "b", 8 * 512 + 1, 10, "b"),
     ]
-    assert TrainLoader(sources, config, 0, 1).epochs(2) == {"a": 6.0, "b": 1.0}
+    epochs = TrainLoader(sources, config, 0, 1).epochs(2)
+    assert epochs["a"] == pytest.approx(6.0, abs=2 / 256)
+    assert epochs["b"] == pytest.approx(1.0, abs=2 / 512)
+
+
+def test_the_order_of_the_sources_in_the_file_is_immaterial(tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config(SPEC, train={"batch_tokens": 64 * 8, "sequence_length": 8})
+    sources = [
+        write_source(tmp_path / name, 8 * 999, 10, name, weight) for name, weight in zip("abc", (3, 1, 1), strict=True)
+    ]
+    loaders = [TrainLoader(order, config, 0, 1) for order in (sources, sources[::-1], [*sources[1:], sources[0]])]
+    assert rows(loaders[0], 7) == rows(loaders[1], 7) == rows(loaders[2], 7)
+
+
+def test_text_that_is_left_out_is_never_read(tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config(SPEC, train={"batch_tokens": 4 * 8, "sequence_length": 8})
+    ranges = ((0, 3), (40, 41), (80, 99), (155, 160))
+    source = replace(write_source(tmp_path / "a", 20 * 8 + 6, 10), left_out=ranges)
+    loader = TrainLoader([source], config, 0, 1)
+    epoch = [row for step in range(3) for row in rows(loader, step)]
+    gone = {token for begin, end in ranges for token in range(begin, end)}
+    expected = [k for k in range(20) if not gone & set(range(8 * k, 8 * k + 9))]
+    assert len(expected) == 12 == len(epoch)
+    assert sorted(row[0] // 8 for row in epoch) == expected
+    assert loader.epochs(3) == {"a": 1.0}
+
+
+def test_a_damaged_sequence_is_found_when_it_is_read(tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config(SPEC, train={"batch_tokens": 8, "sequence_length": 8})
+    source = write_source(tmp_path / "a", 60_000, 60_000)
+    data = bytearray((source.folder / "train.bin").read_bytes())
+    data[-1] ^= 1
+    (source.folder / "train.bin").write_bytes(data)
+    loader = TrainLoader([source], config, 0, 1)
+    with pytest.raises(DamagedCacheError, match=r"the 64 KiB of train\.bin at byte 65,536 are not what was written"):
+        [rows(loader, step) for step in range(40)]
+    assert len(source.train_file.read(0, 32768)) == 32768
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -102,7 +140,7 @@ def evaluated(loaders: list[ValidationLoader]) -> list[list[int]]:
 def test_evaluation_does_not_depend_on_the_number_of_ranks(
     validation_tokens: int, tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    config = make_config(SPEC, train={"sequence_length": 8, "micro_batch_size": 3, "eval_batches": 5})
+    config = make_config(SPEC, train={"sequence_length": 8, "micro_batch_size": 3, "eval_sequences": 15})
     source = write_source(tmp_path / "a", 10, validation_tokens)
     expected = evaluated([ValidationLoader(source, config, 0, 1)])
     assert len(expected) == min(15, (validation_tokens - 1) // 8)
@@ -114,7 +152,7 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(
 
 
 def test_evaluation_is_evenly_spaced_and_padded(tmp_path: Path, make_config: MakeConfig) -> None:
-    config = make_config(SPEC, train={"sequence_length": 8, "micro_batch_size": 4, "eval_batches": 2})
+    config = make_config(SPEC, train={"sequence_length": 8, "micro_batch_size": 4, "eval_sequences": 8})
     source = write_source(tmp_path / "a", 10, 8 * 80 + 1)
     (tokens, weight), (_, second) = ValidationLoader(source, config, 0, 1)
     assert tokens[:, 0].tolist() == [0, 80, 160, 240]
@@ -124,3 +162,19 @@ def test_evaluation_is_evenly_spaced_and_padded(tmp_path: Path, make_config: Mak
     ((tokens, weight),) = ValidationLoader(small, config, 1, 2)
     assert weight.tolist() == [0, 0, 0, 0]
     assert tokens[:, 0].tolist() == [16, 16, 16, 16]
+
+
+@pytest.mark.parametrize("old_key", [True, False])
+def test_the_held_out_sequences_do_not_depend_on_the_micro_batch(
+    old_key: bool, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    source = write_source(tmp_path / "a", 10, 8 * 80 + 1)
+    amount = {"eval_batches": 3} if old_key else {"eval_sequences": 24}
+    found = []
+    for size in range(1, 9):
+        config = make_config(SPEC, train={"sequence_length": 8, "micro_batch_size": size, **amount})
+        for degree in (1, 2, 3, 4):
+            loaders = [ValidationLoader(source, config, rank, degree) for rank in range(degree)]
+            found.append(evaluated(loaders))
+    assert len(found[0]) == 24
+    assert all(rows == found[0] for rows in found)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmoe.data.split import choose_validation, cut_single_document
+from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
 
 UNHURRIED = settings(deadline=None)  # the machine is shared
 
@@ -27,6 +27,16 @@ def test_smallest_hashes_until_the_fraction_is_reached() -> None:
     hashes = np.array([50, 10, 40, 20, 30], dtype=np.uint64)
     chosen = choose_validation(hashes, np.full(5, 100), 0.3)
     assert chosen.tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
+def test_large_sources_hold_out_by_the_hash_alone(fraction: float) -> None:
+    """So that two of them hold out the same of what both have."""
+    generator = np.random.default_rng(0)
+    hashes = generator.integers(0, 2**64, 20_000, dtype=np.uint64)
+    chosen = choose_validation(hashes, generator.integers(50, 500, 20_000), fraction)
+    assert np.array_equal(chosen, hashes < hash_limit(fraction))
+    assert abs(chosen.mean() - fraction) < 0.1 * min(fraction, 1 - fraction)
 
 
 def test_a_text_that_is_most_of_the_corpus_stays_in_training() -> None:

@@ -51,7 +51,7 @@ def small_config(
             "micro_batch_size": 1,
             "sequence_length": 32,
             "precision": "fp32",
-            "eval_batches": 4,
+            "eval_sequences": 4,
         },
         "observe": {"tensorboard": False},
     }

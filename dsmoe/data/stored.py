@@ -1,0 +1,231 @@
+"""Files of the cache with checksums: written, verified as a whole, and verified wherever something is read.
+
+Beside each FILE is FILE.sums, with the checksum of every 64 KiB of it (XXH3 of 64 bits, little-endian). Whoever reads a
+few tokens thus reads and checks 64 KiB around them, which is what a disk reads ahead anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from xxhash import xxh3_64, xxh3_64_intdigest, xxh3_128_hexdigest
+
+from dsmoe.config.errors import UserError
+
+CHUNK = 1 << 16
+"""Bytes for each checksum."""
+SPAN = 1 << 24
+"""Bytes that a thread verifies at a time."""
+THREADS = 8
+_SUM = np.dtype("<u8")
+
+
+class DamagedCacheError(UserError):
+    """A file of the cache is not what was written."""
+
+    def __init__(self, folder: Path, what: str):
+        self.folder, self.what = folder, what
+        super().__init__(folder, what)  # as pickling calls it
+
+    def __str__(self) -> str:
+        return f"data.cache_dir: {self.folder} is damaged ({self.what}); delete that folder and run again"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What a file should be."""
+
+    bytes: int
+    xxh128: str
+    """Checksum of its checksums: of the file beside it."""
+
+
+class FileWriter:
+    """Writes a file from its beginning to its end, and the checksums beside it."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("wb")
+        self._sums: list[int] = []
+        self._chunk = xxh3_64()
+        self._bytes = 0
+
+    def write(self, data: bytes) -> None:
+        """Append `data`."""
+        self._file.write(data)
+        rest = memoryview(data)
+        while rest:
+            part = rest[: CHUNK - self._bytes % CHUNK]
+            self._chunk.update(part)
+            self._bytes += len(part)
+            rest = rest[len(part) :]
+            if self._bytes % CHUNK == 0:
+                self._end_chunk()
+
+    def close(self) -> StoredFile:
+        """End the file."""
+        if self._bytes % CHUNK:
+            self._end_chunk()
+        self._file.close()
+        sums = np.array(self._sums, dtype=_SUM).tobytes()
+        sums_path(self._path).write_bytes(sums)
+        return StoredFile(self._bytes, xxh3_128_hexdigest(sums))
+
+    def _end_chunk(self) -> None:
+        self._sums.append(self._chunk.intdigest())
+        self._chunk.reset()
+
+
+def write_file(path: Path, data: bytes) -> StoredFile:
+    """Write a whole file."""
+    writer = FileWriter(path)
+    writer.write(data)
+    return writer.close()
+
+
+def sums_path(path: Path) -> Path:
+    """Where a file's checksums are."""
+    return path.with_name(f"{path.name}.sums")
+
+
+class FileReader:
+    """Reads any part of a file that `FileWriter` wrote, and checks all that it reads.
+
+    It opens the files when it first reads. Nothing is mapped: what goes wrong with a disk or a network is an OSError
+    that names the file, and no signal that ends the process.
+    """
+
+    def __init__(self, path: Path, num_bytes: int):
+        self._path = path
+        self._bytes = num_bytes
+        self._descriptors: tuple[int, int] | None = None
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """The bytes from `begin` to `end`.
+
+        Raises:
+            DamagedCacheError: they are not what was written.
+        """
+        assert 0 <= begin <= end <= self._bytes
+        first, last = begin // CHUNK, -(-end // CHUNK)
+        start = first * CHUNK
+        data = self._pread(0, start, min(last * CHUNK, self._bytes) - start)
+        sums = np.frombuffer(self._pread(1, first * _SUM.itemsize, (last - first) * _SUM.itemsize), dtype=_SUM)
+        for number, expected in enumerate(sums.tolist()):
+            if xxh3_64_intdigest(data[number * CHUNK : (number + 1) * CHUNK]) != expected:
+                at = (first + number) * CHUNK
+                raise self._damaged(f"the 64 KiB of {self._path.name} at byte {at:,} are not what was written")
+        return data[begin - start : end - start]
+
+    def _pread(self, which: int, offset: int, size: int) -> memoryview:
+        """Read `size` bytes of the file (0) or its checksums (1)."""
+        path = (self._path, sums_path(self._path))[which]
+        try:
+            descriptor = self._opened()[which]
+            data = os.pread(descriptor, size, offset)
+            while 0 < len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+                data += more  # Linux reads at most 2 GiB in one call
+        except FileNotFoundError as error:
+            raise self._damaged(f"{Path(error.filename).name} is missing") from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        if len(data) < size:
+            raise self._damaged(f"{path.name} ends at byte {offset + len(data):,}, before its end")
+        return memoryview(data)
+
+    def _opened(self) -> tuple[int, int]:
+        if self._descriptors is None:
+            data = os.open(self._path, os.O_RDONLY)
+            weakref.finalize(self, os.close, data)
+            sums = os.open(sums_path(self._path), os.O_RDONLY)
+            weakref.finalize(self, os.close, sums)
+            self._descriptors = (data, sums)
+        return self._descriptors
+
+    def _damaged(self, what: str) -> DamagedCacheError:
+        return DamagedCacheError(self._path.parent, what)
+
+
+class TokenFile:
+    """The tokens of one part of a source, checked wherever they are read.
+
+    Args:
+        path: the file.
+        dtype: of a token.
+        num_tokens: how many there are.
+        max_token: the largest of them.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, num_tokens: int, max_token: int):
+        self._path, self._dtype, self._tokens, self._max_token = path, dtype, num_tokens, max_token
+        self._reader = FileReader(path, num_tokens * dtype.itemsize)
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """The tokens from `begin` to `end`, `[end - begin]`, read-only.
+
+        Raises:
+            DamagedCacheError: they are not what was written.
+        """
+        size = self._dtype.itemsize
+        tokens = np.frombuffer(self._reader.read(begin * size, end * size), dtype=self._dtype)
+        if tokens.size and int(tokens.max()) > self._max_token:
+            raise DamagedCacheError(
+                self._path.parent,
+                f"{self._path.name} has a token {int(tokens.max())}, and {self._max_token} is said to be its largest",
+            )
+        return tokens
+
+
+def check_size(path: Path, stored: StoredFile) -> None:
+    """Check the sizes of a file and of its checksums; reads neither.
+
+    Raises:
+        DamagedCacheError: they are not what was written.
+    """
+    for file, size in ((path, stored.bytes), (sums_path(path), -(-stored.bytes // CHUNK) * _SUM.itemsize)):
+        try:
+            found = file.stat().st_size
+        except FileNotFoundError:
+            raise DamagedCacheError(path.parent, f"{file.name} is missing") from None
+        if found != size:
+            raise DamagedCacheError(path.parent, f"{file.name} has {found:,} bytes, not {size:,}")
+
+
+def check_sums(path: Path, stored: StoredFile) -> None:
+    """Check the checksums of a file against their own checksum.
+
+    Raises:
+        DamagedCacheError: they are not what was written.
+    """
+    if xxh3_128_hexdigest(sums_path(path).read_bytes()) != stored.xxh128:
+        raise DamagedCacheError(path.parent, f"{sums_path(path).name} is not what was written")
+
+
+def spans(num_bytes: int, itemsize: int = 1) -> list[tuple[int, int]]:
+    """Cut a file of `num_bytes` into pieces for `verify`, in units of `itemsize` bytes."""
+    return [(begin // itemsize, min(begin + SPAN, num_bytes) // itemsize) for begin in range(0, num_bytes, SPAN)]
+
+
+def verify(pieces: Iterable[tuple[FileReader | TokenFile, int, int]]) -> None:
+    """Read the pieces, (file, begin, end) each, in several threads.
+
+    Raises:
+        DamagedCacheError: one is not what was written.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(_read_and_forget, pieces):
+            pass
+
+
+def _read_and_forget(piece: tuple[FileReader | TokenFile, int, int]) -> None:
+    file, begin, end = piece
+    file.read(begin, end)

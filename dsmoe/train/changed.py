@@ -1,0 +1,233 @@
+"""What a run that goes on would do otherwise than the one that was saved: read other text, take other rates."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from dsmoe.checkpoint.fit import Row, rows
+from dsmoe.checkpoint.manifest import DamagedError, Facts
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config, Optimizer
+from dsmoe.data import PreparedSource
+from dsmoe.data.order import ORDER_VERSION, Mixture
+from dsmoe.plan.batch import Batch
+from dsmoe.plan.text import quantity, table
+from dsmoe.train.schedule import learning_rate
+
+_SAME = 1e-12
+"""How far apart two shares are that differ by rounding: `weight: 0.3` beside 0.7, and 3 beside 7."""
+_SAME_RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order a run reads which text."""
+
+    version: int
+    """Of the rules, `ORDER_VERSION`."""
+    seed: int
+    shares: dict[str, float]
+    """Of the samples, by source."""
+    sequences: dict[str, int]
+    """How many each source has to train on."""
+    texts: dict[str, str]
+    """Checksums of what each trains on and holds out."""
+
+    @classmethod
+    def of_run(cls, config: Config, sources: Sequence[PreparedSource], lengths: Sequence[int]) -> Order:
+        """The order here; `lengths` are the numbers of sequences."""
+        total = math.fsum(source.weight for source in sources)
+        return cls(
+            version=ORDER_VERSION,
+            seed=config.data.seed,
+            shares={source.name: source.weight / total for source in sources},
+            sequences={source.name: length for source, length in zip(sources, lengths, strict=True)},
+            texts={source.name: _text_of(source) for source in sources},
+        )
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path, facts: Facts) -> Order:
+        """The one it was made with; of checkpoints from before it was recorded, what is known of it.
+
+        Raises:
+            DamagedError: what was recorded is not what dsmoe records.
+        """
+        if facts.order:
+            try:
+                return _ORDER.validate_python(facts.order)
+            except ValidationError as error:
+                where = ".".join(map(str, error.errors()[0]["loc"]))
+                raise DamagedError(
+                    f"{checkpoint} is damaged: facts.order.{where}: {error.errors()[0]['msg']}"
+                ) from None
+        data, length = facts.config["data"], facts.config["train"]["sequence_length"]
+        weights = {source["name"]: source["weight"] for source in data["sources"]}
+        total = math.fsum(weights.values())
+        return cls(
+            version=1,
+            seed=data["seed"],
+            shares={name: weight / total for name, weight in weights.items()},
+            sequences={name: (tokens - 1) // length for name, (tokens, _) in facts.corpora.items()},
+            texts={},
+        )
+
+    def counts(self, samples: int) -> dict[str, int]:
+        """How many of the first `samples` are of each source."""
+        names = list(self.shares)
+        if self.version == ORDER_VERSION:
+            mixture = Mixture([1] * len(names), [self.shares[name] for name in names], self.seed, names)
+            return dict(zip(names, mixture.counts(samples).tolist(), strict=True))
+        return {name: round(share * samples) for name, share in self.shares.items()}
+
+
+_ORDER = TypeAdapter(Order)
+
+
+def _text_of(source: PreparedSource) -> str:
+    return hashlib.sha256(f"{source.text} {source.left_out}".encode()).hexdigest()[:16]
+
+
+def changed_order(checkpoint: Path, facts: Facts, config: Config, here: Order) -> str | None:
+    """What going on from a checkpoint would read otherwise than the run that made it, with numbers; None for nothing.
+
+    Raises:
+        UserError: something, and `data.changed_order` does not accept it.
+    """
+    if facts.step == 0:  # nothing has been read
+        return None
+    saved = Order.of_checkpoint(checkpoint, facts)
+    differing = _order_rows(saved, here)
+    if not differing:
+        return None
+    batch = Batch.from_config(config)
+    done, end = (steps * batch.sequences_per_step for steps in (facts.step, max(batch.steps, facts.step)))
+    lines = [
+        f"{checkpoint} was made with another order of the training text:",
+        *(f"  {line}" for line in table([("", "saved", "here"), *differing], "<<<")),
+        f"After step {facts.step}, and in the {quantity(batch.steps - facts.step, 'step')} that are left:",
+        *(f"  {line}" for line in _consequences(saved, here, done, end)),
+    ]
+    if config.data.changed_order == "accept":
+        return "\n".join(lines)
+    lines.append(
+        "To go on so, set data.changed_order: accept. To go on as before, put back what differs; to begin anew with "
+        f"the weights alone, set checkpoint.weights_from: {checkpoint} and another name"
+    )
+    raise UserError("\n".join(lines))
+
+
+def _order_rows(saved: Order, here: Order) -> list[Row]:
+    """The key, and both values, of whatever decides the order and differs."""
+    found = rows({"data.seed": saved.seed}, {"data.seed": here.seed})
+    if saved.version != here.version:
+        found.append(("dsmoe's rules of the order", f"version {saved.version}", f"version {here.version}"))
+    for name in {**saved.shares, **here.shares}:
+        key = f"data.sources[{name}]"
+        if name not in here.shares or name not in saved.shares:
+            there, now = (f"{order.shares[name]:.6%}" if name in order.shares else "absent" for order in (saved, here))
+            found.append((key, there, now))
+            continue
+        old, new = saved.shares[name], here.shares[name]
+        if not math.isclose(old, new, rel_tol=_SAME):
+            found.append((f"{key}.weight, of all", f"{old:.6%}", f"{new:.6%}"))
+        if saved.sequences.get(name) != here.sequences[name]:
+            before = f"{saved.sequences[name]:,}" if name in saved.sequences else "unknown"
+            found.append((f"{key}, training sequences", before, f"{here.sequences[name]:,}"))
+        elif saved.texts and saved.texts[name] != here.texts[name]:
+            found.append((f"{key}, checksum of its text and split", saved.texts[name], here.texts[name]))
+    return found
+
+
+def _consequences(saved: Order, here: Order, done: int, end: int) -> list[str]:
+    """For each source, what of it is read again and what is left out, when sample `done` is the next of `end`."""
+    read, passed, last = saved.counts(done), here.counts(done), here.counts(end)
+    lines = []
+    for name in {**saved.shares, **here.shares}:
+        if name not in here.shares:
+            lines.append(f"{name}: {read[name]:,} sequences have been read, and no more will be")
+            continue
+        length = here.sequences[name]
+        if name not in saved.shares:
+            lines.append(
+                f"{name}: new; of its {length:,} sequences, the order takes {passed[name]:,} for read: they are left "
+                f"out until it has been through all of them"
+            )
+            lines += [
+                f"{name} has the text of {old}: under that name it goes on as before"
+                for old in saved.shares
+                if old not in here.shares and saved.texts.get(old) == here.texts[name]
+            ]
+            continue
+        same = saved.version == here.version and saved.seed == here.seed and saved.sequences.get(name) == length
+        if not (same and saved.texts and saved.texts[name] == here.texts[name]):
+            share = min(1.0, read[name] / max(1, saved.sequences.get(name, length)))
+            lines.append(
+                f"{name}: the {last[name] - passed[name]:,} sequences that come are in another order: about "
+                f"{share:.1%} of them have been read already"
+            )
+        elif passed[name] < read[name]:
+            again = min(read[name], last[name]) - passed[name]
+            lines.append(f"{name}: {again:,} sequences are read a second time before new ones come")
+        elif passed[name] > read[name]:
+            lines.append(f"{name}: {passed[name] - read[name]:,} sequences are left out")
+    if saved.seed != here.seed or saved.version != here.version or _texts_differ(saved, here):
+        lines.append("where another part is held out than before, it has been trained on: eval/loss is too low there")
+    return lines
+
+
+def _texts_differ(saved: Order, here: Order) -> bool:
+    return any(text != here.texts.get(name, text) for name, text in saved.texts.items())
+
+
+def changed_rate(checkpoint: Path, facts: Facts, config: Config) -> str | None:
+    """What the learning rate jumps from and to where a run goes on from a checkpoint, and what to write instead.
+
+    None where it goes on as the saved config would have it.
+    """
+    known = {key: value for key, value in facts.config["optimizer"].items() if key in Optimizer.model_fields}
+    saved = Optimizer.model_validate(known)
+    steps = _steps_of(facts.config)
+    return _jump(saved, steps, config.optimizer, Batch.from_config(config).steps, facts.schedule_step, str(checkpoint))
+
+
+def rate_when_longer(config: Config, steps: int) -> str | None:
+    """The same for a run that has come to its end and is made as long as `steps`."""
+    optimizer, done = config.optimizer, Batch.from_config(config).steps
+    last, following = learning_rate(optimizer, done, done - 1), learning_rate(optimizer, steps, done)
+    if math.isclose(last, following, rel_tol=_SAME_RATE):
+        return None
+    return f"the learning rate jumps from {last:.3g} to {following:.3g}"
+
+
+def _jump(saved: Optimizer, saved_steps: int, here: Optimizer, steps: int, step: int, checkpoint: str) -> str | None:
+    if step == 0 or step >= steps:
+        return None
+    before, planned = (learning_rate(saved, saved_steps, s) for s in (step - 1, step))
+    now = learning_rate(here, steps, step)
+    if math.isclose(planned, now, rel_tol=_SAME_RATE):
+        return None
+    planned_text = "its last" if step >= saved_steps else f"and {planned:.4g} was to follow"
+    held = f"optimizer.schedule=constant optimizer.lr={before:.6g} optimizer.min_lr=0 optimizer.warmup_steps=0"
+    if saved.decay_steps is not None:
+        held += " optimizer.decay_steps=null"
+    ways = [f"leave the length at {saved_steps} steps"]
+    if before > 0:
+        ways.append(f"hold the rate: name=NEW checkpoint.resume={checkpoint} {held}")
+    ways.append(f"begin another decay with these weights: name=NEW checkpoint.weights_from={checkpoint}")
+    return (
+        f"the learning rate jumps: step {step} of {saved_steps} ({saved.schedule}) had {before:.4g}, {planned_text}; "
+        f"step {step + 1} of {steps} ({here.schedule}) takes {now:.4g}. Without a jump: {'; or '.join(ways)}. A run "
+        f"whose length is open is best begun with optimizer.schedule=wsd, and lengthened before its decay"
+    )
+
+
+def _steps_of(config: Mapping[str, Any]) -> int:
+    train = config["train"]
+    return int(train["steps"] or train["tokens"] // train["batch_tokens"])

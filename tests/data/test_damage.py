@@ -1,0 +1,260 @@
+"""A cache that is not what was written is refused, with its folder's name, wherever the damage is."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config, Source
+from dsmoe.config.sealed import sealed_json
+from dsmoe.data import PreparedSource, TrainLoader, cache, prepare, stored
+from dsmoe.data.meta import META
+from dsmoe.data.tokenizer import ByteTokenizer
+from tests.data.conftest import MakeConfig
+
+
+@pytest.fixture(autouse=True)
+def _made_up_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without files to read: 400 documents of about 200 KiB, and others for the source `b`."""
+
+    def documents(source: Source, **folders: Path) -> Iterator[str]:
+        return (f"{source.name} {n}: " + "some text " * (n % 97) for n in range(400))
+
+    monkeypatch.setattr(cache, "documents", documents)
+
+
+@pytest.fixture
+def config(tmp_path: Path, make_config: MakeConfig) -> Config:
+    for name in "ab":
+        (tmp_path / name).touch()
+    sources = [{"name": name, "path": str(tmp_path / name), "format": "jsonl"} for name in "ab"]
+    return make_config(*sources, train={"sequence_length": 16, "batch_tokens": 16 * 64})
+
+
+def read(path: Path) -> bytearray:
+    return bytearray(path.read_bytes())
+
+
+def flip_a_bit(path: Path, draw: random.Random) -> None:
+    data = read(path)
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+def cut_off(path: Path, draw: random.Random) -> None:
+    path.write_bytes(read(path)[: draw.randrange(path.stat().st_size)])
+
+
+def lengthen(path: Path, draw: random.Random) -> None:
+    path.write_bytes(read(path) + draw.randbytes(draw.randint(1, 9)))
+
+
+def empty(path: Path, draw: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def zeros(path: Path, draw: random.Random) -> None:
+    """A block that a crash has left unwritten."""
+    data = read(path)
+    begin = draw.randrange(len(data))
+    end = min(len(data), begin + draw.choice([8, 512, 4096]))
+    found = bytes(data[begin:end])
+    data[begin:end] = bytes(end - begin) if any(found) else b"\xff" * (end - begin)
+    path.write_bytes(data)
+
+
+def exchange_within(path: Path, draw: random.Random) -> None:
+    data = read(path)
+    half = len(data) // 2
+    first, second = data[:half], data[half : 2 * half]
+    if first == second:
+        second[0] ^= 1
+    path.write_bytes(second + first + data[2 * half :])
+
+
+def remove(path: Path, draw: random.Random) -> None:
+    path.unlink()
+
+
+def exchange_with_another(path: Path, draw: random.Random) -> None:
+    """One of the same name, of the other source, or of another kind in the same folder."""
+    (other_folder,) = [f for f in path.parent.parent.iterdir() if f != path.parent]
+    others = [p for p in (*path.parent.iterdir(), other_folder / path.name) if p.read_bytes() != path.read_bytes()]
+    path.write_bytes(draw.choice(sorted(others)).read_bytes())
+
+
+def make_a_folder(path: Path, draw: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a description and seal it again, as one would who means it."""
+    content = json.loads((path.parent / META).read_text())
+    del content["sha256"]
+    change(content)
+    (path.parent / META).write_text(sealed_json(content))
+
+
+def lie(path: Path, draw: random.Random) -> None:
+    """Another value, or one of another type, in a description that is sealed."""
+
+    def change(content: dict[str, Any]) -> None:
+        holder, key = content, draw.choice(["dtype", "max_token", "train", "validation", "recipe", "new"])
+        while isinstance(holder.get(key), dict) and draw.random() < 0.9:
+            holder, key = holder[key], draw.choice(sorted(holder[key]))
+        wrong = [None, "x", "-1", -1, 0.5, [], {}, True, 10**30, "<f4", {"tokens": 1}]
+        if key in ("bytes", "tokens", "documents", "max_token") and "token_file" not in holder:
+            wrong += [holder[key] + 1] if key != "max_token" else [3, 257, 65535]
+        value = draw.choice([w for w in wrong if w != holder.get(key)])
+        if draw.random() < 0.2 and key in holder:
+            del holder[key]
+        else:
+            holder[key] = value
+
+    reseal(path, change)
+
+
+def other_text(path: Path, draw: random.Random) -> None:
+    """Bytes that are no JSON, or JSON of another shape."""
+    wrong = [b"\xff\xfe", b"[]", b"null", b"{", b"{}", b"[" * 100_000, b'{"a": 1e999}', b"12", b'"text"']
+    (path.parent / META).write_bytes(draw.choice(wrong))
+
+
+WAYS = [
+    *[flip_a_bit] * 4,
+    cut_off,
+    lengthen,
+    empty,
+    zeros,
+    exchange_within,
+    remove,
+    exchange_with_another,
+    make_a_folder,
+    *[lie] * 3,
+    other_text,
+]
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.fuzz)])
+@pytest.mark.timeout(3600)
+def test_every_damage_is_refused(count: int, config: Config, tmp_path: Path) -> None:
+    """Seeded; by `prepare` as a run calls it, with one message that names the folder."""
+    cache_dir, whole = Path(config.data.cache_dir), tmp_path / "whole"
+    prepare(config)
+    shutil.copytree(cache_dir, whole)
+    outcomes: dict[str, list[str]] = {"refused": [], "accepted": [], "other": []}
+    for number in range(count):
+        draw = random.Random(number)
+        shutil.rmtree(cache_dir)
+        shutil.copytree(whole, cache_dir)
+        folder = draw.choice(sorted(cache_dir.iterdir()))
+        path, way = draw.choice(sorted(folder.iterdir())), draw.choice(WAYS)
+        what = f"{number}: {way.__name__} {path.name}"
+        way(path, draw)
+        try:
+            prepare(config)
+            outcomes["accepted"].append(what)
+        except UserError as error:
+            message = str(error)
+            is_clear = message.startswith("data.cache_dir: ") and str(folder) in message and len(message) < 600
+            outcomes["refused" if is_clear else "other"].append(f"{what}: {message}")
+        except Exception as error:
+            outcomes["other"].append(f"{what}: {error!r}")
+    print({outcome: len(found) for outcome, found in outcomes.items()})
+    assert outcomes["accepted"] == outcomes["other"] == []
+    assert len(outcomes["refused"]) == count
+
+
+def rows(config: Config, sources: list[PreparedSource], step: int) -> list[list[int]]:
+    return [row for batch in TrainLoader(sources, config, 0, 1).micro_batches(step) for row in batch.tolist()]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_the_start_leaves_out_is_found_when_it_is_read(seed: int, config: Config) -> None:
+    """As in a cache that is too large to be read at a start: an epoch meets the damage, whatever it is."""
+    sources = prepare(config)
+    path, draw = sources[0].folder / "train.bin", random.Random(seed)
+    for _ in range(3):
+        flip_a_bit(path, draw)
+    found = prepare(config, check=0)
+    with pytest.raises(stored.DamagedCacheError, match=f"{sources[0].folder} is damaged"):
+        [rows(config, found, step) for step in range(200)]
+
+
+def test_a_file_cut_off_while_it_is_read_is_an_error_and_no_signal(config: Config) -> None:
+    sources = prepare(config)
+    loader = TrainLoader(sources, config, 0, 1)
+    list(loader.micro_batches(0))
+    os.truncate(sources[0].folder / "train.bin", 10)
+    with pytest.raises(stored.DamagedCacheError, match=r"train\.bin ends at byte 10, before its end"):
+        list(loader.micro_batches(1))
+
+
+def test_what_was_checked_is_not_read_again_until_it_changes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_pieces: list[int] = []
+    verify = cache.verify
+    monkeypatch.setattr(cache, "verify", lambda pieces: (read_pieces.append(len(pieces)), verify(pieces)))
+    sources = prepare(config)
+    prepare(config)
+    assert read_pieces[0] > 0 == read_pieces[1]
+    status = os.stat(sources[1].folder / "train.bin")
+    flip_a_bit(sources[1].folder / "train.bin", random.Random(0))
+    os.utime(sources[1].folder / "train.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=f"{sources[1].folder} is damaged"):
+        prepare(config)
+
+
+def test_a_large_cache_is_sampled_at_a_start_and_read_whole_where_that_is_asked(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "SPAN", 4096)
+    read_bytes: list[int] = []
+    verify = cache.verify
+
+    def counted(pieces: list) -> None:
+        read_bytes.append(sum(end - begin for _, begin, end in pieces))
+        verify(pieces)
+
+    monkeypatch.setattr(cache, "verify", counted)
+    whole = sum((source.train_tokens + source.validation_tokens) + 400 * 24 for source in prepare(config, check=None))
+    monkeypatch.setattr(cache, "_VERIFIED", {})
+    prepare(config, check=100_000)
+    assert read_bytes[0] == whole
+    assert 0.05 * whole < read_bytes[1] < 0.5 * whole
+    prepare(config, check=100_000)
+    prepare(config, check=None)
+    assert read_bytes[2:] == [0, whole]
+
+
+def test_a_token_beyond_the_vocabulary_is_found_before_training(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(self: ByteTokenizer, text: str) -> np.ndarray:
+        return np.array([300, 1, 2], dtype=np.uint16)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+    with pytest.raises(UserError, match=r"data.tokenizer: it has made token 300 of .* ends at 256") as caught:
+        prepare(config)
+    assert "data.sources[a]" in str(caught.value)
+    assert list(Path(config.data.cache_dir).iterdir()) == []
+
+
+def test_a_cache_of_the_old_format_is_made_anew_and_said(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    old = Path(config.data.cache_dir) / "a-0123456789abcdef"
+    old.mkdir(parents=True)
+    (old / META).write_text(json.dumps({"dtype": "<u2", "recipe": {"format_version": 1}}))
+    with caplog.at_level("INFO"):
+        source, _ = prepare(config)
+    assert f"{old} is of format 1, without checksums and with another split: it is not used any more" in caplog.text
+    assert source.folder != old
+    assert old.exists()

@@ -1,0 +1,245 @@
+"""What a resumed run reads and at which rate, where its config is not the one that was saved: said with numbers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from dsmoe.checkpoint.manifest import DamagedError, Facts
+from dsmoe.config import UserError, dump_config
+from dsmoe.config.schema import Config
+from dsmoe.data.order import Mixture
+from dsmoe.train.changed import Order, changed_order, changed_rate, rate_when_longer
+from dsmoe.train.summary import _next_steps
+from tests.train.layouts import small_config
+from tests.train.test_run import pretrain
+
+CHECKPOINT = Path("runs/small/checkpoints/step_00000050")
+SAVED = Order(
+    version=2,
+    seed=0,
+    shares={"web": 0.9, "books": 0.1},
+    sequences={"web": 3000, "books": 200},
+    texts={"web": "aa", "books": "bb"},
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """100 steps of 8 sequences."""
+    return small_config(tmp_path, train={"steps": 100})
+
+
+def facts(config: Config, order: Order | None, step: int = 50, schedule_step: int | None = None) -> Facts:
+    corpora = {"web": [3000 * 32 + 1, 1], "books": [200 * 32 + 1, 1]}
+    return Facts(
+        step=step,
+        tokens=step * 256,
+        skipped_steps=0,
+        schedule_step=step if schedule_step is None else schedule_step,
+        validation_loss=None,
+        optimizer="AdamW",
+        config=config.model_dump(mode="json"),
+        layout={},
+        versions={},
+        corpora=corpora,
+        order=asdict(order) if order else {},
+    )
+
+
+def told(config: Config, here: Order, saved: Order | None = SAVED, step: int = 50) -> list[str]:
+    """The lines of the refusal, which are those of the warning and one more."""
+    with pytest.raises(UserError) as refused:
+        changed_order(CHECKPOINT, facts(config, saved, step), config, here)
+    accepting = config.model_copy(update={"data": config.data.model_copy(update={"changed_order": "accept"})})
+    said = changed_order(CHECKPOINT, facts(config, saved, step), accepting, here)
+    *lines, way = str(refused.value).splitlines()
+    assert said is not None
+    assert lines == said.splitlines()
+    assert way.startswith("To go on so, set data.changed_order: accept.")
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_nothing_is_said_of_the_same_order(config: Config) -> None:
+    same = [
+        SAVED,
+        replace(SAVED, shares={"books": 0.1, "web": 0.9}, sequences={"books": 200, "web": 3000}),
+        replace(SAVED, shares={"web": 0.9 + 1e-16, "books": 0.1}),
+    ]
+    for here in same:
+        assert changed_order(CHECKPOINT, facts(config, SAVED), config, here) is None
+
+
+def test_changed_weights_say_what_is_read_twice_and_what_is_left_out(config: Config) -> None:
+    """And so it is: what is counted here is what the two orders read."""
+    here = replace(SAVED, shares={"web": 0.5, "books": 0.5})
+    lines = told(config, here, step=30)
+    lengths = list(SAVED.sequences.values())
+    before = Mixture(lengths, [0.9, 0.1], 0, ["web", "books"]).locate(0, 240)
+    after = Mixture(lengths, [0.5, 0.5], 0, ["web", "books"]).locate(240, 560)
+    read = {name: before[1][before[0] == i].tolist() for i, name in enumerate(SAVED.shares)}
+    comes = {name: after[1][after[0] == i].tolist() for i, name in enumerate(SAVED.shares)}
+    again = len(set(read["web"]) & set(comes["web"]))
+    first_epoch = Mixture([200], [1], 0, ["books"]).locate(0, 200)[1].tolist()
+    left_out = first_epoch.index(comes["books"][0]) - len(read["books"])
+    assert again > 90 < left_out
+    assert lines[1:] == [
+        "saved here",
+        "data.sources[web].weight, of all 90.000000% 50.000000%",
+        "data.sources[books].weight, of all 10.000000% 50.000000%",
+        "After step 30, and in the 70 steps that are left:",
+        f"web: {again} sequences are read a second time before new ones come",
+        f"books: {left_out} sequences are left out",
+    ]
+
+
+def test_added_removed_and_renamed_sources_are_said(config: Config) -> None:
+    here = replace(
+        SAVED,
+        shares={"web": 0.9, "novels": 0.1},
+        sequences={"web": 3000, "novels": 200},
+        texts={"web": "aa", "novels": "b"},
+    )
+    lines = told(config, here)
+    assert "data.sources[books] 10.000000% absent" in lines
+    assert "data.sources[novels] absent 10.000000%" in lines
+    assert re.search(r"books: \d+ sequences have been read, and no more will be", "\n".join(lines))
+    assert re.search(r"novels: new; of its 200 sequences, the order takes \d+ for read", "\n".join(lines))
+    assert not any("eval/loss" in line or "has the text of" in line for line in lines)
+    renamed = told(config, replace(here, texts={"web": "aa", "novels": "bb"}))
+    assert "novels has the text of books: under that name it goes on as before" in renamed
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        ({"seed": 1}, "data.seed 0 1"),
+        ({"sequences": {"web": 3000, "books": 210}}, "data.sources[books], training sequences 200 210"),
+        ({"texts": {"web": "aa", "books": "cc"}}, "data.sources[books], checksum of its text and split bb cc"),
+        ({"version": 3}, "dsmoe's rules of the order version 2 version 3"),
+    ],
+)
+def test_what_makes_another_order_is_said(change: dict, row: str, config: Config) -> None:
+    lines = told(config, replace(SAVED, **change))
+    assert row in lines
+    assert any(re.match(r"books: the \d+ sequences that come are in another order: about [\d.]+% of", x) for x in lines)
+
+
+def test_a_checkpoint_from_before_the_order_was_recorded(config: Config) -> None:
+    lines = told(config, replace(SAVED, shares={"sums": 1.0}, sequences={"sums": 99}, texts={"sums": "x"}), None)
+    assert "dsmoe's rules of the order version 1 version 2" in lines
+    assert "data.sources[sums], training sequences unknown 99" in lines
+
+
+def test_a_record_of_another_shape_is_damage(config: Config) -> None:
+    saved = facts(config, SAVED)
+    for wrong in ({"version": 2}, {**asdict(SAVED), "shares": [1]}, {**asdict(SAVED), "seed": None}):
+        with pytest.raises(DamagedError, match=f"^{CHECKPOINT} is damaged: facts.order."):
+            changed_order(CHECKPOINT, replace(saved, order=wrong), config, SAVED)
+
+
+def with_schedule(config: Config, steps: int, **optimizer: object) -> Config:
+    return Config.model_validate(
+        {
+            **config.model_dump(),
+            "optimizer": {"lr": 1e-3, **optimizer},
+            "train": {**config.train.model_dump(), "steps": steps},
+        }
+    )
+
+
+SCHEDULES = {
+    "constant": {"schedule": "constant"},
+    "cosine": {"schedule": "cosine", "warmup_steps": 10, "min_lr": 1e-4},
+    "linear": {"schedule": "linear"},
+    "wsd": {"schedule": "wsd"},
+    "wsd of 20": {"schedule": "wsd", "decay_steps": 20},
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "steps", "jump"),
+    [
+        ("constant", 100, 200, None),
+        ("cosine", 5, 200, None),  # while it warms up
+        ("cosine", 50, 100, None),
+        ("cosine", 100, 200, ("0.0001", "0.0005797")),
+        ("cosine", 50, 200, ("0.0006281", "0.0009005")),
+        ("cosine", 50, 60, ("0.0006281", "0.0001701")),
+        ("linear", 100, 200, ("0", "0.000495")),
+        ("wsd", 70, 200, None),
+        ("wsd", 90, 200, ("0.0005", "0.001")),
+        ("wsd", 100, 200, ("0", "0.001")),
+        ("wsd of 20", 70, 75, ("0.001", "0.0002")),
+    ],
+)
+def test_a_jump_of_the_rate_is_said_with_numbers(
+    schedule: str, step: int, steps: int, jump: tuple[str, str] | None, config: Config
+) -> None:
+    saved = with_schedule(config, 100, **SCHEDULES[schedule])
+    here = with_schedule(config, steps, **SCHEDULES[schedule])
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED, step), here)
+    if jump is None:
+        assert said is None
+        return
+    assert said is not None
+    found = re.match(
+        rf"the learning rate jumps: step {step} of 100 \(\w+\) had (\S+), .+; step {step + 1} of {steps} \(\w+\) "
+        rf"takes (\S+)\. Without a jump: leave the length at 100 steps; or ",
+        said,
+    )
+    assert found, said
+    assert found.groups() == jump
+
+
+def test_what_is_to_be_written_instead_has_no_jump(config: Config) -> None:
+    saved, longer = (with_schedule(config, steps, **SCHEDULES["cosine"]) for steps in (100, 200))
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED, 100), longer)
+    assert said is not None
+    overrides = dict(item.split("=") for item in re.findall(r"optimizer\.\S+=[^\s;]+", said.partition("whose")[0]))
+    held = with_schedule(longer, 200, **{key.removeprefix("optimizer."): _value(x) for key, x in overrides.items()})
+    assert held.optimizer.schedule == "constant"
+    assert changed_rate(CHECKPOINT, facts(saved, SAVED, 100), held) is None
+
+
+def _value(text: str) -> object:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_the_summary_proposes_to_go_on_only_with_what_that_does(schedule: str, config: Config) -> None:
+    run = with_schedule(config, 100, **SCHEDULES[schedule])
+    (line,) = [line for line in _next_steps(Path("runs/small"), run) if "train on from here" in line]
+    assert ("the learning rate jumps from" in line) == (schedule != "constant")
+    assert rate_when_longer(run, 100) is None
+
+
+def test_a_command_with_other_weights_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    run = small_config(tmp_path, train={"steps": 2}, checkpoint={"every": 1})
+    (tmp_path / "config.yaml").write_text(dump_config(run))
+    arguments = ["--config", str(tmp_path / "config.yaml")]
+    assert pretrain(tmp_path, *arguments).code == 0
+    before = Path(run.runs_dir) / run.name / "checkpoints" / "step_00000002"
+    other = ["name=other", f"checkpoint.resume={before}", "data.seed=7", "train.steps=3"]
+    refused = pretrain(tmp_path, *arguments, *other)
+    assert refused.code == 2
+    assert "Traceback" not in refused.err
+    assert f"{before} was made with another order of the training text:" in refused.err
+    assert re.search(r"data\.seed +0 +7\n", refused.err)
+    assert not (Path(run.runs_dir) / "other" / "config.yaml").exists()
+    accepted = pretrain(tmp_path, *arguments, *other, "data.changed_order=accept")
+    assert accepted.code == 0, accepted.err
+    assert "another order of the training text" in accepted.out
+    kept = (Path(run.runs_dir) / run.name / "config.yaml").read_text()
+    same_folder = pretrain(tmp_path, *arguments, "data.seed=7", "train.steps=3")
+    assert same_folder.code == 2
+    assert "set data.changed_order: accept" in same_folder.err
+    assert (Path(run.runs_dir) / run.name / "config.yaml").read_text() == kept
+    again = pretrain(tmp_path, *arguments, "data.seed=7", "train.steps=3", "data.changed_order=accept")
+    assert again.code == 0, again.err
