@@ -63,6 +63,7 @@ def explain(first: Claims, deviations: Sequence[Deviation], num_differing: int, 
         world_size: of how many.
     """
     lines = [f"{_of(one)}: {one.error}" for one in deviations if one.error is not None]
+    heading = f"{quantity(num_differing, 'rank')} of {world_size:,} cannot start:"
     for name in dict.fromkeys(name for one in deviations for name in one.claims):
         values: dict[str, list[Deviation]] = {}
         for one in deviations:
@@ -72,13 +73,12 @@ def explain(first: Claims, deviations: Sequence[Deviation], num_differing: int, 
         lines.append(f"{name}: {_shown(first.get(name, ABSENT))} on rank 0; {others}")
     if len(lines) > SHOWN_CLAIMS:
         lines[SHOWN_CLAIMS:] = [f"and {len(lines) - SHOWN_CLAIMS} more"]
-    return "\n  - ".join(
-        [
+    if any(one.claims for one in deviations):
+        heading = (
             f"{quantity(num_differing, 'rank')} of {world_size:,} would not train what rank 0 does; give every host "
-            f"the same config, data, packages and dsmoe:",
-            *lines,
-        ]
-    )
+            "the same config, data, packages and dsmoe:"
+        )
+    return "\n  - ".join([heading, *lines])
 
 
 def check_alike(claims: Claims) -> None:

@@ -24,8 +24,10 @@ WORD_SECONDS = 20.0
 SHOWN_NODES = 8
 HEARD_SECONDS = 5.0
 """How long rank 0, which may have the store, stays for the others to read why all of them end."""
+REACH_SECONDS = 10.0
+"""How long a rank that cannot start tries to reach rank 0, to tell it why."""
 REPORT_SECONDS = 60.0
-"""How long a rank that cannot start tries to tell rank 0 why."""
+"""How long it then waits for rank 0 to say so, which waits for the others."""
 _ERROR = "error: "
 
 
@@ -75,7 +77,7 @@ def report_at_roll(error: str) -> bool:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank == 0 or world == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return False
-    limit = timedelta(seconds=REPORT_SECONDS)
+    limit = timedelta(seconds=REACH_SECONDS)
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         _reach(address, port, limit)

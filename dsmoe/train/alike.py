@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
+from dsmoe.data import PreparedSource
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow")
 """Of which another version may compute, read or exchange something else."""
@@ -21,6 +23,15 @@ def claims_of_run(config: Config) -> dict[str, str]:
     source = {"dsmoe's source": _source_digest()}
     settings = {key: json.dumps(value) for key, value in flatten(config.model_dump(mode="json")).items()}
     return {**settings, "python": platform.python_version(), **packages, **source}
+
+
+def claims_of_data(sources: Sequence[PreparedSource]) -> dict[str, str]:
+    """What each source has, by its checksums: nodes may have caches of their own, or corpora."""
+    return {
+        f"data.sources {source.name}": f"{source.train_tokens:,} training and {source.validation_tokens:,} held-out "
+        f"tokens, checksum {hashlib.sha256(f'{source.text} {source.left_out}'.encode()).hexdigest()[:12]}"
+        for source in sources
+    }
 
 
 def _source_digest() -> str:

@@ -33,11 +33,14 @@ from dsmoe.config.schema import Config
 from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
+from dsmoe.parallel.claims import check_alike
 from dsmoe.parallel.distributed import DeviceError, HostError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.roll import report_at_roll
 from dsmoe.parallel.watch import GRACE_SECONDS, LostRanksError, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments, fit_to_world
 from dsmoe.plan.report import Plan
+from dsmoe.train.alike import claims_of_data, claims_of_run
 from dsmoe.train.engine import prepare_once
 from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
@@ -124,12 +127,13 @@ def pretrain(given: Config) -> bool:
     device = "cpu" if facts is not None and facts.name == "cpu" else "cuda"
     folder = run_folder(config)
     record_collectives(folder / FAILURES)
-    rank = join_processes(device, timeout, config.cluster.interface)
+    rank = join_processes(device, timeout, config.cluster.interface, claims_of_run(given))
     quiet_deepspeed()
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
     on_first_rank(lambda: claim_run_folder(given))
     sources = prepare_once(config)
+    check_alike(claims_of_data(sources))
     beginning, token = on_first_rank(lambda: make_run_folder(given, sources))
     on_every_rank(lambda: check_shared(folder, token))
     reports = Reports(on_first_rank(lambda: make_folder(folder / FAILURES)), process_watch())
@@ -309,10 +313,14 @@ def explain_end(error: Exception, text: str) -> None:
 def _explain_alone(rank: int, error: Exception, text: str) -> None:
     """Print what ends this rank, where it knows nothing of the others: what ends all of them, once.
 
-    A wrong config is wrong everywhere, and rank 0 says so. The first rank of a host says what is wrong there. Of other
+    A wrong config is wrong everywhere, and rank 0 says so. What is wrong on a rank alone is told to rank 0, which waits
+    for all, and says it. Where rank 0 does not answer, the first rank of a host says what is wrong there. Of other
     errors, only a rank that is still there after the launcher would have ended it for rank 0's sake has its own.
     """
     if rank > 0:
+        reason = text.removeprefix("error: ").rstrip()
+        if not (is_shared(error) or isinstance(error, LostRanksError)) and report_at_roll(reason):
+            return
         first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
         if not (isinstance(error, HostError) and first_of_host):
             time.sleep(LINGER_SECONDS)

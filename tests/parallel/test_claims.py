@@ -72,10 +72,7 @@ def test_what_differs_is_named_with_both_values_and_the_ranks(tmp_path: Path) ->
 
 
 def test_a_rank_that_cannot_start_is_spoken_for(tmp_path: Path) -> None:
-    text = (
-        "1 rank of 3 would not train what rank 0 does; give every host the same config, data, packages and dsmoe:\n"
-        f"  - rank 2 on {HOST}: moe.num_expert: unknown key"
-    )
+    text = f"1 rank of 3 cannot start:\n  - rank 2 on {HOST}: moe.num_expert: unknown key"
     assert results_of([SAME, SAME, "moe.num_expert: unknown key"], tmp_path) == [
         text,
         text,

@@ -1,0 +1,123 @@
+"""One of two ranks has another config, corpus, cache or code: the run ends at once, and says what differs and where."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from dsmoe.parallel.local import CONTEXT
+from tests.train.test_run import Outcome, free_port, write_config
+
+OTHERS = {
+    "optimizer.lr=0.001": "optimizer.lr: 0.003 on rank 0; 0.001 on rank 1",
+    "optimizer.weight_decay=0": "optimizer.weight_decay: 0.1 on rank 0; 0.0 on rank 1",
+    "optimizer.schedule=linear": 'optimizer.schedule: "constant" on rank 0; "linear" on rank 1',
+    "optimizer.grad_clip=0.1": "optimizer.grad_clip: 0.5 on rank 0; 0.1 on rank 1",
+    "train.seed=1": "train.seed: 0 on rank 0; 1 on rank 1",
+    "parallel.zero_stage=2": "parallel.zero_stage: 1 on rank 0; 2 on rank 1",
+    "parallel.expert=1": "parallel.expert: 2 on rank 0; 1 on rank 1",
+    "data.sources.0.text_field=body": 'data.sources.0.text_field: "text" on rank 0; "body" on rank 1',
+    "data.validation_fraction=0.1": "data.validation_fraction: 0.05 on rank 0; 0.1 on rank 1",
+    "train.precision=bf16": 'train.precision: "fp32" on rank 0; "bf16" on rank 1',
+    "moe.num_expert=4": "on rank 1: moe.num_expert: unknown key",
+    "cluster.devices_per_node=3": "on rank 1: ",
+}
+"""An override that only rank 1 has, and what is to be said of it; `on rank 1` with the host's name in between."""
+
+
+def _rank(folder: str, rank: int, port: str, arguments: list[str], streams: str, node: str) -> None:
+    os.chdir(folder)
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0" if node else str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=port, LOCAL_WORLD_SIZE="1" if node else "2")
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{streams}/{name}{rank}", os.O_CREAT | os.O_WRONLY), descriptor)
+    from dsmoe.train import alike
+    from dsmoe.train.run import main
+
+    if node == "edited":
+        alike._source_digest = lambda: f"source of rank {rank}"
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def two_ranks(folders: list[Path], first: list[str], second: list[str], node: str = "") -> list[Outcome]:
+    """`pretrain.py` on two ranks of their own folders and arguments; on two nodes where `node` is said."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as streams:
+        ranks = [
+            CONTEXT.Process(target=_rank, args=(str(folder), rank, port, arguments, streams, node))
+            for rank, (folder, arguments) in enumerate(zip(folders, (first, second), strict=True))
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(150)
+            assert process.exitcode is not None, "did not end"
+        texts = [[(Path(streams) / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(2)]
+        return [Outcome(process.exitcode or 0, *text) for process, text in zip(ranks, texts, strict=True)]
+
+
+@pytest.mark.parametrize("override", OTHERS)
+def test_another_config_on_one_rank(override: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, ranks=2, expert=2, train={"steps": 2}, runs_dir="runs")
+    given = ["--config", str(config)]
+    first, second = two_ranks([tmp_path] * 2, given, [*given, override])
+    assert (first.code, second.code) == (2, 2)
+    said = first.err
+    for host in {line.split(" (")[-1].rstrip(")") for line in said.splitlines() if " (" in line}:
+        said = said.replace(f" ({host})", "")
+    expected = OTHERS[override]
+    if expected.startswith("on rank 1: "):
+        assert "1 rank of 2 cannot start:" in said
+        assert expected.removeprefix("on rank 1: ") in said
+        assert "rank 1 on " in said
+    else:
+        assert "1 rank of 2 would not train what rank 0 does" in said
+        assert expected in said
+    assert "Traceback" not in first.err + second.err
+    assert "error" not in second.err, "once for all"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_code_on_one_rank(tmp_path: Path) -> None:
+    config = write_config(tmp_path, ranks=2, expert=2, train={"steps": 2}, runs_dir="runs")
+    given = ["--config", str(config), "cluster.nodes=2", "cluster.devices_per_node=1"]
+    first, second = two_ranks([tmp_path] * 2, given, given, node="edited")
+    assert (first.code, second.code) == (2, 2)
+    assert "dsmoe's source: source of rank 0 on rank 0; source of rank 1 on rank 1" in first.err
+
+
+@pytest.mark.parametrize("what", ["corpus", "cache"])
+def test_another_corpus_or_cache_on_one_node(what: str, tmp_path: Path) -> None:
+    """Each node has a folder of its own, where paths are relative."""
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+    for number, node in enumerate(nodes):
+        node.mkdir()
+        text = f"{number if what == 'corpus' else 0} and a line of the corpus.\n" * 400
+        (node / "corpus.txt").write_text(text)
+    data = {"sources": ({"name": "web", "path": "corpus.txt"},), "cache_dir": "cache"}
+    write_config(tmp_path, expert=2, cluster={"nodes": 2, "devices_per_node": 1}, train={"steps": 2}, data=data)
+    for node in nodes:
+        shutil.copy(tmp_path / "config.yaml", node)
+    if what == "cache":  # of another text whose file looked the same
+        from dsmoe.config import load_config
+        from dsmoe.data import prepare
+
+        for node, word in zip(nodes, ("one", "two"), strict=True):
+            os.utime(node / "corpus.txt", ns=(1, 1))
+            (node / "corpus.txt").write_text(f"{word} and a line of the corpus.\n" * 400)
+            os.utime(node / "corpus.txt", ns=(1, 1))
+            overrides = [f"data.sources.0.path={node / 'corpus.txt'}", f"data.cache_dir={node / 'cache'}"]
+            prepare(load_config(node / "config.yaml", overrides))
+    given = ["--config", "config.yaml"]
+    outcomes = two_ranks(nodes, given, given, node="own folders")
+    assert [outcome.code for outcome in outcomes] == [2, 2]
+    assert "1 rank of 2 would not train what rank 0 does" in outcomes[0].err
+    assert "data.sources web: " in outcomes[0].err
