@@ -273,7 +273,7 @@ MUTATIONS = [
     Mutation(
         "loads are counted again under recompute",
         "dsmoe/moe/layer.py",
-        old="if self.training and not self.recomputing:",
+        old="if self.training and first:",
         new="if self.training:",
         caught_by="tests/moe/test_layer.py::TestStatistics::test_count_once_under_recompute",
     ),
