@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -62,7 +61,7 @@ class Transformer(nn.Module):
         rotary = self.rotary(tokens.shape[1])
         for block in cast("Iterable[Block]", self.blocks):
             if self.recompute and self.training:
-                x_BSD = checkpoint(block, x_BSD, rotary, use_reentrant=False, context_fn=block.recompute_contexts)
+                x_BSD = checkpoint(block, x_BSD, rotary, use_reentrant=False)
             else:
                 x_BSD = block(x_BSD, rotary)
         return self.norm(x_BSD)
@@ -97,10 +96,6 @@ class Block(nn.Module):
             out_BSD, _, _ = self.ffn(enter_tokens(normed_BSD, self.group))
             return x_BSD + leave_tokens(out_BSD, self.group)
         return x_BSD + self.ffn(normed_BSD)
-
-    def recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: the second forward pass of a micro-batch draws and counts nothing anew."""
-        return nullcontext(), self.ffn.replay() if isinstance(self.ffn, MoE) else nullcontext()
 
 
 def build_model(config: Config, groups: Groups | None = None, device: torch.device | str = "cpu") -> Transformer:

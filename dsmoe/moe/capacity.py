@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from dsmoe.moe.balance import count_experts
+from dsmoe.moe.draws import uniform
 from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 
 DROP_POLICIES = ("probability", "position", "random")
+DROPS = 1
+"""Added to the key of a forward pass for random drops, which so have nothing to do with its noise."""
 LARGEST_MOVE = 0.03
 """The most that `DropRateController.update` changes the factor by at once, as a share of it."""
 
@@ -71,9 +74,18 @@ class DropRateController(nn.Module):
 
     def __init__(self, factor: float, target_percent: float, max_factor: float) -> None:
         super().__init__()
-        self.factor = factor
+        self._factor = _text(factor)
         self.target_percent = target_percent
         self.max_factor = max_factor
+
+    @property
+    def factor(self) -> float:
+        """The present factor."""
+        return float(self._factor)
+
+    @factor.setter
+    def factor(self, value: float) -> None:
+        self._factor = _text(value)
 
     def update(self, dropped_percent: float) -> None:
         """Take in the share that was dropped, over all ranks, in the step that is logged."""
@@ -131,7 +143,7 @@ class Capacity(nn.Module):
         if drop_policy not in DROP_POLICIES:
             raise ValueError(f"drop_policy must be one of {DROP_POLICIES}, not {drop_policy!r}")
         self._sizes = (top_k, num_experts)
-        self._factor = factor
+        self._factor = None if factor is None else _text(factor)
         self.eval_factor = eval_factor
         self.minimum = minimum
         self.drop_policy = drop_policy
@@ -148,17 +160,28 @@ class Capacity(nn.Module):
     @property
     def factor(self) -> float | None:
         """The factor in training."""
-        return self._factor if self.controller is None else self.controller.factor
+        if self.controller is not None:
+            return self.controller.factor
+        return None if self._factor is None else float(self._factor)
+
+    @property
+    def eval_factor(self) -> float | None:
+        """The factor in evaluation."""
+        return None if self._eval_factor is None else float(self._eval_factor)
+
+    @eval_factor.setter
+    def eval_factor(self, value: float | None) -> None:
+        self._eval_factor = None if value is None else _text(value)
 
     def of(self, num_tokens: int) -> int | None:
         """C for this many tokens, in training or evaluation as the module is; see `expert_capacity`."""
         factor = self.factor if self.training else self.eval_factor
         return expert_capacity(num_tokens, *self._sizes, factor, self.minimum)
 
-    def forward(self, routing: Routing, assigned_E: torch.Tensor, generator: torch.Generator | None) -> Assignments:
+    def forward(self, routing: Routing, assigned_E: torch.Tensor, key: torch.Tensor | None) -> Assignments:
         """Sort the assignments by expert and keep what the capacity for this many tokens allows."""
         capacity = self.of(len(routing.experts_TK))
-        assignments = limit(routing, assigned_E, capacity, self.drop_policy, generator)
+        assignments = limit(routing, assigned_E, capacity, self.drop_policy, key)
         if self.max_tokens is None:
             return assignments
         return dataclasses.replace(assignments, slots=self.of(self.max_tokens))
@@ -168,6 +191,15 @@ class Capacity(nn.Module):
         if not self.renormalize_dropped or assignments.capacity is None:
             return routing.weights_TK
         return renormalize(routing.weights_TK, assignments)
+
+
+def _text(factor: float) -> str:
+    """A factor as a module keeps it.
+
+    A number would be a variable of the graph where torch.compile has dynamic shapes, and with it the experts' rows a
+    size that it cannot take into their autograd function. A text is a constant: another one is compiled anew.
+    """
+    return repr(float(factor))
 
 
 def chunk_of_tokens(num_tokens: int, num_chunks: int, device: torch.device) -> torch.Tensor:
@@ -203,7 +235,7 @@ def limit(
     assigned_E: torch.Tensor,
     capacity: int | None,
     drop_policy: str,
-    generator: torch.Generator | None = None,
+    key: torch.Tensor | None = None,
 ) -> Assignments:
     """Sort the assignments by expert and keep the first `capacity` of each.
 
@@ -214,7 +246,7 @@ def limit(
         drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order, `random`
             any C with equal chance. Equal weights are settled by position, so what is kept is exact and, but for
             chance, the same on every device.
-        generator: what `random` draws from; None is torch's own.
+        key: what `random` draws from (see `dsmoe.moe.draws`); None is torch's generator.
     """
     flat_A = routing.experts_TK.reshape(-1)
     num_experts = assigned_E.numel()
@@ -222,7 +254,7 @@ def limit(
     if capacity is not None and drop_policy == "probability":
         rank_A = routing.weights_TK.detach().reshape(-1)
     elif capacity is not None and drop_policy == "random":
-        rank_A = torch.rand(flat_A.numel(), generator=generator, device=flat_A.device)
+        rank_A = uniform(None if key is None else key + DROPS, flat_A.shape, flat_A.device)
     if rank_A is None:
         order_A, expert_A, place_A = _by_expert(flat_A, assigned_E)
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dsmoe.moe.dispatch import Dispatched
-from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, expert_ffn
+from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, expert_ffn, runs_in_groups
 from dsmoe.moe.router import Router
 from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
 from dsmoe.parallel.draw import normal_from, seed_of
@@ -79,9 +79,7 @@ class StackedExperts(nn.Module):
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
         source_SD = dispatched.source_SD
-        device, dtype = source_SD.device.type, source_SD.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = _dtype_of_products(source_SD)
         return expert_ffn(
             source_SD.to(dtype),
             dispatched.weights_SK,
@@ -89,6 +87,10 @@ class StackedExperts(nn.Module):
             self.down.to(dtype),
             ExpertRows(dispatched.row_map, dispatched.ends_L, self.activation, self.recompute),
         )
+
+    def compiles(self, x: torch.Tensor) -> bool:
+        """Whether torch.compile can trace what is done with `x`: torch 2.13 has grouped products in bf16 only."""
+        return runs_in_groups(x.device.type) and _dtype_of_products(x) == torch.bfloat16
 
     def initialise(self, seed: int, first_expert: int, std: float, down_std: float, slice_index: int = 0) -> None:
         """Fill each expert from N(0, std^2) (`down`: down_std) by *global* id: the layout does not matter."""
@@ -149,6 +151,10 @@ class ModuleExperts(nn.Module):
         out_ND = torch.cat(outputs)
         return sum_rows((out_ND * weight_N1).to(out_ND.dtype), row_map)
 
+    def compiles(self, _: torch.Tensor) -> bool:
+        """How many rows each module has is read on the host."""
+        return False
+
     def initialise(self, seed: int, first_expert: int) -> None:
         """Draw each copy anew by its *global* id, through the `reset_parameters` that torch's modules have.
 
@@ -162,6 +168,11 @@ class ModuleExperts(nn.Module):
                     reset = getattr(module, "reset_parameters", None)
                     if callable(reset):
                         reset()
+
+
+def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @dataclass(frozen=True)

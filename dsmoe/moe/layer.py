@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +25,7 @@ from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch
+from dsmoe.moe.draws import Draws, repeating
 from dsmoe.moe.experts import (
     ExpertDraw,
     ModuleExperts,
@@ -34,7 +34,6 @@ from dsmoe.moe.experts import (
     mark_expert_parameters,
 )
 from dsmoe.moe.hierarchical import choose_dispatch
-from dsmoe.moe.passes import Passes
 from dsmoe.moe.router import Router, RoutingRule
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.draw import seed_of, uniform_from
@@ -229,7 +228,7 @@ class MoE(DeepSpeedMoE):
         self._draw = ExpertDraw(seed, place, expert_tensor, copies=expert is not None and not redraw_experts)
         self.reset_experts()
         self._draw_what_all_tokens_pass()
-        self._passes = Passes()
+        self._draws = Draws()
         self._dispatches: dict[bool, Dispatch] = {}
         if ep_size * expert_tensor == 1:
             self.set_expert_group(ExpertGroup.alone())
@@ -340,13 +339,24 @@ class MoE(DeepSpeedMoE):
             The output [..., D]; the load-balancing loss, unweighted (detached where `aux_loss` > 0, since it then
             flows by itself); and the assignments per expert before dropping, [E] int64.
         """
+        run = self._forward if self._compiles(hidden_states) else self._forward_uncompiled
+        return run(hidden_states, used_token)
+
+    def _compiles(self, hidden_states: torch.Tensor) -> bool:
+        """Whether torch.compile can trace a pass: one rank, static shapes, nothing read on the host, nothing random."""
+        alone = self.ep_size * self.expert_tensor * self.tensor_group.size == 1
+        return alone and not self._is_random and self.experts.compiles(hidden_states)
+
+    def _forward(
+        self, hidden_states: torch.Tensor, used_token: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x_TD, mask_T = self._tokens(hidden_states, used_token)
-        generator = self._begin_pass(x_TD.device)
-        routing = self.router(x_TD, mask_T, self.balance.bias, generator, self.limit.of(len(x_TD)))
+        key = self._begin_pass(x_TD)
+        routing = self.router(x_TD, mask_T, self.balance.bias, key, self.limit.of(len(x_TD)))
         assigned_E = count_experts(routing.experts_TK, self.num_experts)
         losses = self.balance.losses(routing, assigned_E, hidden_states.shape[:-2].numel())
 
-        assignments = self.limit(routing, assigned_E, generator)
+        assignments = self.limit(routing, assigned_E, key)
         weights_TK = self.limit.weights(routing, assignments)
         if self.training:
             weights_TK = self.balance.attach(weights_TK, losses, self.loss_scale)
@@ -362,12 +372,17 @@ class MoE(DeepSpeedMoE):
             mix_T2 = self._mix(x_TD) if self.use_residual else None
             y_TD = join_dense(y_TD, dense_TD, mix_T2, routing.mask_T)
 
-        if self.training and not self.recomputing:
+        # torch.compile looks at a condition once, when it traces; there `count` finds out by itself.
+        first = torch.compiler.is_compiling() or not repeating()
+        if self.training and first:
             self.statistics.count(routing, assignments, losses)
         output = y_TD.view(hidden_states.shape)
         l_aux = losses.balance.detach() if self.balance.aux_loss else losses.balance
-        self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts = l_aux, assigned_E
+        if first:
+            self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts = l_aux, assigned_E
         return output, l_aux, assigned_E
+
+    _forward_uncompiled = torch.compiler.disable(_forward)
 
     def _tokens(
         self, hidden_states: torch.Tensor, used_token: torch.Tensor | None
@@ -390,29 +405,17 @@ class MoE(DeepSpeedMoE):
 
     def begin_step(self, step: int) -> None:
         """Begin optimizer step `step`: what is random in it follows from its number, and its counts start from 0."""
-        self._passes.begin_step(step)
+        self._draws.begin_step(step)
         self.statistics.clear()
         self.take_traffic()
 
     @property
-    def recomputing(self) -> bool:
-        """Whether a forward pass would repeat an earlier one, for activation checkpointing."""
-        return self._passes.repeating
+    def _is_random(self) -> bool:
+        return self.router.rule.noise != "none" or self.limit.drop_policy == "random"
 
-    def replay(self) -> AbstractContextManager[None]:
-        """A context in which the forward passes in training that come *next* are done again, one after the other.
-
-        They draw the same random numbers and count nothing. Made before those passes, it is the second context of
-        `torch.utils.checkpoint`'s `context_fn`.
-        """
-        return self._passes.repeat_from_here()
-
-    def _begin_pass(self, device: torch.device) -> torch.Generator | None:
-        """What this forward pass draws from, None where nothing is random."""
-        number = self._passes.begin(self.training)
-        if self.router.rule.noise == "none" and self.limit.drop_policy != "random":
-            return None
-        return torch.Generator(device).manual_seed(self._passes.seed(self._draw.seed, number))
+    def _begin_pass(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        """What this forward pass draws from, None where nothing is random; see `dsmoe.moe.draws`."""
+        return self._draws.begin(self._draw.seed, x_TD, self.training) if self._is_random else None
 
     def take_traffic(self) -> tuple[float, float]:
         """Bytes sent over (intra-node, inter-node) links since the last call, backward passes included."""

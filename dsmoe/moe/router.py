@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from dsmoe.moe.draws import uniform
 from dsmoe.moe.kernels import on_gpu
 from dsmoe.parallel.groups import TensorGroup
 from dsmoe.parallel.regions import sum_gradients
@@ -143,7 +144,7 @@ class Router(nn.Module):
         x_TD: torch.Tensor,
         mask_T: torch.Tensor | None = None,
         bias_E: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        key: torch.Tensor | None = None,
         capacity: int | None = None,
     ) -> Routing:
         """Route [T, D] tokens of any dtype.
@@ -152,16 +153,16 @@ class Router(nn.Module):
             x_TD: the tokens.
             mask_T: bool; where it is False the token goes nowhere.
             bias_E: added to the scores that choose, not to those that weigh (see `dsmoe.moe.balance.Balance`).
-            generator: what noise is drawn from; None is torch's own.
+            key: what noise is drawn from (see `dsmoe.moe.draws`); None is torch's generator.
             capacity: C, how many tokens an expert chooses where experts choose.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             if self.training and self.rule.noise == "jitter":
                 x_TD = x_TD.float()
-                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - JITTER, 1.0 + JITTER, generator=generator)
+                x_TD = x_TD * (1.0 - JITTER + 2 * JITTER * uniform(key, x_TD.shape, x_TD.device))
             logits_TE = _Logits.apply(x_TD, sum_gradients(self.weight, self.tensor_group))
         decide = self._decide_fused if on_gpu(logits_TE) and self.rule.choice == "token" else self._decide
-        scores_TE, weights_TK, experts_TK, valid_TK = decide(logits_TE, mask_T, bias_E, generator, capacity)
+        scores_TE, weights_TK, experts_TK, valid_TK = decide(logits_TE, mask_T, bias_E, key, capacity)
         probabilities_TE = scores_TE
         if self.rule.score == "sigmoid":
             probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + _TINY)
@@ -175,13 +176,13 @@ class Router(nn.Module):
         logits_TE: torch.Tensor,
         mask_T: torch.Tensor | None,
         bias_E: torch.Tensor | None,
-        generator: torch.Generator | None,
+        key: torch.Tensor | None,
         capacity: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Scores [T, E]; weights and experts [T, K], and which of them count, [T, K] or [T, 1]; None: all."""
         scores_TE = self._score(logits_TE)
         with torch.no_grad():
-            experts_TK, valid_TK = self._choose(logits_TE, scores_TE, mask_T, bias_E, generator, capacity)
+            experts_TK, valid_TK = self._choose(logits_TE, scores_TE, mask_T, bias_E, key, capacity)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.rule.normalize_weights:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _TINY)
@@ -194,7 +195,7 @@ class Router(nn.Module):
         logits_TE: torch.Tensor,
         mask_T: torch.Tensor | None,
         bias_E: torch.Tensor | None,
-        generator: torch.Generator | None,
+        key: torch.Tensor | None,
         _: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`_decide` where tokens choose, as one kernel unless the choice goes by more than scores and bias."""
@@ -203,7 +204,7 @@ class Router(nn.Module):
         rule, preference_TE = self.rule, None
         if rule.force_balanced or rule.num_groups > 1 or (self.training and rule.noise == "gumbel"):
             with torch.no_grad():
-                preference_TE = self._preference(logits_TE, self._score(logits_TE), mask_T, bias_E, generator)
+                preference_TE = self._preference(logits_TE, self._score(logits_TE), mask_T, bias_E, key)
         scores_TE, weights_TK, experts_TK = route(
             logits_TE, bias_E, preference_TE, rule.top_k, rule.score, rule.normalize_weights, rule.scale, _TINY
         )
@@ -218,12 +219,12 @@ class Router(nn.Module):
         scores_TE: torch.Tensor,
         mask_T: torch.Tensor | None,
         bias_E: torch.Tensor | None,
-        generator: torch.Generator | None,
+        key: torch.Tensor | None,
         capacity: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Experts [T, K], and which of them count, [T, K] or [T, 1]; None: all."""
         valid_T1 = None if mask_T is None else mask_T[:, None]
-        preference_TE = self._preference(logits_TE, scores_TE, mask_T, bias_E, generator)
+        preference_TE = self._preference(logits_TE, scores_TE, mask_T, bias_E, key)
         if self.rule.choice == "token":
             return _largest(preference_TE, self.rule.top_k), valid_T1
         assert capacity is not None, "experts choose as many tokens as they have room for"
@@ -241,14 +242,14 @@ class Router(nn.Module):
         scores_TE: torch.Tensor,
         mask_T: torch.Tensor | None,
         bias_E: torch.Tensor | None,
-        generator: torch.Generator | None,
+        key: torch.Tensor | None,
     ) -> torch.Tensor:
         """What the choice goes by, [T, E]: the scores, with all that is added to them for the choice alone."""
         if self.rule.force_balanced:
             return self._in_turn(scores_TE, mask_T)
         preference_TE = scores_TE
         if self.training and self.rule.noise == "gumbel":
-            gumbel_TE = -torch.empty_like(logits_TE).exponential_(generator=generator).log()
+            gumbel_TE = -uniform(key, logits_TE.shape, logits_TE.device).log().neg().log()
             preference_TE = self._score(logits_TE + gumbel_TE)
         if bias_E is not None:
             preference_TE = preference_TE + bias_E

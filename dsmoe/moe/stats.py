@@ -14,6 +14,7 @@ from torch import nn
 
 from dsmoe.moe.balance import BalanceLosses, mean_over_tokens
 from dsmoe.moe.capacity import Assignments
+from dsmoe.moe.draws import unless_repeating
 from dsmoe.moe.router import Routing
 
 _SCALARS = (
@@ -73,7 +74,10 @@ class RoutingStatistics(nn.Module):
 
     @torch.no_grad()
     def count(self, routing: Routing, assignments: Assignments, losses: BalanceLosses) -> None:
-        """Add one micro-batch; nothing is read back to the host."""
+        """Add one micro-batch; nothing is read back to the host.
+
+        Not for a recomputation, except in code that is compiled, which adds nothing then.
+        """
         weights_A = routing.weights_TK.reshape(-1)
         dropped_A = (assignments.expert_A < self.num_experts) & ~assignments.kept_A
         slots = assignments.assigned_E.sum()
@@ -90,7 +94,7 @@ class RoutingStatistics(nn.Module):
             torch.ones_like(losses.balance),
             slots,
         ]
-        self.sums += torch.cat(
+        sums = torch.cat(
             [
                 assignments.assigned_E.double(),
                 assignments.kept_E.double(),
@@ -98,6 +102,7 @@ class RoutingStatistics(nn.Module):
                 torch.stack([value.double() for value in scalars]),
             ]
         )
+        self.sums += unless_repeating(sums) if torch.compiler.is_compiling() else sums
 
     @property
     def assigned(self) -> torch.Tensor:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import inspect
 import pickle
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -317,60 +316,6 @@ class TestRandomDraws:
         layer(x)
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_are_replayed_under_recompute(self, arguments: dict[str, Any]) -> None:
-        """Two micro-batches forward before either goes backward: each is repeated with its own draws."""
-        results = {}
-        for recompute in (False, True):
-            layer, x = make_layer(aux_loss=0.1, **arguments), torch.randn(2, 64, D, generator=torch.manual_seed(1))
-            layer.begin_step(7)
-            contexts = lambda layer=layer: (nullcontext(), layer.replay())  # noqa: E731
-            run = lambda x, layer=layer: layer(x)[0]  # noqa: E731
-            outputs = []
-            with set_checkpoint_early_stop(False):
-                for micro_batch in x:
-                    micro_batch.requires_grad_()
-                    if recompute:
-                        outputs.append(checkpoint(run, micro_batch, use_reentrant=False, context_fn=contexts))
-                    else:
-                        outputs.append(run(micro_batch))
-                torch.stack(outputs).square().sum().backward()
-            gradients = [parameter.grad for parameter in layer.parameters()]
-            one_more = layer(x[0])[0]  # draws what the third pass does: repeated ones are not counted
-            results[recompute] = [*outputs, *gradients, one_more, layer.statistics.sums]
-        for once, again in zip(results[False], results[True], strict=True):
-            assert torch.equal(once, again)
-
-    def test_can_be_replayed_more_than_once(self, arguments: dict[str, Any]) -> None:
-        layer, x = make_layer(**arguments), torch.randn(64, D)
-        layer(x)
-        replay = layer.replay()
-        outputs = [layer(x)[0]]
-        layer(x)
-        for _ in range(2):
-            with replay:
-                outputs.append(layer(x)[0])
-        assert torch.equal(outputs[1], outputs[0])
-        assert torch.equal(outputs[2], outputs[0])
-        assert statistics(layer).micro_batches == 3
-
-    def test_a_layer_used_twice_in_a_block_repeats_both(self, arguments: dict[str, Any]) -> None:
-        layer, x = make_layer(**arguments), torch.randn(40, D)
-
-        def block(x: torch.Tensor) -> torch.Tensor:
-            return layer(layer(x)[0])[0]
-
-        gradients = []
-        for again in (False, True):
-            layer.begin_step(3)
-            layer.zero_grad()
-            contexts = lambda: (nullcontext(), layer.replay())  # noqa: E731
-            inputs = x.clone().requires_grad_()
-            output = checkpoint(block, inputs, use_reentrant=False, context_fn=contexts) if again else block(inputs)
-            output.square().sum().backward()
-            gradients.append([inputs.grad, layer.router.weight.grad.clone()])
-        for once, twice in zip(*gradients, strict=True):
-            assert torch.equal(once, twice)
-
     def test_evaluation_repeats_itself_and_disturbs_nothing(self, arguments: dict[str, Any]) -> None:
         layer, undisturbed, x = make_layer(**arguments), make_layer(**arguments), torch.randn(64, D)
         layer.limit.eval_factor = layer.limit.factor
@@ -666,7 +611,6 @@ class TestStatistics:
             with set_checkpoint_early_stop(False):  # else torch happens to stop just before the counting
                 model(torch.arange(30).view(2, 15)).sum().backward()
             counted[recompute] = [layer.statistics.sums for _, layer in model.moe_layers()]
-            assert not any(layer.recomputing for _, layer in model.moe_layers())
         assert len(counted["full"]) == 3
         for once, again in zip(counted["none"], counted["full"], strict=True):
             assert once[:4].sum() == 2 * 14 * 2
@@ -678,9 +622,8 @@ class TestStatistics:
         block = model.blocks[0]
         assert isinstance(block, Block)
         x = torch.randn(1, 6, 8, requires_grad=True)
-        contexts = block.recompute_contexts
         with set_checkpoint_early_stop(False):
-            checkpoint(block, x, model.rotary(6), use_reentrant=False, context_fn=contexts).sum().backward()
+            checkpoint(block, x, model.rotary(6), use_reentrant=False).sum().backward()
         assert block.ffn.statistics.sums[:4].sum() == 6 * 2
 
 
