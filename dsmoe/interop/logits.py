@@ -157,8 +157,8 @@ def refuse_code(folder: Path) -> None:
     known = import_transformers().models.auto.configuration_auto.CONFIG_MAPPING
     if classes and not (isinstance(model_type, str) and model_type in known):
         raise UserError(
-            f"{folder / 'config.json'} names Python of its own (auto_map) for model_type {model_type!r}, and dsmoe runs "
-            "no code of a folder; only architectures that are in transformers itself can be read"
+            f"{folder / 'config.json'} names Python of its own (auto_map) for model_type {model_type!r}, and dsmoe "
+            "runs no code of a folder; only architectures that are in transformers itself can be read"
         )
 
 
