@@ -361,7 +361,7 @@ def test_any_text_is_one_word_of_a_shell_and_one_string_of_yaml(count: int) -> N
 
 @pytest.mark.parametrize("count", [25, pytest.param(1_500, marks=pytest.mark.fuzz)])
 def test_fuzz_launch_text(count: int, here: Path) -> None:
-    """Any text in any place: refused with one message, or right. A traceback, or a command that runs, fails the test."""
+    """Any text in any place: refused with one message, or right. A traceback, or a command that runs, fails it."""
     draw = random.Random(13)
     outcomes = {"tried": 0, "refused": 0}
     for _ in range(count):
