@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from dsmoe.checkpoint.manifest import DamagedError, Manifest, check_contents, check_files
+from dsmoe.checkpoint.manifest import DamagedError, Manifest, check_contents, check_files, check_headers
 from dsmoe.config.schema import Checkpoint
 
 _NAME = re.compile(r"step_\d+", re.ASCII)
@@ -54,6 +54,7 @@ def verify(checkpoint: Path) -> Manifest:
     """
     manifest = inspect(checkpoint)
     check_contents(checkpoint, manifest, sorted(manifest.files))
+    check_headers(checkpoint, manifest, sorted(manifest.files))
     return manifest
 
 

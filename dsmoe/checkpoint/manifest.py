@@ -192,13 +192,11 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
 
 
 def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Check that the files called `names` have the manifest's checksums and tensors; reads all of them.
+    """Check that the files called `names` have the manifest's checksums; reads all of them.
 
     Raises:
         DamagedError: one has not.
     """
-    names = list(names)
-    boxes = _boxes_by_file(manifest, names)
     for name in names:
         path = checkpoint / name
         try:
@@ -208,7 +206,16 @@ def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -
             raise DamagedError(f"cannot read {path}: {error.strerror}") from None
         if found != manifest.files[name].xxh128:
             raise DamagedError(f"{path} is damaged: it is not what was written")
-        _check_header(checkpoint, name, boxes[name])
+
+
+def check_headers(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Check that the files called `names` have the manifest's boxes where it says; reads their headers.
+
+    Raises:
+        DamagedError: one has not: other weights would be loaded.
+    """
+    for name, boxes in _boxes_by_file(manifest, names).items():
+        _check_header(checkpoint, name, boxes)
 
 
 def box_name(key: str, start: Iterable[int]) -> str:
@@ -227,7 +234,7 @@ def _boxes_by_file(manifest: Manifest, names: Iterable[str]) -> dict[str, dict[s
 
 
 def _check_header(checkpoint: Path, name: str, expected: dict[str, Entry]) -> None:
-    """Check that a file has exactly the boxes that the manifest says, where it says: else other weights are loaded."""
+    """Check that a file has exactly these boxes."""
     try:
         there = read_entries(checkpoint / name)
     except OSError as error:
