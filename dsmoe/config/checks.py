@@ -180,6 +180,12 @@ def _data(config: Config) -> Iterator[Problem]:
         if source.name in names:
             yield f"{key}.name", f'{key}.name ("{source.name}") is taken by an earlier source; give it another name'
         names.add(source.name)
+    if config.data.tokenizer == "bytes" and config.data.end_of_document is not None:
+        yield (
+            "data.end_of_document",
+            f"data.end_of_document ({config.data.end_of_document!r}) is for a tokenizer's file, and data.tokenizer is "
+            "bytes, which has an end of its own; remove it",
+        )
     vocab_size = config.model.vocab_size
     if config.data.tokenizer == "bytes" and vocab_size < _BYTES_VOCABULARY:
         yield (

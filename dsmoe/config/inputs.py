@@ -31,7 +31,7 @@ def _sources(config: Config) -> Iterator[Problem]:
             continue
         if not os.path.exists(source.path) and glob.has_magic(source.path):
             if not any(glob.iglob(source.path, recursive=True)):
-                yield key, f"{key}: no file matches {source.path!r} (in {os.getcwd()})"
+                yield key, f"{key}: no file matches {source.path}{_where(source.path)}"
         else:
             yield from _unreadable(key, source.path)
 
@@ -97,10 +97,13 @@ def _checkpoints(config: Config) -> Iterator[Problem]:
 
 def _unreadable(key: str, path: str) -> Iterator[Problem]:
     if not os.path.exists(path):
-        where = "" if os.path.isabs(path) else f" (in {os.getcwd()}, or beside the YAML file)"
-        yield key, f"{key}: there is no file or folder {path}{where}"
+        yield key, f"{key}: there is no file or folder {path}{_where(path)}"
     elif not os.access(path, os.R_OK):
         yield key, f"{key}: {path} cannot be read: permission denied"
+
+
+def _where(path: str) -> str:
+    return "" if os.path.isabs(path) else " in this folder, or beside the YAML file"
 
 
 _CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (_sources, _tokenizer, _hostfile, _checkpoints)

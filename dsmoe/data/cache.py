@@ -26,7 +26,7 @@ from dsmoe.config.schema import Config, Data, Source
 from dsmoe.data.corpora import corpus_state, documents
 from dsmoe.data.packing import copy_documents, pack
 from dsmoe.data.split import choose_validation, cut_single_document
-from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, Tokenizer, load_tokenizer, token_dtype
+from dsmoe.data.tokenizer import Tokenizer, load_tokenizer, require_end_of_document, token_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def prepare(config: Config) -> list[PreparedSource]:
             than one sequence.
     """
     tokenizer = load_tokenizer(config)
+    require_end_of_document(tokenizer, config)
     cache_dir = Path(config.data.cache_dir).expanduser().absolute()
     with _blaming(cache_dir):
         prepared = [_prepare_source(source, tokenizer, config.data, cache_dir) for source in config.data.sources]
@@ -129,11 +130,6 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recip
     partial = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     logger.info("preparing %s in %s", source.name, folder)
-    if tokenizer.end_of_document is None:
-        names = ", ".join(END_OF_DOCUMENT_NAMES)
-        logger.warning(
-            "data.tokenizer %s has no end-of-document token (%s): nothing separates documents", data.tokenizer, names
-        )
     try:
         _remove_orphans(folder.parent, source.name)
         counts = _write_tokens(partial, source, tokenizer, data)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, step_of
-from dsmoe.checkpoint.manifest import DamagedError, Manifest
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config import load_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
@@ -133,7 +133,8 @@ def _beginning(config: Config, folder: Path, is_again: bool) -> Beginning:
     """What to begin with; `is_again`, where the run has begun before, with the same `checkpoint.resume`."""
     resume = config.checkpoint.resume
     found, passed_over = candidates(folder)
-    weights = Path(config.checkpoint.weights_from) if config.checkpoint.weights_from else None
+    weights_from = config.checkpoint.weights_from
+    weights = _checkpoint_at("checkpoint.weights_from", Path(weights_from)) if weights_from else None
     if resume == "never" and (found or passed_over):
         raise UserError(
             f"checkpoint.resume is 'never' and {all_checkpoints(folder)[-1]} is there; set checkpoint.resume: auto to "
@@ -148,7 +149,7 @@ def _beginning(config: Config, folder: Path, is_again: bool) -> Beginning:
         if resume == "always" and not found:
             raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {folder}")
         return Beginning(tuple(found), tuple(passed_over), weights)
-    chosen = Path(resume)
+    chosen = _checkpoint_at("checkpoint.resume", Path(resume))
     step = _chosen("checkpoint.resume", chosen).facts.step
     if found and step_of(found[0]) > step and is_again:  # the same command, after a stop
         return Beginning((*found, chosen), tuple(passed_over))
@@ -158,6 +159,22 @@ def _beginning(config: Config, folder: Path, is_again: bool) -> Beginning:
             f"for the newest afterwards. Remove it to go back, or give this run another name"
         )
     return Beginning((chosen,))
+
+
+def _checkpoint_at(key: str, path: Path) -> Path:
+    """The checkpoint at a path: itself, or a run's newest one that has all of its files.
+
+    Raises:
+        UserError: it is a run's folder without one.
+    """
+    folder = path / "checkpoints"
+    if (path / MANIFEST).exists() or not folder.is_dir():
+        return path
+    found, passed_over = candidates(folder)
+    if not found:
+        reasons = f": {'; '.join(passed_over)}" if passed_over else ""
+        raise UserError(f"{key} is the folder of a run, {path}, that has no whole checkpoint{reasons}")
+    return found[0]
 
 
 def _chosen(key: str, checkpoint: Path) -> Manifest:

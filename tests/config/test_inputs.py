@@ -99,7 +99,7 @@ def test_a_wrong_section_is_no_traceback_and_brings_no_consequences(wrong: str, 
 
 
 def test_a_mistyped_key_is_not_taken_for_its_default(tmp_path: Path) -> None:
-    """With top_k missing it would be 2, and num_experts 2 would be right; with 9 it is not: nothing is said of either."""
+    """Of a section with an unknown key, what the file does not say may be what was meant: nothing is said of that."""
     problems = problems_of(
         write(tmp_path, VALID), "moe.top_kk=9", "moe.router.normalize_weight=false", "moe.num_experts=8"
     )
