@@ -23,7 +23,8 @@ _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0
 def resolve_paths(tree: Node, problems: list[str]) -> None:
     """Put the paths of a config in place of what the file says.
 
-    `~` and `$NAME` or `${NAME}` become what they stand for. A relative path of a file or folder that is to be read is
+    `~` and `$NAME` or `${NAME}` become what they stand for; a file's name may have a dollar sign before a name that is no
+    variable's. A relative path of a file or folder that is to be read is
     that beside the YAML file which says it, if it is there, and else that in the working directory, as on the command
     line. Folders that dsmoe makes are made in the working directory.
     """
@@ -79,12 +80,14 @@ def _expanded(key: str, path: str, where: str, problems: list[str]) -> str:
         name = match[2] or match[3]
         if match[1]:
             return "$"
-        if name not in os.environ:
+        if name in os.environ:
+            return os.environ[name]
+        if key in _MADE:  # a folder of the variable's name would be made
             problems.append(
                 f"{key}: the environment has no variable {name}, which is in {path!r}; set it, or write $$ for a "
                 f"dollar sign ({where})"
             )
-        return os.environ.get(name, "")
+        return match[0]
 
     expanded = os.path.expanduser(path)
     if path.startswith("~") and expanded == path:

@@ -170,7 +170,8 @@ def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
         assert load_config(write(tmp_path, dump_config(config), "again.yaml")) == config
     monkeypatch.delenv("SCRATCH")
     problems = problems_of(path, *(f"{key}=${{SCRATCH}}/x" for key in keys))
-    assert [problem.partition(":")[0] for problem in sorted(problems)] == sorted(keys)
+    assert [problem.partition(":")[0] for problem in problems] == keys[:2]  # folders that would be made
+    assert load_config(path, ["data.tokenizer=a$SCRATCH"]).data.tokenizer == "a$SCRATCH"
     assert all("no variable SCRATCH" in problem for problem in problems)
     (problem,) = problems_of(path, "runs_dir=~nobody_of_this_name/x")
     assert "there is no user" in problem
