@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -23,10 +24,10 @@ _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0
 def resolve_paths(tree: Node, problems: list[str]) -> None:
     """Put the paths of a config in place of what the file says.
 
-    `~` and `$NAME` or `${NAME}` become what they stand for; a file's name may have a dollar sign before a name that is no
-    variable's. A relative path of a file or folder that is to be read is
-    that beside the YAML file which says it, if it is there, and else that in the working directory, as on the command
-    line. Folders that dsmoe makes are made in the working directory.
+    `~` and `$NAME` or `${NAME}` become what they stand for; before a name that is no variable's, a dollar sign is part
+    of a file's name. A relative path of a file or folder that is to be read is that beside the YAML file which says it,
+    if it is there, and else that in the working directory, as on the command line. Folders that dsmoe makes are made in
+    the working directory.
     """
     for key, holder, slot, is_read in _paths(tree):
         node = holder[slot]
@@ -99,14 +100,7 @@ def _beside(path: str, where: str) -> str:
     """The path beside the file that `where` (`FILE:LINE`) names, if something is there, or some file matches it."""
     folder = Path(where.rpartition(":")[0]).parent
     beside = os.path.normpath(folder / path)
-    first = re.split(r"[*?\[]", path, maxsplit=1)[0]
-    there = os.path.normpath(folder / first) if first == path else os.path.dirname(folder / first)
-    if folder == Path() or not os.path.exists(there) or (first != path and not any(_matches(str(folder / path)))):
+    if folder == Path():
         return path
-    return beside
-
-
-def _matches(pattern: str) -> Iterator[str]:
-    import glob
-
-    return glob.iglob(pattern, recursive=True)
+    is_there = os.path.exists(beside) or (glob.has_magic(path) and any(glob.iglob(str(folder / path), recursive=True)))
+    return beside if is_there else path
