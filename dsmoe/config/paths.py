@@ -49,14 +49,16 @@ def write_paths(tree: dict[str, Any]) -> dict[str, Any]:
         section, _, name = key.rpartition(".")
         holder = tree[section] if section else tree
         if isinstance(holder[name], str):
-            holder[name] = _escaped(holder[name])
+            holder[name] = literal_path(holder[name])
     for source in tree["data"]["sources"]:
         if isinstance(source["path"], str):
-            source["path"] = _escaped(source["path"])
+            source["path"] = literal_path(source["path"])
     return tree
 
 
-def _escaped(path: str) -> str:
+def literal_path(path: str) -> str:
+    """A path as a config says it, so that nothing in it is taken for a variable or for somebody's home."""
+    path = f"./{path}" if path.startswith("~") else path
     return _VARIABLE.sub(lambda match: f"$${match[0][1:]}" if match[1] is None else "$$$$", path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from pathlib import Path
 
@@ -61,7 +62,7 @@ ON_ONE_HOST = """\
 
 
 def job(request: Request) -> Job:
-    """A file of environment variables, and a hostfile unless the config names one.
+    """A file of environment variables, and a hostfile unless the config names one that DeepSpeed can read.
 
     Raises:
         UserError: the config's hosts are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
@@ -69,8 +70,9 @@ def job(request: Request) -> Job:
     cluster = request.config.cluster
     if cluster.hostfile is not None and cluster.hosts is not None:
         raise UserError("cluster.hosts and cluster.hostfile both say which hosts there are; set one of them to null")
-    path = request.path_of(HOSTFILE)
-    if cluster.hostfile is not None:
+    path, is_ours = request.path_of(HOSTFILE), True
+    if cluster.hostfile is not None and not _has_mark(cluster.hostfile):
+        is_ours = False
         path = shell_word(path_argument(cluster.hostfile), "cluster.hostfile")
     named = (
         named_hosts(request.config) if cluster.hostfile is None else _read_hostfile(request.config, cluster.hostfile)
@@ -80,7 +82,7 @@ def job(request: Request) -> Job:
         ssh_path(os.getcwd(), "this folder")  # DeepSpeed goes there on every host
     commands = _commands(request, path, names[0])
     files = {ENVIRONMENT: _environment(request.config)} if cluster.nodes > 1 else {}
-    if cluster.hostfile is None:
+    if is_ours:
         files = {HOSTFILE: _hostfile(request, names, commands, placeholders=not named), **files}
     if cluster.nodes == 1:
         return Job(files, commands["no_ssh"])
@@ -107,6 +109,15 @@ def named_hosts(config: Config) -> list[str]:
             f"set cluster.nodes={len(names)}, or name {cluster.nodes}"
         )
     return names
+
+
+def _has_mark(name: str) -> bool:
+    """Whether a file begins with a byte order mark: DeepSpeed would take that for part of the first host's name."""
+    try:
+        with Path(name).open("rb") as stream:
+            return stream.read(len(BOM_UTF8)) == BOM_UTF8
+    except (OSError, ValueError):
+        return False  # reading it says what is wrong
 
 
 def _read_hostfile(config: Config, name: str) -> list[str]:

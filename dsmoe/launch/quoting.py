@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import yaml
 
 from dsmoe.config.errors import UserError
+from dsmoe.config.paths import literal_path
 from dsmoe.config.yaml_text import write_yaml
 
 _UNSAFE_QUOTED = re.compile(r"[$`\\%]|[^\S ]")
@@ -127,8 +128,9 @@ def path_argument(path: str) -> str:
     return f"./{path}" if path.startswith("-") else path
 
 
-def override(key: str, value: str) -> str:
-    """`section.key=value` as a shell's word, for a message: what is typed so is the value again."""
+def path_override(key: str, path: str) -> str:
+    """`section.key=PATH` as a shell's word, for a message: what is typed so is the path again."""
+    value = literal_path(path)
     text = write_yaml(value).removesuffix("\n").removesuffix("\n...")
     if "\n" in text:
         text = json.dumps(value)
