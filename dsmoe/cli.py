@@ -175,7 +175,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    config = _load(arguments)
+    config = load_config(arguments.config, arguments.overrides, inputs=True)
     resolve_device(config.cluster.device)
     batch = Batch.from_config(config)  # lays out the topology, too
     print(f"{arguments.config}: ok")

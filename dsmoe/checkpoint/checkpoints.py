@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 from dsmoe.checkpoint.fit import check_fits, refuse, tensor_rows
 from dsmoe.checkpoint.folder import checkpoint_name, inspect
 from dsmoe.checkpoint.fragments import MOMENTS, inner_optimizer
-from dsmoe.checkpoint.manifest import DamagedError, Facts, Manifest, UnreadableError, check_contents
+from dsmoe.checkpoint.manifest import DamagedError, Facts, Manifest, UnreadableError, check_contents, check_headers
 from dsmoe.checkpoint.planning import PartsLoadPlanner, PartsSavePlanner, by_key
 from dsmoe.checkpoint.removal import remove_old
 from dsmoe.checkpoint.sharing import NamedBox, own_share
@@ -295,6 +295,8 @@ class Checkpoints:
         for shapes in on_every_rank(lambda: here):
             wanted |= shapes
         refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
+        mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+        on_every_rank(lambda: check_headers(checkpoint, manifest, mine))
         dcp.load(
             by_key(parts),
             storage_reader=FolderReader(checkpoint, manifest),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config.errors import UserError
 from dsmoe.plan.text import table
 
@@ -34,7 +34,13 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
     Raises:
         UserError: it is of another; with a table of what differs.
     """
-    saved, here = identity(manifest.facts.config), identity(config)
+    try:
+        saved, here = identity(manifest.facts.config), identity(config)
+        steps, steps_here = (
+            {f"train.{key}": c["train"][key] for key in _RUN_KEYS} for c in (manifest.facts.config, config)
+        )
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: its config is none of dsmoe's ({error})") from None
     if optimizer is None:
         # What balances the experts may begin anew; a bias is part of what the weights compute.
         begins_anew = {"moe.balance.scope is global", "moe.capacity.target_drop_percent is set"}
@@ -42,8 +48,11 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
     refuse(checkpoint, "another model", rows(saved, here))
     if optimizer is not None:
         refuse(checkpoint, "another optimizer", rows({"optimizer": manifest.facts.optimizer}, {"optimizer": optimizer}))
-        saved, here = ({f"train.{key}": c["train"][key] for key in _RUN_KEYS} for c in (manifest.facts.config, config))
-        refuse(checkpoint, "a run with other steps (for its weights alone: checkpoint.weights_from)", rows(saved, here))
+        refuse(
+            checkpoint,
+            "a run with other steps (for its weights alone: checkpoint.weights_from)",
+            rows(steps, steps_here),
+        )
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

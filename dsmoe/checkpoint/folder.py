@@ -10,7 +10,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsmoe.checkpoint.manifest import DamagedError, Manifest, UnreadableError, check_contents, check_files
+from dsmoe.checkpoint.manifest import (
+    DamagedError,
+    Manifest,
+    UnreadableError,
+    check_contents,
+    check_files,
+    check_headers,
+)
 
 _NAME = re.compile(r"step_\d+", re.ASCII)
 
@@ -76,6 +83,7 @@ def verify(checkpoint: Path) -> Manifest:
     """
     manifest = inspect(checkpoint)
     check_contents(checkpoint, manifest, sorted(manifest.files))
+    check_headers(checkpoint, manifest, sorted(manifest.files))
     return manifest
 
 

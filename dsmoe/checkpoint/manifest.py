@@ -10,25 +10,27 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from secrets import randbits
 from typing import Any
 
 from xxhash import xxh3_128
 
+from dsmoe.checkpoint.headers import BYTES, LARGEST, Entry, are_sizes, read_entries
 from dsmoe.config.errors import UserError, exit_code_of
 from dsmoe.config.sealed import sealed_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Size of an element by the dtype's name in safetensors files."""
 _DROPPED = re.compile(
     r"\.nfs[0-9a-f]+|\.fuse_hidden\w+|\..*\.sw[a-p]|\.#.*|#.*#|.*~|\.DS_Store|\._.*|Thumbs\.db", re.ASCII
 )
 """What systems and editors leave beside files that are looked at: no reason to take a checkpoint for damaged."""
-_FILE_NAME = re.compile(r"rank_\d{5,}_\d{3,}\.safetensors")
+_FILE_NAME = re.compile(r"rank_\d{5,}_\d{3,}\.safetensors", re.ASCII)
+_CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_PRIME = (1 << 127) - 1
 
 
 class DamagedError(UserError):
@@ -44,6 +46,10 @@ class UnreadableError(DamagedError):
         unreadable = cls(f"cannot read {path}: {error.strerror}")
         unreadable.exit_code = exit_code_of(error)
         return unreadable
+
+
+class _ContradictionError(ValueError):
+    """What is wrong in a manifest whose checksum is right: a program, or a person, wrote it so."""
 
 
 @dataclass(frozen=True)
@@ -142,16 +148,20 @@ class Manifest:
                 raise DamagedError(f"{path} is of another format: {content.get('format')!r}, not {FORMAT!r}")
             if _sealed({key: value for key, value in content.items() if key != "sha256"}) != text:
                 raise ValueError
+            if content.keys() != {"format", "facts", "files", "tensors", "sha256"}:
+                raise _ContradictionError(f"its entries are {', '.join(content)}")
             manifest = cls(
-                Facts(**content["facts"]),
-                {name: StoredFile(**file) for name, file in content["files"].items()},
-                {key: _tensor(*entry) for key, entry in content["tensors"].items()},
+                _facts(content["facts"]),
+                {name: _file(name, file) for name, file in content["files"].items()},
+                {key: _tensor(key, entry) for key, entry in content["tensors"].items()},
             )
             manifest._check()
         except (FileNotFoundError, NotADirectoryError):
             raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} is missing") from None
         except OSError as error:
             raise UnreadableError.of(path, error) from None
+        except _ContradictionError as error:
+            raise DamagedError(f"{path} is damaged: {error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DamagedError(f"{path} is damaged: it is not what was written") from None
         return manifest
@@ -165,16 +175,16 @@ class Manifest:
         )
 
     def _check(self) -> None:
-        """Raise ValueError where the manifest contradicts itself."""
-        if not all(_FILE_NAME.fullmatch(name) for name in self.files):
-            raise ValueError
-        for tensor in self.tensors.values():
+        """Raise _ContradictionError where tensors and files do not go together."""
+        for key, tensor in self.tensors.items():
             for box in tensor.boxes:
+                if box.file not in self.files:
+                    raise _ContradictionError(f"{key} is in {box.file!r}, which is none of its files")
                 end = box.offset + math.prod(box.shape) * BYTES[tensor.dtype]
-                if box.offset < 0 or end > self.files[box.file].bytes:
-                    raise ValueError
+                if end > self.files[box.file].bytes:
+                    raise _ContradictionError(f"{key} ends behind the end of {box.file}")
             if not tiles(tensor.shape, [(box.start, box.shape) for box in tensor.boxes]):
-                raise ValueError
+                raise _ContradictionError(f"the boxes of {key} do not have every element of it once")
 
 
 def check_files(checkpoint: Path, manifest: Manifest) -> None:
@@ -222,10 +232,63 @@ def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -
             raise DamagedError(f"{path} is damaged: it is not what was written")
 
 
+def check_headers(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Check that the files called `names` have the manifest's boxes where it says; reads their headers.
+
+    Raises:
+        DamagedError: one has not: other weights would be loaded.
+    """
+    for name, boxes in _boxes_by_file(manifest, names).items():
+        _check_header(checkpoint, name, boxes)
+
+
+def box_name(key: str, start: Iterable[int]) -> str:
+    """The name of a box within its file: `exp_avg/blocks.1.ffn.up.weight[128,0]`, by where it begins."""
+    return f"{key}[{','.join(map(str, start))}]"
+
+
+def _boxes_by_file(manifest: Manifest, names: Iterable[str]) -> dict[str, dict[str, Entry]]:
+    """What the manifest says is in each of the files, as their own headers should say it."""
+    found: dict[str, dict[str, Entry]] = {name: {} for name in names}
+    for key, tensor in manifest.tensors.items():
+        for box in tensor.boxes:
+            if box.file in found:
+                found[box.file][box_name(key, box.start)] = Entry(tensor.dtype, box.shape, box.offset)
+    return found
+
+
+def _check_header(checkpoint: Path, name: str, expected: dict[str, Entry]) -> None:
+    """Check that a file has exactly these boxes."""
+    try:
+        there = read_entries(checkpoint / name)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DamagedError(f"cannot read {checkpoint / name}: {error.strerror}") from None
+    except OSError as error:
+        raise UnreadableError.of(checkpoint / name, error) from None
+    except ValueError as error:
+        raise DamagedError(f"{checkpoint / name} is damaged: it is not a whole safetensors file: {error}") from None
+    for box in sorted(expected.keys() | there.keys()):
+        if expected.get(box) != there.get(box):
+            raise DamagedError(
+                f"{checkpoint / MANIFEST} is damaged: {box} of {name} is {_described(expected.get(box))} there, and "
+                f"{_described(there.get(box))} in the file's own header"
+            )
+
+
+def _described(entry: Entry | None) -> str:
+    return "not" if entry is None else f"{entry.dtype} {list(entry.shape)} at byte {entry.offset}"
+
+
 def tiles(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether boxes, (start, shape) each, cover a tensor of `shape`, every element once."""
-    if sum(math.prod(size) for _, size in boxes) != math.prod(shape):
-        return False
+    """Whether boxes, (start, shape) each, cover a tensor of `shape`, every element once.
+
+    In linear time. Give every coordinate a random weight, and an element the product of its coordinates' weights: the
+    boxes' elements weigh as much as the tensor's exactly if each is there once, but for a chance of some 2^-120
+    (Schwartz 1980, Zippel 1979: two different polynomials seldom agree in a random point). A box weighs the product
+    of its sides, and a side is a difference of running sums, of which only those at the ends of boxes are needed.
+    For a tensor of 3 x 2, cut behind its first row, with sums 0, a, b along the rows and 0, c along the columns:
+    (a - 0) (c - 0) + (b - a) (c - 0) = (b - 0) (c - 0).
+    """
     for start, size in boxes:
         if not len(start) == len(size) == len(shape):
             return False
@@ -233,23 +296,57 @@ def tiles(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, 
             first < 0 or part < 1 or first + part > whole for first, part, whole in zip(start, size, shape, strict=True)
         ):
             return False
-    return not any(True for _ in _overlapping(boxes))
+    sums: list[dict[int, int]] = [{0: 0} for _ in shape]
+
+    def weight(start: tuple[int, ...], size: tuple[int, ...]) -> int:
+        product = 1
+        for known, first, part in zip(sums, start, size, strict=True):
+            for end in (first, first + part):
+                if end not in known:
+                    known[end] = randbits(126)
+            product = product * (known[first + part] - known[first]) % _PRIME
+        return product
+
+    total = sum(weight(start, size) for start, size in boxes) % _PRIME
+    return total == weight((0,) * len(shape), shape)
 
 
-def _overlapping(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Iterator[tuple[int, int]]:
-    """Pairs of boxes that have an element in common, by their places in the order of their first rows."""
-    ordered = sorted(boxes)
-    open_: list[int] = []
-    for place, (start, size) in enumerate(ordered):
-        if start:
-            open_ = [i for i in open_ if ordered[i][0][0] + ordered[i][1][0] > start[0]]
-        for i in open_:
-            if all(a < d + e and d < a + b for a, b, d, e in zip(start, size, *ordered[i], strict=True)):
-                yield i, place
-        open_.append(place)
+def _facts(entry: dict[str, Any]) -> Facts:
+    """The facts, each of its type; a field that this version does not know, or lacks, raises TypeError."""
+    facts = Facts(**entry)
+    counts = {name: getattr(facts, name) for name in ("step", "tokens", "skipped_steps", "schedule_step")}
+    wrong = [name for name, value in counts.items() if not are_sizes([value])]
+    texts = {"optimizer": str, "config": dict, "layout": dict, "versions": dict, "corpora": dict}
+    wrong += [name for name, kind in texts.items() if type(getattr(facts, name)) is not kind]
+    if facts.validation_loss is not None and type(facts.validation_loss) not in (int, float):
+        wrong.append("validation_loss")
+    if not wrong and not all(are_sizes(sizes) for sizes in facts.corpora.values()):
+        wrong.append("corpora")
+    sections = ("model", "train") if "config" not in wrong else ()
+    wrong += [f"config.{name}" for name in sections if type(facts.config.get(name)) is not dict]
+    if "config" not in wrong and type(facts.config.get("name")) is not str:
+        wrong.append("config.name")
+    if wrong:
+        raise _ContradictionError(f"its facts have no such value: {', '.join(wrong)}")
+    return facts
 
 
-def _tensor(dtype: str, shape: list[int], boxes: list[list[Any]]) -> StoredTensor:
+def _file(name: str, entry: dict[str, Any]) -> StoredFile:
+    file = StoredFile(**entry)
+    if not (_FILE_NAME.fullmatch(name) and are_sizes([file.bytes]) and _CHECKSUM.fullmatch(file.xxh128)):
+        raise _ContradictionError(f"it has no such file: {name!r} {entry}")
+    return file
+
+
+def _tensor(key: str, entry: list[Any]) -> StoredTensor:
+    dtype, shape, boxes = entry
+    if dtype not in BYTES or not are_sizes(shape, 1) or math.prod(shape) * BYTES[dtype] >= LARGEST:
+        raise _ContradictionError(f"no tensor is as {key} is there: {str(dtype)[:20]!r} {str(shape)[:80]}")
+    for start, size, file, offset in boxes:
+        if not (are_sizes(start) and are_sizes(size, 1) and type(file) is str and are_sizes([offset])):
+            raise _ContradictionError(f"no box is as one of {key} is there: {str([start, size, file, offset])[:100]}")
+        if not len(start) == len(size) == len(shape):
+            raise _ContradictionError(f"a box of {key} has {len(size)} dimensions, and the tensor {len(shape)}")
     stored = tuple(StoredBox(tuple(start), tuple(size), file, offset) for start, size, file, offset in boxes)
     return StoredTensor(dtype, tuple(shape), stored)
 

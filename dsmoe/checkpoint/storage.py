@@ -22,7 +22,6 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -32,7 +31,7 @@ from torch.futures import Future
 
 from dsmoe.checkpoint.files import DTYPES, NAMES, Item, read_tensor, write_items
 from dsmoe.checkpoint.folder import spare_name
-from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor
+from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor, box_name
 from dsmoe.checkpoint.removal import discard, hidden_name, remove, remove_leftovers
 from dsmoe.durable import sync_folder, write_synced
 
@@ -221,13 +220,8 @@ def _bytes(item: WriteItem) -> int:
 
 def _stored(item: WriteItem, planner: SavePlanner) -> Item:
     """The item for `write_items`."""
-    assert item.tensor_data is not None
-    data = item.tensor_data
+    data, start = item.tensor_data, item.index.offset
+    assert data is not None
+    assert start is not None
     make = partial(planner.resolve_data, item)
-    return Item(_label(item.index), data.properties.dtype, tuple(data.chunk.sizes), make)  # type: ignore[arg-type]
-
-
-def _label(index: MetadataIndex) -> str:
-    """The name of a box within its file: `exp_avg/blocks.1.ffn.up.weight[128,0]`, by where it begins."""
-    assert index.offset is not None
-    return f"{index.fqn}[{','.join(map(str, index.offset))}]"
+    return Item(box_name(item.index.fqn, start), data.properties.dtype, tuple(data.chunk.sizes), make)  # type: ignore[arg-type]

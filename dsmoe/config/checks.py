@@ -7,6 +7,7 @@ Every message names the keys, their values and what to do. Here are model, data,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -15,6 +16,7 @@ from dsmoe.config.errors import Problem
 from dsmoe.config.layout_checks import LAYOUT_CHECKS, world_size
 from dsmoe.config.moe_checks import MOE_CHECKS
 from dsmoe.config.nearest import divisors_of, nearest_multiples_of, nearest_of
+from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config, Source
 
 _BYTES_VOCABULARY = 257
@@ -22,8 +24,15 @@ _BYTES_VOCABULARY = 257
 
 
 def cross_field_problems(config: Config) -> list[Problem]:
-    """Return every contradiction between keys of a config whose keys are valid one by one."""
-    return [problem for check in _CHECKS for problem in check(config)]
+    """Return every contradiction between keys of a config whose keys are valid one by one.
+
+    In a `sound_part` of one, those between the keys that are there: a check ends where it wants another.
+    """
+    problems: list[Problem] = []
+    for check in _CHECKS:
+        with suppress(UnsoundError):
+            problems.extend(check(config))
+    return problems
 
 
 def _attention(config: Config) -> Iterator[Problem]:
@@ -188,6 +197,12 @@ def _data(config: Config) -> Iterator[Problem]:
         if source.name in names:
             yield f"{key}.name", f'{key}.name ("{source.name}") is taken by an earlier source; give it another name'
         names.add(source.name)
+    if config.data.tokenizer == "bytes" and config.data.end_of_document is not None:
+        yield (
+            "data.end_of_document",
+            f"data.end_of_document ({config.data.end_of_document!r}) is for a tokenizer's file, and data.tokenizer is "
+            "bytes, which has an end of its own; remove it",
+        )
     vocab_size = config.model.vocab_size
     if config.data.tokenizer == "bytes" and vocab_size < _BYTES_VOCABULARY:
         yield (

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 Problem = tuple[str, str]
 """The dotted key that a problem is about, for its place in the file, and the message."""
 
+_MOST_SHOWN = 50
+
 
 class UserError(ValueError):
     """The input is wrong and the message says how to put it right; commands print it and exit with code 2."""
@@ -72,4 +74,6 @@ class ConfigError(UserError):
         if len(self.problems) == 1:
             return self.problems[0]
         heading = f"{len(self.problems)} problems in {self.source}:"
-        return "\n".join([heading, *(f"  - {problem}" for problem in self.problems)])
+        shown = [f"  - {problem}" for problem in self.problems[:_MOST_SHOWN]]
+        more = len(self.problems) - _MOST_SHOWN
+        return "\n".join([heading, *shown, *([f"  ... and {more:,} more"] if more > 0 else [])])

@@ -14,17 +14,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from dsmoe.config.schema import Config
+from dsmoe.config.synonyms import meant_by
 from dsmoe.config.yaml_text import COMMAND_LINE, Node, lookup, plain, show_value
 
 Schema = dict[str, Any]
 Path = tuple[str | int, ...]
+MOST_SHOWN = 50
+"""So many problems are explained: to guess what an unknown key means takes milliseconds."""
 
 
 def explain(error: ValidationError, tree: Node) -> list[str]:
     """Return one line for each problem that pydantic found in `tree`."""
     explainer = _Explainer(tree)
-    lines = [explainer.line(found["type"], found["loc"]) for found in error.errors(include_url=False)]
-    return list(dict.fromkeys(filter(None, lines)))
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    lines = [explainer.line(one["type"], one["loc"]) for one in found[:MOST_SHOWN]]
+    more = [f"... and {len(found) - MOST_SHOWN:,} more"] if len(found) > MOST_SHOWN else []
+    return list(dict.fromkeys(filter(None, [*lines, *more])))
 
 
 class _Explainer:
@@ -105,6 +110,8 @@ class _Explainer:
     def mismatch(self, path: Path, schema: Schema) -> str:
         value = plain(lookup(self.tree, path))
         expected = self.describe(schema)
+        if isinstance(value, int | float) and (most := _exceeded(schema, value)) is not None:
+            expected += f" and <= {most:g}" if " >" in expected else f" <= {most:g}"
         if isinstance(value, float) and not math.isfinite(value):
             expected = expected.replace("a number", "a finite number")
         return f"expected {expected}, got {show_value(value)}{_hint(schema, value)}"
@@ -141,6 +148,8 @@ class _Explainer:
         homes = [home for home, keys in sections.items() if name in keys]
         if homes:
             return f"unknown key; {_belongs(name, homes)}"
+        if synonym := meant_by(name):
+            return f"unknown key; here that is {synonym}"
         elsewhere = {key: _join(home, key) for home, keys in sections.items() for key in keys}
         guess = _closest(name, own, 0.8) or elsewhere.get(_closest(name, elsewhere, 0.8)) or _closest(name, own, 0.6)
         if guess:
@@ -184,8 +193,17 @@ def _limits(schema: Schema) -> str:
         return f" that matches {schema['pattern']}"
     if "minLength" in schema:
         return " that is not empty"
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    # "maximum" is no rule of the key's, but a bound on what can be: it is said where a value exceeds it.
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
     return " and".join(f" {sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
+
+
+def _exceeded(schema: Schema, value: float) -> float | None:
+    """The schema's maximum, if the value is above it; of the alternatives where there are several."""
+    for option in (schema, *schema.get("anyOf", [])):
+        if "maximum" in option and value > option["maximum"] and math.isfinite(value):
+            return float(option["maximum"])
+    return None
 
 
 def _hint(schema: Schema, value: Any) -> str:

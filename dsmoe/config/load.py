@@ -1,7 +1,7 @@
 """From a YAML file, what it includes and the command line's overrides to one checked `Config`.
 
-Nothing stops at the first mistake: duplicate keys, wrong overrides, unknown or mistyped keys are reported together,
-and the checks across keys as soon as every key is right by itself.
+Nothing stops at the first mistake: duplicate keys, wrong overrides, unknown or mistyped keys are reported together, and
+what contradicts itself among the keys that are right.
 """
 
 from __future__ import annotations
@@ -16,28 +16,49 @@ from pydantic import ValidationError
 from dsmoe.config.checks import cross_field_problems
 from dsmoe.config.errors import ConfigError
 from dsmoe.config.explain import explain
+from dsmoe.config.inputs import input_problems
+from dsmoe.config.partial import sound_part
+from dsmoe.config.paths import resolve_paths
 from dsmoe.config.schema import Config
-from dsmoe.config.yaml_text import COMMAND_LINE, Node, lookup, parse_yaml, plain, show_value
+from dsmoe.config.yaml_text import COMMAND_LINE, MOST_BYTES, Node, lookup, parse_yaml, plain, show_value
+
+_MOST_FILES = 64
+"""That one config may include, counted as often as they are."""
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = (), inputs: bool = False) -> Config:
     """Return the configuration in the file at `path`, with `section.key=value` overrides on top.
 
-    Mappings of the file and of what it includes are merged key by key; lists, scalars and null replace.
+    Mappings of the file and of what it includes are merged key by key; lists, scalars and null replace. With `inputs`,
+    the files that the configuration names must be there.
     Raises `ConfigError`, which lists every problem with its key, file and line.
     """
+    tree, problems = read_tree(path, overrides)
+    config = _validate(tree, problems, inputs)
+    if config is None or problems:
+        raise ConfigError(problems, str(path))
+    return config
+
+
+def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Node, list[str]]:
+    """Return what a file and the overrides say, before it is compared with the schema, and what is wrong so far.
+
+    Raises:
+        ConfigError: some of it cannot be read.
+    """
     problems: list[str] = []
-    tree = _read_file(Path(path), (), "", problems)
+    overrides = list(overrides)
+    if sum(map(len, overrides)) > MOST_BYTES:
+        raise ConfigError([f"no overrides are so long: at most {MOST_BYTES:,} characters ({COMMAND_LINE})"], str(path))
+    tree = _Reader(problems).read(Path(path), (), "")
     if tree is None:  # without all of the text, complaints about missing keys would mislead
         raise ConfigError(problems, str(path))
     for override in overrides:
         problem = _apply_override(tree, override, problems)
         if problem:
             problems.append(f"{problem} ({COMMAND_LINE})")
-    config = _validate(tree, problems)
-    if config is None or problems:
-        raise ConfigError(problems, str(path))
-    return config
+    resolve_paths(tree, problems)
+    return tree, problems
 
 
 def config_files(path: Path) -> list[Path]:
@@ -48,50 +69,90 @@ def config_files(path: Path) -> list[Path]:
     return [path, *(file for entry in entries for file in config_files(_included(entry, path)))]
 
 
-def _validate(tree: Node, problems: list[str]) -> Config | None:
+def _validate(tree: Node, problems: list[str], inputs: bool) -> Config | None:
+    """Return the config, with what contradicts itself added to `problems`; None where a key is wrong by itself."""
+    config: Any = None
     try:
-        config = Config.model_validate(plain(tree))
+        whole = config = Config.model_validate(plain(tree))
     except ValidationError as error:
         problems += explain(error, tree)
-        return None
-    for key, message in cross_field_problems(config):
-        problems.append(f"{message} ({lookup(tree, key.split('.')).where})")
-    return config
+        whole, config = None, sound_part(plain(tree), error)
+    found = cross_field_problems(config) + (input_problems(config) if inputs else [])
+    problems += [f"{message} ({lookup(tree, key.split('.')).where})" for key, message in found]
+    return whole
 
 
-def _read_file(path: Path, including: tuple[Path, ...], origin: str, problems: list[str]) -> Node | None:
-    """Return the file's mapping over those it includes; None if any of them is not a mapping that can be read.
+class _Reader:
+    """Reads a file and all that it includes."""
 
-    `including` are the files on the way here, `origin` says in messages which line asked for this one.
-    """
-    text = _read_text(path, origin, problems)
-    if text is None:
-        return None
-    root = parse_yaml(text, lambda line: f"{path}:{line}", problems)
-    if root is None:
-        return None
-    if root.value is None:
-        problems.append(f"the file is empty: {path}{origin}")
-        return None
-    if not isinstance(root.value, dict):
-        problems.append(f"expected a mapping of keys, got {show_value(plain(root))} ({root.where})")
-        return None
-    root.where = str(path)  # what is missing at the top level is missing in the file, not in its first line
-    include = root.value.pop("include", Node([], root.where))
-    entries = _include_entries(include, problems)
-    if entries is None:
-        return None
-    merged = Node({}, root.where)
-    for base in [_read_include(entry, path, including, problems) for entry in entries]:
-        if base is None:
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        self.files = 0
+        self.characters = 0
+
+    def read(self, path: Path, including: tuple[Path, ...], origin: str) -> Node | None:
+        """Return the file's mapping over those it includes; None if any of them is not a mapping that can be read.
+
+        `including` are the files on the way here, `origin` says in messages which line asked for this one.
+        """
+        problems = self.problems
+        text = _read_text(path, origin, problems)
+        if text is None or not self.is_within_limits(path, text, origin):
             return None
-        merged = _merge(merged, base)
-    return _merge(merged, root)
+        root = parse_yaml(text, lambda line: f"{path}:{line}", problems)
+        if root is None:
+            return None
+        if root.value is None:
+            problems.append(f"the file is empty: {path}{origin}")
+            return None
+        if not isinstance(root.value, dict):
+            problems.append(f"expected a mapping of keys, got {show_value(plain(root))} ({root.where})")
+            return None
+        root.where = str(path)  # what is missing at the top level is missing in the file, not in its first line
+        include = root.value.pop("include", Node([], root.where))
+        entries = _include_entries(include, problems)
+        if entries is None:
+            return None
+        merged = Node({}, root.where)
+        for base in [self.read_include(entry, path, including) for entry in entries]:
+            if base is None:
+                return None
+            merged = _merge(merged, base)
+        return _merge(merged, root)
+
+    def read_include(self, entry: Node, path: Path, including: tuple[Path, ...]) -> Node | None:
+        """Return the mapping of a file that `path` includes."""
+        chain = (*including, path)
+        included = _included(entry, path)
+        if any(included.resolve() == file.resolve() for file in chain):
+            cycle = " -> ".join(map(str, (*chain, included)))
+            self.problems.append(f"include: a file must not include itself: {cycle} ({entry.where})")
+            return None
+        if included.exists() and not included.is_file() and not included.is_dir():
+            self.problems.append(f"include: {included} is not a file ({entry.where})")
+            return None
+        return self.read(included, chain, f" (included at {entry.where})")
+
+    def is_within_limits(self, path: Path, text: str, origin: str) -> bool:
+        """Count a file, and note a problem if it is one too many: files may include each other twice each."""
+        if self.files > _MOST_FILES or self.characters > MOST_BYTES:
+            return False  # and that has been said
+        self.files += 1
+        self.characters += len(text)
+        if self.files <= _MOST_FILES and self.characters <= MOST_BYTES:
+            return True
+        self.problems.append(
+            f"no config is so long: with {path} it has {self.files} files and {self.characters:,} characters, and "
+            f"{_MOST_FILES} and {MOST_BYTES:,} are the most{origin}"
+        )
+        return False
 
 
 def _read_text(path: Path, origin: str, problems: list[str]) -> str | None:
+    data = b""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            data = stream.read(4 * MOST_BYTES + 1)  # a device may have no end
         return data.decode("utf-8-sig")
     except FileNotFoundError:
         problems.append(f"no such file: {path}{origin}")
@@ -113,16 +174,6 @@ def _include_entries(include: Node, problems: list[str]) -> list[Node] | None:
     got = show_value(plain(include))
     problems.append(f"include: expected a file name or a list of file names, got {got} ({include.where})")
     return None
-
-
-def _read_include(entry: Node, path: Path, including: tuple[Path, ...], problems: list[str]) -> Node | None:
-    chain = (*including, path)
-    included = _included(entry, path)
-    if any(included.resolve() == file.resolve() for file in chain):
-        cycle = " -> ".join(map(str, (*chain, included)))
-        problems.append(f"include: a file must not include itself: {cycle} ({entry.where})")
-        return None
-    return _read_file(included, chain, f" (included at {entry.where})", problems)
 
 
 def _included(entry: Node, path: Path) -> Path:

@@ -25,15 +25,20 @@ def _zero_is_never(value: object) -> object:
     return None if value == 0 and not isinstance(value, bool) else value
 
 
-PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
+# Upper limits are far above what anybody trains, and low enough for arithmetic on every value to end at once.
+PositiveInt = Annotated[int, Field(ge=1, le=10**18), BeforeValidator(_whole_number)]
 Interval = Annotated[
     PositiveInt | None,
     BeforeValidator(_zero_is_never),
     WithJsonSchema({"anyOf": [{"minimum": 0, "type": "integer"}, {"type": "null"}]}),
 ]
-NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**18), BeforeValidator(_whole_number)]
+Width = Annotated[int, Field(ge=1, le=2**24), BeforeValidator(_whole_number)]
+Length = Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole_number)]
+Layers = Annotated[int, Field(ge=1, le=10_000), BeforeValidator(_whole_number)]
+Devices = Annotated[int, Field(ge=1, le=2**20), BeforeValidator(_whole_number)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Percent = Annotated[float, Field(gt=0, lt=100)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -59,9 +64,9 @@ class Device(Section):
 class Cluster(Section):
     """The machines: how many, and what is in them."""
 
-    nodes: PositiveInt = 1
+    nodes: Annotated[int, Field(ge=1, le=100_000), BeforeValidator(_whole_number)] = 1
     """Machines."""
-    devices_per_node: PositiveInt = 1
+    devices_per_node: Annotated[int, Field(ge=1, le=1_024), BeforeValidator(_whole_number)] = 1
     """Devices in each machine; one process drives one device."""
     device: str | Device | None = None
     """A name known to `dsmoe.plan.devices` (`cpu` trains over gloo), a description, or null: any CUDA device, without
@@ -92,18 +97,18 @@ class Cluster(Section):
 class Parallel(Section):
     """How the model is laid over the devices. The data degrees are derived."""
 
-    tensor: PositiveInt = 1
+    tensor: Devices = 1
     """Devices that share one copy of the dense weights, each holding a slice of every matrix."""
-    expert: PositiveInt = 1
+    expert: Devices = 1
     """Devices over which the experts of a layer are spread; divides `moe.num_experts`."""
-    expert_tensor: PositiveInt = 1
+    expert_tensor: Devices = 1
     """Devices that share one expert, each holding a slice of its matrices."""
     sequence: bool = False
     """With `tensor`: between the blocks, each of its devices holds a slice of the sequence instead of all of it."""
     all_to_all: Literal["flat", "hierarchical"] = "flat"
     """How tokens reach experts on other nodes: one row for every choice, or one per node and token, which is handed on
     inside the node. The same where all experts of a layer are within one node."""
-    overlap_chunks: PositiveInt = 1
+    overlap_chunks: Devices = 1
     """Into how many parts a micro-batch's exchange is cut, so that experts work on one while others travel."""
     zero_stage: Annotated[Literal[0, 1, 2], BeforeValidator(_whole_number)] = 1
     """What DeepSpeed shards over the data group: nothing, optimizer states (1), gradients as well (2)."""
@@ -112,25 +117,25 @@ class Parallel(Section):
 class Model(Section):
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
-    vocab_size: PositiveInt
+    vocab_size: Length
     """Rows of the embedding; at least as many as the tokenizer has tokens."""
-    hidden_size: PositiveInt
+    hidden_size: Width
     """Width of the residual stream."""
-    num_layers: PositiveInt
+    num_layers: Layers
     """Transformer blocks, dense and MoE together."""
-    num_heads: PositiveInt
+    num_heads: Width
     """Query heads."""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Width | None = None
     """Key/value heads; null means as many as `num_heads`."""
-    head_dim: PositiveInt | None = None
+    head_dim: Width | None = None
     """Width of one head; null means hidden_size / num_heads."""
-    ffn_size: PositiveInt | None = None
+    ffn_size: Width | None = None
     """Inner width of the dense SwiGLU blocks; needed only when some layer is dense."""
-    dense_layers: NonNegativeInt = 0
+    dense_layers: Annotated[int, Field(ge=0, le=10_000), BeforeValidator(_whole_number)] = 0
     """The first n layers stay dense."""
-    moe_every: PositiveInt = 1
+    moe_every: Layers = 1
     """After the dense layers, every n-th layer is an MoE layer (the last of each n)."""
-    max_sequence_length: PositiveInt
+    max_sequence_length: Length
     """The longest sequence the model is made for, in tokens."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary position frequencies."""
@@ -158,9 +163,9 @@ class Router(Section):
     """Divide the k chosen scores by their sum (Mixtral, Qwen3); false keeps the scores themselves (Switch)."""
     scale: PositiveFloat = 1.0
     """What the weights are then multiplied by (DeepSeek-V3: 2.5)."""
-    num_groups: PositiveInt = 1
+    num_groups: Devices = 1
     """Groups of neighbouring experts, as nodes hold them; with more than one, each token keeps to its best groups."""
-    top_k_groups: PositiveInt = 1
+    top_k_groups: Devices = 1
     """How many groups a token may choose its experts from."""
     group_score: Literal["max", "top2_sum"] = "top2_sum"
     """What a group is worth: its best expert's score (DeepSeek-V2) or the sum of its best two (DeepSeek-V3)."""
@@ -209,13 +214,13 @@ class Capacity(Section):
 class Moe(Section):
     """The expert layers; `moe: null` trains the dense model."""
 
-    num_experts: Annotated[int, Field(ge=2), BeforeValidator(_whole_number)]
+    num_experts: Annotated[int, Field(ge=2, le=65_536), BeforeValidator(_whole_number)]
     """Experts in each MoE layer, over the whole cluster."""
-    top_k: PositiveInt = 2
+    top_k: Devices = 2
     """Experts that each token visits."""
-    expert_ffn_size: PositiveInt
+    expert_ffn_size: Width
     """Inner width of one expert."""
-    shared_expert_ffn_size: PositiveInt | None = None
+    shared_expert_ffn_size: Width | None = None
     """Inner width of a shared expert, which every token passes besides its own (DeepSeek); null means none."""
     residual: bool = False
     """Mix the experts' output with a dense MLP's of `expert_ffn_size` by learned coefficients (PR-MoE)."""
@@ -260,6 +265,9 @@ class Data(Section):
     """The corpora, mixed by weight."""
     tokenizer: str = "bytes"
     """`bytes` (256 byte values and an end-of-document token), or a `tokenizers` JSON file."""
+    end_of_document: Annotated[str, Field(min_length=1)] | None = None
+    """The token of that file that follows every document, as text (`<|im_end|>`); null takes one of the usual names:
+    `<|endoftext|>`, `</s>`, `<|end_of_text|>`, `<eos>`."""
     cache_dir: Folder = ".cache/dsmoe"
     """Folder of the tokenized corpora; runs with the same data share it."""
     validation_fraction: Fraction = 0.05
@@ -306,9 +314,9 @@ class Train(Section):
     """Training tokens; the last step is the last full batch of them."""
     batch_tokens: PositiveInt
     """Tokens per optimizer step over the whole cluster."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Length = 1
     """Sequences per device per forward pass."""
-    sequence_length: PositiveInt
+    sequence_length: Length
     """Tokens in one training sequence."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward and backward pass; `bf16` keeps fp32 master weights in the optimizer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dsmoe.config.paths import write_paths
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import write_yaml
 
@@ -18,7 +19,7 @@ _INCLUDE = {
 
 def dump_config(config: Config) -> str:
     """Return the resolved YAML, every default included; `load_config` reads it back to an equal `Config`."""
-    return write_yaml(config.model_dump())
+    return write_yaml(write_paths(config.model_dump()))
 
 
 def json_schema() -> dict[str, Any]:

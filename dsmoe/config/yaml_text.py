@@ -26,6 +26,11 @@ from yaml.serializer import Serializer
 COMMAND_LINE = "command line"
 """The place of what an override wrote."""
 
+MOST_BYTES = 1 << 16
+"""The most text that one config may have, with all that it includes: reading that takes a second."""
+_MOST_NODES = 20_000
+"""The most values of one file, counted as often as an alias repeats them: nine aliases of nine each are 10^9."""
+_DEEPEST = 50
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 
@@ -67,6 +72,8 @@ def show_value(value: Any) -> str:
     """Return one short line for a value in a message: text in double quotes, null, true, numbers as they are."""
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else (".inf" if value > 0 else "-.inf")
+    if isinstance(value, str):
+        value = value[:100]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -129,6 +136,9 @@ def parse_yaml(text: str, place: Callable[[int], str], problems: list[str], pref
     Problems are added to `problems`, with key paths that start with `prefix`. Returns null as `Node(None, ...)`,
     also for empty text, and None when the text is not YAML at all.
     """
+    if len(text) > MOST_BYTES:
+        problems.append(f"no config is so long: {len(text):,} characters, and {MOST_BYTES:,} are the most ({place(1)})")
+        return None
     try:
         root = _Loader(text).get_single_node()
         if root is None:
@@ -143,6 +153,11 @@ def parse_yaml(text: str, place: Callable[[int], str], problems: list[str], pref
         problems.append(f"not valid YAML: {reasons} ({place(mark.line + 1 if mark else 1)})")
     except RecursionError:
         problems.append(f"not valid YAML: nested too deeply ({place(1)})")
+    except _TooMuchError as error:
+        problems.append(
+            f"{prefix}{': ' if prefix else ''}no config has so many values: more than {_MOST_NODES:,} with what "
+            f"aliases (*) repeat, or more than {_DEEPEST} levels deep ({place(error.args[0])})"
+        )
     return None
 
 
@@ -168,6 +183,10 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 }
 
 
+class _TooMuchError(Exception):
+    """The line of the value that is too deep, or one too many."""
+
+
 class _Builder:
     """YAML's graph to our tree."""
 
@@ -175,12 +194,16 @@ class _Builder:
         self.place = place
         self.problems = problems
         self.open: set[yaml.Node] = set()
+        self.nodes = 0
 
     def build(self, node: yaml.Node, path: str, line: int) -> Node:
         """Return the tree below `node`, which `line` names (a mapping entry's line is its key's)."""
         if node in self.open:
             self.report(path, "the anchor contains itself", line)
             return Node(None, self.place(line))
+        self.nodes += 1
+        if self.nodes > _MOST_NODES or len(self.open) > _DEEPEST:
+            raise _TooMuchError(line)
         self.open.add(node)
         value: Any = None
         if isinstance(node, yaml.ScalarNode):

@@ -47,7 +47,7 @@ from dsmoe.data.stored import (
     sums_path,
     verify,
 )
-from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, Tokenizer, token_dtype
+from dsmoe.data.tokenizer import Tokenizer, token_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -221,11 +221,6 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recip
             "%s is of format %s, without checksums and with another split: it is not used any more, and can be removed "
             "when no run of an earlier version needs it",
             *(path, version),
-        )
-    if tokenizer.end_of_document is None:
-        names = ", ".join(END_OF_DOCUMENT_NAMES)
-        logger.warning(
-            "data.tokenizer %s has no end-of-document token (%s): nothing separates documents", data.tokenizer, names
         )
     with in_the_making(folder, source.name) as partial:
         meta = _write_tokens(partial, source, tokenizer, data, recipe)

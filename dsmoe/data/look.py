@@ -11,7 +11,7 @@ from dsmoe.data.files import corpus_files, is_builtin
 from dsmoe.data.hub import hub_records
 from dsmoe.data.problems import BadRecord, source_error, translated
 from dsmoe.data.readers import first_record
-from dsmoe.data.tokenizer import Tokenizer, load_tokenizer
+from dsmoe.data.tokenizer import Tokenizer, load_tokenizer, require_end_of_document
 
 _MOST_PROBLEMS = 5
 """Files that one source may report; a folder has thousands."""
@@ -26,13 +26,15 @@ def look_first(config: Config, cache_dir: Path, is_prepared: Callable[[Source, T
         is_prepared: whether the tokens of a source are in the cache, so that its text is not read.
 
     Raises:
-        UserError: a line for each problem: the tokenizer does not load or exceeds `model.vocab_size`; a file is
+        UserError: a line for each problem: the tokenizer does not load, exceeds `model.vocab_size` or has no token for
+            the end of a document; a file is
             missing, may not be read, is of another format, or has no usable text in its first record.
     """
     problems = []
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config)
+        require_end_of_document(tokenizer, config)
     except UserError as error:
         problems.append(str(error))
     for source in config.data.sources:

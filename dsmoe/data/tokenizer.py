@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,8 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+"""Of which the first that a tokenizer has is taken, where `data.end_of_document` names none."""
+_MOST_CANDIDATES = 10
 
 
 class Tokenizer(Protocol):
@@ -23,6 +25,8 @@ class Tokenizer(Protocol):
     """One more than the largest token number."""
     end_of_document: int | None
     """The token after every document, or None when the vocabulary has none."""
+    candidates: str
+    """For a message: the tokens that may be meant by another end of a document."""
     identity: str
     """Equal for tokenizers that encode alike; part of the cache's fingerprint."""
 
@@ -46,8 +50,11 @@ def load_tokenizer(config: Config) -> Tokenizer:
     Raises:
         UserError: the file is missing or not a tokenizer, or the vocabulary exceeds `model.vocab_size`.
     """
-    name = config.data.tokenizer
-    tokenizer: Tokenizer = ByteTokenizer() if name == "bytes" else _file_tokenizer(Path(name).expanduser().absolute())
+    name, end = config.data.tokenizer, config.data.end_of_document
+    if name == "bytes":
+        tokenizer: Tokenizer = ByteTokenizer()
+    else:
+        tokenizer = _file_tokenizer(Path(name).expanduser().absolute(), end)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of data.tokenizer "
@@ -56,12 +63,27 @@ def load_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
+def require_end_of_document(tokenizer: Tokenizer, config: Config) -> None:
+    """Check that documents will be separated in what is trained on.
+
+    Raises:
+        UserError: the vocabulary has no token of the usual names, and `data.end_of_document` does not say which.
+    """
+    if tokenizer.end_of_document is None:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer} has none of the usual end-of-document tokens "
+            f"({', '.join(END_OF_DOCUMENT_NAMES)}), so that nothing would separate documents; set data.end_of_document "
+            f"to the token that follows each{tokenizer.candidates}"
+        )
+
+
 class ByteTokenizer:
     """UTF-8 bytes as tokens 0 to 255, and 256 as end of document."""
 
     vocab_size = 257
     end_of_document: int | None = 256
     identity = "bytes"
+    candidates = ""
 
     def encode(self, text: str) -> np.ndarray:
         """Turn `text` into its bytes, `[bytes]` uint16."""
@@ -77,16 +99,25 @@ class FileTokenizer:
 
     Text that spells a special token (`<|endoftext|>` inside a document) is encoded as ordinary text.
 
+    Args:
+        path: of the file.
+        content: what was read from it.
+        end: the token after every document, as text; None takes one of the usual names, if there is one.
+
     Raises:
-        UserError: `content`, which was read from `path`, is not a tokenizer.
+        UserError: `content` is not a tokenizer, or has no such token.
     """
 
-    def __init__(self, path: Path, content: bytes):
+    def __init__(self, path: Path, content: bytes, end: str | None = None):
         self._tokenizer = _parse(path, content)
         self.identity = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        if end is not None:
+            self.identity += f" {end}"
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.end_of_document = next((vocabulary[eod] for eod in END_OF_DOCUMENT_NAMES if eod in vocabulary), None)
+        self.candidates = _candidates(self._tokenizer)
+        token = end_token(vocabulary, end, f"data.tokenizer {path}", self.candidates)
+        self.end_of_document = None if token is None else token[1]
 
     def encode(self, text: str) -> np.ndarray:
         """Turn `text` into tokens, `[tokens]` uint16 or uint32."""
@@ -98,14 +129,35 @@ class FileTokenizer:
         return [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
 
 
-def _file_tokenizer(path: Path) -> FileTokenizer:
-    return _parsed_once(path, _read(path))
+def end_token(
+    vocabulary: Mapping[str, int], end: str | None, where: str, candidates: str = ""
+) -> tuple[str, int] | None:
+    """The token after every document, as text and number: `end`, or one of the usual names; None where there is none.
+
+    Raises:
+        UserError: `end`, which is data.end_of_document, is not in the vocabulary; with `where` that is from.
+    """
+    if end is not None and end not in vocabulary:
+        raise UserError(f"data.end_of_document ({end!r}) is no token of {where}; set it to one{candidates}")
+    names = END_OF_DOCUMENT_NAMES if end is None else (end,)
+    return next(((name, vocabulary[name]) for name in names if name in vocabulary), None)
+
+
+def _candidates(tokenizer: Any) -> str:
+    added = tokenizer.get_added_tokens_decoder().values()
+    names = sorted((token.content for token in added if token.special), key=lambda name: "end" not in name.lower())
+    more = ", ..." if len(names) > _MOST_CANDIDATES else ""
+    return f", for example of its special tokens: {', '.join(names[:_MOST_CANDIDATES])}{more}" if names else ""
+
+
+def _file_tokenizer(path: Path, end: str | None) -> FileTokenizer:
+    return _parsed_once(path, _read(path), end)
 
 
 @functools.lru_cache(maxsize=1)
-def _parsed_once(path: Path, content: bytes) -> FileTokenizer:
+def _parsed_once(path: Path, content: bytes, end: str | None) -> FileTokenizer:
     """Every call of `prepare` asks for the same tokenizer, and a large one takes seconds to parse."""
-    return FileTokenizer(path, content)
+    return FileTokenizer(path, content, end)
 
 
 def _read(path: Path) -> bytes:
@@ -130,4 +182,6 @@ def _parse(path: Path, content: bytes) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # a corpus is tokenised once, and the same way again
     return tokenizer

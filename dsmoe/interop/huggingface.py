@@ -12,7 +12,7 @@ import torch
 
 from dsmoe.config.errors import UserError
 from dsmoe.interop.files import Slot, read_header
-from dsmoe.interop.logits import import_transformers
+from dsmoe.interop.logits import NO_CODE, import_transformers, refuse_code
 from dsmoe.interop.names import Match
 from dsmoe.interop.tensors import Tensors, Tile, Tiled
 
@@ -31,9 +31,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a folder of Hugging Face's: there is no {folder / 'config.json'}")
+    refuse_code(folder)
     transformers = import_transformers()
     try:
-        settings: dict[str, Any] = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        settings: dict[str, Any] = transformers.AutoConfig.from_pretrained(folder, **NO_CODE).to_dict()
     except Exception as error:  # whatever their code makes of it
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     return settings

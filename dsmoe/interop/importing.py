@@ -18,6 +18,7 @@ from dsmoe.interop.names import matches
 from dsmoe.interop.sections import architecture_of, describe, sections_of
 from dsmoe.interop.tensors import checkpoint_tensors
 from dsmoe.interop.weights import write_checkpoint
+from dsmoe.launch.quoting import path_override
 
 
 def fitting_sections(folder: Path) -> str:
@@ -72,7 +73,7 @@ def import_folder(
             say("not compared with transformers' model (--no-check)")
     size = sum(file.bytes for file in written.files.values())
     say(f"wrote {out}: {len(pairs)} tensors of a {architecture.name} model, {size / 1e9:.2f} GB")
-    say(f"to begin a run with it: checkpoint.weights_from={out}")
+    say(f"to begin a run with it: {path_override('checkpoint.weights_from', str(out))}")
 
 
 def check_same(folder: Path, config: Config, settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ FLIPPED, FLIPPED_TOLERANCE = 0.1, 0.1
 """This share of the tokens may differ by this much: where two experts of a token score the same to rounding, the two
 libraries may choose differently. In a model of many layers and experts, that befalls a few tokens in a hundred."""
 _SEQUENCES, _LENGTH = 2, 64
+NO_CODE = {"local_files_only": True, "trust_remote_code": False}
+"""What every call into transformers gets: without the second, it asks on standard input whether to run the folder's
+Python, and a script that answers `y` runs it."""
+_OWN_LAYERS = {"use_safetensors": True, "attn_implementation": "sdpa"}
+"""Not pickled weights, and not the attention that a config names, which may be a kernel of somebody's on the hub."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def their_logits(folder: Path, config: Config) -> torch.Tensor:
     with _quiet(transformers):
         try:
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder, dtype=torch.float32, output_loading_info=True, **NO_CODE, **_OWN_LAYERS
             )
         except Exception as error:  # whatever their code makes of a folder
             raise UserError(f"transformers cannot load {folder}: {error}") from error
@@ -134,6 +140,25 @@ def check_memory(config: Config) -> None:
         raise UserError(
             f"comparing the logits takes two models in fp32, about {needed / 2**30:.0f} GiB, and "
             f"{free / 2**30:.0f} GiB are free; run it where there is more, or without the comparison (--no-check)"
+        )
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a folder whose config needs classes of its own, before transformers looks at it.
+
+    Raises:
+        UserError: it has such a config, and transformers has no classes for its model.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+        classes, model_type = settings.get("auto_map"), settings.get("model_type")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / 'config.json'} is not the config of a model: {error}") from None
+    known = import_transformers().models.auto.configuration_auto.CONFIG_MAPPING
+    if classes and not (isinstance(model_type, str) and model_type in known):
+        raise UserError(
+            f"{folder / 'config.json'} names Python of its own (auto_map) for model_type {model_type!r}, and dsmoe "
+            "runs no code of a folder; only architectures that are in transformers itself can be read"
         )
 
 

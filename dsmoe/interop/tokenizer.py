@@ -9,7 +9,7 @@ from typing import Any
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, ByteTokenizer
+from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, ByteTokenizer, end_token
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,35 @@ def tokenizer_files(config: Config, given: str | None) -> TokenizerFiles:
             f"the tokenizer {name} has token {highest}, and model.vocab_size is {config.model.vocab_size}: it is not "
             f"the one that the model was trained with; give that with --tokenizer FILE"
         )
-    end = next(((eod, vocabulary[eod]) for eod in END_OF_DOCUMENT_NAMES if eod in vocabulary), None)
+    end = end_token(vocabulary, None if name == "bytes" else config.data.end_of_document, f"the tokenizer {name}")
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.model.max_sequence_length,
         "clean_up_tokenization_spaces": False,
+        # As in training: the name of a special token within a text is text.
+        "split_special_tokens": True,
     }
     if end is not None:
         settings |= {"eos_token": end[0], "pad_token": end[0]}
-    return TokenizerFiles({"tokenizer.json": text, "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}, end)
+    return TokenizerFiles(
+        {"tokenizer.json": _as_trained(text), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}, end
+    )
+
+
+def _as_trained(text: str) -> str:
+    """A tokenizer.json without what training leaves out: special tokens around a text, cutting, padding, dropout.
+
+    A model that was trained without a token before each document has never seen one: its embedding is random numbers.
+    """
+    content: dict[str, Any] = json.loads(text)
+    changed = {**content, "truncation": None, "padding": None, "post_processor": None}
+    processors = content.get("post_processor") or {}
+    offsets = [one for one in (processors.get("processors") or [processors]) if one.get("type") == "ByteLevel"]
+    if offsets:  # says where in the text a token is, and adds none
+        changed["post_processor"] = offsets[0]
+    if changed["model"].get("dropout"):
+        changed["model"] = {**changed["model"], "dropout": None}
+    return text if changed == content else json.dumps(changed, ensure_ascii=False)
 
 
 def byte_tokenizer_json() -> str:

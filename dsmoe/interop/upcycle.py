@@ -41,6 +41,7 @@ from dsmoe.interop.names import BIAS, EXPERTS_DOWN, EXPERTS_GATE_UP, ROUTER, mat
 from dsmoe.interop.sections import architecture_of, describe, sections_of
 from dsmoe.interop.tensors import Tensors, Tile, Tiled, checkpoint_tensors
 from dsmoe.interop.weights import write_checkpoint
+from dsmoe.launch.quoting import path_override
 from dsmoe.parallel.boxes import Box
 from dsmoe.parallel.draw import normal_from, seed_of
 from dsmoe.plan.layers import is_moe_layer
@@ -119,7 +120,7 @@ def upcycle(
         say("while the router's logits are near 0, so its weights are small; with true, the models would be equal")
     size = sum(file.bytes for file in written.files.values())
     say(f"wrote {out}: every expert is {_share(cut)}, {size / 1e9:.2f} GB")
-    say(f"to begin a run with it: checkpoint.weights_from={out}")
+    say(f"to begin a run with it: {path_override('checkpoint.weights_from', str(out))}")
 
 
 def _share(cut: Cut) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from dsmoe import __version__
 from dsmoe.checkpoint.files import NAMES, Item, write_items
-from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor
+from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor, box_name
 from dsmoe.checkpoint.storage import FILE_BYTES
 from dsmoe.config.schema import Config
 from dsmoe.durable import write_synced
@@ -34,7 +34,10 @@ def write_checkpoint(folder: Path, config: Config, tensors: Tensors, origin: str
     boxes: dict[str, list[StoredBox]] = {key: [] for key in tensors}
     for number, tiles in enumerate(_files(tensors, file_bytes)):
         name = f"rank_00000_{number:03d}.safetensors"
-        items = [Item(_label(key, tile), tensors[key].dtype, tile.box.shape, _reader(tile)) for key, tile in tiles]
+        items = [
+            Item(box_name(key, tile.box.start), tensors[key].dtype, tile.box.shape, _reader(tile))
+            for key, tile in tiles
+        ]
         files[name], offsets = write_items(folder / name, items)
         for (key, tile), offset in zip(tiles, offsets, strict=True):
             boxes[key].append(StoredBox(tile.box.start, tile.box.shape, name, offset))
@@ -69,8 +72,3 @@ def _files(tensors: Tensors, file_bytes: int) -> Iterator[list[tuple[str, Tile]]
             current.append((key, tile))
             size += tile.box.size * tensor.dtype.itemsize
     yield current
-
-
-def _label(key: str, tile: Tile) -> str:
-    """The name of a box within its file: `model/blocks.1.ffn.down.weight[0,0]`, by where it begins."""
-    return f"{key}[{','.join(map(str, tile.box.start))}]"

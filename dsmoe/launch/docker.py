@@ -10,6 +10,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.load import config_files
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Job, Request
+from dsmoe.launch.quoting import compose_text, path_argument
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.report import headline
 from dsmoe.plan.topology import Topology
@@ -118,16 +119,16 @@ def _heading(request: Request, compose: str, command: str, one_machine: bool) ->
 
 def _node(request: Request, is_cpu: bool, one_machine: bool) -> str:
     config = request.config
-    command = ["pretrain", request.path, *request.overrides, "runs_dir=/runs", "data.cache_dir=/cache"]
+    command = ["pretrain", path_argument(request.path), *request.overrides, "runs_dir=/runs", "data.cache_dir=/cache"]
     if one_machine and config.cluster.interface is not None:
         command.append("cluster.interface=null")  # containers have one of their own, and no others
     shared = "" if one_machine else "${SHARED:?a folder that every machine sees}/"
     volumes = ["${PWD}:/project:ro", f"{shared}runs:/runs", f"{shared}cache:/cache"]
-    volumes += [f"{path}:{path}:ro".replace("$", "$$") for path in _outside(request)]
+    volumes += [compose_text(f"{path}:{path}:ro", "a path of the config") for path in _outside(request)]
     ulimits = ["nofile: 16384"] + ([] if is_cpu else ["memlock: -1             # NCCL pins memory"])
     text = NODE.format(
         image="dsmoe:cpu" if is_cpu else "dsmoe:cuda",
-        command=json.dumps(command).replace("$", "$$"),
+        command=f"[{', '.join(compose_text(word, 'an argument') for word in command)}]",
         volumes="\n".join(f"    - {volume}" for volume in volumes),
         ulimits="\n".join(f"    {limit}" for limit in ulimits),
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shlex
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Job, Request
 from dsmoe.launch.nodelist import expand
+from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.report import headline
 from dsmoe.plan.text import quantity
@@ -60,7 +62,7 @@ ON_ONE_HOST = """\
 
 
 def job(request: Request) -> Job:
-    """A file of environment variables, and a hostfile unless the config names one.
+    """A file of environment variables, and a hostfile unless the config names one that DeepSpeed can read.
 
     Raises:
         UserError: the config's hosts are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
@@ -68,14 +70,19 @@ def job(request: Request) -> Job:
     cluster = request.config.cluster
     if cluster.hostfile is not None and cluster.hosts is not None:
         raise UserError("cluster.hosts and cluster.hostfile both say which hosts there are; set one of them to null")
-    path = request.path_of(HOSTFILE) if cluster.hostfile is None else shlex.quote(cluster.hostfile)
+    path, is_ours = request.path_of(HOSTFILE), True
+    if cluster.hostfile is not None and not _has_mark(cluster.hostfile):
+        is_ours = False
+        path = shell_word(path_argument(cluster.hostfile), "cluster.hostfile")
     named = (
         named_hosts(request.config) if cluster.hostfile is None else _read_hostfile(request.config, cluster.hostfile)
     )
     names = named or _placeholders(request.config)
+    if cluster.nodes > 1:
+        ssh_path(os.getcwd(), "this folder")  # DeepSpeed goes there on every host
     commands = _commands(request, path, names[0])
     files = {ENVIRONMENT: _environment(request.config)} if cluster.nodes > 1 else {}
-    if cluster.hostfile is None:
+    if is_ours:
         files = {HOSTFILE: _hostfile(request, names, commands, placeholders=not named), **files}
     if cluster.nodes == 1:
         return Job(files, commands["no_ssh"])
@@ -104,10 +111,19 @@ def named_hosts(config: Config) -> list[str]:
     return names
 
 
+def _has_mark(name: str) -> bool:
+    """Whether a file begins with a byte order mark: DeepSpeed would take that for part of the first host's name."""
+    try:
+        with Path(name).open("rb") as stream:
+            return stream.read(len(BOM_UTF8)) == BOM_UTF8
+    except (OSError, ValueError):
+        return False  # reading it says what is wrong
+
+
 def _read_hostfile(config: Config, name: str) -> list[str]:
     """Read a hostfile as DeepSpeed does, and check that it has the config's nodes and devices."""
     try:
-        lines = [line.strip() for line in Path(name).read_text().splitlines()]
+        lines = [line.strip() for line in Path(name).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"cluster.hostfile ({name}) cannot be read: {reason}") from None
@@ -120,7 +136,7 @@ def _read_hostfile(config: Config, name: str) -> list[str]:
             raise UserError(f"{name}:{number}: expected `HOST slots=DEVICES`, got {line!r}")
         if match[1] in slots:
             raise UserError(f"{name}:{number}: {match[1]} is named a second time; every host is one node")
-        slots[match[1]] = int(match[2])
+        slots[host_name(match[1], f"{name}:{number}")] = int(match[2])
     nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
     if len(slots) != nodes:
         raise UserError(
@@ -147,10 +163,11 @@ def _placeholders(config: Config) -> list[str]:
 def _commands(request: Request, hostfile: str, first: str) -> dict[str, str]:
     """What can be typed, by the name that the heading gives it."""
     cluster = request.config.cluster
+    over_ssh = request.program_over_ssh() if cluster.nodes > 1 else request.program()
     address = f"--master_addr {first} --node_rank {'0' if cluster.nodes == 1 else 'K'}"
     size = f"--nnodes {cluster.nodes} --nproc-per-node {cluster.devices_per_node}"
     return {
-        "command": f"DS_ENV_FILE={request.path_of(ENVIRONMENT)} deepspeed --hostfile {hostfile} {request.program()}",
+        "command": f"DS_ENV_FILE={request.path_of(ENVIRONMENT)} deepspeed --hostfile {hostfile} {over_ssh}",
         "no_ssh": f"deepspeed --hostfile {hostfile} --no_ssh {address} {request.program()}",
         "torchrun": f"torchrun {size} {address.replace('_', '-')} {request.program()}",
     }
@@ -171,4 +188,5 @@ def _environment(config: Config) -> str:
     """What DeepSpeed exports on every host, in double quotes: the host's own PATH follows this Python's."""
     facts = resolve_device(config.cluster.device)
     accelerator = "DS_ACCELERATOR=cpu\n" if facts is not None and facts.name == "cpu" else ""
-    return f"PATH={sys.prefix}/bin:$PATH\n{accelerator}"
+    programs = environment_value(f"{sys.prefix}/bin", "the folder of this Python")
+    return f"PATH={programs}:$PATH\n{accelerator}"

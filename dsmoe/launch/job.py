@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from dsmoe.config.errors import UserError, describe, system_error
 from dsmoe.config.schema import Config
 from dsmoe.durable import write_whole
+from dsmoe.launch.quoting import path_argument, shell_command, shell_word, ssh_path, ssh_word
 
 
 def default_folder(config: Config) -> str:
@@ -31,18 +31,35 @@ class Request:
 
     def program(self, name: str = "pretrain") -> str:
         """`launch/pretrain.py` and its arguments, on a shell's command line; by its full path in other folders."""
+        return shell_command(self.words(name))
+
+    def program_over_ssh(self) -> str:
+        """The same for the `deepspeed` command, which goes to other hosts by ssh.
+
+        Raises:
+            UserError: DeepSpeed would not hand it on as it is.
+        """
+        script, option, path, *overrides = self.words("pretrain")
+        ssh_path(script, "the path of dsmoe's launch/pretrain.py")
+        ssh_word(path, "the path of the config")
+        for override in overrides:
+            ssh_word(override, f"the override of {override.partition('=')[0].strip()}")
+        return shell_command([script, option, path, *overrides])
+
+    def words(self, name: str) -> list[str]:
+        """The words of that command."""
         script = Path(f"launch/{name}.py")
         there = script if script.exists() else Path(__file__).parents[2] / script
-        return shlex.join([str(there), "--config", self.path, *self.overrides])
+        return [str(there), "--config", path_argument(self.path), *self.overrides]
 
     def path_of(self, name: str) -> str:
         """One of the files, as the command names it."""
-        return shlex.quote(str(Path(self.folder) / name))
+        return shell_word(path_argument(str(Path(self.folder) / name)), "--out")
 
     def written_by(self, way: str) -> str:
         """The command that writes the files again: `way` is `--hostfile`, `--slurm` or `--docker`."""
-        out = [] if self.folder == default_folder(self.config) else ["--out", self.folder]
-        return shlex.join(["dsmoe", "launch", self.path, *self.overrides, way, *out])
+        out = [] if self.folder == default_folder(self.config) else ["--out", path_argument(self.folder)]
+        return shell_command(["dsmoe", "launch", path_argument(self.path), *self.overrides, way, *out])
 
 
 @dataclass(frozen=True)

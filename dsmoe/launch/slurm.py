@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from dsmoe.config.schema import Config
 from dsmoe.launch.attempts import MOST_FAILURES
 from dsmoe.launch.hosts import named_hosts
 from dsmoe.launch.job import Job, Request
+from dsmoe.launch.quoting import path_argument, shell_word, slurm_folder, slurm_option
 from dsmoe.plan.text import quantity
 
 SAVING_SECONDS = 300
@@ -57,7 +57,7 @@ _TORCHRUN = """\
 """
 _WATCHED = """
 srun {options} \\
-    --label --output="$logs/%j-%N.log" --open-mode=append \\
+    --label --output="${{logs//%/%%}}/%j-%N.log" --open-mode=append \\
     python {program} &
 step=$!
 
@@ -110,16 +110,17 @@ def job(request: Request) -> Job:
 def _pretrain(request: Request) -> str:
     config = request.config
     devices = config.cluster.devices_per_node
-    run = shlex.quote(str(Path(config.runs_dir) / config.name))
-    config_file = shlex.quote(request.path)
+    run = slurm_folder(str(Path(config.runs_dir) / config.name), "runs_dir")
+    config_file = shell_word(path_argument(request.path), "the config's path")
     title = f"Pretrain {config.name} on {_ranks(config)}, attempt after attempt until its last step is done."
     folder = rf"""
 set -u
 run={run}
+config={config_file}
 logs=$run/logs # of the ranks: JOB-NODE.log
 say() {{ echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }}
-if [[ ! -f {config_file} ]]; then
-    say "there is no {config_file} here, in $PWD: submit this where \`dsmoe launch\` was typed"
+if [[ ! -f $config ]]; then
+    say "there is no $config here, in $PWD: submit this where \`dsmoe launch\` was typed"
     exit 2
 fi
 if ! {{ mkdir -p "$logs" && touch "$run/.lock" && [[ -w $logs ]]; }}; then
@@ -174,12 +175,14 @@ def _header(request: Request, script: str, title: str, name: str, options: Mappi
     cluster = request.config.cluster
     elastic = "; another number will do, by cluster.elastic" if cluster.elastic else ""
     sizes = {
-        f"job-name={name}": "",
+        f"job-name={slurm_option(name, 'name')}": "",
         f"nodes={cluster.nodes}": f"cluster.nodes{elastic}",
         f"ntasks-per-node={cluster.devices_per_node}": "a task is a rank, and drives one device",
     }
     if named_hosts(request.config):
-        sizes[f"nodelist={cluster.hosts}"] = "cluster.hosts; without this line, Slurm chooses"
+        sizes[f"nodelist={slurm_option(str(cluster.hosts), 'cluster.hosts')}"] = (
+            "cluster.hosts; without this line, Slurm chooses"
+        )
     if cluster.device != "cpu":
         sizes[f"gpus-per-node={cluster.devices_per_node}"] = "each rank sees all of its node's, as NCCL wants it"
     whole = {"exclusive": "whole nodes: all cores,", "mem=0": "... and all memory"}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.checkpoint.folder import Found, all_checkpoints, inspect, look, step_of
-from dsmoe.checkpoint.manifest import DamagedError, Manifest
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
@@ -308,7 +308,8 @@ def _config_before(file: Path, found: Found) -> tuple[dict[str, Any], list[str]]
 def _beginning(config: Config, folder: Path, found: Found, is_again: bool) -> Beginning:
     """What to begin with; `is_again`, where the run has begun before, with the same `checkpoint.resume`."""
     resume, whole, passed_over = config.checkpoint.resume, list(found.whole), tuple(found.passed_over.values())
-    weights = Path(config.checkpoint.weights_from) if config.checkpoint.weights_from else None
+    weights_from = config.checkpoint.weights_from
+    weights = _checkpoint_at("checkpoint.weights_from", Path(weights_from)) if weights_from else None
     if resume == "never" and (whole or passed_over):
         newest = max((*whole, *found.passed_over), key=step_of)
         raise UserError(
@@ -324,7 +325,7 @@ def _beginning(config: Config, folder: Path, found: Found, is_again: bool) -> Be
         if resume == "always" and not whole:
             raise UserError(f"checkpoint.resume is 'always' and there is no whole checkpoint in {folder}")
         return Beginning(tuple(whole), passed_over, tuple(found.damaged), weights)
-    chosen = Path(resume)
+    chosen = _checkpoint_at("checkpoint.resume", Path(resume))
     step = _chosen("checkpoint.resume", chosen).facts.step
     if whole and step_of(whole[0]) > step and is_again:  # the same command, after a stop
         return Beginning((*whole, chosen), passed_over, tuple(found.damaged))
@@ -336,6 +337,22 @@ def _beginning(config: Config, folder: Path, found: Found, is_again: bool) -> Be
             f"(name={free_name(config)})"
         )
     return Beginning((chosen,), passed_over, tuple(found.damaged))
+
+
+def _checkpoint_at(key: str, path: Path) -> Path:
+    """The checkpoint at a path: itself, or a run's newest one that has all of its files.
+
+    Raises:
+        UserError: it is a run's folder without one.
+    """
+    folder = path / "checkpoints"
+    if (path / MANIFEST).exists() or not folder.is_dir():
+        return path
+    found = _look(folder)
+    if not found.whole:
+        reasons = f": {'; '.join(found.passed_over.values())}" if found.passed_over else ""
+        raise UserError(f"{key} is the folder of a run, {path}, that has no whole checkpoint{reasons}")
+    return next(iter(found.whole))
 
 
 def _chosen(key: str, checkpoint: Path) -> Manifest:

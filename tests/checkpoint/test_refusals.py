@@ -192,6 +192,18 @@ def test_a_tensor_too_many_or_too_few_is_an_error(checkpoint: Path, tmp_path: Pa
     assert re.search(r"model/norm\.weight +absent +\[32\]", message)
 
 
+def test_tensors_that_are_exchanged_in_the_manifest_are_not_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    one, other = (content["tensors"][f"model/blocks.1.{name}.weight"][2][0] for name in ("attention_norm", "ffn_norm"))
+    one[2:], other[2:] = other[2:], one[2:]
+    path.write_text(_sealed(content))
+    for message in run_ranks(2, refusal, layout_config(tmp_path, **TWO), checkpoint):
+        assert message.startswith(f"{path} is damaged: ")
+        assert "in the file's own header" in message
+
+
 def test_another_optimizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "manifest.json"
     content = json.loads(path.read_text())

@@ -105,12 +105,15 @@ def test_a_single_document_is_cut(tmp_path: Path, make_config: MakeConfig, caplo
     assert "corpus is a single document: its last 0.05 is held out" in caplog.text
 
 
-def test_tokenizer_file_without_separator_and_uint32(tmp_path: Path, corpus: Path, make_config: MakeConfig) -> None:
+def test_tokenizer_file_with_a_separator_of_another_name_and_uint32(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig
+) -> None:
     from tokenizers import Tokenizer
 
-    path = train_bpe(tmp_path / "tokenizer.json", None)
-    config = make_config(spec(corpus), data={"tokenizer": str(path)}, vocab_size=300)
-    source = prepare_one(config)
+    path = train_bpe(tmp_path / "tokenizer.json", "<|im_end|>")
+    data = {"tokenizer": str(path), "end_of_document": "<|im_end|>"}
+    source = prepare_one(make_config(spec(corpus), data=data, vocab_size=300))
+    assert source.train.tolist().count(0) + source.validation.tolist().count(0) == len(read_corpus(corpus))
     decoded = Tokenizer.from_file(str(path)).decode(source.train.tolist())
     validation = Tokenizer.from_file(str(path)).decode(source.validation.tolist())
     assert len(decoded.encode()) == source.train_bytes
@@ -119,7 +122,7 @@ def test_tokenizer_file_without_separator_and_uint32(tmp_path: Path, corpus: Pat
     large = json.loads(path.read_text())
     large["model"]["vocab"]["never"] = 70_000
     path.write_text(json.dumps(large))
-    wide = prepare_one(make_config(spec(corpus), data={"tokenizer": str(path)}, vocab_size=70_001))
+    wide = prepare_one(make_config(spec(corpus), data=data, vocab_size=70_001))
     assert wide.dtype == np.dtype("<u4")
     assert np.array_equal(wide.train, source.train)
 
@@ -334,14 +337,16 @@ def test_an_unreadable_corpus_is_not_blamed_on_the_cache(
         prepare(make_config(spec(corpus)))
 
 
-def test_a_tokenizer_without_end_of_document_is_reported_when_it_is_used(
-    tmp_path: Path, corpus: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+def test_a_tokenizer_without_end_of_document_is_refused_before_anything_is_read(
+    tmp_path: Path, corpus: Path, make_config: MakeConfig
 ) -> None:
-    path = train_bpe(tmp_path / "tokenizer.json", None)
+    path = train_bpe(tmp_path / "tokenizer.json", "<|im_end|>")
     config = make_config(spec(corpus), data={"tokenizer": str(path)}, vocab_size=300)
-    for _ in range(3):
+    with pytest.raises(UserError) as error:
         prepare(config)
-    assert caplog.text.count("no end-of-document token") == 1
+    assert "none of the usual end-of-document tokens (<|endoftext|>, </s>, <|end_of_text|>, <eos>)" in str(error.value)
+    assert str(error.value).endswith("for example of its special tokens: <|im_end|>")
+    assert not Path(config.data.cache_dir).exists() or not list(Path(config.data.cache_dir).iterdir())
 
 
 def test_racing_processes_share_one_folder(

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,29 @@ def test_text_cannot_spell_the_end_of_document(tmp_path: Path, make_config: Make
 def test_other_names_of_the_end_of_document(name: str, tmp_path: Path, make_config: MakeConfig) -> None:
     path = train_bpe(tmp_path / "tokenizer.json", name)
     assert load_tokenizer(make_config(source(), data={"tokenizer": str(path)}, vocab_size=300)).end_of_document == 0
+
+
+def test_the_end_of_document_that_the_config_names(tmp_path: Path, make_config: MakeConfig) -> None:
+    path = train_bpe(tmp_path / "tokenizer.json", "<|im_end|>")
+    data = {"tokenizer": str(path), "end_of_document": "<|im_end|>"}
+    named = load_tokenizer(make_config(source(), data=data, vocab_size=300))
+    assert named.end_of_document == 0
+    other = load_tokenizer(make_config(source(), data={**data, "end_of_document": "a"}, vocab_size=300))
+    assert other.identity != named.identity  # the cache of the one is not the other's
+    with pytest.raises(
+        UserError, match=r"data.end_of_document \('<end>'\) is no token of .*special tokens: <|im_end|>"
+    ):
+        load_tokenizer(make_config(source(), data={**data, "end_of_document": "<end>"}, vocab_size=300))
+
+
+def test_dropout_of_merges_is_not_for_a_corpus(tmp_path: Path, make_config: MakeConfig) -> None:
+    path = train_bpe(tmp_path / "tokenizer.json")
+    config = make_config(source(), data={"tokenizer": str(path)}, vocab_size=300)
+    whole = load_tokenizer(config).encode(TEXT).tolist()
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(content))
+    assert [load_tokenizer(config).encode(TEXT).tolist() for _ in range(3)] == [whole] * 3
 
 
 def test_no_end_of_document(tmp_path: Path, make_config: MakeConfig) -> None:

@@ -40,6 +40,19 @@ def test_variables_that_decide_how_ranks_meet_are_recorded() -> None:
         ("DS_HEADER", "Bearer abc"),
         ("DS_LOGIN", "hf_abc"),
         ("AWS_SECRET_ACCESS_KEY", "x"),
+        # None of these has a name or a value by which one could know.
+        ("SLURM_HUB_LOGIN", "monkey-7f3a"),
+        ("DS_STORE", "7f3a9c"),
+        ("TORCH_HUB_LICENCE", "7f3a9c"),
+        ("NCCL_PLUGIN_CONFIG", "7f3a9c"),
+        ("UCX_PIN", "1234"),
+        ("OMP_ANYTHING", "7f3a9c"),
+        ("CUDA_REGISTRY", "7f3a9c"),
+        ("FI_OPX_PHRASE", "7f3a9c"),
+        ("MASTER_PHRASE", "7f3a9c"),
+        ("LD_LIBRARY_PATH_PHRASE", "7f3a9c"),
+        ("DEEPSPEED_SERVICE", "7f3a9c"),
+        ("NCCL_NET", "https://monkey:7f3a9c@example.org"),
     ],
 )
 def test_a_secret_is_not(name: str, value: str) -> None:

@@ -1,0 +1,109 @@
+"""Whether the files that a config names are there and can be read: for `dsmoe config check`. No torch."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from dsmoe.config.errors import Problem
+from dsmoe.config.partial import UnsoundError
+from dsmoe.config.paths import BUILTIN, NO_PATHS
+from dsmoe.config.schema import Config
+
+
+def input_problems(config: Config) -> list[Problem]:
+    """Return what is missing, cannot be read, or is a tokenizer of more tokens than the model has; reads no corpus."""
+    problems: list[Problem] = []
+    for check in _CHECKS:
+        with suppress(UnsoundError):
+            problems.extend(check(config))
+    return problems
+
+
+def _sources(config: Config) -> Iterator[Problem]:
+    for index, source in enumerate(config.data.sources):
+        key = f"data.sources.{index}.path"
+        if source.path is None or source.path.startswith(BUILTIN):
+            continue
+        if not os.path.exists(source.path) and glob.has_magic(source.path):
+            if not any(glob.iglob(source.path, recursive=True)):
+                yield key, f"{key}: no file matches {source.path}{_where(source.path)}"
+        else:
+            yield from _unreadable(key, source.path)
+
+
+def _tokenizer(config: Config) -> Iterator[Problem]:
+    key, path = "data.tokenizer", config.data.tokenizer
+    if path in NO_PATHS[key]:
+        return
+    if Path(path).is_dir():
+        inside = Path(path) / "tokenizer.json"
+        hint = f"did you mean {inside}?" if inside.is_file() else "give a tokenizer.json"
+        yield key, f"{key}: {path} is a folder; {hint}"
+        return
+    unreadable = list(_unreadable(key, path))
+    yield from unreadable
+    if unreadable:
+        return
+    try:
+        tokens = _vocabulary(json.loads(Path(path).read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+        yield key, f"{key}: {path} is not a JSON file of the `tokenizers` library; give `bytes` or a tokenizer.json"
+        return
+    size, end = max(tokens.values(), default=-1) + 1, config.data.end_of_document
+    if size > config.model.vocab_size:
+        yield (
+            "model.vocab_size",
+            f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of data.tokenizer {path} "
+            f"({size}); set model.vocab_size to {size} or more",
+        )
+    if end is not None and end not in tokens:
+        yield "data.end_of_document", f"data.end_of_document ({end!r}) is no token of data.tokenizer {path}"
+
+
+def _vocabulary(content: dict[str, object]) -> dict[str, int]:
+    """The tokens of a tokenizer.json: those of its model, and those that were added."""
+    model, added = content["model"], content.get("added_tokens") or []
+    assert isinstance(model, dict)
+    assert isinstance(added, list)
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # a unigram model's: [token, score] each
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: int(token["id"]) for token in added}}
+
+
+def _hostfile(config: Config) -> Iterator[Problem]:
+    if config.cluster.hostfile is not None:
+        yield from _unreadable("cluster.hostfile", config.cluster.hostfile)
+
+
+def _checkpoints(config: Config) -> Iterator[Problem]:
+    for key, path in (
+        ("checkpoint.resume", config.checkpoint.resume),
+        ("checkpoint.weights_from", config.checkpoint.weights_from),
+    ):
+        if path is None or path in NO_PATHS.get(key, ()):
+            continue
+        unreadable = list(_unreadable(key, path))
+        yield from unreadable
+        folder = Path(path)
+        if not (unreadable or (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir()):
+            yield key, f"{key}: {path} is neither a checkpoint nor a run's folder"
+
+
+def _unreadable(key: str, path: str) -> Iterator[Problem]:
+    if not os.path.exists(path):
+        yield key, f"{key}: there is no file or folder {path}{_where(path)}"
+    elif not os.access(path, os.R_OK):
+        yield key, f"{key}: {path} cannot be read: permission denied"
+
+
+def _where(path: str) -> str:
+    return "" if os.path.isabs(path) else " in this folder, or beside the YAML file"
+
+
+_CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (_sources, _tokenizer, _hostfile, _checkpoints)

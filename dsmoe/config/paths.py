@@ -1,0 +1,108 @@
+"""What a path in a config means: one rule for every key that holds one."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsmoe.config.yaml_text import COMMAND_LINE, Node
+
+_MADE = ("runs_dir", "data.cache_dir")
+"""Folders that dsmoe makes."""
+_READ = ("cluster.hostfile", "data.tokenizer", "checkpoint.resume", "checkpoint.weights_from")
+"""Files and folders that are there already."""
+NO_PATHS = {"data.tokenizer": ("bytes",), "checkpoint.resume": ("auto", "always", "never")}
+BUILTIN = "builtin:"
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+"""`$$` stands for a dollar sign."""
+
+
+def resolve_paths(tree: Node, problems: list[str]) -> None:
+    """Put the paths of a config in place of what the file says.
+
+    `~` and `$NAME` or `${NAME}` become what they stand for; before a name that is no variable's, a dollar sign is part
+    of a file's name. A relative path of a file or folder that is to be read is that beside the YAML file which says it,
+    if it is there, and else that in the working directory, as on the command line. Folders that dsmoe makes are made in
+    the working directory.
+    """
+    for key, holder, slot, is_read in _paths(tree):
+        node = holder[slot]
+        value = node.value
+        if not isinstance(value, str) or value in NO_PATHS.get(key, ()) or value.startswith(BUILTIN):
+            continue
+        if "\0" in value:
+            problems.append(f"{key}: a path cannot have a null character ({node.where})")
+            continue
+        path = _expanded(key, value, node.where, problems)
+        if is_read and node.where != COMMAND_LINE and path and not os.path.isabs(path):
+            path = _beside(path, node.where)
+        holder[slot] = Node(path, node.where)
+
+
+def write_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config's values with each dollar sign of its paths written twice, so that loading them gives the same."""
+    for key in (*_MADE, *_READ):
+        section, _, name = key.rpartition(".")
+        holder = tree[section] if section else tree
+        if isinstance(holder[name], str):
+            holder[name] = literal_path(holder[name])
+    for source in tree["data"]["sources"]:
+        if isinstance(source["path"], str):
+            source["path"] = literal_path(source["path"])
+    return tree
+
+
+def literal_path(path: str) -> str:
+    """A path as a config says it, so that nothing in it is taken for a variable or for somebody's home."""
+    path = f"./{path}" if path.startswith("~") else path
+    return _VARIABLE.sub(lambda match: f"$${match[0][1:]}" if match[1] is None else "$$$$", path)
+
+
+def _paths(tree: Node) -> Iterator[tuple[str, Any, Any, bool]]:
+    """Key, holder and name of each path in the tree, and whether it is of something to be read."""
+    for key in (*_MADE, *_READ):
+        *sections, name = key.split(".")
+        holder = tree
+        for section in sections:
+            holder = holder.value.get(section, Node({}, "")) if isinstance(holder.value, dict) else Node({}, "")
+        if isinstance(holder.value, dict) and name in holder.value:
+            yield key, holder.value, name, key in _READ
+    data = tree.value.get("data") if isinstance(tree.value, dict) else None
+    sources = data.value.get("sources") if data is not None and isinstance(data.value, dict) else None
+    for index, source in enumerate(sources.value if sources is not None and isinstance(sources.value, list) else []):
+        if isinstance(source.value, dict) and "path" in source.value:
+            yield f"data.sources.{index}.path", source.value, "path", True
+
+
+def _expanded(key: str, path: str, where: str, problems: list[str]) -> str:
+    def value_of(match: re.Match[str]) -> str:
+        name = match[2] or match[3]
+        if match[1]:
+            return "$"
+        if name in os.environ:
+            return os.environ[name]
+        if key in _MADE:  # a folder of the variable's name would be made
+            problems.append(
+                f"{key}: the environment has no variable {name}, which is in {path!r}; set it, or write $$ for a "
+                f"dollar sign ({where})"
+            )
+        return match[0]
+
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        problems.append(f"{key}: there is no user {path.partition('/')[0]!r}; write ./{path} for a file ({where})")
+    return _VARIABLE.sub(value_of, expanded)
+
+
+def _beside(path: str, where: str) -> str:
+    """The path beside the file that `where` (`FILE:LINE`) names, if something is there, or some file matches it."""
+    folder = Path(where.rpartition(":")[0]).parent
+    beside = os.path.normpath(folder / path)
+    if folder == Path():
+        return path
+    is_there = os.path.exists(beside) or (glob.has_magic(path) and any(glob.iglob(str(folder / path), recursive=True)))
+    return beside if is_there else path

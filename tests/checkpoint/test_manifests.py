@@ -1,0 +1,259 @@
+"""Manifests that agree with their own checksum and are wrong: refused by themselves, or by what is in the files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmoe.checkpoint.folder import verify
+from dsmoe.checkpoint.manifest import DamagedError, Manifest, _sealed, tiles
+from dsmoe.cli import main
+from dsmoe.interop.tensors import checkpoint_tensors
+from tests.interop.models import MIXTRAL, make_config, save
+
+Content = dict[str, Any]
+NORM, EMBEDDING = "model/norm.weight", "model/embedding.weight"
+PAIR = ("model/blocks.0.attention_norm.weight", "model/blocks.0.ffn_norm.weight")
+"""Of one shape and type."""
+FILE = "rank_00000_000.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("manifests")
+    save(make_config(folder, MIXTRAL), folder / "step_00000000")
+    return folder / "step_00000000"
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / saved.name))
+
+
+def content_of(checkpoint: Path) -> Content:
+    content = json.loads((checkpoint / "manifest.json").read_text())
+    del content["sha256"]
+    return dict(content)
+
+
+def seal(checkpoint: Path, content: Content) -> None:
+    (checkpoint / "manifest.json").write_text(_sealed(content))
+
+
+def box(content: Content, key: str = NORM) -> list[Any]:
+    return list(content["tensors"][key][2])
+
+
+def swap(content: Content, *places: int) -> None:
+    for place in places:
+        one, other = (content["tensors"][key][2][0] for key in PAIR)
+        one[place], other[place] = other[place], one[place]
+
+
+def set_in(*path: Any) -> Callable[[Content], None]:
+    """Put the last of the arguments where the others lead."""
+    *way, last, value = path
+
+    def change(content: Content) -> None:
+        holder: Any = content
+        for part in way:
+            holder = holder[part]
+        holder[last] = value
+
+    return change
+
+
+FIRST = ("tensors", NORM, 2, 0)
+WRONG: dict[str, Callable[[Content], None]] = {
+    "another tensor's elements": lambda c: swap(c, 3),
+    "one tensor twice": lambda c: c["tensors"][PAIR[0]][2].__setitem__(0, box(c, PAIR[1])[0]),
+    "another name": lambda c: c["tensors"].update({"model/other.weight": c["tensors"].pop(NORM)}),
+    "two names for one": lambda c: c["tensors"].update({"model/other.weight": c["tensors"][NORM]}),
+    "swapped names": lambda c: c["tensors"].update({PAIR[0]: c["tensors"][PAIR[1]], PAIR[1]: c["tensors"][PAIR[0]]}),
+    "a tensor less": lambda c: c["tensors"].pop(NORM),
+    "no tensors": set_in("tensors", {}),
+    "another type of the same size": set_in("tensors", NORM, 0, "I32"),
+    "a transposed shape": lambda c: (
+        c["tensors"][EMBEDDING][1].reverse(),
+        c["tensors"][EMBEDDING][2][0][1].reverse(),
+    ),
+    "an offset within": lambda c: c["tensors"][NORM][2][0].__setitem__(3, box(c)[0][3] + 4),
+    "the header's bytes": set_in(*FIRST, 3, 8),
+    "a negative offset": set_in(*FIRST, 3, -8),
+    "an offset behind the file": set_in(*FIRST, 3, 1 << 40),
+    "a huge offset": set_in(*FIRST, 3, 10**4000),
+    "an offset of text": set_in(*FIRST, 3, "8"),
+    "an offset of a fraction": set_in(*FIRST, 3, 8.5),
+    "a whole float": lambda c: c["tensors"][NORM][2][0].__setitem__(3, float(box(c)[0][3])),
+    "an offset of null": set_in(*FIRST, 3, None),
+    "a bool": set_in(*FIRST, 0, [False]),
+    "a start of text": set_in(*FIRST, 0, "0"),
+    "a nested start": set_in(*FIRST, 0, [[0]]),
+    "a negative start": set_in(*FIRST, 0, [-1]),
+    "another dimension": lambda c: (c["tensors"][NORM][2][0][0].append(0), c["tensors"][NORM][2][0][1].append(1)),
+    "no boxes": set_in("tensors", NORM, 2, []),
+    "a box twice": lambda c: c["tensors"][NORM][2].append(box(c)[0]),
+    "a hole": lambda c: c["tensors"][NORM][2][0][1].__setitem__(0, 1),
+    "nothing": lambda c: (c["tensors"][NORM][1].__setitem__(0, 0), c["tensors"][NORM][2][0][1].__setitem__(0, 0)),
+    "a huge shape": set_in("tensors", NORM, 1, [1 << 62, 1 << 62]),
+    "a million dimensions": set_in("tensors", NORM, 1, [1] * 1_000_000),
+    "a longer tensor": lambda c: (
+        c["tensors"][NORM][1].__setitem__(0, 64),
+        c["tensors"][NORM][2][0][1].__setitem__(0, 64),
+    ),
+    "an unknown type": set_in("tensors", NORM, 0, "F8"),
+    "a type that is none": set_in("tensors", NORM, 0, ["F32"]),
+    "a tensor of text": set_in("tensors", NORM, "abc"),
+    "another file": set_in(*FIRST, 2, "rank_00001_000.safetensors"),
+    "a path": set_in(*FIRST, 2, f"../step_00000000/{FILE}"),
+    "a file that is a list": set_in(*FIRST, 2, [FILE]),
+    "a file elsewhere": lambda c: c["files"].update({f"../{FILE}": c["files"].pop(FILE)}),
+    "other digits": lambda c: c["files"].update(
+        {"rank_\u0660\u0660\u0660\u0660\u0660_000.safetensors": c["files"].pop(FILE)}
+    ),
+    "a size of text": lambda c: c["files"][FILE].update(bytes=str(c["files"][FILE]["bytes"])),
+    "a size of a float": lambda c: c["files"][FILE].update(bytes=float(c["files"][FILE]["bytes"])),
+    "a checksum that is none": lambda c: c["files"][FILE].update(xxh128=1),
+    "a further field of a file": lambda c: c["files"][FILE].update(mode=7),
+    "a step of text": set_in("facts", "step", "0"),
+    "a negative step": set_in("facts", "step", -1),
+    "a huge step": set_in("facts", "step", 10**4000),
+    "a fraction of a step": set_in("facts", "step", 0.0),
+    "another step": set_in("facts", "step", 3),
+    "no tokens": lambda c: c["facts"].pop("tokens"),
+    "a loss of text": set_in("facts", "validation_loss", "low"),
+    "a config that is a list": set_in("facts", "config", []),
+    "a config without a model": lambda c: c["facts"]["config"].pop("model"),
+    "a model without a width": lambda c: c["facts"]["config"]["model"].pop("hidden_size"),
+    "a layout of text": set_in("facts", "layout", "one"),
+    "corpora of text": set_in("facts", "corpora", {"a": "b"}),
+    "a further fact": set_in("facts", "code", "x"),
+    "a further entry": set_in("code", "x"),
+    "facts that are a list": set_in("facts", []),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_sealed_but_wrong_manifest_is_refused_in_one_line(
+    name: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = content_of(checkpoint)
+    WRONG[name](content)
+    seal(checkpoint, content)
+    begun = time.process_time()
+    if name != "a model without a width":  # every file is what was written, and the config is read by who wants it
+        assert main(["checkpoint", "verify", str(checkpoint)]) == 2
+        error = capsys.readouterr().err
+        assert str(checkpoint) in error
+        assert error.count("\n") == 1
+        assert len(error) < 1000
+    assert main(["checkpoint", "export", str(checkpoint), str(tmp_path / "out"), "--no-check"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+    assert time.process_time() - begun < 10  # not for ever; a test of the machine's speed it is not
+
+
+def test_what_is_right_is_accepted_sealed_anew(checkpoint: Path) -> None:
+    seal(checkpoint, content_of(checkpoint))
+    assert verify(checkpoint).facts.step == 0
+
+
+def test_a_header_that_says_something_else_than_the_manifest_is_found(checkpoint: Path) -> None:
+    """Names in a file's header are exchanged, and the checksums made anew."""
+    from xxhash import xxh3_128
+
+    path, content = checkpoint / FILE, content_of(checkpoint)
+    one, other = (f'"{key}[0]"'.encode() for key in PAIR)
+    data = path.read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:length].rstrip().replace(one, b'"@"').replace(other, one).replace(b'"@"', other)
+    path.write_bytes(data[:8] + header.ljust(length - 8) + data[length:])
+    content["files"][FILE]["xxh128"] = xxh3_128(path.read_bytes()).hexdigest()
+    seal(checkpoint, content)
+    with pytest.raises(DamagedError, match=r"in the file's own header"):
+        verify(checkpoint)
+
+
+def test_many_boxes_are_checked_in_linear_time() -> None:
+    """Every two of the 200,000 have their rows in common: each compared with each would take an hour."""
+    count = 200_000
+    boxes = [((0, column), (7, 1)) for column in range(count)]
+    assert tiles((7, count), boxes)
+    boxes[1] = ((0, 0), (7, 1))
+    assert not tiles((7, count), boxes)
+
+
+def numbers_in(holder: Any) -> list[tuple[Any, Any]]:
+    """Every place in the tree that holds a leaf."""
+    items = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
+    found = []
+    for key, value in items:
+        found += numbers_in(value) if isinstance(value, dict | list) and value else [(holder, key)]
+    return found
+
+
+def mutate(content: Content, draw: random.Random) -> None:
+    """A change in one or two leaves, or whole entries moved, dropped or doubled."""
+    for _ in range(draw.choice([1, 1, 1, 2])):
+        part = draw.choice(["facts", "files", "tensors", "tensors", "tensors"])
+        holder, key = draw.choice(numbers_in(content[part]))
+        value = holder[key]
+        kind = draw.choice(["type", "near", "far", "other", "drop", "double", "swap"])
+        if kind == "type":
+            holder[key] = draw.choice(
+                [None, "x", 1.5, True, [], {}, -1, 10**30, [value], str(value), math.inf, math.nan]
+            )
+        elif kind == "near" and type(value) is int:
+            holder[key] = value + draw.choice([-8, -4, -1, 1, 4, 64])
+        elif kind == "far" and type(value) is int:
+            holder[key] = draw.choice([0, -value, value * 2, value << 40, draw.randrange(1 << 16)])
+        elif kind == "other":
+            source, place = draw.choice(numbers_in(content[part]))
+            holder[key] = copy.deepcopy(source[place])
+        elif kind == "drop" and isinstance(holder, dict):
+            del holder[key]
+        elif kind == "drop":
+            holder.pop(key)
+        elif kind == "double" and isinstance(holder, list):
+            holder.append(copy.deepcopy(value))
+        elif kind == "swap":
+            names = draw.sample(sorted(content["tensors"]), 2)
+            one, other = (content["tensors"][name] for name in names)
+            place = draw.randrange(3)
+            if len(one) == len(other) == 3:  # an earlier change may have made it shorter
+                one[place], other[place] = other[place], one[place]
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.fuzz)])
+def test_fuzz_manifests(count: int, checkpoint: Path) -> None:
+    """Refused with DamagedError, or the tensors are the ones that were written; nothing else."""
+    draw = random.Random(21)
+    whole = content_of(checkpoint)
+    before = {key: tensor.read() for key, tensor in checkpoint_tensors(checkpoint, verify(checkpoint)).items()}
+    outcomes = {"tried": count, "refused": 0, "right": 0}
+    for _ in range(count):
+        content = copy.deepcopy(whole)
+        mutate(content, draw)
+        seal(checkpoint, content)
+        try:
+            manifest = verify(checkpoint)
+        except DamagedError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["right"] += 1
+        after = {key: tensor.read() for key, tensor in checkpoint_tensors(checkpoint, manifest).items()}
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+        assert Manifest.read(checkpoint).files == manifest.files
+    print(outcomes)
+    assert outcomes["refused"] > outcomes["right"]

@@ -1,0 +1,207 @@
+"""`dsmoe config check` looks at the files that a config names, and at what is right beside what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmoe.cli import main
+from dsmoe.config import ConfigError, dump_config, load_config
+from dsmoe.config.schema import Config
+from dsmoe.config.synonyms import NOTES, SYNONYMS, meant_by
+
+from .recipes import VALID, problems_of, write
+
+
+def tokenizer(path: Path, size: int, **added: int) -> Path:
+    vocabulary = {f"t{number}": number for number in range(size)}
+    extra = [{"content": token, "id": number} for token, number in added.items()]
+    path.write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": extra}))
+    return path
+
+
+def check(path: Path, *overrides: str) -> list[str]:
+    try:
+        load_config(path, overrides, inputs=True)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_all_that_is_missing_is_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, VALID)
+    overrides = [
+        *("data.sources.0.path=/no/corpus", "data.sources.1.path=/no/*.txt", "data.tokenizer=/no/tokenizer.json"),
+        *("cluster.hostfile=/no/hosts", "checkpoint.resume=/no/step", "checkpoint.weights_from=/no/run"),
+    ]
+    assert main(["config", "check", str(path), *overrides]) == 2
+    error = capsys.readouterr().err
+    for override in overrides:
+        key, _, value = override.partition("=")
+        assert any(f"{key}: " in line and value in line for line in error.splitlines()), override
+    assert main(["config", "show", str(path), *overrides]) == 0  # also on a machine that does not have them
+
+
+@pytest.mark.parametrize(("size", "added"), [(258, {}), (257, {"<end>": 999})])
+def test_a_tokenizer_larger_than_the_vocabulary(size: int, added: dict[str, int], tmp_path: Path) -> None:
+    file = tokenizer(tmp_path / "tokenizer.json", size, **added)
+    (problem,) = check(write(tmp_path, VALID), f"data.tokenizer={file}")
+    assert problem.startswith("model.vocab_size (257) is smaller than the vocabulary of data.tokenizer")
+    assert str(max(size, *added.values(), 0) + bool(added)) in problem
+    assert check(write(tmp_path, VALID), f"data.tokenizer={tokenizer(file, 257)}") == []
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"vocab": 3}}', "\x00", "[" * 100_000])
+def test_what_is_no_tokenizer(text: str, tmp_path: Path) -> None:
+    file = write(tmp_path, text, "tokenizer.json")
+    (problem,) = check(write(tmp_path, VALID), f"data.tokenizer={file}")
+    assert f"{file} is not a JSON file of the `tokenizers` library" in problem
+
+
+def test_a_folder_in_place_of_a_tokenizer_and_of_a_checkpoint(tmp_path: Path) -> None:
+    tokenizer(tmp_path / "tokenizer.json", 3)
+    overrides = [f"data.tokenizer={tmp_path}", f"checkpoint.weights_from={tmp_path}"]
+    first, second = check(write(tmp_path, VALID), *overrides)
+    assert "did you mean" in first
+    assert "is neither a checkpoint nor a run's folder" in second
+
+
+def test_it_answers_without_torch(tmp_path: Path) -> None:
+    tokenizer(tmp_path / "tokenizer.json", 3)
+    path = write(tmp_path, VALID)
+    command = f"main(['config', 'check', {str(path)!r}])"
+    code = f"import sys; from dsmoe.cli import main; {command}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_wrong_type_hides_nothing_elsewhere(tmp_path: Path) -> None:
+    path = write(tmp_path, VALID)
+    problems = problems_of(path, "train.seed=x", "moe.top_k=9", "model.num_heads=5", "optimizer.min_lr=1")
+    assert [problem.partition(" ")[0] for problem in problems] == [
+        *("train.seed:", "model.num_heads", "moe.top_k", "optimizer.min_lr")
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["model=3", "train=[]", "data.sources=x", "moe.router=[1]", "cluster.nodes=x", "data=null"]
+)
+def test_a_wrong_section_is_no_traceback_and_brings_no_consequences(wrong: str, tmp_path: Path) -> None:
+    first, *others = problems_of(write(tmp_path, VALID), wrong, "optimizer.min_lr=1")
+    assert first.startswith(wrong.partition("=")[0])
+    assert [problem.partition(" ")[0] for problem in others] == ["optimizer.min_lr"]
+
+
+def test_a_mistyped_key_is_not_taken_for_its_default(tmp_path: Path) -> None:
+    """Of a section with an unknown key, what the file does not say may be what was meant: nothing is said of that."""
+    problems = problems_of(
+        write(tmp_path, VALID), "moe.top_kk=9", "moe.router.normalize_weight=false", "moe.num_experts=8"
+    )
+    assert len(problems) == 2
+
+
+def test_every_synonym_is_of_a_key_and_none_is_a_key(tmp_path: Path) -> None:
+    schema = Config.model_json_schema()
+    paths: dict[str, Any] = {}
+
+    def collect(section: dict[str, Any], prefix: str) -> None:
+        for name, child in section["properties"].items():
+            paths[f"{prefix}{name}"] = child
+            for option in (child, *child.get("anyOf", [])):
+                inner = schema["$defs"].get(option.get("$ref", "").rpartition("/")[2], {})
+                if "properties" in inner:
+                    collect(inner, f"{prefix}{name}.")
+
+    collect(schema, "")
+    names = {path.rpartition(".")[2] for path in paths}
+    assert len(SYNONYMS) > 80
+    assert {key for key in SYNONYMS.values() if key not in paths} == set()
+    assert {name for name in SYNONYMS if name in names} == set()
+    assert NOTES.keys() <= SYNONYMS.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("moe.num_experts_per_tok", "'moe.top_k'"),
+        ("parallel.ep_size", "'parallel.expert'"),
+        ("moe.aux_loss_coef", "'moe.balance.aux_loss'"),
+        ("learning_rate", "'optimizer.lr'"),
+        ("train.gradient_accumulation_steps", "'train.batch_tokens' (tokens per step"),
+        ("moe.moe-router-topk", "'moe.top_k'"),
+        ("model.num_hidden_layers", "'model.num_layers'"),
+    ],
+)
+def test_names_from_elsewhere_are_understood(key: str, meant: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, VALID), f"{key}=1")
+    assert problem.startswith(f"{key}: unknown key; here that is {meant}")
+    assert meant_by("nothing_of_the_kind") == ""
+
+
+# Paths: one rule for all keys.
+
+
+def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    keys = [
+        *("runs_dir", "data.cache_dir", "data.tokenizer", "data.sources.0.path", "cluster.hostfile"),
+        *("checkpoint.resume", "checkpoint.weights_from"),
+    ]
+    path = write(tmp_path, VALID)
+    for text, expected in {
+        "~/x": "/home/me/x",
+        "$SCRATCH/x": "/scratch/me/x",
+        "${SCRATCH}x": "/scratch/mex",
+        "a$$SCRATCH": "a$SCRATCH",
+        "a$ b": "a$ b",
+        "/a/$SCRATCH": "/a//scratch/me",
+    }.items():
+        config = load_config(path, [f"{key}={text}" for key in keys])
+        found = [config.runs_dir, config.data.cache_dir, config.data.tokenizer, config.data.sources[0].path]
+        found += [config.cluster.hostfile, config.checkpoint.resume, config.checkpoint.weights_from]
+        assert found == [expected] * 7
+        assert load_config(write(tmp_path, dump_config(config), "again.yaml")) == config
+    monkeypatch.delenv("SCRATCH")
+    problems = problems_of(path, *(f"{key}=${{SCRATCH}}/x" for key in keys))
+    assert [problem.partition(":")[0] for problem in problems] == keys[:2]  # folders that would be made
+    assert load_config(path, ["data.tokenizer=a$SCRATCH"]).data.tokenizer == "a$SCRATCH"
+    assert all("no variable SCRATCH" in problem for problem in problems)
+    (problem,) = problems_of(path, "runs_dir=~nobody_of_this_name/x")
+    assert "there is no user" in problem
+    (problem,) = problems_of(path, r'runs_dir="a\0b"')
+    assert "runs_dir: a path cannot have a null character" in problem
+
+
+def test_a_path_is_beside_the_file_that_says_it_or_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("conf/base/there.txt", "conf/base/t.json", "conf/both.txt", "both.txt", "here.txt"):
+        write(tmp_path, "text", name)
+    sources = "data: {tokenizer: t.json, sources: [{name: a, path: there.txt}, {name: b, path: '*.txt'}]}\n"
+    write(tmp_path, sources, "conf/base/data.yaml")
+    text = VALID[: VALID.index("data:")] + VALID[VALID.index("optimizer:") :]
+    path = write(tmp_path, f"include: base/data.yaml\nruns_dir: base\n{text}", "conf/x.yaml").relative_to(tmp_path)
+    config = load_config(path)
+    assert (
+        config.data.tokenizer == "conf/base/t.json"
+    )  # relative to the file that says it, not to the one that includes
+    assert [source.path for source in config.data.sources] == ["conf/base/there.txt", "conf/base/*.txt"]
+    assert config.runs_dir == "base"  # made by dsmoe: in the working directory
+    for value, expected in {"both.txt": "conf/both.txt", "here.txt": "here.txt", "none.txt": "none.txt"}.items():
+        body = f"data: {{sources: [{{name: a, path: {value}}}]}}\n{text}"
+        assert load_config(write(tmp_path, body, "conf/y.yaml").relative_to(tmp_path)).data.sources[0].path == expected
+    over = ["data.sources=[{name: a, path: both.txt}]"]
+    assert load_config(path, over).data.sources[0].path == "both.txt"  # the command line's: the working directory
+    assert load_config(tmp_path / path).data.tokenizer == str(tmp_path / "conf/base/t.json")
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    (tmp_path / "runs/tiny/config.yaml").write_text(dump_config(config))
+    assert load_config("runs/tiny/config.yaml") == config
+    assert os.getcwd() == str(tmp_path)

@@ -1,0 +1,394 @@
+"""Hostile text in everything that `dsmoe launch` writes or prints: it arrives as it is, or is refused; none of it runs.
+
+What is written is executed or parsed by what will read it: bash, YAML, DeepSpeed's own parsers and its own quoting.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shlex
+import stat
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from deepspeed.launcher import runner
+from deepspeed.launcher.multinode_runner import MultiNodeRunner, PDSHRunner
+
+from dsmoe.config import UserError, load_config
+from dsmoe.config.paths import literal_path
+from dsmoe.config.yaml_text import Node, parse_yaml, plain, write_yaml
+from dsmoe.launch import docker, hosts, quoting, slurm
+from dsmoe.launch.job import Job, Request
+from tests.config.recipes import VALID
+
+WAYS = {"hostfile": hosts, "slurm": slurm, "docker": docker}
+HOSTILE = [
+    *("a\nb", "a\ntouch ran\n", "\n#SBATCH --wrap=touch\n", "a\r\nb", "a\tb", "$(touch ran)", "`touch ran`"),
+    *("'; touch ran; '", '"; touch ran; "', "'$(touch ran)'", "a && touch ran", "a & touch ran &", "a|touch ran"),
+    *("a #b", "a: b", "- a", "a,b", "{a,b}", "[x]", "!ref", "&a *a", "? a", "%YAML 1.1", "%j-%N %n %h %%", "100%"),
+    *(
+        "$HOME",
+        "${HOME}",
+        "$$",
+        "${X:?y}",
+        "$PWD:/x",
+        "\\",
+        "a\\nb",
+        "a\\",
+        "'",
+        '"',
+        '"a',
+        "a'b",
+        "'''",
+        "a  b ",
+        " a",
+    ),
+    *("🙂", "é", "日本", "\u2028a\u2029", "a\u0085b", "\ufeffa", "\x1b[31mred", "\x7f", "\xa0", "\u202eabc", "a\0b"),
+    *("-x", "--out", "-", "~", "~root", "*", "?", "> out", "< in", "(a)", "a;", "null", "true", "1e3", "0x10", "<<"),
+]
+FRAGMENTS = [*HOSTILE, "a", "b", "/", ".", "=", ":", " ", "\n", "$", "touch ran", "\\\n", "\udcff"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, with stubs of all commands that write down what they are given."""
+    (tmp_path / "bin").mkdir()
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in (
+        "deepspeed",
+        "torchrun",
+        "sbatch",
+        "srun",
+        "python",
+        "python3",
+        "squeue",
+        "scontrol",
+        "flock",
+        "docker",
+    ):
+        stub = tmp_path / "bin" / name
+        stub.write_text(f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >> "$SEEN"\nprintf "\\0" >> "$SEEN"\n')
+        stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho COMPLETING\n")
+    monkeypatch.chdir(work)
+    return tmp_path
+
+
+def bash(here: Path, script: str) -> list[list[str]]:
+    """Run a script, and return the commands that it started; nothing else may have come of it."""
+    (here / "seen").write_bytes(b"")
+    before = names(here / "work")
+    environment = {
+        "PATH": f"{here / 'bin'}:/usr/bin:/bin",
+        "SEEN": str(here / "seen"),
+        "HOME": "/nowhere",
+        **{"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"},
+    }
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=here / "work", env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert b"syntax error" not in done.stderr, done.stderr
+    assert b"command not found" not in done.stderr, done.stderr
+    assert all(name.startswith("runs") for name in names(here / "work") - before), done.stderr
+    calls = (here / "seen").read_bytes().decode("utf-8", "surrogateescape").split("\0\0")
+    return [call.split("\0") for call in calls if call]
+
+
+def names(folder: Path) -> set[str]:
+    return set(os.listdir(folder))
+
+
+def job(way: str, path: str, overrides: Sequence[str] = (), out: str = "out", **sections: Any) -> Job:
+    """The job of a config at `path`, whose sections have `sections` on top; each as a whole where it is no mapping."""
+    tree = plain(parse_yaml(VALID, str, []) or Node(None, ""))
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    Path(path).write_text(write_yaml(tree))
+    config = load_config(path, overrides)
+    return WAYS[way].job(Request(config, path, tuple(overrides), out))
+
+
+def check(way: str, written: Job, here: Path, path: str, overrides: Sequence[str], out: str = "out") -> None:
+    """Read or run everything that was written; the program must get `path` and `overrides` as they were typed."""
+    path = f"./{path}" if path.startswith("-") else path
+    program = ["--config", path, *overrides]
+    if way == "docker":
+        check_compose(written, here, [path, *overrides])
+    elif way == "slurm":
+        for text in written.files.values():
+            check_options(text)
+        script = "".join(f"(\n{text}\n)\n" for text in (*written.files.values(), written.command))
+        *calls, last = bash(here, script)
+        assert [call[call.index("--config") :] for call in calls if "--config" in call] == [program, program]
+        assert last == ["sbatch", in_folder(out, "pretrain.sbatch")]
+    else:
+        lines = written.files["hostfile"].split("\n")
+        assert runner._parse_hostfile(lines) == {"node01": 4, "node02": 4}
+        commands = [
+            line[1:].strip() for line in lines if re.match(r"# +(DS_ENV_FILE=\S* )?(deepspeed|torchrun) ", line)
+        ]
+        commands += [line[1:].strip() for line in lines if line.startswith("#     DS_ENV_FILE=")]
+        assert len(commands) >= 3
+        calls = bash(here, "\n".join([written.command, *commands]))
+        assert len(calls) == 1 + len(commands)
+        for call in calls:
+            assert call[-len(program) :] == program
+            if "--hostfile" in call:
+                assert call[call.index("--hostfile") + 1] == in_folder(out, "hostfile")
+        check_remote(calls[0], program)
+
+
+def in_folder(out: str, name: str) -> str:
+    path = str(Path(out) / name)
+    return f"./{path}" if path.startswith("-") else path
+
+
+def check_remote(call: list[str], program: list[str]) -> None:
+    """What DeepSpeed makes of the words for pdsh, and what a host's shell makes of that."""
+    script = call.index("--config") - 1
+    words = PDSHRunner.parse_user_args(SimpleNamespace(args=SimpleNamespace(user_args=call[script + 1 :])))  # type: ignore[arg-type]
+    assert not any("%" in word for word in words)
+    remote = subprocess.run(
+        ["bash", "-c", " ".join(["printf '%s\\0'", *words])], cwd="/proc/self", capture_output=True, check=True
+    )
+    assert remote.stdout.decode().split("\0")[:-1] == program
+
+
+def check_options(text: str) -> None:
+    options = {line for line in re.split("[\n]", text) if line.startswith("#SBATCH")}
+    assert {line.split()[1].partition("=")[0] for line in options} <= {
+        *(
+            "--partition",
+            "--job-name",
+            "--nodes",
+            "--ntasks-per-node",
+            "--gpus-per-node",
+            "--exclusive",
+            "--mem",
+            "--time",
+        ),
+        *("--signal", "--requeue", "--no-requeue", "--open-mode", "--dependency", "--output"),
+    }
+
+
+def check_compose(written: Job, here: Path, arguments: list[str]) -> None:
+    text = written.files["compose.yaml"]
+    tree = yaml.safe_load(text)
+    assert set(tree) == {"name", "x-node", "services", "networks", "volumes"} - ({"networks", "volumes"} - set(tree))
+    command = [interpolated(word) for word in tree["x-node"]["command"]]
+    assert command[: len(arguments) + 1] == ["pretrain", *arguments]
+    assert command[len(arguments) + 1 :][:2] == ["runs_dir=/runs", "data.cache_dir=/cache"]
+    for volume in tree["x-node"]["volumes"]:
+        assert len(interpolated(volume).split(":")) <= 3
+    (call,) = bash(here, f"{written.command} </dev/null")
+    assert call[:2] == ["docker", "compose"]
+
+
+def interpolated(text: str) -> str:
+    """As compose does; it refuses any other dollar sign."""
+    assert "$" not in re.sub(r"\$\$|\$\{PWD\}|\$\{SHARED:\?[^}]*\}", "", text)
+    return text.replace("$$", "$")
+
+
+def refused_or(way: str, here: Path, path: str, overrides: Sequence[str], out: str = "out", **sections: Any) -> bool:
+    """Whether it was refused, in one message and with nothing written."""
+    try:
+        written = job(way, path, overrides, out, **sections)
+    except UserError as error:
+        message = str(error)
+    else:
+        check(way, written, here, path, overrides, out)
+        return False
+    assert "optimizer" not in message  # the rest of the config is right
+    return True
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_in_the_configs_path(way: str, text: str, here: Path) -> None:
+    if "/" in text or "\0" in text:
+        pytest.skip("no name of a file")
+    refused = refused_or(way, here, f"{text}.yaml", ["cluster.nodes=2"])
+    assert not (refused and way in ("slurm", "docker"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_in_an_override(way: str, text: str, here: Path) -> None:
+    """In YAML's single quotes, which have no escapes: the text is in the override as it is."""
+    keys = ("data.tokenizer", "data.sources.0.text_field", "checkpoint.resume")
+    quoted = text.replace("'", "''")
+    refused_or(way, here, "run.yaml", [f"{keys[HOSTILE.index(text) % len(keys)]}='x{quoted}'"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_in_a_value_and_in_the_folder(way: str, text: str, here: Path) -> None:
+    absolute = f"/{text}/x"
+    sections = {
+        "runs_dir": f"runs/{text}" if not text.startswith("-") else f"runs{text}",
+        "data": {"tokenizer": absolute, "cache_dir": text, "sources": [{"name": "a", "path": absolute}]},
+        "checkpoint": {"weights_from": absolute},
+    }
+    refused = refused_or(way, here, "run.yaml", [], **sections)
+    # A null character is in no path; a colon separates compose's, and .. leads out of what containers see.
+    if refused:
+        assert "\0" in text or (way, ":" in text) == ("docker", True) or (way, "\\" in text) == ("slurm", True)
+    if "\0" not in text and text not in ("", "-"):
+        assert not refused_or(way, here, "run.yaml", [], out=text.strip() or "out")
+
+
+def test_the_run_folder_of_a_job_script_is_the_configs(here: Path) -> None:
+    for text in HOSTILE:
+        if "\0" in text or "\\" in text:
+            continue
+        written = job("slurm", "run.yaml", runs_dir=text)
+        runs_dir = load_config("run.yaml").runs_dir
+        calls = bash(
+            here, 'mkdir() { printf \'%s\\0\' mkdir "$@" >> "$SEEN"; exit; }\n' + written.files["pretrain.sbatch"]
+        )
+        (call,) = [call for call in calls if call[0] == "mkdir"]
+        made = call[-1] if call[-1] else call[-2]
+        assert os.path.normpath(made) == os.path.normpath(f"{runs_dir}/tiny/logs")
+
+
+@pytest.mark.parametrize(
+    "name", ["$(touch ran)", "a;touch", "`id`", "a'b", 'a"b', "a\\b", "é", "a%n", "-oProxyCommand=x"]
+)
+def test_a_hostfiles_host_that_is_no_name_is_refused_with_its_line(name: str, here: Path) -> None:
+    Path("hosts").write_text(f"# ours\nnode01 slots=4\n{name} slots=4\n")
+    with pytest.raises(UserError, match=r"hosts:3"):
+        job("hostfile", "run.yaml", ["cluster.hostfile=hosts"])
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_hosts_name(here: Path) -> None:
+    """Neither here nor for DeepSpeed, which does not know such marks: it gets a hostfile without."""
+    Path("hosts").write_text("\ufeffgpu1 slots=4\r\ngpu2 slots=4\r\n")
+    written = job("hostfile", "run.yaml", ["cluster.hostfile=hosts"])
+    assert runner._parse_hostfile(written.files["hostfile"].split("\n")) == {"gpu1": 4, "gpu2": 4}
+    (call,) = bash(here, written.command)
+    assert call[call.index("--hostfile") + 1] == "out/hostfile"
+    assert "PLACEHOLDERS" not in written.files["hostfile"]
+
+
+def test_a_hostfile_of_any_name_is_used(here: Path) -> None:
+    for text in HOSTILE:
+        if "\0" in text or "/" in text:
+            continue
+        Path(text).write_text("node01 slots=4\nnode02 slots=4\n")
+        written = job("hostfile", "run.yaml", cluster={"hostfile": literal_path(text)})
+        (call,) = bash(here, written.command)
+        used = call[call.index("--hostfile") + 1]
+        assert Path(used) == Path(text)
+        assert not used.startswith("-")
+        Path(text).unlink()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_folder_of_this_python_reaches_the_hosts(text: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.prefix", f"/opt/{text}/venv")
+    try:
+        written = job("hostfile", "run.yaml")
+    except UserError as error:
+        message = str(error)
+    else:
+        check_environment(written.files["deepspeed_env"], f"/opt/{text}/venv/bin:/bin", here)
+        return
+    assert "the folder of this Python" in message
+    assert re.search("[%\0\r\n]", text)
+
+
+def check_environment(text: str, path: str, here: Path) -> None:
+    (here / "env").write_text(text)
+    held = SimpleNamespace(exports={})
+    for line in (here / "env").open():
+        MultiNodeRunner.add_export(held, *line.split("=", maxsplit=1))  # type: ignore[arg-type]
+    exports = "".join(f"export {key}={value}; " for key, value in held.exports.items())
+    done = subprocess.run(
+        ["bash", "-c", f'{exports}printf %s "$PATH"'], env={"PATH": "/bin"}, capture_output=True, check=True
+    )
+    assert done.stdout.decode() == path
+
+
+def test_an_override_to_paste_is_the_value_again() -> None:
+    for text in (text for text in HOSTILE if "\0" not in text):
+        shown = quoting.path_override("data.tokenizer", text)
+        assert "\n" not in shown
+        (word,) = decode(shown)
+        tree = load_config(write_valid(), [word])
+        assert tree.data.tokenizer in (text, f"./{text}")
+
+
+def write_valid() -> str:
+    path = Path(os.environ["PYTEST_TMP"]) / "valid.yaml"
+    path.write_text(VALID)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_TMP", str(tmp_path))
+
+
+def decode(words: str) -> list[str]:
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True)
+    return done.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+
+def random_text(draw: random.Random) -> str:
+    return "".join(draw.choices(FRAGMENTS, k=draw.randint(1, 6)))
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(20_000, marks=pytest.mark.fuzz)])
+def test_any_text_is_one_word_of_a_shell_and_one_string_of_yaml(count: int) -> None:
+    draw = random.Random(12)
+    texts = [random_text(draw) for _ in range(count)]
+    words, expected = [], []
+    for text in texts:
+        try:
+            words.append(quoting.shell_word(text, "x"))
+            expected.append(text)
+        except UserError:
+            assert "\0" in text
+        try:
+            assert yaml.safe_load(quoting.yaml_text(text, "x")) == text
+            assert "\n" not in quoting.yaml_text(text, "x")
+        except UserError:
+            assert "\udcff" in text
+    assert all(word.isprintable() for word in words)
+    for start in range(0, len(words), 500):
+        assert decode(" ".join(words[start : start + 500])) == expected[start : start + 500]
+    assert [shlex.split(word) for word in words if not word.startswith("$'")] == [
+        [text] for word, text in zip(words, expected, strict=True) if not word.startswith("$'")
+    ]
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(1_500, marks=pytest.mark.fuzz)])
+def test_fuzz_launch_text(count: int, here: Path) -> None:
+    """Any text in any place: refused with one message, or right. A traceback, or a command that runs, fails it."""
+    draw = random.Random(13)
+    outcomes = {"tried": 0, "refused": 0}
+    for _ in range(count):
+        way, place = draw.choice(list(WAYS)), draw.choice(["path", "override", "value", "out"])
+        text = random_text(draw)
+        name = re.sub("[/\0]", "_", text)[:60]
+        outcomes["tried"] += 1
+        if place == "path":
+            outcomes["refused"] += refused_or(way, here, f"{name}.yaml", [])
+        elif place == "override":
+            outcomes["refused"] += refused_or(way, here, "run.yaml", [f"data.tokenizer={text}"])
+        elif place == "out":
+            outcomes["refused"] += refused_or(way, here, "run.yaml", [], out=f"o{name}")
+        elif "\udcff" not in text:
+            data = {"tokenizer": f"/{text}", "sources": [{"name": "a", "path": f"/{text}"}]}
+            outcomes["refused"] += refused_or(way, here, "run.yaml", [], runs_dir=f"runs/{text}", data=data)
+    print(outcomes)
+    assert 0 < outcomes["refused"] < outcomes["tried"]
