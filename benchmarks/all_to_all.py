@@ -73,7 +73,9 @@ def measure(num_hosts: int, options: argparse.Namespace) -> list[dict[str, Any]]
             outcome = task.wait(SECONDS)
             if outcome.code:
                 sys.exit(outcome.output)
-        by_rank = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(len(tasks))]
+        by_rank = [
+            json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(len(tasks))
+        ]
     rows = [summarise(num_hosts, options, *exchange) for exchange in zip(EXCHANGES, zip(*by_rank))]  # noqa: B905
     for row in rows:
         row["seconds_over_flat"] = row["seconds"] / rows[0]["seconds"]
@@ -130,12 +132,16 @@ def work(options: argparse.Namespace) -> None:
             result["interface_bytes"] = interface_bytes() - sent
             if repeat:
                 result["seconds"].append(seconds)
-    (Path(os.environ["RESULTS"]) / f"{rank.rank}.json").write_text(json.dumps(results))
+    (Path(os.environ["RESULTS"]) / f"{rank.rank}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 def interface_bytes() -> int:
     """What this host has sent by its cable; the ninth number of its line."""
-    (line,) = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith(CABLE)]
+    (line,) = [
+        line
+        for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
+        if line.strip().startswith(CABLE)
+    ]
     return int(line.split(":")[1].split()[8])
 
 

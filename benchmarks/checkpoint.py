@@ -76,7 +76,7 @@ def measure(ranks: int, storage: str, shape: str, rounds: int, parent: Path) -> 
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         command = [*launcher, "-m", "benchmarks.checkpoint", "--worker", str(rounds), shape, folder]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-        measured = json.loads((Path(folder) / "measured.json").read_text())
+        measured = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
     row = {"ranks": ranks, "storage": storage, **summarise(measured)}
     print(json.dumps(row), flush=True)
     return row
@@ -128,13 +128,13 @@ def work(rounds: int, shape: str, folder: Path) -> None:
     quiet_deepspeed()
     measured = take_turns(rank, rounds, shape, folder)
     if rank.is_first:
-        (folder / "measured.json").write_text(json.dumps(measured))
+        (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
     leave_processes()
 
 
 def take_turns(rank: Rank, rounds: int, shape: str, folder: Path) -> dict[str, Any]:
     """Both contenders in turn, once per round: what `summarise` takes."""
-    (folder / "corpus.txt").write_text("a checkpoint\n" * 64 * SHAPES[shape]["length"])
+    (folder / "corpus.txt").write_text("a checkpoint\n" * 64 * SHAPES[shape]["length"], encoding="utf-8")
     run = Run(rank.world_size, "bf16", shape, rounds, "cpu")
     config = make_config(run, {"expert": rank.world_size}, None, folder)
     ours, theirs = dsmoe_contender(config, rank, folder), deepspeed_contender(config, rank)

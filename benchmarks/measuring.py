@@ -99,7 +99,7 @@ def write(name: str, rows: list[Row], device: str, threads: int) -> None:
     report = circumstances(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]], device, threads)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"\nwrote {path}")
 
 
@@ -107,7 +107,7 @@ def hardware(device: str) -> str:
     """The name of the CUDA device, or of the processor as /proc/cpuinfo has it."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
@@ -136,6 +136,8 @@ def _driver() -> str:
     """The NVIDIA driver's version."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True, encoding="utf-8"
+        ).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"

@@ -139,7 +139,7 @@ def main() -> None:
         said = "recovered" if final_load(results[name]) < RECOVERED else "did not recover"
         print(f"{name:18} max/mean {loads[0]:.2f} -> {final_load(results[name]):.2f}  loss {losses[-1]:.3f}  {said}")
     setting = {"steps": options.steps, "skew": SKEW, "num_experts": NUM_EXPERTS, "top_k": TOP_K, "methods": METHODS}
-    options.json.write_text(json.dumps({"setting": setting, "curves": results}) + "\n")
+    options.json.write_text(json.dumps({"setting": setting, "curves": results}) + "\n", encoding="utf-8")
     plot(results, options.plot)
     print(f"{time.perf_counter() - begun:.0f} s; wrote {options.json} and {options.plot}")
 

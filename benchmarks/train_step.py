@@ -200,13 +200,15 @@ def measure(run: Run, threads: int, rows: Rows) -> None:
     command = [*TORCHRUN, "--nproc-per-node", str(run.ranks), "-m", "benchmarks.train_step"]
     command += ["--worker", json.dumps(asdict(run))]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "corpus.txt").write_text("a training step\n" * 64 * SHAPES[run.shape]["length"])
+        (Path(folder) / "corpus.txt").write_text(
+            "a training step\n" * 64 * SHAPES[run.shape]["length"], encoding="utf-8"
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RESULTS": folder}
         code = _run_ranks(command, environment, run)
         measured = Path(folder) / "measured.json"
         if code and not measured.exists():
             sys.exit(code)  # the ranks have said why
-        measured = json.loads(measured.read_text())
+        measured = json.loads(measured.read_text(encoding="utf-8"))
     crowded = run.device == "cpu" and run.ranks * threads > (os.cpu_count() or 1)
     setting = {"kind": "step", "ranks": run.ranks, "dtype": run.dtype}
     for name, error in measured["left_out"].items():
@@ -368,7 +370,7 @@ def report(entrants: Entrants, taken: dict[str, list[float]], tokens: torch.Tens
             found[name] = figures
     if entrants.rank.is_first:
         part = folder / "measured.part"
-        part.write_text(json.dumps({"contenders": found, "left_out": entrants.left_out}))
+        part.write_text(json.dumps({"contenders": found, "left_out": entrants.left_out}), encoding="utf-8")
         part.replace(folder / "measured.json")
 
 

@@ -29,7 +29,7 @@ def names(folder: Path) -> list[str]:
 def test_the_content_is_there_and_nothing_else(name: str, tmp_path: Path) -> None:
     write_whole(tmp_path / name, "first\n")
     write_whole(tmp_path / name, "second ü\n")
-    assert (tmp_path / name).read_text() == "second ü\n"
+    assert (tmp_path / name).read_text(encoding="utf-8") == "second ü\n"
     write_whole(tmp_path / name, b"\xff\x00")
     assert (tmp_path / name).read_bytes() == b"\xff\x00"
     assert names(tmp_path) == [name]
@@ -43,7 +43,7 @@ def test_content_then_name_then_folder_are_forced_onto_the_disk(
 
     def noted_fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        done.append("sync folder" if path == tmp_path else f"sync {path.read_text()}")
+        done.append("sync folder" if path == tmp_path else f"sync {path.read_text(encoding='utf-8')}")
         fsync(descriptor)
 
     def noted_replace(source: Any, target: Any) -> None:
@@ -72,7 +72,7 @@ def test_what_fails_leaves_what_was_there_and_is_named(
         with pytest.raises(OSError, match=os.strerror(number)) as raised:
             write_whole(path, "after")
     assert (raised.value.errno, raised.value.filename) == (number, str(path))
-    assert path.read_text() == "before"
+    assert path.read_text(encoding="utf-8") == "before"
     assert names(tmp_path) == ["config.yaml"]
 
 
@@ -98,7 +98,7 @@ def test_whatever_operation_is_the_last_one_the_file_is_whole(tmp_path: Path) ->
                 patch.setattr(os, name, counted(getattr(os, name)))
             with suppress(Killed):
                 write_whole(path, "after")
-        assert path.read_text() == ("before" if operations < 3 else "after")
+        assert path.read_text(encoding="utf-8") == ("before" if operations < 3 else "after")
         remove_leftovers(folder)
         assert names(folder) == ["config.yaml"]
 
@@ -133,10 +133,10 @@ def test_a_link_is_followed_and_what_is_no_file_is_written_to(tmp_path: Path) ->
     for text in ("first", "second"):
         write_whole(tmp_path / "link", text)
         assert (tmp_path / "link").is_symlink()
-        assert (tmp_path / "elsewhere" / "file").read_text() == text
+        assert (tmp_path / "elsewhere" / "file").read_text(encoding="utf-8") == text
     os.mkfifo(tmp_path / "pipe")
     read: list[str] = []
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text(encoding="utf-8")))
     reader.start()
     write_whole(tmp_path / "pipe", "through a pipe")
     reader.join()
@@ -183,7 +183,10 @@ def test_no_other_code_renames_files_into_place() -> None:
     renaming = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")
-        if any(call in path.read_text() for call in ("os.replace(", "os.rename(", ".rename(", ".replace(path)"))
+        if any(
+            call in path.read_text(encoding="utf-8")
+            for call in ("os.replace(", "os.rename(", ".rename(", ".replace(path)")
+        )
     }
     folders = {"checkpoint/removal.py", "checkpoint/storage.py", "interop/files.py", "data/cache.py"}
     assert renaming - folders == {"durable.py"}

@@ -19,7 +19,7 @@ from dsmoe.train import parity
 from dsmoe.train.compare import Training
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -81,7 +81,7 @@ def test_a_yaml_block_loads(text: str, tmp_path: Path) -> None:
     if "include:" not in text:
         text = f"name: fragment\ninclude: [configs/small_8gpu.yaml]\n{text}"
     path = tmp_path / "block.yaml"
-    path.write_text(text.replace("configs/", f"{REPOSITORY}/configs/"))
+    path.write_text(text.replace("configs/", f"{REPOSITORY}/configs/"), encoding="utf-8")
     load_config(path)
 
 

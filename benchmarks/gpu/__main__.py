@@ -153,7 +153,13 @@ def _find_machine(device: str, arguments: list[str], environment: Mapping[str, s
     command = [sys.executable, "-m", "benchmarks.gpu.machine", device, *arguments]
     try:
         done = subprocess.run(
-            command, env=dict(environment), cwd=ROOT, capture_output=True, text=True, timeout=FOUND_SECONDS
+            command,
+            env=dict(environment),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=FOUND_SECONDS,
+            encoding="utf-8",
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"torch found no device in {FOUND_SECONDS:.0f} s: does nvidia-smi answer?") from None

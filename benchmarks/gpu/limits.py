@@ -88,7 +88,7 @@ def preflight(
     if not report.exists():
         yield not_passed(row, why or "it left no numbers")
         return
-    found = json.loads(report.read_text())
+    found = json.loads(report.read_text(encoding="utf-8"))
     findings = [finding["text"] for finding in found["findings"]]
     yield {**row, "passed": True, "exit_code": found["exit_code"], "seconds": found["seconds"], "findings": findings}
     limits = ON_DEVICES if device == "cuda" else ON_HOSTS

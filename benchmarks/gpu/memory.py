@@ -102,7 +102,7 @@ def make_config(name: str, size: str, device: str | None, folder: Path) -> Confi
     corpus = folder / "corpus.jsonl"
     if not corpus.exists():
         texts = (f"{number} times {number} makes {number * number}, without a remainder" for number in range(4000))
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     is_dense = changes.get("moe") == {}
     moe = {"num_experts": s["experts"], "top_k": TOP_K, "expert_ffn_size": s["ffn"], "balance": {"aux_loss": 0.01}}
     moe |= {"capacity": {"factor": None}} | changes.get("moe", {})

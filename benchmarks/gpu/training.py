@@ -109,12 +109,12 @@ class Bench:
 
     def write_config(self) -> None:
         """Write it, and a corpus beside it."""
-        (self.folder / "sums.txt").write_text(TEXT)
+        (self.folder / "sums.txt").write_text(TEXT, encoding="utf-8")
         sources = [{"name": "sums", "path": str(self.folder / "sums.txt")}]
         data = {"sources": sources, "cache_dir": str(self.folder / "cache"), "validation_fraction": 0.05}
         batch = {"steps": BEGUN + self.steps, "batch_tokens": 2 * self.ranks * 2 * 64}
         tree = {**MODEL, "runs_dir": str(self.folder / "runs"), "data": data, "train": MODEL["train"] | batch}
-        self.config.write_text(yaml.safe_dump(tree))
+        self.config.write_text(yaml.safe_dump(tree), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Run:
     def losses(self) -> dict[int, float]:
         """The loss of each step, and the held-out one after the last as step -1."""
         found: dict[int, float] = {}
-        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if "train/loss" in row:
                 found[row["step"]] = row["train/loss"]
@@ -279,7 +279,9 @@ def same_on_layouts(bench: Bench, precision: str, padded: bool) -> list[Row]:
     begun = time.monotonic()
     why = wait_within(bench.deadline, start([*command, *options], environment(bench.device), output), output)
     row["seconds"] = time.monotonic() - begun
-    different = [line for line in output.read_text(errors="replace").splitlines() if "DIFFERENT" in line]
+    different = [
+        line for line in output.read_text(errors="replace", encoding="utf-8").splitlines() if "DIFFERENT" in line
+    ]
     return [not_passed(row, different[0] if different else why) if why else {**row, "passed": True}]
 
 
@@ -327,7 +329,7 @@ def wait_within(
 
 def _print_end(output: Path) -> None:
     """Print the end of what a program has printed, for the stage's log."""
-    text = output.read_text(errors="replace") if output.exists() else ""
+    text = output.read_text(errors="replace", encoding="utf-8") if output.exists() else ""
     print(f"--- {output.name}\n{text[-20_000:]}", flush=True)
 
 

@@ -142,7 +142,7 @@ class Manifest:
         """
         path = checkpoint / MANIFEST
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             content = json.loads(text)
             if content.get("format") != FORMAT:
                 raise DamagedError(f"{path} is of another format: {content.get('format')!r}, not {FORMAT!r}")

@@ -72,6 +72,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def machine() -> str:
     """Names the running kernel: the same in all containers of a machine, another after it has started anew."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip().replace("-", "")
     except OSError:
         return "unknown"

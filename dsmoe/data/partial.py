@@ -78,7 +78,10 @@ def _remove_if_abandoned(path: Path) -> None:
     """Remove the lock at `path` and the folder that it stands for, if it is free."""
     lock, partial = take(path), path.with_suffix(".partial")
     try:
-        if path.read_text() in (machine(), "") or time.time() - _last_change(partial) > ABANDONED_SECONDS:
+        if (
+            path.read_text(encoding="utf-8") in (machine(), "")
+            or time.time() - _last_change(partial) > ABANDONED_SECONDS
+        ):
             if partial.exists():
                 logger.info("removing %s, which a process that was killed has left", partial)
             shutil.rmtree(partial, ignore_errors=True)

@@ -54,7 +54,7 @@ def read_slots(folder: Path) -> dict[str, Slot]:
             f"save_pretrained of transformers 5 first"
         )
     try:
-        places: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+        places: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
         if any(Path(name).name != name for name in names):
             raise ValueError("a file outside of the folder")

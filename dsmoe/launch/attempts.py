@@ -114,7 +114,7 @@ def steps_taken(folder: Path) -> int | None:
 def _read(path: Path, job: str) -> Attempts:
     """The attempts of this job; none where the file is another job's, or no such file."""
     try:
-        said = json.loads(path.read_text())
+        said = json.loads(path.read_text(encoding="utf-8"))
         if said.pop("job") == job:
             return Attempts(job, **{name: int(number) for name, number in said.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):

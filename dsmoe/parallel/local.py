@@ -66,7 +66,9 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
         process.join()
     if any(process.exitcode for process in processes):
         errors = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime)
-        text = "\n".join(f"--- rank {path.name.removeprefix('error_')}\n{path.read_text()}" for path in errors)
+        text = "\n".join(
+            f"--- rank {path.name.removeprefix('error_')}\n{path.read_text(encoding='utf-8')}" for path in errors
+        )
         raise RanksFailedError(text or f"ranks did not end within {timeout} s")
 
 
@@ -85,7 +87,7 @@ def _rank_main(
         join_processes("cpu")
         torch.save(function(*arguments), Path(folder) / f"result_{rank}")
     except BaseException:
-        (Path(folder) / f"error_{rank}").write_text(traceback.format_exc())
+        (Path(folder) / f"error_{rank}").write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(1)
     torch.distributed.barrier()
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # gives back semaphores, tqdm's for one

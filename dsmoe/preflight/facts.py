@@ -45,5 +45,5 @@ def _version_of(package: str) -> str:
 
 def _driver() -> str:
     """The kernel driver's version, which containers share with their host."""
-    found = re.search(r"\s(\d+\.\d+[.\d]*)\s", _DRIVER.read_text()) if _DRIVER.exists() else None
+    found = re.search(r"\s(\d+\.\d+[.\d]*)\s", _DRIVER.read_text(encoding="utf-8")) if _DRIVER.exists() else None
     return found.group(1) if found else "unknown"

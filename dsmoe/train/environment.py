@@ -124,7 +124,7 @@ def _interfaces() -> dict[str, list[str]]:
 def _cuda() -> dict[str, str | None]:
     driver = Path("/sys/module/nvidia/version")
     return {
-        "driver": driver.read_text().strip() if driver.exists() else None,
+        "driver": driver.read_text(encoding="utf-8").strip() if driver.exists() else None,
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }
@@ -141,6 +141,8 @@ def git_commit() -> str | None:
     """The commit that this package is of, where it lies in a git checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True, encoding="utf-8"
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -193,7 +193,7 @@ def check_shared(folder: Path, token: str) -> None:
     file = folder / TOKEN
     for _ in range(50):  # a network file system may show a new file late
         try:
-            if file.read_text() == token:
+            if file.read_text(encoding="utf-8") == token:
                 return
         except (OSError, ValueError):
             pass

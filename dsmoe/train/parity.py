@@ -101,7 +101,7 @@ def parity(
     parsed = [parse_layout(text, world_size) for text in (layouts if launched else [ONE_RANK, *layouts])]
     comparison = Comparison(path, overrides, parsed, steps, precision, full)
     with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as folder:
-        (Path(folder) / "sums.txt").write_text(TEXT)
+        (Path(folder) / "sums.txt").write_text(TEXT, encoding="utf-8")
         configs = [comparison.config(layout, Path(folder)) for layout in parsed]
         for layout, config in zip(parsed, configs, strict=True):
             _refuse_what_depends_on_slices(config, layout)

@@ -169,7 +169,10 @@ class Reports:
         lines += [f"  {_ranks(who)}: {place}" for place, who in sorted(together.items(), key=lambda item: len(item[1]))]
         text = "\n".join(lines)
         for path in (self.folder / "summary.txt", self.folder.parents[1] / "train.log"):
-            with contextlib.suppress(OSError), path.open("a") as file:  # a full disk is not what ended the run
+            with (
+                contextlib.suppress(OSError),
+                path.open("a", encoding="utf-8") as file,
+            ):  # a full disk is not what ended the run
                 file.write(f"{explanation}\n{text}\n")
         return text
 
@@ -223,7 +226,7 @@ class Reports:
         with contextlib.suppress(OSError):
             for path in self.folder.glob("rank_*.txt"):
                 number = path.stem.removeprefix("rank_")
-                if number.isdecimal() and (place := _last_place(path.read_text(errors="replace"))):
+                if number.isdecimal() and (place := _last_place(path.read_text(errors="replace", encoding="utf-8"))):
                     places[int(number)] = place
         return places
 
@@ -244,7 +247,7 @@ def _last_place(text: str) -> str | None:
 
 def _memory() -> Iterator[str]:
     """Of the process, and what torch's allocator has of the device."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     yield f"memory:     {pages * resource.getpagesize() / GIB:.2f} GiB resident, {peak:.2f} at most"
     if torch.cuda.is_initialized():

@@ -15,7 +15,7 @@ GOOD = {"kind": "figure", "value": 1.5}
 
 def main(fault: str, rows: Path) -> None:
     if fault != "silent":
-        rows.write_text(json.dumps(GOOD) + "\n")
+        rows.write_text(json.dumps(GOOD) + "\n", encoding="utf-8")
     match fault:
         case "hangs":  # as torchrun does, with a worker in a session of its own, which ignores requests
             orphan = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -35,7 +35,7 @@ def main(fault: str, rows: Path) -> None:
             held = bytearray(2**62)
             print(len(held))
         case "wrong":
-            with rows.open("a") as lines:
+            with rows.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"check": "sums agree", "passed": False, "detail": "2 is not 3"}) + "\n")
 
 

@@ -30,7 +30,10 @@ def test_both_save_and_load_and_are_measured(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_measured_table() -> None:
-    report, page = json.loads((RESULTS / "checkpoint_cpu.json").read_text()), PAGE.read_text()
+    report, page = (
+        json.loads((RESULTS / "checkpoint_cpu.json").read_text(encoding="utf-8")),
+        PAGE.read_text(encoding="utf-8"),
+    )
     assert table(report["rows"]) in page
     assert report["command"] in page
     assert report["hardware"] in page

@@ -29,7 +29,7 @@ from dsmoe.plan import count_parameters
 from tests.benchmarks.faults import GOOD
 
 ROOT = Path(__file__).parents[2]
-GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text()
+GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 FACTS = {
     "command": "python -m benchmarks.gpu",
     "date": "2026-12-01 10:00 UTC",
@@ -57,7 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *faults: str, minutes: fl
     monkeypatch.setattr(command, "STAGES", stages(*faults))
     monkeypatch.setattr(command, "_find_machine", lambda *_: {**FACTS, "device": "cpu"})
     code = command.main(["--device", "cpu", "--tiny", "--minutes", str(minutes), "--out", str(folder)])
-    return code, json.loads(next(folder.glob("gpu_*.json")).read_text())
+    return code, json.loads(next(folder.glob("gpu_*.json")).read_text(encoding="utf-8"))
 
 
 @pytest.mark.timeout(1200)
@@ -65,12 +65,14 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *faults: str, minutes: fl
 def test_every_stage_is_rehearsed_without_a_device(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--tiny", "--minutes", "18", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
     )
-    logs = "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in tmp_path.glob("*/*.log"))
+    logs = "\n".join(
+        f"--- {path.name}\n{path.read_text(encoding='utf-8')[-3000:]}" for path in tmp_path.glob("*/*.log")
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
     (file,) = tmp_path.glob("gpu_rehearsal_*.json")
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text(encoding="utf-8"))
     rows = {stage["stage"]: stage["rows"] for stage in found["stages"]}
     assert list(rows) == [stage.name for stage in STAGES]
     kinds = {stage: {row["kind"] for row in of} for stage, of in rows.items()}
@@ -96,7 +98,7 @@ def test_every_stage_is_rehearsed_without_a_device(tmp_path: Path) -> None:
     limits = {row["what"].split(",")[0] for row in rows["preflight"] if row["kind"] == "limit"}
     assert limits == {"compute", "checksum of equal products", "storage", "link inside a node", "latency inside a node"}
     assert {row["kernel"] for row in rows["tune"] if row["kind"] == "best"} >= {"bag_sum", "activation_forward"}
-    page = file.with_suffix(".md").read_text()
+    page = file.with_suffix(".md").read_text(encoding="utf-8")
     assert page == markdown(found)
     assert "Rehearsal without a GPU" in page
     assert found["command"] in page
@@ -137,7 +139,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytes
     assert (code, hangs["word"], fine["word"]) == (1, "out of time", "done")
     assert hangs["rows"] == [GOOD]
     assert "its time was up after 8 s" in hangs["why"]
-    (log,) = (path.read_text() for path in tmp_path.glob("*/hangs.log"))
+    (log,) = (path.read_text(encoding="utf-8") for path in tmp_path.glob("*/hangs.log"))
     assert "faults.py" in log, "where it hung"
     assert not orphans()
 
@@ -151,7 +153,7 @@ def test_a_stage_that_prints_without_end_fills_no_disk(tmp_path: Path, monkeypat
     assert end.word == "out of time"
     assert "it had printed more than 1 MiB" in end.why
     assert log.stat().st_size < 2**12
-    assert "bytes left out" in log.read_text()
+    assert "bytes left out" in log.read_text(encoding="utf-8")
 
 
 def test_a_program_that_does_not_exist_is_a_failure(tmp_path: Path) -> None:
@@ -168,7 +170,9 @@ def begin(folder: Path, *faults: str) -> subprocess.Popen[str]:
         "sys.exit(command.main(['--device', 'cpu', '--tiny', '--out', sys.argv[1]]))"
     )
     arguments = [str(folder), *faults]
-    process = subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     while not orphans():
         time.sleep(0.05)
     return process
@@ -192,7 +196,7 @@ def test_what_was_measured_is_kept_when_the_run_is_told_to_end(number: int, tmp_
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    found = json.loads(next(tmp_path.glob("gpu_*.json")).read_text())["stages"]
+    found = json.loads(next(tmp_path.glob("gpu_*.json")).read_text(encoding="utf-8"))["stages"]
     assert [(stage["stage"], stage["word"]) for stage in found] == [("hangs", "interrupted"), ("fine", "not begun")]
     assert found[0]["rows"] == [GOOD]
     assert "hangs: interrupted in" in output
@@ -268,7 +272,7 @@ def test_stages_get_commands_that_their_programs_understand(
 def test_wrong_input_is_one_clear_error(arguments: list[str], message: str) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     program = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -303,8 +307,8 @@ def repository(folder: Path) -> Path:
     (folder / adopt.RESULTS).mkdir(parents=True)
     (folder / "dsmoe" / "moe" / "kernels").mkdir(parents=True)
     table = Path("dsmoe") / "moe" / "kernels" / "blocks.json"
-    (folder / table).write_text((ROOT / table).read_text())
-    (folder / "README.md").write_text(f"# x\n\n{adopt.BEGIN}\nold\n{adopt.END}\n\nmore\n")
+    (folder / table).write_text((ROOT / table).read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "README.md").write_text(f"# x\n\n{adopt.BEGIN}\nold\n{adopt.END}\n\nmore\n", encoding="utf-8")
     return folder
 
 
@@ -319,11 +323,11 @@ def test_figures_of_another_machine_are_taken_over_whole(tmp_path: Path) -> None
         f"copied benchmarks/results/{file.stem}.md",
         "wrote the status in README.md",
     ]
-    readme = (root / "README.md").read_text()
+    readme = (root / "README.md").read_text(encoding="utf-8")
     assert "| 1 x NVIDIA H100 80GB HBM3, torch 2.11.0+cu130 | 2026-12-01 |" in readme
     assert f"[right, tune done](benchmarks/results/{file.stem}.md)" in readme
     assert readme.endswith(f"{adopt.END}\n\nmore\n")
-    table = json.loads((root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text())
+    table = json.loads((root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text(encoding="utf-8"))
     assert table["sm_90"]["permute"]["sizes"] == {"block": 64, "warps": 2}
     assert adopt.adopt(root / adopt.RESULTS / file.name, root)[-1] != "wrote the status in README.md"
 
@@ -338,9 +342,9 @@ def test_what_cannot_be_taken_over_changes_nothing(broken: str, tmp_path: Path) 
         case "no page":
             file.with_suffix(".md").unlink()
         case "no place":
-            readme.write_text("# x\n")
+            readme.write_text("# x\n", encoding="utf-8")
         case "no end":
-            readme.write_text(f"# x\n{adopt.BEGIN}\nmuch more\n")
+            readme.write_text(f"# x\n{adopt.BEGIN}\nmuch more\n", encoding="utf-8")
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"is not there|has no place for the status"):
         adopt.adopt(file, root)
@@ -376,7 +380,7 @@ def test_stages_do_not_take_a_launcher_around_them_for_theirs(monkeypatch: pytes
 
 def test_an_interpreter_without_a_package_is_told_which() -> None:
     program = "import runpy, sys; sys.modules['psutil'] = None; runpy.run_module('benchmarks.gpu', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2
     assert "has no psutil; docs/gpu.md says what is needed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -384,9 +388,9 @@ def test_an_interpreter_without_a_package_is_told_which() -> None:
 
 def test_a_rehearsal_changes_no_block_sizes_and_a_card_comes_before_it(tmp_path: Path) -> None:
     root = repository(tmp_path)
-    before = (root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text()
+    before = (root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text(encoding="utf-8")
     adopt.adopt(results_in(root / adopt.RESULTS, "2026-12-03 10:00 UTC", rehearsal=True), root)
-    assert (root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text() == before
+    assert (root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text(encoding="utf-8") == before
     assert "nothing yet" in adopt.status(root / adopt.RESULTS)
     results_in(root / adopt.RESULTS, "2026-12-01 10:00 UTC", word="failed")
     text = adopt.status(root / adopt.RESULTS)
@@ -395,7 +399,7 @@ def test_a_rehearsal_changes_no_block_sizes_and_a_card_comes_before_it(tmp_path:
 
 
 def test_a_table_in_the_page_survives_any_text(tmp_path: Path) -> None:
-    page = results_in(tmp_path, "2026-12-01 10:00 UTC").with_suffix(".md").read_text()
+    page = results_in(tmp_path, "2026-12-01 10:00 UTC").with_suffix(".md").read_text(encoding="utf-8")
     assert "| a\\|b | yes |" in page
     assert "driver 580.159.04, CUDA 13.0" in page
 
@@ -419,7 +423,7 @@ def test_the_page_has_every_stage_and_its_time() -> None:
 
 
 def test_the_readme_has_the_status_of_the_newest_results() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     box = text[text.index(adopt.BEGIN) + len(adopt.BEGIN) : text.index(adopt.END)].strip()
     assert box == adopt.status(RESULTS)
     assert text.index(adopt.BEGIN) < 2000, "at the top"

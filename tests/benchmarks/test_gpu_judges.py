@@ -30,7 +30,7 @@ def write_losses(run: Run, losses: dict[int, float], held_out: float = 3.0) -> N
     run.folder.mkdir(parents=True, exist_ok=True)
     lines = [{"step": step, "train/loss": loss} for step, loss in losses.items()]
     text = "\n".join(map(json.dumps, [*lines, {"step": max(losses), "eval/loss": held_out}]))
-    (run.folder / "metrics.jsonl").write_text(text)
+    (run.folder / "metrics.jsonl").write_text(text, encoding="utf-8")
 
 
 STEPS = {step: 5.0 - step / 10 for step in range(1, 9)}
@@ -190,7 +190,7 @@ def test_layouts_use_every_exchange_and_group() -> None:
 )
 def test_tests_are_counted(bench: Bench, code: str, passed: bool, counted: tuple[int, int, int]) -> None:
     file = bench.folder / "test_it.py"
-    file.write_text(code)
+    file.write_text(code, encoding="utf-8")
     (row,) = right.tested("it", [str(file)], bench)
     assert (row["passed"], (row["tests"], row["failures"], row["skipped"])) == (passed, counted)
     assert ("detail" in row) == (not passed)
@@ -220,7 +220,9 @@ def test_preflights_table_becomes_rows(tmp_path: Path, monkeypatch: pytest.Monke
     link = {"name": "link inside a node", "unit": "GB/s", "median": 10.0, "worst": 9.0, "promised": 20.0, "size": ""}
     latency = {**link, "name": "latency inside a node", "unit": "us", "worst": 15.0, "promised": None}
     found = {"exit_code": 1, "seconds": 3.0, "findings": [{"text": "slow"}], "checks": [link, latency]}
-    monkeypatch.setattr(limits, "start", lambda *_: (tmp_path / "preflight.json").write_text(json.dumps(found)))
+    monkeypatch.setattr(
+        limits, "start", lambda *_: (tmp_path / "preflight.json").write_text(json.dumps(found), encoding="utf-8")
+    )
     monkeypatch.setattr(limits, "wait_within", lambda *_: "exit code 1: slow")
     check, *rows = limits.preflight(Path("x.yaml"), [], 2, "cuda", tmp_path, Deadline(60))
     assert (check["passed"], check["exit_code"], check["findings"]) == (True, 1, ["slow"])
@@ -321,7 +323,7 @@ def test_memory_that_does_not_suffice_is_a_check_that_failed(
     monkeypatch.setattr(memory, "leave_processes", lambda: None)
     monkeypatch.setattr(sys, "argv", ["memory", "--device", "cpu", "--tiny", "--rows", str(tmp_path / "rows")])
     assert memory.main() == 0
-    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text(encoding="utf-8").splitlines()]
     assert rows == [{"kind": "memory", "check": name} | row for name in memory.CONFIGURATIONS]
 
 
@@ -358,7 +360,7 @@ def test_a_machine_trains_on_a_power_of_two_of_its_devices(
     ],
 )
 def test_the_line_that_tells_most(text: str, line: str, tmp_path: Path) -> None:
-    (tmp_path / "log").write_text(text)
+    (tmp_path / "log").write_text(text, encoding="utf-8")
     assert supervise.last_line(tmp_path / "log") == line
 
 
@@ -392,7 +394,7 @@ def has_ended(process: psutil.Process) -> bool:
 def test_a_program_that_hangs_leaves_where_it_stood(
     allowed: float, patience: float, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "hang.py").write_text("import time\nprint('so far', flush=True)\ntime.sleep(600)\n")
+    (tmp_path / "hang.py").write_text("import time\nprint('so far', flush=True)\ntime.sleep(600)\n", encoding="utf-8")
     output = tmp_path / "hang.out"
     process = training.start([sys.executable, str(tmp_path / "hang.py")], training.environment("cpu"), output)
     assert training.wait_within(Deadline(allowed), process, output, patience) == why
@@ -428,6 +430,6 @@ def test_a_machine_whose_triton_cannot_compile_is_told_so(monkeypatch: pytest.Mo
 def test_rows_are_in_the_file_at_once(tmp_path: Path) -> None:
     rows = Rows(tmp_path / "rows")
     rows.add({"a": 1})
-    assert (tmp_path / "rows").read_text() == '{"a": 1}\n'
+    assert (tmp_path / "rows").read_text(encoding="utf-8") == '{"a": 1}\n'
     rows.add({"b": None})
-    assert len((tmp_path / "rows").read_text().splitlines()) == 2
+    assert len((tmp_path / "rows").read_text(encoding="utf-8").splitlines()) == 2

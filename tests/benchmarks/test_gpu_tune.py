@@ -25,7 +25,7 @@ MEASURED = {"device": "NVIDIA H100", "date": "2026-11-27"}
 
 
 def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_rehearsal_measures_every_point_of_every_kernel(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_rehearsal_measures_every_point_of_every_kernel(tmp_path: Path) -> None:
 
 def test_a_passed_deadline_measures_nothing(tmp_path: Path) -> None:
     main(["--device", DEVICE, "--tiny", "--rows", str(tmp_path / "rows"), "--seconds", "0"])
-    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text(encoding="utf-8").splitlines()]
     assert rows == [{"kind": "checks", "check": f"{kernel}: the whole grid", "passed": None} for kernel in GRID]
 
 
@@ -179,7 +179,9 @@ def test_what_a_deadline_left_over_may_win_if_all_cases_were_measured() -> None:
 def table(tmp_path: Path) -> Path:
     """The default sizes alone."""
     path = tmp_path / "blocks.json"
-    path.write_text(json.dumps({"default": blocks.read(blocks.TABLE)["default"]}, indent=2, sort_keys=True) + "\n")
+    path.write_text(
+        json.dumps({"default": blocks.read(blocks.TABLE)["default"]}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     return path
 
 
@@ -200,7 +202,7 @@ def test_adopted_sizes_stand_in_the_table_and_all_others_stay(table: Path) -> No
 def test_the_table_in_the_repository_is_as_adopting_writes_it(tmp_path: Path) -> None:
     copied = Path(shutil.copy(blocks.TABLE, tmp_path))
     assert adopt([], copied) == []
-    assert copied.read_text() == blocks.TABLE.read_text()
+    assert copied.read_text(encoding="utf-8") == blocks.TABLE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -212,11 +214,11 @@ def test_the_table_in_the_repository_is_as_adopting_writes_it(tmp_path: Path) ->
     ],
 )
 def test_rows_that_cannot_be_adopted_change_nothing(change: dict[str, Any], message: str, table: Path) -> None:
-    before = table.read_text()
+    before = table.read_text(encoding="utf-8")
     good = {**BEST, **MEASURED, "kernel": "topk_router", "sizes": {"tile": 1024, "warps": 4}}
     with pytest.raises(ValueError, match=message):
         adopt([good, {**BEST, **MEASURED, **change}], table)
-    assert table.read_text() == before
+    assert table.read_text(encoding="utf-8") == before
 
 
 def test_every_kernel_has_a_grid_of_sensible_sizes() -> None:

@@ -33,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str, peers: lis
     arguments = ["--device", "cpu", "--shapes", "tiny", "--dtypes", "fp32", "--peers", *peers, "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", ["moe_layer", *arguments, *options, "--rows", str(file)])
     main()
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

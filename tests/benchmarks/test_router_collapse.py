@@ -24,7 +24,7 @@ def test_a_collapsed_router_recovers_by_balancing_alone(method: str) -> None:
 
 
 def test_the_published_result_says_the_same_of_the_whole_run() -> None:
-    published = json.loads((ROOT / "benchmarks/results/router_collapse.json").read_text())
+    published = json.loads((ROOT / "benchmarks/results/router_collapse.json").read_text(encoding="utf-8"))
     assert published["setting"]["methods"] == METHODS
     assert {name: final_load(curves) < RECOVERED for name, curves in published["curves"].items()} == {
         name: name != "none" for name in METHODS

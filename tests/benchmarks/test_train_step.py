@@ -40,7 +40,9 @@ def test_contenders_train_the_same_model_and_are_all_measured() -> None:
 def test_a_run_whose_time_is_over_has_one_round_of_the_first_contender(tmp_path: Path) -> None:
     run = Run(ranks=1, dtype="bf16", shape="tiny", rounds=10**9, device="cpu", until=0.0)
     measure(run, threads=1, rows=Rows(tmp_path / "rows.jsonl"))
-    *left_out, row, check = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    *left_out, row, check = [
+        json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert {each["contender"] for each in left_out} == {
         "dsmoe expert=1 capacity 1.25",
         "deepspeed expert=1 dropless",
@@ -173,7 +175,10 @@ def test_ranks_that_hang_are_ended_and_what_they_had_measured_is_kept(
 
 
 def test_the_page_has_the_measured_table() -> None:
-    report, page = json.loads((RESULTS / "train_step_cpu.json").read_text()), PAGE.read_text()
+    report, page = (
+        json.loads((RESULTS / "train_step_cpu.json").read_text(encoding="utf-8")),
+        PAGE.read_text(encoding="utf-8"),
+    )
     assert table(report["rows"]) in page
     assert report["command"] in page
     assert report["hardware"] in page

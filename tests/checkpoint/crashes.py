@@ -99,7 +99,7 @@ class Run:
         config = layout_config(folder, RANKS, **options)
         self.folder, self.steps, self.counts = folder, steps, counts
         self.checkpoints, self.output = folder / "runs" / config.name / "checkpoints", folder / "output"
-        (folder / "config.yaml").write_text(dump_config(config))
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
     def disturb(self, kills: int, instants: random.Random) -> None:
         """Kill it so many times, or fewer if it comes to its end before; let it end, and compare."""
@@ -121,7 +121,7 @@ class Run:
     def _start(self, *overrides: str) -> list[Any]:
         """Both ranks, as torchrun starts them: the store by which they meet is in this process."""
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.output.write_text("")
+        self.output.write_text("", encoding="utf-8")
         arguments = ["--config", str(self.folder / "config.yaml"), *overrides]
         ranks = [
             CONTEXT.Process(target=_rank_main, args=(rank, self._store.port, arguments, str(self.output)))
@@ -151,7 +151,7 @@ class Run:
         """Until it is so, or the run has ended."""
         deadline = time.monotonic() + PATIENCE
         while not condition() and all(rank.exitcode is None for rank in ranks):
-            assert time.monotonic() < deadline, self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text(encoding="utf-8")
             time.sleep(0.0005)
 
     def _kill(self, ranks: list[Any], stale: set[Change], instants: random.Random) -> None:
@@ -166,13 +166,13 @@ class Run:
         second.kill()
         for rank in (first, second):
             rank.join(PATIENCE)
-        assert first.exitcode == -signal.SIGKILL, self.output.read_text()
+        assert first.exitcode == -signal.SIGKILL, self.output.read_text(encoding="utf-8")
 
     def _end(self, ranks: list[Any]) -> None:
         """Wait for the end of the run, which must be a good one."""
         for rank in ranks:
             rank.join(PATIENCE)
-        assert [rank.exitcode for rank in ranks] == [0] * RANKS, self.output.read_text()
+        assert [rank.exitcode for rank in ranks] == [0] * RANKS, self.output.read_text(encoding="utf-8")
 
     def _newest_step(self) -> int:
         return max(map(step_of, all_checkpoints(self.checkpoints)), default=0)
@@ -200,7 +200,7 @@ class Run:
 
     def _check_start(self, newest: Path | None) -> None:
         """Whether the last start has gone on from there, if it has come so far."""
-        said = self.output.read_text()
+        said = self.output.read_text(encoding="utf-8")
         resumed = re.findall("^continuing from (.*)$", said, re.MULTILINE)
         assert resumed in ([], [str(newest)]), f"not from {newest}:\n{said}"
         self.counts.starts += 1
@@ -222,7 +222,7 @@ class Run:
 
 def figures(run: Path) -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm, of every line of training."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [(line["step"], line["train/loss"], line["optim/grad_norm"]) for line in lines if "train/loss" in line]
 
 

@@ -84,7 +84,7 @@ def test_a_loss_on_another_text_is_not_the_best(tmp_path: Path) -> None:
     run_ranks(1, save_three, tmp_path)  # the validation loss is the step
     manifest = Manifest.read(tmp_path / "step_00000001")
     other = replace(manifest, facts=replace(manifest.facts, held_out="of another amount"))
-    (tmp_path / "step_00000001" / "manifest.json").write_text(other.text())
+    (tmp_path / "step_00000001" / "manifest.json").write_text(other.text(), encoding="utf-8")
     remove_old(tmp_path, CheckpointSection(keep=1, keep_best=1))
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
 

@@ -33,7 +33,7 @@ OURS, OTHERS = ".step_00000003.partial", ".step_00000003.partial.swp"
 
 def full_folder(path: Path) -> Path:
     (path / "inner").mkdir(parents=True)
-    (path / "inner" / "data").write_text("somebody's")
+    (path / "inner" / "data").write_text("somebody's", encoding="utf-8")
     return path
 
 
@@ -252,9 +252,9 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monk
 )
 def test_what_editors_and_systems_drop_does_not_damage_a_checkpoint(dropped: str, tmp_path: Path) -> None:
     run_ranks(1, save_four, tmp_path)
-    (tmp_path / "step_00000004" / dropped).write_text("an editor's")
+    (tmp_path / "step_00000004" / dropped).write_text("an editor's", encoding="utf-8")
     verify(tmp_path / "step_00000004")
-    (tmp_path / "step_00000004" / "notes.txt").write_text("somebody's")
+    (tmp_path / "step_00000004" / "notes.txt").write_text("somebody's", encoding="utf-8")
     with pytest.raises(DamagedError, match="something else has put it there"):
         verify(tmp_path / "step_00000004")
 
@@ -264,7 +264,7 @@ def save_with_losses(folder: Path, losses: list[float]) -> None:
         save_small(folder, step, keep=9)
         manifest = Manifest.read(folder / f"step_{step:08d}")
         text = replace(manifest, facts=replace(manifest.facts, validation_loss=loss)).text()
-        (folder / f"step_{step:08d}" / "manifest.json").write_text(text)
+        (folder / f"step_{step:08d}" / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:

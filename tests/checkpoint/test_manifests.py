@@ -41,13 +41,13 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
 
 
 def content_of(checkpoint: Path) -> Content:
-    content = json.loads((checkpoint / "manifest.json").read_text())
+    content = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     del content["sha256"]
     return dict(content)
 
 
 def seal(checkpoint: Path, content: Content) -> None:
-    (checkpoint / "manifest.json").write_text(_sealed(content))
+    (checkpoint / "manifest.json").write_text(_sealed(content), encoding="utf-8")
 
 
 def box(content: Content, key: str = NORM) -> list[Any]:

@@ -173,7 +173,7 @@ def test_what_a_diverged_run_advises_works(ranks: int, tmp_path: Path) -> None:
     options = {"train": {"steps": 9}, "checkpoint": {"every": 1, "keep": 3}, "observe": {"log_every": 50}}
     config = write_config(tmp_path, ranks=ranks, runs_dir="runs", **options)
     script = tmp_path / "diverges.py"
-    script.write_text(DIVERGES)
+    script.write_text(DIVERGES, encoding="utf-8")
     program = [str(script), "--config", str(config)]
     start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
     first = launch(tmp_path, *start, *program)

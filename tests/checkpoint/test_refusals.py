@@ -110,13 +110,13 @@ def test_a_malicious_pickle_is_not_executed_wherever_it_is(checkpoint: Path, tmp
 def test_a_manifest_that_agrees_with_itself_is_still_checked(checkpoint: Path) -> None:
     """Somebody may have written one by hand, checksum and all."""
     path = checkpoint / "manifest.json"
-    whole = json.loads(path.read_text())
+    whole = json.loads(path.read_text(encoding="utf-8"))
     del whole["sha256"]
 
     def refused(change: Callable[[dict[str, Any]], None]) -> None:
         content = json.loads(json.dumps(whole))
         change(content)
-        path.write_text(_sealed(content))
+        path.write_text(_sealed(content), encoding="utf-8")
         with pytest.raises(DamagedError, match=re.escape(str(path))):
             verify(checkpoint)
 
@@ -131,7 +131,7 @@ def test_a_manifest_that_agrees_with_itself_is_still_checked(checkpoint: Path) -
     refused(lambda content: content["tensors"].update({key: ["pickle", [1], []]}))
     refused(lambda content: content.update(format="something else"))
     refused(lambda content: content["facts"].pop("step"))
-    path.write_text(_sealed(whole))
+    path.write_text(_sealed(whole), encoding="utf-8")
     verify(checkpoint)
 
 
@@ -183,10 +183,10 @@ def test_another_model_is_refused_with_a_table(checkpoint: Path, tmp_path: Path)
 
 def test_a_tensor_too_many_or_too_few_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "manifest.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     del content["sha256"]
     content["tensors"]["model/nobody.knows"] = content["tensors"].pop("model/norm.weight")
-    path.write_text(_sealed(content))
+    path.write_text(_sealed(content), encoding="utf-8")
     (message,) = run_ranks(1, refusal, layout_config(tmp_path), checkpoint)
     assert re.search(r"model/nobody\.knows +\[32\] +absent", message)
     assert re.search(r"model/norm\.weight +absent +\[32\]", message)
@@ -194,11 +194,11 @@ def test_a_tensor_too_many_or_too_few_is_an_error(checkpoint: Path, tmp_path: Pa
 
 def test_tensors_that_are_exchanged_in_the_manifest_are_not_loaded(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "manifest.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     del content["sha256"]
     one, other = (content["tensors"][f"model/blocks.1.{name}.weight"][2][0] for name in ("attention_norm", "ffn_norm"))
     one[2:], other[2:] = other[2:], one[2:]
-    path.write_text(_sealed(content))
+    path.write_text(_sealed(content), encoding="utf-8")
     for message in run_ranks(2, refusal, layout_config(tmp_path, **TWO), checkpoint):
         assert message.startswith(f"{path} is damaged: ")
         assert "in the file's own header" in message
@@ -206,10 +206,10 @@ def test_tensors_that_are_exchanged_in_the_manifest_are_not_loaded(checkpoint: P
 
 def test_another_optimizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "manifest.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     del content["sha256"]
     content["facts"]["optimizer"] = "Muon"
-    path.write_text(_sealed(content))
+    path.write_text(_sealed(content), encoding="utf-8")
     (message,) = run_ranks(1, refusal, layout_config(tmp_path), checkpoint)
     assert message.splitlines()[0] == f"{checkpoint} is of another optimizer:"
     assert message.splitlines()[-1].split() == ["optimizer", "Muon", "AdamW"]

@@ -148,7 +148,7 @@ def fail_while_saving(config: str) -> int:
 def test_a_run_that_fails_keeps_the_checkpoint_that_is_being_written(tmp_path: Path) -> None:
     config = layout_config(tmp_path, train={"steps": 3}, checkpoint={"every": 2})
     path = tmp_path / "config.yaml"
-    path.write_text(dump_config(config))
+    path.write_text(dump_config(config), encoding="utf-8")
     assert run_ranks(1, fail_while_saving, str(path)) == [1]
     verify(tmp_path / "runs" / "small" / "checkpoints" / "step_00000002")
 
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_good_one_is_lef
     config = layout_config(tmp_path)
     final = folder_of(config) / "step_00000001"
     final.mkdir(parents=True)
-    (final / "rank_00000_000.safetensors").write_text("damaged")
+    (final / "rank_00000_000.safetensors").write_text("damaged", encoding="utf-8")
     ((first, second),) = run_ranks(1, save_twice, config)
     assert first == second
     verify(final)

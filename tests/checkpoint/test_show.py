@@ -43,7 +43,7 @@ def test_what_differs_from_a_config_or_a_checkpoint(
 ) -> None:
     checkpoint = str(folder_of(config) / "step_00000001")
     other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 0.5})})
-    (tmp_path / "other.yaml").write_text(dump_config(other))
+    (tmp_path / "other.yaml").write_text(dump_config(other), encoding="utf-8")
     assert main(["checkpoint", "show", checkpoint, "--against", str(tmp_path / "other.yaml")]) == 0
     assert "optimizer.lr  0.003          0.5" in capsys.readouterr().out
     assert main(["checkpoint", "show", checkpoint, "--against", checkpoint]) == 0

@@ -47,7 +47,9 @@ def missing() -> str | None:
     packages = sorted({package for command, package in NEEDED.items() if not shutil.which(command, path=SYSTEM_PATH)})
     if packages:
         return f"apt-get install {' '.join(packages)}"
-    tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True, check=False)
+    tried = subprocess.run(
+        ["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     return f"this container may not make namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -66,7 +68,7 @@ class Task:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
         self.output = output
         self._begun = time.monotonic()
-        with output.open("w") as file:
+        with output.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, stdin=-3)
 
     def wait(self, timeout: float) -> Outcome:
@@ -88,7 +90,7 @@ class Task:
 
     def text(self) -> str:
         """What it has written until now."""
-        return self.output.read_text(errors="replace")
+        return self.output.read_text(errors="replace", encoding="utf-8")
 
 
 class Host:
@@ -198,17 +200,19 @@ class Cluster:
         """The hosts' names, and what sshd and ssh need to let each into the others."""
         folder = self._folder
         names = "".join(f"10.77.0.{number + 1} host{number}\n" for number in range(self._num_hosts))
-        (folder / "hosts").write_text("127.0.0.1 localhost\n" + names)
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + names, encoding="utf-8")
         for key in ("host_key", "user_key"):
             _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
         (folder / "sshd_config").write_text(
             f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/user_key.pub\nStrictModes no\nUsePAM no\n"
-            "PermitRootLogin prohibit-password\nPidFile none\nMaxStartups 100\n"
+            "PermitRootLogin prohibit-password\nPidFile none\nMaxStartups 100\n",
+            encoding="utf-8",
         )
         # Without ServerAliveInterval, pdsh would wait for a host that is cut off for as long as TCP does: for ever.
         (folder / "ssh_config").write_text(
             f"Host *\n  IdentityFile {folder}/user_key\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
-            "  LogLevel ERROR\n  ServerAliveInterval 5\n  ServerAliveCountMax 2\n"
+            "  LogLevel ERROR\n  ServerAliveInterval 5\n  ServerAliveCountMax 2\n",
+            encoding="utf-8",
         )
 
 
@@ -223,7 +227,7 @@ def _new_namespaces() -> tuple[subprocess.Popen[bytes], int]:
     assert holder.stdout is not None
     if not holder.stdout.readline():
         raise RuntimeError("no namespaces can be made here")
-    return holder, int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text())
+    return holder, int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text(encoding="utf-8"))
 
 
 def _enter(pid: int, folder: Path = Path("/")) -> list[str]:
@@ -234,6 +238,8 @@ def _call(*command: str, net: int | None = None) -> str:
     """Run a command of the system that must succeed, in the network namespace of process `net` where given."""
     inside = ["nsenter", "--target", str(net), "--net"] if net else []
     path = {"PATH": SYSTEM_PATH}
-    done = subprocess.run([*inside, *command], env=path, cwd="/", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*inside, *command], env=path, cwd="/", capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
     return done.stdout

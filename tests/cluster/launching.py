@@ -29,7 +29,9 @@ def write_config(folder: Path, hosts: int, ranks_per_host: int, **sections: obje
     sections = {"train": {"steps": 3}, "runs_dir": "runs", **sections}
     sections["cluster"] = {**cluster, **sections.get("cluster", {})}  # type: ignore[dict-item]
     path = folder / f"config_{ranks}.yaml"
-    path.write_text(dump_config(small_config(folder, ranks=ranks_per_host, expert=min(ranks, 4), **sections)))  # type: ignore[arg-type]
+    path.write_text(
+        dump_config(small_config(folder, ranks=ranks_per_host, expert=min(ranks, 4), **sections)), encoding="utf-8"
+    )  # type: ignore[arg-type]
     return path
 
 
@@ -37,7 +39,9 @@ def pdsh(cluster: Cluster, folder: Path, ranks_per_host: int, *arguments: str) -
     """`deepspeed --hostfile` on the first host, which reaches the others by ssh."""
     _write_hostfile(cluster, folder, ranks_per_host)
     # ssh hands on no environment: DeepSpeed writes this file's lines into the command.
-    (folder / "environment").write_text("".join(f"{key}={value}\n" for key, value in ENVIRONMENT.items()))
+    (folder / "environment").write_text(
+        "".join(f"{key}={value}\n" for key, value in ENVIRONMENT.items()), encoding="utf-8"
+    )
     environment = {**ENVIRONMENT, "DS_ENV_FILE": str(folder / "environment")}
     command = ["deepspeed", "--hostfile", "hostfile", "--launcher", "pdsh", "--master_port", PORT, *arguments]
     return [cluster.hosts[0].start(command, environment, folder)]
@@ -69,9 +73,11 @@ LAUNCHERS = {"pdsh": pdsh, "no_ssh": no_ssh, "torchrun": torchrun}
 
 def losses(folder: Path, name: str = "small") -> list[float]:
     """The training losses that a run has written, by step."""
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line["train/loss"] for line in map(json.loads, lines) if "train/loss" in line]
 
 
 def _write_hostfile(cluster: Cluster, folder: Path, ranks_per_host: int) -> None:
-    (folder / "hostfile").write_text("".join(f"{host.name} slots={ranks_per_host}\n" for host in cluster))
+    (folder / "hostfile").write_text(
+        "".join(f"{host.name} slots={ranks_per_host}\n" for host in cluster), encoding="utf-8"
+    )

@@ -103,7 +103,7 @@ class SlurmJob:
     def text(self) -> str:
         """What the script has said, and then the ranks, node by node."""
         outputs = [*self.folder.glob(f"*-{self.number}.out"), *self.folder.glob(f"runs/*/logs/{self.number}-*.log")]
-        return "\n".join(path.read_text(errors="replace") for path in sorted(outputs))
+        return "\n".join(path.read_text(errors="replace", encoding="utf-8") for path in sorted(outputs))
 
     def wait_for(self, text: str, timeout: float) -> None:
         """Wait until it, or one of its ranks, has said `text`."""
@@ -164,8 +164,8 @@ class Slurm:
     def _write_files(self) -> None:
         folder, nodes = self._folder, len(self._cluster.hosts) - 1
         text = CONFIGURATION.format(folder=folder, nodes=nodes, grace=GRACE_SECONDS, lost=LOST_SECONDS)
-        (folder / "slurm.conf").write_text(text)
-        (folder / "gres.conf").write_text("NodeName=h100-[1-8] Name=gpu Count=8\n")
+        (folder / "slurm.conf").write_text(text, encoding="utf-8")
+        (folder / "gres.conf").write_text("NodeName=h100-[1-8] Name=gpu Count=8\n", encoding="utf-8")
         (folder / "state").mkdir()
         for host in self._cluster.hosts[1:]:
             (folder / f"spool-{host.name}").mkdir()

@@ -46,7 +46,7 @@ NPROC = "nproc=32768:32768"
 
 def start_pod(host: Host, index: int, first: Host, config: Path) -> Task:
     """Start the image's entry point with what a pod of the manifest has in its environment, and write down its id."""
-    _, job = yaml.safe_load_all((REPOSITORY / "docker" / "kubernetes.yaml").read_text())
+    _, job = yaml.safe_load_all((REPOSITORY / "docker" / "kubernetes.yaml").read_text(encoding="utf-8"))
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert [variable["name"] for variable in container["env"]] == ["MASTER_ADDR"]
     command = [sys.executable, str(REPOSITORY / "docker" / "entrypoint.py"), container["args"][0], str(config)]
@@ -63,7 +63,7 @@ def test_pods_stop_together_and_go_on(tmp_path: Path) -> None:
         first, second = cluster
         pods = [start_pod(host, index, first, config) for index, host in enumerate(cluster)]
         pods[0].wait_for("step 3/", 120)
-        second.run(["kill", "-TERM", (tmp_path / "pod1").read_text().strip()])
+        second.run(["kill", "-TERM", (tmp_path / "pod1").read_text(encoding="utf-8").strip()])
         stopped = [pod.wait(120) for pod in pods]
         assert [outcome.code for outcome in stopped] == [75, 75], stopped[0].output + stopped[1].output
         pods = [start_pod(host, index, first, config) for index, host in enumerate(cluster)]
@@ -78,8 +78,8 @@ class Engine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "storage.conf").write_text(STORAGE.format(folder=folder))
-        (folder / "containers.conf").write_text(CONTAINERS.format(nproc=NPROC, folder=folder))
+        (folder / "storage.conf").write_text(STORAGE.format(folder=folder), encoding="utf-8")
+        (folder / "containers.conf").write_text(CONTAINERS.format(nproc=NPROC, folder=folder), encoding="utf-8")
         files = {"CONTAINERS_STORAGE_CONF": "storage.conf", "CONTAINERS_CONF": "containers.conf"}
         self.environment = {**os.environ, **{key: str(folder / name) for key, name in files.items()}}
 
@@ -106,7 +106,11 @@ class Engine:
     def _pip(self) -> dict[str, Path]:
         """Files by their names while building: pip's settings, and what they name on this machine."""
         said = subprocess.run(
-            [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "pip", "config", "list"],
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         )
         settings = {key.split(".")[1]: value for key, value in re.findall(r"^(\S+)='(.*)'$", said.stdout, re.MULTILINE)}
         mounts = {f"/host/{name}": Path(settings[name]) for name in ("cert", "find-links") if name in settings}
@@ -116,7 +120,7 @@ class Engine:
             for key, value in settings.items()
             if f"/host/{key}" in mounts or key == "index-url"
         }
-        with (self.folder / "pip.conf").open("w") as file:
+        with (self.folder / "pip.conf").open("w", encoding="utf-8") as file:
             parser.write(file)
         return {**mounts, "/etc/pip.conf": self.folder / "pip.conf"}
 

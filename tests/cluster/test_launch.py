@@ -40,7 +40,7 @@ def test_hosts_train_as_one_process_does(
     assert output.count("step 3/3") == 1
     assert len(of_one_process) == 3
     assert losses(tmp_path) == pytest.approx(of_one_process, rel=1e-5)
-    facts = json.loads((tmp_path / "runs" / "small" / "environment.json").read_text())
+    facts = json.loads((tmp_path / "runs" / "small" / "environment.json").read_text(encoding="utf-8"))
     ranks = {
         host.name: range(number * ranks_per_host, (number + 1) * ranks_per_host) for number, host in enumerate(cluster)
     }

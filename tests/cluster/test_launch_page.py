@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-PAGE = (REPOSITORY / "docs" / "clusters.md").read_text().partition("## When something goes wrong")[0]
+PAGE = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8").partition("## When something goes wrong")[0]
 (YAML,) = re.findall(r"```yaml\n# two_nodes.yaml\n(.*?)```", PAGE, re.DOTALL)
 SHOWN = dict(re.findall(r"```text\n\$ (.*?)\n(.*?)```", PAGE, re.DOTALL))
 ON_EVERY_HOST = re.findall(r"^\w.* K .*$", "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)), re.MULTILINE)
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "pretrain.py").symlink_to(REPOSITORY / "launch" / "pretrain.py")
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
-    (tmp_path / "two_nodes.yaml").write_text(YAML)
+    (tmp_path / "two_nodes.yaml").write_text(YAML, encoding="utf-8")
     return tmp_path
 
 
@@ -73,5 +73,5 @@ def test_the_page_is_what_happens(folder: Path) -> None:
             trained.append(losses(folder, "two_nodes"))
     assert trained[1:] == [pytest.approx(trained[0], rel=1e-5)] * 2
     assert trained[0][-1] == pytest.approx(float(re.findall(r"step 20/20 .* loss ([\d.]+)", SHOWN[pdsh])[0]), rel=0.02)
-    hostfile = (folder / "launch" / "two_nodes" / "hostfile").read_text()
+    hostfile = (folder / "launch" / "two_nodes" / "hostfile").read_text(encoding="utf-8")
     assert all(f"#     {command}\n" in hostfile for command in [*ON_EVERY_HOST, pdsh])

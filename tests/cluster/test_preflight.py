@@ -38,7 +38,7 @@ def small(folder: Path, hosts: int, **cluster: object) -> Path:
 
 
 def results(folder: Path) -> dict:
-    return json.loads((folder / "runs" / "small" / "preflight.json").read_text())
+    return json.loads((folder / "runs" / "small" / "preflight.json").read_text(encoding="utf-8"))
 
 
 def test_a_healthy_pair_passes(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_healthy_pair_passes(tmp_path: Path) -> None:
 
 def test_a_slow_link_and_another_version_are_named(tmp_path: Path) -> None:
     config = small(tmp_path, 3, inter_node_gbps=0.05)
-    (tmp_path / "program.py").write_text(OTHER_TORCH)
+    (tmp_path / "program.py").write_text(OTHER_TORCH, encoding="utf-8")
     with Cluster(3) as cluster:
         cluster.hosts[1].shape("100mbit")
         outcomes = [task.wait(120) for task in torchrun(cluster, tmp_path, 1, "program.py", "--config", str(config))]

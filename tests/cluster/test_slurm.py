@@ -85,7 +85,7 @@ def test_a_job_ends_with_its_ranks_exit_code(undisturbed: SlurmJob) -> None:
     assert (facts["ExitCode"], facts["Restarts"]) == ("0:0", "0")
     logs = undisturbed.folder / "runs" / undisturbed.folder.name / "logs"
     assert {path.name for path in logs.iterdir()} == {f"{undisturbed.number}-host{node}.log" for node in (5, 6)}
-    assert f"0: step {STEPS}/{STEPS}" in (logs / f"{undisturbed.number}-host5.log").read_text()
+    assert f"0: step {STEPS}/{STEPS}" in (logs / f"{undisturbed.number}-host5.log").read_text(encoding="utf-8")
     assert len(losses_of(undisturbed)) == STEPS
 
 

@@ -99,7 +99,7 @@ def test_show_prints_what_loads_again(config_path: str, tmp_path: Path, capsys: 
     assert main(["config", "show", config_path, "moe.top_k=4"]) == 0
     shown = write(tmp_path, capsys.readouterr().out, "shown.yaml")
     assert load_config(shown) == load_config(config_path, ["moe.top_k=4"])
-    assert yaml.safe_load(shown.read_text())["train"]["eval_every"] is None
+    assert yaml.safe_load(shown.read_text(encoding="utf-8"))["train"]["eval_every"] is None
 
 
 def test_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,13 +166,13 @@ def test_the_module_runs_and_imports_neither_torch_nor_deepspeed(config_path: st
         "print(sorted({'torch', 'deepspeed', 'numpy'} & set(sys.modules))); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "config", "check", config_path]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, encoding="utf-8")
     assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_python_m_dsmoe_exits_with_mains_code(config_path: str) -> None:
     command = [sys.executable, "-m", "dsmoe", "config", "check", config_path, "moe.top_k=9"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, encoding="utf-8")
     assert result.returncode == 2
     assert result.stderr.startswith("error: moe.top_k (9)")
 

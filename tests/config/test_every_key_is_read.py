@@ -21,7 +21,7 @@ def attributes_read() -> set[str]:
     for path in PACKAGE.rglob("*.py"):
         if path.name in ("schema.py", "explain.py", "load.py", "show.py"):
             continue
-        names |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        names |= {n.attr for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)}
     return names
 
 

@@ -22,7 +22,10 @@ from .recipes import VALID, problems_of, write
 def tokenizer(path: Path, size: int, **added: int) -> Path:
     vocabulary = {f"t{number}": number for number in range(size)}
     extra = [{"content": token, "id": number} for token, number in added.items()]
-    path.write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": extra}))
+    path.write_text(
+        json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": extra}),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -77,7 +80,7 @@ def test_it_answers_without_torch(tmp_path: Path) -> None:
     path = write(tmp_path, VALID)
     command = f"main(['config', 'check', {str(path)!r}])"
     code = f"import sys; from dsmoe.cli import main; {command}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
     assert done.stdout.splitlines()[-1] == "False"
 
 
@@ -202,6 +205,6 @@ def test_a_path_is_beside_the_file_that_says_it_or_in_the_working_directory(
     assert load_config(path, over).data.sources[0].path == "both.txt"  # the command line's: the working directory
     assert load_config(tmp_path / path).data.tokenizer == str(tmp_path / "conf/base/t.json")
     (tmp_path / "runs/tiny").mkdir(parents=True)
-    (tmp_path / "runs/tiny/config.yaml").write_text(dump_config(config))
+    (tmp_path / "runs/tiny/config.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config("runs/tiny/config.yaml") == config
     assert os.getcwd() == str(tmp_path)

@@ -78,7 +78,7 @@ def test_counts(corpus: Path, make_config: MakeConfig) -> None:
     assert source.train_bytes == sum(len(text.encode()) for text in decode(source.train))
     assert source.validation_bytes == sum(len(text.encode()) for text in decode(source.validation))
     assert source.validation_bytes_per_token == source.validation_bytes / source.validation_tokens
-    meta = json.loads((source.folder / "meta.json").read_text())
+    meta = json.loads((source.folder / "meta.json").read_text(encoding="utf-8"))
     assert meta["train"]["documents"] + meta["validation"]["documents"] == 40
     assert source.max_token == EOD
     with pytest.raises(ValueError, match="read-only"):
@@ -119,9 +119,9 @@ def test_tokenizer_file_with_a_separator_of_another_name_and_uint32(
     assert len(decoded.encode()) == source.train_bytes
     assert sorted(decoded + validation) == sorted("".join(read_corpus(corpus)))
 
-    large = json.loads(path.read_text())
+    large = json.loads(path.read_text(encoding="utf-8"))
     large["model"]["vocab"]["never"] = 70_000
-    path.write_text(json.dumps(large))
+    path.write_text(json.dumps(large), encoding="utf-8")
     wide = prepare_one(make_config(spec(corpus), data=data, vocab_size=70_001))
     assert wide.dtype == np.dtype("<u4")
     assert np.array_equal(wide.train, source.train)
@@ -211,7 +211,7 @@ def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfi
         partial = cache_dir / f".{source}-{16 * '0'}.{number:032x}.partial"
         partial.mkdir()
         (partial / "tokens.bin").write_bytes(b"")
-        partial.with_suffix(".lock").write_text(host)
+        partial.with_suffix(".lock").write_text(host, encoding="utf-8")
         for path in (partial / "tokens.bin", partial):
             os.utime(path, (time.time() - age,) * 2)
         return [partial.with_suffix(".lock").name, partial.name]

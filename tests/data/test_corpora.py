@@ -54,14 +54,14 @@ def test_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "sub/c.txt", "sub/d.md", ".hidden/e.txt", "empty.txt"):
         file = corpus / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("" if name == "empty.txt" else name)
+        file.write_text("" if name == "empty.txt" else name, encoding="utf-8")
     assert read(tmp_path, corpus) == ["a.txt", "b.txt", "sub/c.txt"]
 
 
 def test_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.rst", "a.rst", "c.txt", "sub/d.rst"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_text(name)
+        (tmp_path / "in" / name).write_text(name, encoding="utf-8")
     assert read(tmp_path, tmp_path / "in" / "*.rst") == ["a.rst", "b.rst"]
     monkeypatch.chdir(tmp_path)
     assert read(tmp_path, "in/**/*.rst") == ["a.rst", "b.rst", "sub/d.rst"]
@@ -70,7 +70,7 @@ def test_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_jsonl(tmp_path: Path) -> None:
     texts = ["one\nline", "2020-01-01", " \n", "", "ü", '"quoted"']  # a date stays text
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": i, "body": text} for i, text in enumerate(texts)])
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write('\n{"body": "last, without line end"}')
     assert read(tmp_path, path, format="jsonl", text_field="body") == [
         "one\nline",
@@ -107,8 +107,8 @@ def test_compressed_jsonl(tmp_path: Path) -> None:
     ],
 )
 def test_a_forgotten_format_is_not_taken_for_text(name: str, format_: str, tmp_path: Path) -> None:
-    (tmp_path / "0.txt").write_text("text")
-    (tmp_path / name).write_text('{"text": "a"}')
+    (tmp_path / "0.txt").write_text("text", encoding="utf-8")
+    (tmp_path / name).write_text('{"text": "a"}', encoding="utf-8")
     message = (
         rf"data.sources\[corpus\].format: {tmp_path}/{name} would be read as plain text, .*; set `format: {format_}`"
     )
@@ -204,7 +204,7 @@ def test_local_files_need_no_network(format_: str, tmp_path: Path, monkeypatch: 
 
 
 def test_nothing_stays_behind(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
     read(tmp_path, tmp_path / "a.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
@@ -243,14 +243,14 @@ def test_nothing_stays_behind(tmp_path: Path) -> None:
 def test_errors(path: str, keys: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    Path("blank.txt").write_text(" \n")
+    Path("blank.txt").write_text(" \n", encoding="utf-8")
     Path("latin.txt").write_bytes(b'{"text":"a\n\n\xe9"}')
     Path("latin.jsonl").write_bytes(b'{"text":"a"}\n{"text":"\xe9"}\n')
-    Path("broken.jsonl").write_text('{"text": "a"}\n\n{"text" "b"}\n')
-    Path("list.jsonl").write_text('["text"]\n')
+    Path("broken.jsonl").write_text('{"text": "a"}\n\n{"text" "b"}\n', encoding="utf-8")
+    Path("list.jsonl").write_text('["text"]\n', encoding="utf-8")
     write_jsonl(Path("good.jsonl"), [{"id": 1, "text": "a"}])
     write_jsonl(Path("number.jsonl"), [{"text": "a"}, {"text": 2}])
-    Path("half.jsonl").write_text('{"text": "\\ud800"}\n')
+    Path("half.jsonl").write_text('{"text": "\\ud800"}\n', encoding="utf-8")
     write_parquet(Path("good.parquet"), {"id": [1, 2], "text": ["a", None]})
     with pytest.raises(UserError, match=message.format(folder=str(tmp_path))):
         read(tmp_path, path, **keys)
@@ -258,7 +258,7 @@ def test_errors(path: str, keys: dict[str, Any], message: str, tmp_path: Path, m
 
 def test_the_file_at_fault_among_many(tmp_path: Path) -> None:
     for name in ("a", "b", "d"):
-        (tmp_path / f"{name}.txt").write_text(name * 100)
+        (tmp_path / f"{name}.txt").write_text(name * 100, encoding="utf-8")
     (tmp_path / "c.txt").write_bytes(b"x" * 50_000 + b"\xff")
     with pytest.raises(UserError, match=r"c.txt is not UTF-8 at byte 50000"):
         read(tmp_path, tmp_path)

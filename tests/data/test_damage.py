@@ -99,10 +99,10 @@ def make_a_folder(path: Path, draw: random.Random) -> None:
 
 def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a description and seal it again, as one would who means it."""
-    content = json.loads((path.parent / META).read_text())
+    content = json.loads((path.parent / META).read_text(encoding="utf-8"))
     del content["sha256"]
     change(content)
-    (path.parent / META).write_text(sealed_json(content))
+    (path.parent / META).write_text(sealed_json(content), encoding="utf-8")
 
 
 def lie(path: Path, draw: random.Random) -> None:
@@ -252,7 +252,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(
 def test_a_cache_of_the_old_format_is_made_anew_and_said(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     old = Path(config.data.cache_dir) / "a-0123456789abcdef"
     old.mkdir(parents=True)
-    (old / META).write_text(json.dumps({"dtype": "<u2", "recipe": {"format_version": 1}}))
+    (old / META).write_text(json.dumps({"dtype": "<u2", "recipe": {"format_version": 1}}), encoding="utf-8")
     with caplog.at_level("INFO"):
         source, _ = prepare(config)
     assert f"{old} is of format 1, without checksums and with another split: it is not used any more" in caplog.text

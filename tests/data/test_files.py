@@ -160,7 +160,7 @@ def test_odd_names_are_read_and_shown_on_one_line(name: str, tmp_path: Path) -> 
     assert read(tmp_path / "*" / "*") == [f"in/{name}"]
     if name.endswith(".jsonl"):
         assert read(tmp_path / "in") == [f"in/{name}"]
-    (tmp_path / "in" / name).write_text("no JSON")
+    (tmp_path / "in" / name).write_text("no JSON", encoding="utf-8")
     with pytest.raises(UserError) as caught:
         read(tmp_path / "in" / name)
     assert str(caught.value).isprintable()

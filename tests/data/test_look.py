@@ -17,7 +17,7 @@ from tests.data.conftest import MakeConfig
 
 
 def corpus(path: Path, *texts: Any, field: str = "text") -> dict[str, Any]:
-    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
     return {"name": path.stem, "path": str(path), "format": "jsonl"}
 
 
@@ -67,7 +67,7 @@ def test_the_command_ends_with_2_and_a_line_for_each_problem(
         {"name": "a", "path": str(tmp_path / "a.jsonl.zst"), "format": "jsonl"},
         {"name": "b", "path": str(tmp_path / "b.parquet"), "format": "parquet"},
     )
-    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     assert main(["prepare", str(tmp_path / "config.yaml"), "train.steps=1", "model.ffn_size=8"]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"error: data.sources[a].path: {tmp_path}/a.jsonl.zst is cut off or damaged")

@@ -89,9 +89,9 @@ def test_dropout_of_merges_is_not_for_a_corpus(tmp_path: Path, make_config: Make
     path = train_bpe(tmp_path / "tokenizer.json")
     config = make_config(source(), data={"tokenizer": str(path)}, vocab_size=300)
     whole = load_tokenizer(config).encode(TEXT).tolist()
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["model"]["dropout"] = 0.9
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     assert [load_tokenizer(config).encode(TEXT).tolist() for _ in range(3)] == [whole] * 3
 
 

@@ -54,8 +54,8 @@ def image(tmp_path: Path) -> Path:
     """The folders of an image whose `pretrain` is PROGRAM; returns its entry point."""
     for name in ("docker", "launch"):
         (tmp_path / name).mkdir()
-    (tmp_path / "launch" / "pretrain.py").write_text(PROGRAM)
-    (tmp_path / "config.yaml").write_text(dump_config(small_config(tmp_path, ranks=2)))
+    (tmp_path / "launch" / "pretrain.py").write_text(PROGRAM, encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(dump_config(small_config(tmp_path, ranks=2)), encoding="utf-8")
     return Path(shutil.copy(ENTRYPOINT, tmp_path / "docker"))
 
 
@@ -71,6 +71,7 @@ def start(image: Path, *arguments: str, **environment: str) -> subprocess.Popen[
         stderr=subprocess.STDOUT,
         text=True,
         process_group=0,
+        encoding="utf-8",
     )
 
 
@@ -172,7 +173,9 @@ def test_the_first_failure_ends_the_others_and_gives_its_code(how: str, code: in
 
 @pytest.mark.parametrize("arguments", [[], [""]])
 def test_nothing_to_run_is_said(arguments: list[str], image: Path) -> None:
-    done = subprocess.run([sys.executable, image, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, image, *arguments], capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: nothing to run; give `pretrain CONFIG")
 

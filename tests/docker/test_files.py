@@ -34,22 +34,28 @@ def parsed(rendered: Job) -> dict[str, Any]:
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
     done = subprocess.run(
-        [Path(sys.executable).with_name("hadolint"), DOCKER / "Dockerfile"], capture_output=True, text=True, check=False
+        [Path(sys.executable).with_name("hadolint"), DOCKER / "Dockerfile"],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_the_builder_sees_what_the_dockerfile_copies_and_no_more() -> None:
-    lines = re.findall(r"^COPY (?!--from)(.*) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    lines = re.findall(r"^COPY (?!--from)(.*) \S+$", (DOCKER / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     copied = {name for line in lines for name in line.split()}
-    ignored, *rest = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line[0] != "#"]
+    ignored, *rest = [
+        line for line in (REPOSITORY / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[0] != "#"
+    ]
     assert ignored == "*"
     assert {line.removeprefix("!") for line in rest if line[0] == "!"} == copied
     assert all((REPOSITORY / name).exists() for name in copied)
 
 
 def test_the_committed_compose_file_is_what_its_command_writes() -> None:
-    text = (DOCKER / "compose.yaml").read_text()
+    text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
     (written,) = re.findall(r"Written by `dsmoe launch (.*) --docker --out docker`", text)
     path, *overrides = shlex.split(written)
     rendered = render(path, *overrides)
@@ -96,7 +102,8 @@ def test_several_nodes_with_gpus_are_a_machine_each() -> None:
 def test_text_from_the_hub_needs_the_outside(tmp_path: Path) -> None:
     path = tmp_path / "hub.yaml"
     path.write_text(
-        f"include: [{REPOSITORY}/configs/tiny_cpu.yaml]\ndata:\n  sources: [{{name: stories, hub: a/stories}}]\n"
+        f"include: [{REPOSITORY}/configs/tiny_cpu.yaml]\ndata:\n  sources: [{{name: stories, hub: a/stories}}]\n",
+        encoding="utf-8",
     )
     tree = parsed(render(str(path)))
     assert tree["networks"] == {"nodes": {"internal": False}}
@@ -106,30 +113,30 @@ def test_text_from_the_hub_needs_the_outside(tmp_path: Path) -> None:
 def test_containers_see_the_files_that_the_config_names(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     text = f"include: [{REPOSITORY}/configs/tiny_cpu.yaml]\nname: Own.1\n"
-    path.write_text(text + "data:\n  sources: [{name: own, path: /corpus/part_*/a.txt}]\n")
+    path.write_text(text + "data:\n  sources: [{name: own, path: /corpus/part_*/a.txt}]\n", encoding="utf-8")
     tree = parsed(render(str(path), "checkpoint.weights_from=runs/a$b/step_1"))
     service = tree["services"]["node0"]
     assert tree["name"] == "own-1"
     included = [f"{REPOSITORY}/configs/{name}.yaml" for name in ("tiny_cpu", "cluster/cpu_1x2")]
     assert service["volumes"][3:] == [f"{name}:{name}:ro" for name in sorted(["/corpus", str(path), *included])]
     assert "checkpoint.weights_from=runs/a$$b/step_1" in service["command"]  # compose makes one of two
-    path.write_text(text + "data:\n  sources: [{name: own, path: ../corpus.txt}]\n")
+    path.write_text(text + "data:\n  sources: [{name: own, path: ../corpus.txt}]\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"data.sources \(own\) \(../corpus.txt\) is outside of this folder.*absolute"):
         render(str(path))
-    path.write_text(text + "data:\n  sources: [{name: own, path: /a:b/corpus.txt}]\n")
+    path.write_text(text + "data:\n  sources: [{name: own, path: /a:b/corpus.txt}]\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"data.sources \(own\) \(/a:b/corpus.txt\) has a colon"):
         render(str(path))
 
 
 @pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
 def test_the_kubernetes_manifest_fits_its_schema(version: str) -> None:
-    service, job = yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text())
+    service, job = yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text(encoding="utf-8"))
     for resource in (service, job):
         kubernetes_validate.validate(resource, version, strict=True)
 
 
 def test_the_kubernetes_manifest_is_of_its_config_and_of_the_image() -> None:
-    service, manifest = yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text())
+    service, manifest = yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text(encoding="utf-8"))
     spec = manifest["spec"]
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
@@ -142,7 +149,7 @@ def test_the_kubernetes_manifest_is_of_its_config_and_of_the_image() -> None:
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
     assert pod["subdomain"] == service["metadata"]["name"]
     assert pod["securityContext"]["runAsUser"] == int(
-        re.findall(r"^USER (\d+):", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)[0]
+        re.findall(r"^USER (\d+):", (DOCKER / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)[0]
     )
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {config.runs_dir, config.data.cache_dir, "/dev/shm"} <= mounted
@@ -167,13 +174,17 @@ def variables(container: dict[str, Any]) -> dict[str, str]:
 
 
 def test_what_stands_for_a_compiler_hands_out_tritons_module_only(tmp_path: Path) -> None:
-    (tmp_path / "cuda_utils.so").write_text("made before")
+    (tmp_path / "cuda_utils.so").write_text("made before", encoding="utf-8")
     script = tmp_path / "cc"
-    script.write_text((DOCKER / "no_compiler").read_text().replace("/opt/triton", str(tmp_path)))
+    script.write_text(
+        (DOCKER / "no_compiler").read_text(encoding="utf-8").replace("/opt/triton", str(tmp_path)), encoding="utf-8"
+    )
     script.chmod(0o755)
     made = tmp_path / "cuda_utils.cpython-312-x86_64-linux-gnu.so"
     subprocess.run([script, "driver.c", "-O3", "-shared", "-o", made, "-l:libcuda.so.1"], check=True)
-    assert made.read_text() == "made before"
-    done = subprocess.run([script, "a.c", "-o", "cpu_adam.so"], capture_output=True, text=True, check=False)
+    assert made.read_text(encoding="utf-8") == "made before"
+    done = subprocess.run(
+        [script, "a.c", "-o", "cpu_adam.so"], capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("no compiler in this image: cpu_adam.so cannot be built")

@@ -185,7 +185,7 @@ def test_a_run_of_any_layout_is_exported(tmp_path: Path) -> None:
 def test_files_are_no_larger_than_asked_and_the_index_names_every_tensor(tmp_path: Path) -> None:
     save(make_config(tmp_path, MIXTRAL), tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "out", shard_bytes=20_000, check=False)
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert [file.name for file in files] == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, 6)]
     total = 0
@@ -213,7 +213,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     sections["moe"]["expert_ffn_size"] = 512
     save(make_config(tmp_path, sections), tmp_path / "checkpoint")
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "checkpoint"), str(tmp_path / "out")]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8").stdout
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     grown = int(output.split()[-1]) * 1024
     assert size > 100e6
@@ -244,7 +244,7 @@ def test_a_tokenizer_that_is_gone_or_another_one_is_refused(tmp_path: Path) -> N
     Tokenizer(models.WordLevel({"</s>": 3, "a": 4})).save(str(tmp_path / "own.json"))
     export(tmp_path / "checkpoint", tmp_path / "out", check=False, tokenizer=str(tmp_path / "own.json"))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 3
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 3
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == 3
     export(tmp_path / "checkpoint", tmp_path / "none", check=False, tokenizer="none")
     assert not list((tmp_path / "none").glob("tokenizer*"))
 

@@ -174,7 +174,7 @@ def copy_with(folder: Path, where: Path, change: Callable[[dict[str, torch.Tenso
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, where / "model.safetensors")
-    (where / "config.json").write_text((folder / "config.json").read_text())
+    (where / "config.json").write_text((folder / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     return where
 
 
@@ -242,15 +242,15 @@ def test_a_missing_file_and_a_wrong_index_are_found(tmp_path: Path) -> None:
     import_folder(tmp_path / "cut", tmp_path / "fine", config)
     first, second = sorted((tmp_path / "cut").glob("*.safetensors"))[:2]
     index = tmp_path / "cut" / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     moved = next(name for name, place in content["weight_map"].items() if place == first.name)
-    index.write_text(json.dumps({"weight_map": content["weight_map"] | {moved: second.name}}))
+    index.write_text(json.dumps({"weight_map": content["weight_map"] | {moved: second.name}}), encoding="utf-8")
     with pytest.raises(UserError, match=f"{second.name} lacks {moved}"):
         import_folder(tmp_path / "cut", tmp_path / "out", config)
-    index.write_text(json.dumps({"weight_map": {moved: "../whole/model.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {moved: "../whole/model.safetensors"}}), encoding="utf-8")
     with pytest.raises(UserError, match="a file outside of the folder"):
         import_folder(tmp_path / "cut", tmp_path / "out", config)
-    index.write_text(json.dumps(content))
+    index.write_text(json.dumps(content), encoding="utf-8")
     first.unlink()
     with pytest.raises(UserError, match=f"cannot read .*{first.name}"):
         import_folder(tmp_path / "cut", tmp_path / "out", config)
@@ -296,7 +296,7 @@ def test_the_command(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["checkpoint", "import", str(mixtral), str(tmp_path / "out")]) == 2
     assert "--config CONFIG" in capsys.readouterr().err
     path = tmp_path / "run.yaml"
-    path.write_text(dump_config(make_config(tmp_path, sections)))
+    path.write_text(dump_config(make_config(tmp_path, sections)), encoding="utf-8")
     assert main(["checkpoint", "import", str(mixtral), "--config", str(path)]) == 2
     assert "say where as well" in capsys.readouterr().err
     to = ["checkpoint", "import", str(mixtral), str(tmp_path / "out"), "--config", str(path)]
@@ -316,7 +316,7 @@ def test_the_command(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"pip install 'dsmoe\[hf\]'"):
         fitting_sections(tmp_path)
 

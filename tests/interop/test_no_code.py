@@ -39,12 +39,16 @@ def armed(folder: Path, model_type: str, mark: Path, **changes: object) -> Path:
     """A folder of a whole Mixtral model that would run Python of its own, wherever a library looks for some."""
     save_theirs("mixtral", folder)
     config = folder / "config.json"
-    settings = json.loads(config.read_text()) | {"model_type": model_type, "auto_map": CLASSES} | changes
-    config.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+    settings = (
+        json.loads(config.read_text(encoding="utf-8")) | {"model_type": model_type, "auto_map": CLASSES} | changes
+    )
+    config.write_text(
+        json.dumps({name: value for name, value in settings.items() if value is not None}), encoding="utf-8"
+    )
     code = CODE.format(mark=str(mark), model_type=model_type)
     for name in ("own.py", "custom_generate/generate.py", f"{folder.name}.py", "__init__.py", "sitecustomize.py"):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(code)
+        (folder / name).write_text(code, encoding="utf-8")
     return folder
 
 
@@ -52,7 +56,9 @@ def answering_yes(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which reads `y` from standard input as often as it asks."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "dsmoe", *arguments]
-    return subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        command, input="y\n" * 100, capture_output=True, text=True, env=environment, check=False, encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,9 @@ def run_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     save_theirs("mixtral", folder / "mixtral")
     path = folder / "run.yaml"
-    path.write_text(dump_config(make_config(folder, load_sections(fitting_sections(folder / "mixtral")))))
+    path.write_text(
+        dump_config(make_config(folder, load_sections(fitting_sections(folder / "mixtral")))), encoding="utf-8"
+    )
     return path
 
 
@@ -96,7 +104,7 @@ def test_a_known_model_is_read_without_its_folders_code(action: str, tmp_path: P
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"model_type": ["own"], "auto_map": {}}', "[" * 100_000])
 def test_what_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
     done = answering_yes("checkpoint", "import", str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert str(tmp_path / "config.json") in done.stderr
@@ -106,7 +114,9 @@ def test_what_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_hub_data_sets_script_is_not_run(tmp_path: Path, run_yaml: Path) -> None:
     script = tmp_path / "corpus" / "corpus.py"
     script.parent.mkdir()
-    script.write_text(f"from pathlib import Path\nPath({str(tmp_path / 'mark')!r}).write_text('it ran')\n")
+    script.write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'mark')!r}).write_text('it ran')\n", encoding="utf-8"
+    )
     source = f"data.sources=[{{name: theirs, hub: {script.parent}}}]"
     done = answering_yes("prepare", str(run_yaml), source, f"data.cache_dir={tmp_path / 'cache'}")
     assert not (tmp_path / "mark").exists()
@@ -122,7 +132,7 @@ DANGEROUS = {
 
 
 def calls_of(file: Path) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 

@@ -88,7 +88,7 @@ def make_tokenizer(path: Path, rule: str) -> Path:
     tokenizer.train_from_iterator(TEXTS * 5, trainer)
     content = json.loads(tokenizer.to_str())
     RULES[rule](content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -102,7 +102,7 @@ def test_the_export_gives_the_tokens_that_training_saw(rule: str, tmp_path: Path
     assert exported.end == (END, trained.end_of_document)
     (tmp_path / "out").mkdir()
     for name, text in exported.files.items():
-        (tmp_path / "out" / name).write_text(text)
+        (tmp_path / "out" / name).write_text(text, encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert [theirs(text)["input_ids"] for text in TEXTS] == expected
     assert (theirs.eos_token, theirs.eos_token_id) == (END, 1)

@@ -229,7 +229,7 @@ def test_training_goes_on_from_the_dense_models_loss(tmp_path: Path) -> None:
 
 def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "moe.yaml"
-    path.write_text(dump_config(moe_config(tmp_path, EXACT["slices"])))
+    path.write_text(dump_config(moe_config(tmp_path, EXACT["slices"])), encoding="utf-8")
     arguments = ["checkpoint", "upcycle", str(llama), str(tmp_path / "out"), "--config", str(path), "--noise", "0.01"]
     assert main([*arguments, "moe.num_experts=4"]) == 2
     assert "moe.num_experts" in capsys.readouterr().err

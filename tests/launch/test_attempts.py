@@ -20,7 +20,7 @@ def train_to(folder: Path, step: int, skipped: int = 0, every: int = 10) -> None
     """Metrics to that step, and a checkpoint now and then."""
     (folder / "checkpoints" / f"step_{step // every * every:08d}").mkdir(parents=True, exist_ok=True)
     lines = [{"step": 0, "eval/loss": 8.0}, {"step": step, "train/loss": 1.0, "optim/skipped_steps": skipped}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def fail(folder: Path, job: str = "1") -> bool:
@@ -103,13 +103,13 @@ def test_a_job_that_is_submitted_anew_begins_anew(tmp_path: Path) -> None:
 def test_the_last_step_is_read_whatever_ends_the_file(tail: str, tmp_path: Path) -> None:
     assert steps_taken(tmp_path) == 0
     train_to(tmp_path, 9)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(tail)
     assert steps_taken(tmp_path) == 9
 
 
 def test_of_a_long_file_only_the_end_is_read(tmp_path: Path) -> None:
-    with (tmp_path / "metrics.jsonl").open("w") as file:
+    with (tmp_path / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in range(1, 30_001):
             file.write(json.dumps({"step": step, "optim/skipped_steps": 0.0, "filling": "x" * 60}) + "\n")
     assert file.closed
@@ -159,7 +159,13 @@ def test_the_command_needs_nothing_but_python(tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"}
     for code, returned, says in ((75, 0, "told to stop"), (2, 1, "put right"), (1, 0, "failure 1 of 3")):
         done = subprocess.run(
-            [*command, str(code)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+            [*command, str(code)],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            encoding="utf-8",
         )
         assert (done.returncode, done.stderr) == (returned, "")
         assert says in done.stdout

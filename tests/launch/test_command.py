@@ -40,7 +40,7 @@ def test_a_dry_run_prints_the_same_and_writes_nothing(tmp_path: Path, capsys: py
     assert files(tmp_path) == []
     assert cli.main(arguments) == 0
     for name in ("there/hostfile", "there/deepspeed_env"):
-        assert f"\n==> {name}\n{Path(name).read_text()}" in shown
+        assert f"\n==> {name}\n{Path(name).read_text(encoding='utf-8')}" in shown
     assert shown.splitlines()[-1] == capsys.readouterr().out.splitlines()[-1]
 
 
@@ -48,12 +48,12 @@ def test_an_edited_file_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     arguments = ["launch", MIXTRAL, "--hostfile", "--out", "there"]
     assert cli.main(arguments) == 0
     assert cli.main(arguments) == 0  # the same text
-    (tmp_path / "there/hostfile").write_text("gpu1 slots=8\n")
+    (tmp_path / "there/hostfile").write_text("gpu1 slots=8\n", encoding="utf-8")
     (tmp_path / "there/deepspeed_env").unlink()
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: there/hostfile: exists, with other text than would be written")
     assert files(tmp_path / "there") == ["hostfile"]
-    assert (tmp_path / "there/hostfile").read_text() == "gpu1 slots=8\n"
+    assert (tmp_path / "there/hostfile").read_text(encoding="utf-8") == "gpu1 slots=8\n"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_an_edited_file_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_what_cannot_run_is_refused_with_the_fix(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "taken").write_text("")
+    (tmp_path / "taken").write_text("", encoding="utf-8")
     assert cli.main(["launch", MIXTRAL, "--hostfile", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""

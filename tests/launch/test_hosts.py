@@ -41,7 +41,7 @@ def test_the_committed_example_is_what_the_command_writes(capsys: pytest.Capture
     assert cli.main(["launch", MIXTRAL, "--hostfile", "--out", "launch/hostfile"]) == 0  # refuses other text
     assert capsys.readouterr().out.count("wrote launch/hostfile/") == 2
     assert sorted(path.name for path in folder.iterdir()) == ["deepspeed_env", "hostfile"]
-    (written,) = re.findall(r"# Written by `dsmoe (.*)`\.", (folder / "hostfile").read_text())
+    (written,) = re.findall(r"# Written by `dsmoe (.*)`\.", (folder / "hostfile").read_text(encoding="utf-8"))
     assert shlex.split(written) == ["launch", MIXTRAL, "--hostfile", "--out", "launch/hostfile"]
 
 
@@ -56,7 +56,9 @@ def test_deepspeed_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert runner.fetch_hostfile(str(paths["hostfile"])) == {f"gpu0{number}": 8 for number in range(1, 9)}
     shell = "; ".join(f"export {line}" for line in exports(paths["deepspeed_env"])) + '; echo "$PATH $DS_ACCELERATOR"'
     command = ["/bin/sh", "-c", shell]
-    seen = subprocess.run(command, env={"PATH": "/bin"}, capture_output=True, text=True, check=True).stdout
+    seen = subprocess.run(
+        command, env={"PATH": "/bin"}, capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout
     assert seen == f"{tmp_path}/with space/bin:/bin cpu\n"
 
 
@@ -75,7 +77,7 @@ def exports(path: Path) -> list[str]:
             return [f"{key}={value}" for key, value in self.exports.items()]
 
     exports = Exports()
-    for line in path.open():
+    for line in path.open(encoding="utf-8"):
         exports.add_export(*line.split("=", maxsplit=1))
     return exports.get_cmd(None, None)
 
@@ -117,7 +119,7 @@ def test_names_with_spaces_are_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_hostfile_that_is_there_is_used(tmp_path: Path) -> None:
     there = tmp_path / "hosts"
-    there.write_text("# ours\n\n" + "".join(f"gpu{number} slots=8 # rack 1\n" for number in range(8)))
+    there.write_text("# ours\n\n" + "".join(f"gpu{number} slots=8 # rack 1\n" for number in range(8)), encoding="utf-8")
     written = job(f"cluster.hostfile={there}")
     assert set(written.files) == {"deepspeed_env"}
     assert f"deepspeed --hostfile {there} launch/pretrain.py" in written.command
@@ -155,7 +157,7 @@ def test_hosts_that_cannot_run_it_are_refused(case: str, tmp_path: Path, capsys:
     wrong, message = WRONG[case]
     file = tmp_path / "hosts"
     if not wrong.startswith("cluster."):
-        file.write_text(wrong)
+        file.write_text(wrong, encoding="utf-8")
         wrong = f"cluster.hostfile={file}"
     assert cli.main(["launch", MIXTRAL, wrong, "--hostfile", "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()

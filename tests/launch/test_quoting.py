@@ -75,9 +75,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "docker",
     ):
         stub = tmp_path / "bin" / name
-        stub.write_text(f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >> "$SEEN"\nprintf "\\0" >> "$SEEN"\n')
+        stub.write_text(
+            f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >> "$SEEN"\nprintf "\\0" >> "$SEEN"\n', encoding="utf-8"
+        )
         stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
-    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho COMPLETING\n")
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho COMPLETING\n", encoding="utf-8")
     monkeypatch.chdir(work)
     return tmp_path
 
@@ -111,7 +113,7 @@ def job(way: str, path: str, overrides: Sequence[str] = (), out: str = "out", **
     tree = plain(parse_yaml(VALID, str, []) or Node(None, ""))
     for name, value in sections.items():
         tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
-    Path(path).write_text(write_yaml(tree))
+    Path(path).write_text(write_yaml(tree), encoding="utf-8")
     config = load_config(path, overrides)
     return WAYS[way].job(Request(config, path, tuple(overrides), out))
 
@@ -264,14 +266,14 @@ def test_the_run_folder_of_a_job_script_is_the_configs(here: Path) -> None:
     "name", ["$(touch ran)", "a;touch", "`id`", "a'b", 'a"b', "a\\b", "é", "a%n", "-oProxyCommand=x"]
 )
 def test_a_hostfiles_host_that_is_no_name_is_refused_with_its_line(name: str, here: Path) -> None:
-    Path("hosts").write_text(f"# ours\nnode01 slots=4\n{name} slots=4\n")
+    Path("hosts").write_text(f"# ours\nnode01 slots=4\n{name} slots=4\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"hosts:3"):
         job("hostfile", "run.yaml", ["cluster.hostfile=hosts"])
 
 
 def test_a_byte_order_mark_is_not_part_of_the_first_hosts_name(here: Path) -> None:
     """Neither here nor for DeepSpeed, which does not know such marks: it gets a hostfile without."""
-    Path("hosts").write_text("\ufeffgpu1 slots=4\r\ngpu2 slots=4\r\n")
+    Path("hosts").write_text("\ufeffgpu1 slots=4\r\ngpu2 slots=4\r\n", encoding="utf-8")
     written = job("hostfile", "run.yaml", ["cluster.hostfile=hosts"])
     assert runner._parse_hostfile(written.files["hostfile"].split("\n")) == {"gpu1": 4, "gpu2": 4}
     (call,) = bash(here, written.command)
@@ -283,7 +285,7 @@ def test_a_hostfile_of_any_name_is_used(here: Path) -> None:
     for text in HOSTILE:
         if "\0" in text or "/" in text:
             continue
-        Path(text).write_text("node01 slots=4\nnode02 slots=4\n")
+        Path(text).write_text("node01 slots=4\nnode02 slots=4\n", encoding="utf-8")
         written = job("hostfile", "run.yaml", cluster={"hostfile": literal_path(text)})
         (call,) = bash(here, written.command)
         used = call[call.index("--hostfile") + 1]
@@ -307,9 +309,9 @@ def test_the_folder_of_this_python_reaches_the_hosts(text: str, here: Path, monk
 
 
 def check_environment(text: str, path: str, here: Path) -> None:
-    (here / "env").write_text(text)
+    (here / "env").write_text(text, encoding="utf-8")
     held = SimpleNamespace(exports={})
-    for line in (here / "env").open():
+    for line in (here / "env").open(encoding="utf-8"):
         MultiNodeRunner.add_export(held, *line.split("=", maxsplit=1))  # type: ignore[arg-type]
     exports = "".join(f"export {key}={value}; " for key, value in held.exports.items())
     done = subprocess.run(
@@ -329,7 +331,7 @@ def test_an_override_to_paste_is_the_value_again() -> None:
 
 def write_valid() -> str:
     path = Path(os.environ["PYTEST_TMP"]) / "valid.yaml"
-    path.write_text(VALID)
+    path.write_text(VALID, encoding="utf-8")
     return str(path)
 
 

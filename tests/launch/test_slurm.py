@@ -49,7 +49,7 @@ def test_the_committed_examples_are_what_the_command_writes(capsys: pytest.Captu
     assert capsys.readouterr().out.endswith("type in this folder:\nsbatch launch/slurm/pretrain.sbatch\n")
     assert sorted(path.name for path in folder.iterdir()) == SCRIPTS
     for name in SCRIPTS:
-        (written,) = re.findall(r"# Written by: dsmoe (.*)", (folder / name).read_text())
+        (written,) = re.findall(r"# Written by: dsmoe (.*)", (folder / name).read_text(encoding="utf-8"))
         assert shlex.split(written) == ["launch", MIXTRAL, "--slurm", "--out", "launch/slurm"]
 
 
@@ -57,7 +57,7 @@ def test_the_committed_examples_are_what_the_command_writes(capsys: pytest.Captu
 def test_shellcheck_finds_nothing(overrides: list[str], tmp_path: Path) -> None:
     paths = slurm.job(Request(load_config(MIXTRAL, overrides), MIXTRAL, tuple(overrides), "somewhere")).write(tmp_path)
     shellcheck = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([shellcheck, *paths], capture_output=True, text=True, check=False)
+    done = subprocess.run([shellcheck, *paths], capture_output=True, text=True, check=False, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -83,18 +83,20 @@ class Cluster:
         environment |= {"SRUN": srun, "SQUEUE": squeue, "LOOK": look}
         environment["PYTHONPATH"] = str(REPOSITORY)
         command = ["bash", str(self.folder / "scripts" / "pretrain.sbatch")]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+        )
         return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
     path = tmp_path / "config.yaml"
-    path.write_text(f"include: {REPOSITORY}/configs/tiny_cpu.yaml\nname: mine\n")
+    path.write_text(f"include: {REPOSITORY}/configs/tiny_cpu.yaml\nname: mine\n", encoding="utf-8")
     slurm.job(Request(load_config(path), "config.yaml", (), "scripts")).write(tmp_path / "scripts")
     (tmp_path / "fakes").mkdir()
     for name, action in FAKES.items():
-        (tmp_path / "fakes" / name).write_text(f"#!/bin/bash\n{action}\n")
+        (tmp_path / "fakes" / name).write_text(f"#!/bin/bash\n{action}\n", encoding="utf-8")
         (tmp_path / "fakes" / name).chmod(0o755)
     return Cluster(tmp_path)
 
@@ -140,7 +142,7 @@ def test_what_slurm_ends_is_left_to_it(state: str, cluster: Cluster) -> None:
 
 
 def test_a_run_folder_that_cannot_be_is_wrong_input(cluster: Cluster) -> None:
-    (cluster.folder / "runs").write_text("")
+    (cluster.folder / "runs").write_text("", encoding="utf-8")
     code, said = cluster.run("echo started")
     assert (code, "cannot write in runs/mine" in said, "started" in said) == (2, True, False)
 
@@ -160,7 +162,7 @@ def test_another_folder_is_wrong_input_and_nothing_is_left_there(cluster: Cluste
 
 def test_an_attempt_waits_for_who_still_trains(cluster: Cluster) -> None:
     (cluster.folder / "runs" / "mine").mkdir(parents=True)
-    with (cluster.folder / "runs" / "mine" / ".lock").open("w") as lock:
+    with (cluster.folder / "runs" / "mine" / ".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor() as threads:
             job = threads.submit(cluster.run, f"{BEGUN}; echo started")

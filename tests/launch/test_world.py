@@ -207,6 +207,7 @@ def test_tasks_join_each_other(tmp_path: Path) -> None:
             cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
         )
         for rank in range(2)
     ]

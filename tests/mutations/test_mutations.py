@@ -37,11 +37,13 @@ def run_tests(tests: Iterable[str], folder: Path) -> tuple[int, str]:
 
 def test_every_mutation_can_be_made_and_names_a_test() -> None:
     for mutation in MUTATIONS:
-        text = (REPOSITORY / mutation.file).read_text()
+        text = (REPOSITORY / mutation.file).read_text(encoding="utf-8")
         assert text.count(mutation.old) == 1, f"{mutation.mistake}: {mutation.file} has to have once: {mutation.old}"
         ast.parse(text.replace(mutation.old, mutation.new))
         file, *_, name = mutation.caught_by.partition("[")[0].split("::")
-        assert f"def {name}(" in (REPOSITORY / file).read_text(), f"{mutation.mistake}: {mutation.caught_by}"
+        assert f"def {name}(" in (REPOSITORY / file).read_text(encoding="utf-8"), (
+            f"{mutation.mistake}: {mutation.caught_by}"
+        )
 
 
 @pytest.mark.mutations
@@ -57,7 +59,7 @@ def test_without_a_mistake_all_of_them_pass(tmp_path: Path) -> None:
 def test_a_mistake_is_seen(mutation: Mutation, tmp_path: Path) -> None:
     copy_package(tmp_path)
     file = tmp_path / mutation.file
-    file.write_text(file.read_text().replace(mutation.old, mutation.new))
+    file.write_text(file.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
     status, output = run_tests([mutation.caught_by], tmp_path)
     assert status == 1, f"{mutation.caught_by} should have failed:\n{output}"
     assert WRONG_RESULT.search(output), f"{mutation.caught_by} failed for another reason:\n{output}"

@@ -14,7 +14,7 @@ from dsmoe.observe import JsonLines, TensorBoard
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class TestJsonLines:
@@ -35,27 +35,29 @@ class TestJsonLines:
         for step in (10, 20, 30):
             sink.write(step, {"train/loss": step / 10})
         sink.close()
-        whole = path.read_text()
-        path.write_text(whole + '{"step": 4')
+        whole = path.read_text(encoding="utf-8")
+        path.write_text(whole + '{"step": 4', encoding="utf-8")
         resumed = JsonLines(path, resume_step=20)
         resumed.write(30, {"train/loss": -1.0})
         resumed.close()
         assert [(line["step"], line["train/loss"]) for line in lines_of(path)] == [(10, 1.0), (20, 2.0), (30, -1.0)]
-        assert path.read_text().startswith(whole[: whole.index('{"step": 30')]), "kept lines are not rewritten"
+        assert path.read_text(encoding="utf-8").startswith(whole[: whole.index('{"step": 30')]), (
+            "kept lines are not rewritten"
+        )
         assert list(tmp_path.iterdir()) == [path]
 
     @pytest.mark.parametrize("broken", ['{"step": 2', '{"step": "two"}', '{"loss": 1.0}', "[1, 2]", "3", ""])
     def test_lines_that_are_no_metrics_are_dropped(self, broken: str, tmp_path: Path) -> None:
         path = tmp_path / "metrics.jsonl"
-        path.write_text('{"step": 1}\n' + broken + "\n")
+        path.write_text('{"step": 1}\n' + broken + "\n", encoding="utf-8")
         JsonLines(path, resume_step=5).close()
-        assert path.read_text() == '{"step": 1}\n'
+        assert path.read_text(encoding="utf-8") == '{"step": 1}\n'
 
     def test_starting_anew_empties_the_file(self, tmp_path: Path) -> None:
         path = tmp_path / "metrics.jsonl"
-        path.write_text('{"step": 1}\n')
+        path.write_text('{"step": 1}\n', encoding="utf-8")
         JsonLines(path, resume_step=0).close()
-        assert path.read_text() == ""
+        assert path.read_text(encoding="utf-8") == ""
 
 
 class TestTensorBoard:

@@ -35,7 +35,7 @@ def come(rank: int, world: int, port: str, claims: dict[str, str] | str, folder:
             leave_processes()
         except DifferentRanksError as error:
             result = str(error)
-    (folder / f"{rank}.json").write_text(json.dumps(result))
+    (folder / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def results_of(claims: list[dict[str, str] | str], folder: Path) -> list[str]:
@@ -46,7 +46,7 @@ def results_of(claims: list[dict[str, str] | str], folder: Path) -> list[str]:
         process.start()
     for process in processes:
         process.join(60)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(claims))]
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(len(claims))]
 
 
 def test_ranks_with_the_same_claims_join(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def join_alone(result: Path) -> None:
     leave_processes()
     leave_processes()
     assert not dist.is_initialized()
-    result.write_text("joined and left")
+    result.write_text("joined and left", encoding="utf-8")
 
 
 def test_a_single_process_needs_no_launcher(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_single_process_needs_no_launcher(tmp_path: Path) -> None:
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    assert (tmp_path / "result").read_text() == "joined and left"
+    assert (tmp_path / "result").read_text(encoding="utf-8") == "joined and left"
 
 
 def test_every_rank_knows_who_it_is() -> None:
@@ -93,7 +93,7 @@ def test_every_rank_knows_who_it_is() -> None:
 def ask_first_rank(folder: Path) -> tuple[object, str, str]:
     def act() -> dict[str, int]:
         time.sleep(0.2)  # the others must wait
-        with (folder / "calls").open("a") as file:
+        with (folder / "calls").open("a", encoding="utf-8") as file:
             file.write(f"rank {dist.get_rank()}\n")
         return {"answer": 42}
 
@@ -101,7 +101,7 @@ def ask_first_rank(folder: Path) -> tuple[object, str, str]:
         raise UserError("train.steps is missing")
 
     value = on_first_rank(act)
-    seen = (folder / "calls").read_text()
+    seen = (folder / "calls").read_text(encoding="utf-8")
     with pytest.raises(UserError) as error:
         on_first_rank(fail)
     return value, seen, str(error.value)

@@ -30,7 +30,7 @@ def come(rank: int, port: int, seconds: float, folder: Path) -> None:
     except (LostRanksError, HostError) as error:
         result = f"{type(error).__name__}: {error}"
     sys.stdout.flush()
-    (folder / f"{rank}.result").write_text(result)
+    (folder / f"{rank}.result").write_text(result, encoding="utf-8")
 
 
 def results_of(ranks: list[int], seconds: float, folder: Path, port: int = 0) -> tuple[list[str], list[str]]:
@@ -43,7 +43,10 @@ def results_of(ranks: list[int], seconds: float, folder: Path, port: int = 0) ->
         process.start()
     for process in processes:
         process.join(60)
-    results, said = ([(folder / f"{rank}.{kind}").read_text() for rank in sorted(ranks)] for kind in ("result", "out"))
+    results, said = (
+        [(folder / f"{rank}.{kind}").read_text(encoding="utf-8") for rank in sorted(ranks)]
+        for kind in ("result", "out")
+    )
     return results, said
 
 

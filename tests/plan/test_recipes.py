@@ -40,7 +40,7 @@ def test_every_recipe_is_expected() -> None:
 
 
 def test_every_shared_piece_is_included_by_some_recipe() -> None:
-    recipes = "".join(path.read_text() for path in CONFIGS.glob("*.yaml"))
+    recipes = "".join(path.read_text(encoding="utf-8") for path in CONFIGS.glob("*.yaml"))
     pieces = [str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml")]
     assert pieces
     assert [piece for piece in pieces if piece not in recipes] == []

@@ -177,7 +177,7 @@ def test_a_recipe_is_planned_within_a_second_and_without_torch(name: str) -> Non
         "print(sorted({'torch', 'deepspeed', 'numpy'} & set(sys.modules)), time.process_time()); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "plan", str(CONFIGS / f"{name}.yaml"), "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, encoding="utf-8")
     body, _, last = result.stdout.rstrip().rpartition("\n")
     assert json.loads(body)["name"] == name
     imported, seconds = last.rsplit(" ", 1)

@@ -68,7 +68,7 @@ def test_the_json_is_json_even_of_what_is_no_number(tmp_path: Path) -> None:
     reports = cluster(2, 1)
     reports[1].tflops[SQUARE] = math.nan
     write_json(tmp_path / "preflight.json", config_with(tmp_path), verdict_of(reports), reports, 3.0)
-    tree = json.loads((tmp_path / "preflight.json").read_text(), parse_constant=lambda name: 1 / 0)
+    tree = json.loads((tmp_path / "preflight.json").read_text(encoding="utf-8"), parse_constant=lambda name: 1 / 0)
     assert tree["exit_code"] == 1
     assert tree["ranks"][1]["tflops"][SQUARE] is None
     assert tree["ranks"][0]["links"] == [{"peer": 1, "gbps": 40.0, "us": 25.0}]

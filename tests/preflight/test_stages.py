@@ -29,26 +29,26 @@ def write_config(folder: Path, nodes: int, per_node: int, timeout: int = 30, **s
     cluster = {"nodes": nodes, "devices_per_node": per_node, "collective_timeout_seconds": timeout}
     config = small_config(folder, cluster=cluster, **sections)  # type: ignore[arg-type]
     path = folder / "config.yaml"
-    path.write_text(dump_config(config))
+    path.write_text(dump_config(config), encoding="utf-8")
     return path
 
 
 def check(path: Path, overrides: list[str] | None = None) -> int:
     per_node = min(load_config(path).cluster.devices_per_node, dist.get_world_size())
     os.environ.update(LOCAL_RANK=str(dist.get_rank() % per_node), LOCAL_WORLD_SIZE=str(per_node))
-    with (path.parent / f"stderr_{dist.get_rank()}").open("w") as file:
+    with (path.parent / f"stderr_{dist.get_rank()}").open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     run.leave_processes = lambda: None  # run_ranks does
     return run.preflight(str(path), overrides or [], None)
 
 
 def stderr(folder: Path) -> str:
-    return "".join(path.read_text() for path in sorted(folder.glob("stderr_*")))
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("stderr_*")))
 
 
 def results(folder: Path) -> dict:
     assert not list((folder / "runs" / "small").glob(".preflight_*")), "nothing is left but the results"
-    return json.loads((folder / "runs" / "small" / "preflight.json").read_text())
+    return json.loads((folder / "runs" / "small" / "preflight.json").read_text(encoding="utf-8"))
 
 
 def test_products_are_the_same_on_every_call_and_faster_than_nothing() -> None:

@@ -25,7 +25,7 @@ def small_config(
     shared = Path(os.environ["DSMOE_TESTS_CORPUS"])  # prepared once, not by every test
     corpus = shared / "corpus.txt"
     if not corpus.exists():
-        corpus.write_text(TEXT)
+        corpus.write_text(TEXT, encoding="utf-8")
     tree: dict[str, Any] = {
         "name": "small",
         "runs_dir": str(folder / "runs"),

@@ -60,7 +60,10 @@ def two_ranks(folders: list[Path], first: list[str], second: list[str], node: st
         for process in ranks:
             process.join(150)
             assert process.exitcode is not None, "did not end"
-        texts = [[(Path(streams) / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(2)]
+        texts = [
+            [(Path(streams) / f"{name}{rank}").read_text(encoding="utf-8") for name in ("out", "err")]
+            for rank in range(2)
+        ]
         return [Outcome(process.exitcode or 0, *text) for process, text in zip(ranks, texts, strict=True)]
 
 
@@ -101,7 +104,7 @@ def test_another_corpus_or_cache_on_one_node(what: str, tmp_path: Path) -> None:
     for number, node in enumerate(nodes):
         node.mkdir()
         text = f"{number if what == 'corpus' else 0} and a line of the corpus.\n" * 400
-        (node / "corpus.txt").write_text(text)
+        (node / "corpus.txt").write_text(text, encoding="utf-8")
     data = {"sources": ({"name": "web", "path": "corpus.txt"},), "cache_dir": "cache"}
     write_config(tmp_path, expert=2, cluster={"nodes": 2, "devices_per_node": 1}, train={"steps": 2}, data=data)
     for node in nodes:
@@ -112,7 +115,7 @@ def test_another_corpus_or_cache_on_one_node(what: str, tmp_path: Path) -> None:
 
         for node, word in zip(nodes, ("one", "two"), strict=True):
             os.utime(node / "corpus.txt", ns=(1, 1))
-            (node / "corpus.txt").write_text(f"{word} and a line of the corpus.\n" * 400)
+            (node / "corpus.txt").write_text(f"{word} and a line of the corpus.\n" * 400, encoding="utf-8")
             os.utime(node / "corpus.txt", ns=(1, 1))
             overrides = [f"data.sources.0.path={node / 'corpus.txt'}", f"data.cache_dir={node / 'cache'}"]
             prepare(load_config(node / "config.yaml", overrides))

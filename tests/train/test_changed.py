@@ -222,7 +222,7 @@ def test_the_summary_proposes_to_go_on_only_with_what_that_does(schedule: str, c
 
 def test_a_command_with_other_weights_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     run = small_config(tmp_path, train={"steps": 2}, checkpoint={"every": 1})
-    (tmp_path / "config.yaml").write_text(dump_config(run))
+    (tmp_path / "config.yaml").write_text(dump_config(run), encoding="utf-8")
     arguments = ["--config", str(tmp_path / "config.yaml")]
     assert pretrain(tmp_path, *arguments).code == 0
     before = Path(run.runs_dir) / run.name / "checkpoints" / "step_00000002"
@@ -236,10 +236,10 @@ def test_a_command_with_other_weights_is_refused_and_leaves_nothing(tmp_path: Pa
     accepted = pretrain(tmp_path, *arguments, *other, "data.changed_order=accept")
     assert accepted.code == 0, accepted.err
     assert "another order of the training text" in accepted.out
-    kept = (Path(run.runs_dir) / run.name / "config.yaml").read_text()
+    kept = (Path(run.runs_dir) / run.name / "config.yaml").read_text(encoding="utf-8")
     same_folder = pretrain(tmp_path, *arguments, "data.seed=7", "train.steps=3")
     assert same_folder.code == 2
     assert "set data.changed_order: accept" in same_folder.err
-    assert (Path(run.runs_dir) / run.name / "config.yaml").read_text() == kept
+    assert (Path(run.runs_dir) / run.name / "config.yaml").read_text(encoding="utf-8") == kept
     again = pretrain(tmp_path, *arguments, "data.seed=7", "train.steps=3", "data.changed_order=accept")
     assert again.code == 0, again.err

@@ -33,13 +33,13 @@ def write_config(folder: Path, steps: int) -> Path:
     cluster = {"nodes": 2, "devices_per_node": 2, "elastic": True, "collective_timeout_seconds": 30}
     sections = {"train": {"steps": steps}, "checkpoint": {"every": 10}, "cluster": cluster}
     path = folder / "config.yaml"
-    path.write_text(dump_config(small_config(folder, expert=4, **sections)))
+    path.write_text(dump_config(small_config(folder, expert=4, **sections)), encoding="utf-8")
     return path
 
 
 def losses(folder: Path) -> list[float]:
     """By step; a step that was done again counts as it was the last time."""
-    lines = map(json.loads, (folder / "runs" / "small" / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folder / "runs" / "small" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     by_step = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
     return [loss for _, loss in sorted(by_step.items())]
 
@@ -53,6 +53,7 @@ def train(folder: Path, ranks: int, steps: int) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         timeout=200,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -114,11 +115,11 @@ def test_torchrun_goes_on_without_a_node_that_has_gone(undisturbed: list[float],
     with agent(tmp_path, config, 0) as stays, agent(tmp_path, config, 1) as goes:
         deadline = time.monotonic() + 120
         while not saved.exists():
-            assert time.monotonic() < deadline, (tmp_path / "agent_0.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "agent_0.log").read_text(encoding="utf-8")
             time.sleep(0.05)
         kill(goes)
-        assert stays.wait(200) == 0, (tmp_path / "agent_0.log").read_text()
-    log = (tmp_path / "agent_0.log").read_text()
+        assert stays.wait(200) == 0, (tmp_path / "agent_0.log").read_text(encoding="utf-8")
+    log = (tmp_path / "agent_0.log").read_text(encoding="utf-8")
     assert "elastic: cluster.devices_per_node 2 -> 1; parallel.expert 4 -> 2" in log
     assert "elastic: cluster.nodes 2 -> 1; cluster.devices_per_node 2 -> 1; parallel.expert 4 -> 1" in log
     assert "continuing from" in log

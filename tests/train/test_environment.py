@@ -65,7 +65,7 @@ def test_hosts_are_listed_with_their_ranks(tmp_path: Path, monkeypatch: pytest.M
             monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_JWT", "eyJhbGciOiJIUzI1NiJ9")
     write_environment(tmp_path, {"a": 1}, [("n1", "H100"), ("n1", "H100"), ("n2", "H100")])
-    text = (tmp_path / "environment.json").read_text()
+    text = (tmp_path / "environment.json").read_text(encoding="utf-8")
     facts = json.loads(text)
     assert facts["hosts"] == {
         "n1": {"ranks": [0, 1], "devices": ["H100"] * 2},
@@ -74,5 +74,5 @@ def test_hosts_are_listed_with_their_ranks(tmp_path: Path, monkeypatch: pytest.M
     assert (facts["launcher"], facts["world_size"], facts["cuda"]) == ("python alone", 3, None)
     assert facts["interfaces"]["lo"][0] == "127.0.0.1"
     assert "eyJ" not in text
-    assert json.loads((tmp_path / "ds_config.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "ds_config.json").read_text(encoding="utf-8")) == {"a": 1}
     assert of_this_rank() == (socket.gethostname(), "cpu")

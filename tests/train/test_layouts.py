@@ -188,7 +188,7 @@ def test_a_bias_that_balances_has_moved(folder: Path) -> None:
 
 def test_losses_are_those_of_the_golden_file(folder: Path) -> None:
     """The numbers of another day: a change that moves them is either a bug or belongs in its commit's message."""
-    golden = json.loads((Path(__file__).parents[1] / "golden" / "small.json").read_text())
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "small.json").read_text(encoding="utf-8"))
     training = run_ranks(1, train, small_config(folder), STEPS)[0]
     assert {name: getattr(training, name) for name in golden} == {
         name: pytest.approx(value, rel=1e-4) for name, value in golden.items()

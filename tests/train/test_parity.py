@@ -38,7 +38,12 @@ def test_under_a_launcher_the_first_layout_is_what_the_others_are_compared_with(
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}  # else DeepSpeed warns on stdout
     done = subprocess.run(
-        [*command, "--layouts", *layouts], env=environment, capture_output=True, text=True, timeout=200
+        [*command, "--layouts", *layouts],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     _, _, _, *rows, _, _, last = done.stdout.splitlines()

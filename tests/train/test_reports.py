@@ -27,7 +27,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def of_rank(folder: Path, rank: int) -> str:
-    return (folder / f"rank_{rank:05d}.txt").read_text()
+    return (folder / f"rank_{rank:05d}.txt").read_text(encoding="utf-8")
 
 
 def two_ranks_in_one_process(folder: Path) -> list[Reports]:
@@ -82,7 +82,7 @@ def test_when_one_rank_fails_all_report(tmp_path: Path) -> None:
     assert "rank 0: step 7, layer 0, exchange; " in text
     assert "rank 1: step 7, layer 1, exchange; fail (tests/train/test_reports.py:" in text
     for written in (folder / "summary.txt", tmp_path / "train.log"):
-        assert written.read_text() == f"[rank 1] the disk is on fire\n{text}\n"
+        assert written.read_text(encoding="utf-8") == f"[rank 1] the disk is on fire\n{text}\n"
 
 
 def stand_together(folder: Path) -> str:
@@ -134,7 +134,7 @@ def test_a_library_that_keeps_pythons_lock_is_seen(tmp_path: Path) -> None:
 
 
 def fail_beside(folder: Path, bare: str) -> str:
-    (folder / "rank_00000.txt").write_text(bare)
+    (folder / "rank_00000.txt").write_text(bare, encoding="utf-8")
     other = Reports(folder, Watch(dist.HashStore(), 1, 2))
     other.of_failure("a collective failed")
     return other.gather("gone")
@@ -199,6 +199,6 @@ def test_old_folders_go_and_so_do_those_without_a_report(tmp_path: Path) -> None
     folders = []
     for number in range(KEPT_FOLDERS + 2):
         folders.append(make_folder(tmp_path))
-        (folders[-1] / "rank_00000.txt").write_text("a report" if number != 1 else "")
+        (folders[-1] / "rank_00000.txt").write_text("a report" if number != 1 else "", encoding="utf-8")
     newest = make_folder(tmp_path)
     assert sorted(tmp_path.iterdir()) == [*folders[3:], newest]

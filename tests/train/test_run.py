@@ -84,7 +84,11 @@ def pretrain(folder: Path, *arguments: str) -> Outcome:
         process.start()
         process.join(120)
         assert process.exitcode is not None, "did not end"
-        return Outcome(process.exitcode, (Path(streams) / "out").read_text(), (Path(streams) / "err").read_text())
+        return Outcome(
+            process.exitcode,
+            (Path(streams) / "out").read_text(encoding="utf-8"),
+            (Path(streams) / "err").read_text(encoding="utf-8"),
+        )
 
 
 def free_port() -> str:
@@ -101,7 +105,14 @@ def launch(folder: Path, *command: str, timeout: float = 200) -> Outcome:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        encoding="utf-8",
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -110,7 +121,7 @@ def write_config(folder: Path, **options: object) -> Path:
     """A config that trains in a second."""
     config = small_config(folder, **options)  # type: ignore[arg-type]
     path = folder / "config.yaml"
-    path.write_text(dump_config(config))
+    path.write_text(dump_config(config), encoding="utf-8")
     return path
 
 
@@ -123,11 +134,11 @@ def test_one_rank_trains_and_leaves_the_whole_run_folder(tmp_path: Path) -> None
 
     run = tmp_path / "runs" / "small"
     assert load_config(run / "config.yaml") == load_config(config)
-    assert json.loads((run / "ds_config.json").read_text())["gradient_accumulation_steps"] == 8
-    assert json.loads((run / "environment.json").read_text())["packages"]["torch"]
+    assert json.loads((run / "ds_config.json").read_text(encoding="utf-8"))["gradient_accumulation_steps"] == 8
+    assert json.loads((run / "environment.json").read_text(encoding="utf-8"))["packages"]["torch"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
 
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     training = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6]
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 4, 6]
@@ -141,7 +152,7 @@ def test_one_rank_trains_and_leaves_the_whole_run_folder(tmp_path: Path) -> None
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("train/loss")] == [
         (line["step"], line["train/loss"]) for line in training
     ]
-    for text in (outcome.out, (run / "train.log").read_text()):
+    for text in (outcome.out, (run / "train.log").read_text(encoding="utf-8")):
         assert "step 6/6 100.0% loss" in text
         assert "held-out bits per byte" in text
         assert "what to run next" in text
@@ -151,7 +162,9 @@ def test_going_on_appends_and_a_finished_run_says_its_result_again(tmp_path: Pat
     config = str(write_config(tmp_path, train={"steps": 4}, checkpoint={"every": 2}, runs_dir="runs"))
     assert pretrain(tmp_path, "--config", config).code == 0
     assert "continuing from" in pretrain(tmp_path, "--config", config, "train.steps=6").out
-    lines = [json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
     again = pretrain(tmp_path, "--config", config, "train.steps=6")
     assert again.code == 0
@@ -167,7 +180,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     config = str(write_config(tmp_path, train={"steps": 2}, runs_dir="runs"))
     folder = tmp_path / "runs" / "small"
     folder.mkdir(parents=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         second = pretrain(tmp_path, "--config", config)
         assert second.code == 1, "a scheduler is to try again"
@@ -237,7 +250,7 @@ WRONG = {
 def test_wrong_input_is_one_message_and_leaves_nothing(case: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, runs_dir="runs")
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": bad}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": bad}\n', encoding="utf-8")
     overrides, message = WRONG[case]
     refused(pretrain(tmp_path, "--config", str(config), *overrides), message)
     assert not (tmp_path / "runs").exists()
@@ -253,7 +266,7 @@ def test_wrong_input_is_one_message_and_leaves_nothing(case: str, tmp_path: Path
     ],
 )
 def test_a_file_that_is_no_config(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     refused(pretrain(tmp_path, "--config", "config.yaml"), message)
 
 
@@ -323,7 +336,8 @@ def test_a_rank_that_fails_takes_the_others_down_and_only_it_explains(tmp_path: 
         "        raise RuntimeError('the disk is on fire')\n"
         "    return step(self)\n"
         "Trainer.step = failing\n"
-        "os._exit(run.main())\n"
+        "os._exit(run.main())\n",
+        encoding="utf-8",
     )
     command = ("deepspeed", "--num_gpus", "2", "--master_port", free_port(), str(script), "--config", str(config))
     outcome = launch(tmp_path, *command, timeout=100)
@@ -332,7 +346,9 @@ def test_a_rank_that_fails_takes_the_others_down_and_only_it_explains(tmp_path: 
     assert everything.count("RuntimeError: the disk is on fire") == 1
     assert everything.count("Traceback (most recent call last)") == 1
     assert "[rank 1] Traceback" in everything
-    assert "failing (" in (next((tmp_path / "runs" / "small" / "failures").iterdir()) / "summary.txt").read_text()
+    assert "failing (" in (next((tmp_path / "runs" / "small" / "failures").iterdir()) / "summary.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.slow
@@ -341,7 +357,7 @@ def test_a_rank_that_waits_for_others_says_for_whom_and_writes_its_stacks_on_sig
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     environment = {**os.environ, **meeting, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     command = [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), "--config", str(config)]
-    with (tmp_path / "log").open("w") as log:
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
         port = int(meeting["MASTER_PORT"])
         while port not in {connection.laddr.port for connection in psutil.Process(process.pid).net_connections()}:
@@ -349,7 +365,7 @@ def test_a_rank_that_waits_for_others_says_for_whom_and_writes_its_stacks_on_sig
             time.sleep(0.1)
         process.send_signal(signal.SIGQUIT)
         assert process.wait(60) == 1
-    text = (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text(encoding="utf-8")
     assert "in _await_all" in text
     assert "error: 1 of 2 ranks, of node 0 (from 0), have not come within 10 s to 127.0.0.1:" in text
     assert "Traceback" not in text
@@ -397,7 +413,7 @@ def test_two_nodes_without_ssh(tmp_path: Path) -> None:
     """Two launchers with a node rank each, as a job script starts them (here on one machine)."""
     cluster = {"nodes": 2, "devices_per_node": 1}
     config = write_config(tmp_path, cluster=cluster, expert=2, train={"steps": 3}, runs_dir="runs")
-    (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
+    (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n", encoding="utf-8")
     script = str(REPOSITORY / "launch" / "pretrain.py")
     shared = [
         "deepspeed",
@@ -417,7 +433,9 @@ def test_two_nodes_without_ssh(tmp_path: Path) -> None:
         first, second = (node.result() for node in started)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "step 3/3" in first.out
-    metrics = [json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (tmp_path / "runs/small/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert metrics[1]["moe/all_to_all_gib/inter"] > 0
     assert metrics[1]["moe/all_to_all_gib/intra"] == 0
 
@@ -465,7 +483,8 @@ def test_a_hanging_rank_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
         "        time.sleep(300)\n"
         "    return step(self)\n"
         "Trainer.step = hanging\n"
-        "os._exit(run.main())\n"
+        "os._exit(run.main())\n",
+        encoding="utf-8",
     )
     command = ("deepspeed", "--num_gpus", "2", "--master_port", free_port(), str(script), "--config", str(config))
     outcome = launch(tmp_path, *command, timeout=150)  # subprocess.TimeoutExpired is the failure
@@ -476,14 +495,14 @@ def test_a_hanging_rank_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
     assert re.search(r"rank 1 on \S+ is missing: alive, but still at step 2, reducing metrics", everything)
     assert "Traceback" not in everything
     (folder,) = (tmp_path / "runs" / "small" / "failures").iterdir()
-    for text in (everything, (tmp_path / "runs" / "small" / "train.log").read_text()):
+    for text in (everything, (tmp_path / "runs" / "small" / "train.log").read_text(encoding="utf-8")):
         assert f"where each rank stood is in runs/small/failures/{folder.name} (2 of 2 have written)" in text
         assert re.search(r"rank 0: step 3, layer blocks.1.ffn, exchange.*; all_to_all_single \(torch/", text)
         assert re.search(rf"rank 1: step 2, reducing metrics; hanging \({script}:6\), called by run \(", text)
-    stuck = (folder / "rank_00001.txt").read_text()
+    stuck = (folder / "rank_00001.txt").read_text(encoding="utf-8")
     assert "because rank 0 has failed" in stuck
     assert "time.sleep(300)" in stuck.split("--- thread MainThread")[1]
-    assert "gloo:all_to_all" in (folder / "rank_00000.txt").read_text().split("--- the error")[0]
+    assert "gloo:all_to_all" in (folder / "rank_00000.txt").read_text(encoding="utf-8").split("--- the error")[0]
 
 
 def test_no_lock_of_a_dead_run_is_waited_for_and_nothing_is_compiled(

@@ -65,7 +65,7 @@ def test_a_start_beside_a_run_reads_and_renames_nothing(work: Path) -> None:
     for checkpoint in all_checkpoints(run / "checkpoints"):
         (checkpoint / "manifest.json").rename(checkpoint / "elsewhere.json")  # as when the run writes or removes it
     before = names(run)
-    with (run / ".lock").open("w") as lock:
+    with (run / ".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         second = start(work)
     assert second.code == 1
@@ -94,7 +94,7 @@ def test_what_another_run_did_while_the_data_were_prepared_is_seen(work: Path) -
     """It read its list of checkpoints before: those that were gone since, it took for damaged, with what had come."""
     checkpoints = work / "runs" / "small" / "checkpoints"
     (checkpoints / "step_00000004").rename(work / "newer")
-    (work / "meanwhile.py").write_text(MEANWHILE)
+    (work / "meanwhile.py").write_text(MEANWHILE, encoding="utf-8")
     outcome = launch(work, sys.executable, "meanwhile.py", "--config", "config.yaml", "train.steps=5")
     assert outcome.code == 0, outcome.err
     assert "continuing from runs/small/checkpoints/step_00000004" in outcome.out
@@ -127,11 +127,11 @@ def test_a_lock_is_taken_once_by_a_process_and_again_when_the_folder_is_another(
     make_run_folder(config)
     claim_run_folder(config)
     lock = run_folders.run_folder(config) / ".lock"
-    with lock.open("w") as other, pytest.raises(BlockingIOError):
+    with lock.open("w", encoding="utf-8") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     shutil.rmtree(config.runs_dir)
     make_run_folder(config)
-    with lock.open("w") as other, pytest.raises(BlockingIOError):
+    with lock.open("w", encoding="utf-8") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -353,15 +353,15 @@ os._exit(run.main())
 def test_reports_that_are_removed_while_it_trains_do_not_end_a_run(tmp_path: Path) -> None:
     options = {"train": {"steps": 5}, "checkpoint": {"every": 2}, "observe": {"tensorboard": True}}
     write_config(tmp_path, runs_dir="runs", **options)
-    (tmp_path / "losing.py").write_text(LOSING)
+    (tmp_path / "losing.py").write_text(LOSING, encoding="utf-8")
     outcome = launch(tmp_path, sys.executable, "losing.py", "--config", "config.yaml")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "runs" / "small"
     verify(run / "checkpoints" / "step_00000005")
     assert "no bigram model (MemoryError('too large a vocabulary')); training goes on without" in outcome.out
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [3, 4, 5], "written on in a new file"
-    assert "step 5/5" in (run / "train.log").read_text()
+    assert "step 5/5" in (run / "train.log").read_text(encoding="utf-8")
     assert not (run / "failures").exists()
 
 
@@ -473,7 +473,7 @@ def test_how_a_run_ends_whose_last_save_fails(
 ) -> None:
     options: dict[str, Any] = {"train": {"steps": 4}, "checkpoint": {"every": 1, "keep": 2}}
     write_config(tmp_path, ranks=ranks, runs_dir="runs", **options)
-    (tmp_path / "full.py").write_text(FULL)
+    (tmp_path / "full.py").write_text(FULL, encoding="utf-8")
     folder = tmp_path / "runs" / "small" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / ".step_00000002.removed").symlink_to(tmp_path)

@@ -57,15 +57,15 @@ def test_the_command_ends_with_75_and_goes_on_when_it_is_run_again(tmp_path: Pat
         process = CONTEXT.Process(target=_main_in_child, args=(str(tmp_path), ["--config", config], streams))
         process.start()
         deadline = time.monotonic() + 60
-        while not (log.exists() and "step 3/2000" in log.read_text()):
+        while not (log.exists() and "step 3/2000" in log.read_text(encoding="utf-8")):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGTERM)
         process.join(60)
-        assert process.exitcode == 75, (Path(streams) / "err").read_text()
+        assert process.exitcode == 75, (Path(streams) / "err").read_text(encoding="utf-8")
     (checkpoint,) = all_checkpoints(tmp_path / "runs/small/checkpoints")
     step = verify(checkpoint).facts.step
-    assert f"stopped after step {step}; run the same command again" in log.read_text()
+    assert f"stopped after step {step}; run the same command again" in log.read_text(encoding="utf-8")
     again = pretrain(tmp_path, "--config", config, f"train.steps={step + 2}")
     assert again.code == 0, again.err
     assert f"continuing from runs/small/checkpoints/{checkpoint.name}" in again.out

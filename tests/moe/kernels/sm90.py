@@ -66,7 +66,7 @@ def main() -> None:
         SIZES.update(sizes)
         for part in launches(all_dtypes=not name):
             case = name + part
-    Path(sys.argv[1]).write_text(json.dumps(reports))
+    Path(sys.argv[1]).write_text(json.dumps(reports), encoding="utf-8")
 
 
 def launches(all_dtypes: bool) -> Iterator[str]:
@@ -100,9 +100,9 @@ def report(kernel: Any) -> dict[str, int]:
     ptx = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
+        source.write_text(ptx, encoding="utf-8")
         command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder) / "cubin")]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        log = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8").stderr
     counts = {name: sum(map(int, re.findall(rf"(\d+) bytes {name}", log))) for name in ("spill stores", "spill loads")}
     counts["registers"] = int(re.findall(r"Used (\d+) registers", log)[0])
     counts["double precision"] = ptx.count(".f64")

@@ -145,21 +145,21 @@ def test_a_malformed_table_is_refused_by_file_key_and_remedy(
     else:
         inside[place[-1]] = value
     path = tmp_path / "blocks.json"
-    path.write_text(json.dumps(table))
+    path.write_text(json.dumps(table), encoding="utf-8")
     with pytest.raises(ValueError, match=f"blocks.json: .*{message}"):
         blocks.read(path)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "blocks.json"
-    path.write_text(blocks.TABLE.read_text()[:-9])
+    path.write_text(blocks.TABLE.read_text(encoding="utf-8")[:-9], encoding="utf-8")
     with pytest.raises(ValueError, match=r"blocks.json: not JSON .* restore the file"):
         blocks.read(path)
 
 
 def test_an_installed_package_has_every_file_that_is_no_module() -> None:
     package = Path(dsmoe.__file__).parent
-    project = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))
     shipped = project["tool"]["setuptools"]["package-data"]
     found = [file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")]
     assert blocks.TABLE in found

@@ -19,9 +19,9 @@ def test_kernels_compile_for_sm90_without_spills_in_whole_vectors(tmp_path: Path
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     found = tmp_path / "reports.json"  # stdout is not ours alone: DeepSpeed warns there of an accelerator it guesses
     command = [sys.executable, "-m", "tests.moe.kernels.sm90", str(found)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    reports = json.loads(found.read_text())
+    reports = json.loads(found.read_text(encoding="utf-8"))
     assert len(reports) == 22 + 12 * (2 if "sm_90" in read(TABLE) else 1)
     for name, report in reports.items():
         assert report["spill stores"] == report["spill loads"] == 0, (name, report)
