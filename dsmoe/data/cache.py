@@ -19,7 +19,7 @@ import numpy as np
 
 from dsmoe.config.errors import UserError, system_error
 from dsmoe.config.schema import Config, Data, Source
-from dsmoe.data.corpora import corpus_state, documents
+from dsmoe.data.corpora import corpus_state, documents, source_state
 from dsmoe.data.look import look_first
 from dsmoe.data.meta import (
     FORMAT_VERSION,
@@ -27,6 +27,7 @@ from dsmoe.data.meta import (
     PARTS,
     Meta,
     document_file,
+    made_of_lost_text,
     old_formats,
     read_meta,
     token_file,
@@ -35,6 +36,7 @@ from dsmoe.data.meta import (
 from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_documents
 from dsmoe.data.packing import Packed, copy_documents, document_hash, pack
 from dsmoe.data.partial import in_the_making
+from dsmoe.data.problems import LostCorpusError
 from dsmoe.data.sequences import Sequences
 from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
 from dsmoe.data.stored import (
@@ -201,13 +203,22 @@ def _prepare_source(
 
 def _place(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> tuple[Path, dict[str, Any]]:
     """Name the folder of `source` and everything that decides what is in it."""
-    recipe = {
+    recipe: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "source": corpus_state(source),
+        "source": source_state(source),
         "tokenizer": tokenizer.identity,
         "seed": data.seed,
         "validation_fraction": data.validation_fraction,
     }
+    try:
+        recipe["source"] = corpus_state(source)
+    except LostCorpusError as error:
+        del recipe["source"]["path"]
+        made = made_of_lost_text(cache_dir, source.name, recipe)
+        if made is None:
+            raise
+        logger.info("%s: its tokens are taken from %s, which was made of it", error, made[0])
+        return made
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode("utf-8")).hexdigest()[:16]
     return cache_dir / f"{source.name}-{fingerprint}", recipe
 

@@ -61,9 +61,7 @@ def corpus_state(source: Source) -> dict[str, Any]:
     Raises:
         UserError: as `corpus_files`.
     """
-    # A default that is new would make every cache anew.
-    new = {"bad_records"} if source.bad_records == "refuse" else set()
-    state: dict[str, Any] = source.model_dump(exclude={"weight", *new})
+    state = source_state(source)
     if source.hub is not None:
         return state
     if source.path == "builtin:python":
@@ -78,6 +76,13 @@ def corpus_state(source: Source) -> dict[str, Any]:
         )
         digest.update(json.dumps(identity).encode("utf-8"))
     return {**state, "num_files": len(files), "files": f"sha256:{digest.hexdigest()}"}
+
+
+def source_state(source: Source) -> dict[str, Any]:
+    """That part of `corpus_state` which the config says."""
+    # A default that is new would make every cache anew.
+    new = {"bad_records"} if source.bad_records == "refuse" else set()
+    return source.model_dump(exclude={"weight", *new})
 
 
 def _all_records(source: Source, cache_dir: Path) -> Iterator[str | BadRecord]:

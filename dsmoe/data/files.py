@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.data import streams
-from dsmoe.data.problems import shown, source_error
+from dsmoe.data.problems import LostCorpusError, shown, source_error
 from dsmoe.data.readers import data_suffix
 
 BUILTIN_PREFIX = "builtin:"
@@ -105,14 +106,15 @@ def _files_at_path(source: Source) -> Found:
             return _folder_files(source, path)
         if os.path.lexists(path):
             what = "a link that leads nowhere" if not path.exists() else _SPECIAL
-            raise source_error(source, "path", f"{shown(path)} is {what}")
+            kind = UserError if path.exists() else LostCorpusError
+            raise source_error(source, "path", f"{shown(path)} is {what}", kind)
         if glob.has_magic(source.path):
             return _glob_files(source, path)
     except OSError as error:  # a folder that may not be listed, or a name that no system takes
         raise source_error(
             source, "path", f"{shown(error.filename or path)} cannot be listed ({error.strerror})"
         ) from error
-    raise source_error(source, "path", f"there is no file or folder {shown(path)}")
+    raise source_error(source, "path", f"there is no file or folder {shown(path)}", LostCorpusError)
 
 
 def _folder_files(source: Source, folder: Path) -> Found:
@@ -161,7 +163,8 @@ def _glob_files(source: Source, path: Path) -> Found:
     found.files = sorted(_each_once((Path(name) for name in names), found), key=str)
     if not found.files:
         problem = f"no file matches the glob {shown(path)}"
-        raise source_error(source, "path", "; ".join([problem, *found.what_is_left_out()]))
+        left_out = found.what_is_left_out()
+        raise source_error(source, "path", "; ".join([problem, *left_out]), UserError if left_out else LostCorpusError)
     return found
 
 

@@ -17,6 +17,8 @@ META = "meta.json"
 FORMAT_VERSION = 2
 """1 had no checksums, and another split."""
 PARTS = ("train", "validation")
+_OF_FILES = ("path", "num_files", "files")
+"""Of a recipe's source, what says where its text is, and which."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -114,6 +116,30 @@ def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
     if json.dumps(meta.recipe, sort_keys=True) != json.dumps(recipe, sort_keys=True):
         raise DamagedCacheError(folder, f"{META} is that of another corpus, tokenizer or split")
     return meta
+
+
+def made_of_lost_text(cache_dir: Path, name: str, recipe: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The folder that was made by `recipe` of text that is not there any more, with its own recipe.
+
+    Args:
+        cache_dir: where the folders are.
+        name: the source's.
+        recipe: what decides its contents, but for what the text's files are.
+
+    Returns:
+        None where there is none, or more than one: of different texts.
+    """
+    found = []
+    for folder in sorted(cache_dir.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}")):
+        try:
+            own = json.loads((folder / META).read_bytes())["recipe"]
+            source = {key: value for key, value in own["source"].items() if key not in _OF_FILES}
+            same = json.dumps({**own, "source": source}, sort_keys=True) == json.dumps(recipe, sort_keys=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        if same:
+            found.append((folder, own))
+    return found[0] if len(found) == 1 else None
 
 
 def old_formats(cache_dir: Path, name: str) -> Iterator[tuple[Path, object]]:

@@ -44,9 +44,13 @@ class BadFileError(Exception):
         self.problem = problem
 
 
-def source_error(source: Source, key: str, problem: str) -> UserError:
+class LostCorpusError(UserError):
+    """There is nothing at a source's path."""
+
+
+def source_error(source: Source, key: str, problem: str, kind: type[UserError] = UserError) -> UserError:
     """Make the error about one key of one source."""
-    return UserError(f"data.sources[{source.name}].{key}: {shown(problem)}")
+    return kind(f"data.sources[{source.name}].{key}: {shown(problem)}")
 
 
 def shown(text: Path | str) -> str:

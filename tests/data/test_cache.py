@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -83,6 +84,35 @@ def test_counts(corpus: Path, make_config: MakeConfig) -> None:
     assert source.max_token == EOD
     with pytest.raises(ValueError, match="read-only"):
         source.train[0] = 1
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "glob", "dangling link"])
+def test_the_text_need_not_stay_where_it_was(
+    what: str, tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "corpora"
+    folder.mkdir()
+    write_corpus(folder / "a.jsonl", [f"document number {n}" for n in range(100)])
+    path = {"file": folder / "a.jsonl", "folder": folder, "glob": folder / "*.jsonl", "dangling link": tmp_path / "l"}
+    (tmp_path / "l").symlink_to(folder / "a.jsonl")
+    made = prepare_one(make_config(spec(path[what])))
+    shutil.rmtree(folder)
+    with caplog.at_level(logging.INFO):
+        found = prepare_one(make_config(spec(path[what], weight=2.0)))
+    assert (found.folder, found.text) == (made.folder, made.text)
+    assert f"its tokens are taken from {made.folder}, which was made of it" in caplog.text
+    for other in ({"seed": 5}, {"validation_fraction": 0.2}):  # another split needs the text
+        with pytest.raises(UserError, match=r"there is no file|no file matches|leads nowhere"):
+            prepare_one(make_config(spec(path[what]), data=other))
+
+
+def test_of_two_texts_that_are_gone_neither_is_taken(tmp_path: Path, make_config: MakeConfig) -> None:
+    for number in range(2):
+        write_corpus(tmp_path / "a.jsonl", [f"document number {n + 1000 * number}" for n in range(100 + number)])
+        prepare_one(make_config(spec(tmp_path / "a.jsonl")))
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match="there is no file or folder"):
+        prepare_one(make_config(spec(tmp_path / "a.jsonl")))
 
 
 def test_equal_texts_stay_on_one_side(tmp_path: Path, make_config: MakeConfig) -> None:
