@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from dsmoe.data.meta import (
 from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_documents
 from dsmoe.data.packing import Packed, copy_documents, document_hash, pack
 from dsmoe.data.partial import in_the_making
+from dsmoe.data.prepared import PreparedSource
 from dsmoe.data.problems import LostCorpusError
 from dsmoe.data.sequences import Sequences
 from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
@@ -60,58 +61,6 @@ _VERIFIED: dict[tuple[Any, ...], bool] = {}
 """The folders that were checked in this process, with the states of their files: whether all of their bytes were."""
 _NO_ROOM = {errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """What only writing meets, and nothing but the cache is written; such an error often names no file."""
-
-
-@dataclass(frozen=True)
-class PreparedSource:
-    """The token files of one source. Tokens include the end-of-document tokens; bytes are those of the UTF-8 text."""
-
-    name: str
-    weight: float
-    folder: Path
-    dtype: np.dtype
-    train_tokens: int
-    train_bytes: int
-    validation_tokens: int
-    validation_bytes: int
-    max_token: int
-    """No token is larger."""
-    text: str = ""
-    """Checksum of the training tokens, and of the held-out ones."""
-    left_out: tuple[tuple[int, int], ...] = ()
-    """Ranges of training tokens, in order, that another source of the run holds out: they are not to be trained on."""
-
-    @property
-    def validation_bytes_per_token(self) -> float:
-        """Bytes of validation text per validation token; nats per token / ln 2 / this is bits per byte."""
-        return self.validation_bytes / self.validation_tokens
-
-    @property
-    def train(self) -> np.ndarray:
-        """The tokens that are trained on, to look at: read-only, unchecked, `[tokens]` of `dtype`.
-
-        A map of the file; where something is `left_out`, a copy of the rest in memory.
-        """
-        tokens = np.memmap(self.folder / token_file("train"), dtype=self.dtype, mode="r")
-        if not self.left_out:
-            return tokens
-        kept = np.split(tokens, np.array(self.left_out).reshape(-1))[::2]
-        return np.concatenate(kept)
-
-    @property
-    def validation(self) -> np.memmap:
-        """The held-out tokens to look at, read-only, unchecked, `[validation_tokens]` of `dtype`."""
-        return np.memmap(self.folder / token_file("validation"), dtype=self.dtype, mode="r")
-
-    @property
-    def train_file(self) -> TokenFile:
-        """The training tokens, checked wherever they are read."""
-        return TokenFile(self.folder / token_file("train"), self.dtype, self.train_tokens, self.max_token)
-
-    @property
-    def validation_file(self) -> TokenFile:
-        """The held-out tokens, checked wherever they are read."""
-        return TokenFile(self.folder / token_file("validation"), self.dtype, self.validation_tokens, self.max_token)
 
 
 def prepare(config: Config, check: int | None = None) -> list[PreparedSource]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from dsmoe.config.schema import Config
-from dsmoe.data.cache import PreparedSource
 from dsmoe.data.order import Mixture
+from dsmoe.data.prepared import PreparedSource
 from dsmoe.data.sequences import Sequences
 from dsmoe.data.stored import TokenFile
 from dsmoe.plan.batch import eval_sequences

@@ -29,7 +29,7 @@ def claims_of_data(sources: Sequence[PreparedSource]) -> dict[str, str]:
     """What each source has, by its checksums: nodes may have caches of their own, or corpora."""
     return {
         f"data.sources {source.name}": f"{source.train_tokens:,} training and {source.validation_tokens:,} held-out "
-        f"tokens, checksum {hashlib.sha256(f'{source.text} {source.left_out}'.encode()).hexdigest()[:12]}"
+        f"tokens, checksum {source.checksum}"
         for source in sources
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ class Order:
             seed=config.data.seed,
             shares={source.name: source.weight / total for source in sources},
             sequences={source.name: length for source, length in zip(sources, lengths, strict=True)},
-            texts={source.name: _text_of(source) for source in sources},
+            texts={source.name: source.checksum for source in sources},
         )
 
     @classmethod
@@ -88,10 +87,6 @@ class Order:
 
 
 _ORDER = TypeAdapter(Order)
-
-
-def _text_of(source: PreparedSource) -> str:
-    return hashlib.sha256(f"{source.text} {source.left_out}".encode()).hexdigest()[:16]
 
 
 def changed_order(checkpoint: Path, facts: Facts, config: Config, here: Order) -> str | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
-import itertools
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ import torch
 
 from dsmoe.config.errors import describe
 from dsmoe.parallel.watch import Watch, within
+from dsmoe.plan.text import rank_names
 
 FOLDER = "failures"
 KEPT_FOLDERS = 5
@@ -166,7 +166,8 @@ class Reports:
         for rank in range(ranks):
             together.setdefault(places.get(rank, "no report"), []).append(rank)
         lines = [f"where each rank stood is in {self.folder} ({len(places)} of {ranks} have written):"]
-        lines += [f"  {_ranks(who)}: {place}" for place, who in sorted(together.items(), key=lambda item: len(item[1]))]
+        fewest_first = sorted(together.items(), key=lambda item: len(item[1]))
+        lines += [f"  {rank_names(who)}: {place}" for place, who in fewest_first]
         text = "\n".join(lines)
         for path in (self.folder / "summary.txt", self.folder.parents[1] / "train.log"):
             with (
@@ -289,10 +290,3 @@ def _innermost(stack: traceback.StackSummary) -> str:
 def _shown(file: str) -> str:
     """A file's path from the folder of packages that it is in."""
     return file.split("/site-packages/")[-1].removeprefix(f"{Path(_PACKAGE).parent}/")
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """`ranks 0-2, 5`."""
-    runs = [[rank for _, rank in run] for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(parts)}"
