@@ -316,8 +316,9 @@ def _facts(entry: dict[str, Any]) -> Facts:
     facts = Facts(**entry)
     counts = {name: getattr(facts, name) for name in ("step", "tokens", "skipped_steps", "schedule_step")}
     wrong = [name for name, value in counts.items() if not are_sizes([value])]
-    texts = {"optimizer": str, "config": dict, "layout": dict, "versions": dict, "corpora": dict}
-    wrong += [name for name, kind in texts.items() if type(getattr(facts, name)) is not kind]
+    kinds = {"optimizer": str, "config": dict, "layout": dict, "versions": dict, "corpora": dict}
+    kinds |= {"order": dict, "held_out": str}
+    wrong += [name for name, kind in kinds.items() if type(getattr(facts, name)) is not kind]
     if facts.validation_loss is not None and type(facts.validation_loss) not in (int, float):
         wrong.append("validation_loss")
     if not wrong and not all(are_sizes(sizes) for sizes in facts.corpora.values()):

@@ -121,7 +121,7 @@ class Mortal:
 def save_small(folder: Path, step: int, keep: int = 2) -> None:
     """What `Checkpoints` does on the disk, with next to nothing to save."""
     parts = [whole_part("model/w", torch.full((3, 4), float(step))), whole_part("step/w", torch.tensor(0.0))]
-    facts = Facts(step, 0, 0, step, float(step), "AdamW", {"name": "small"}, {}, {})
+    facts = Facts(step, 0, 0, step, float(step), "AdamW", {"name": "small", "model": {}, "train": {}}, {}, {})
     writer = FolderWriter(folder / checkpoint_name(step), facts)
     dcp.save(by_key(parts), storage_writer=writer, planner=PartsSavePlanner())
     remove_old(folder, CheckpointSection(keep=keep))
