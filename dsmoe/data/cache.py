@@ -51,6 +51,7 @@ from dsmoe.data.stored import (
     verify,
 )
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
+from dsmoe.durable import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ VERIFIED_AT_START = 8 << 30
 
 _VERIFIED: dict[tuple[Any, ...], bool] = {}
 """The folders that were checked in this process, with the states of their files: whether all of their bytes were."""
+_said: set[Path] = set()
+"""The folders that are used without their text, of which the log has been told."""
 _NO_ROOM = {errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """What only writing meets, and nothing but the cache is written; such an error often names no file."""
 
@@ -83,7 +86,7 @@ def prepare(config: Config, check: int | None = None) -> list[PreparedSource]:
             before anything is tokenised; `cache_dir` cannot be used or has a damaged file; or a part is shorter than
             one sequence.
     """
-    cache_dir = Path(config.data.cache_dir).expanduser().absolute()
+    cache_dir = Path(config.data.cache_dir).absolute()
     with _blaming(cache_dir):
         places: dict[str, tuple[Path, dict[str, Any]]] = {}
 
@@ -162,11 +165,12 @@ def _place(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) ->
     try:
         recipe["source"] = corpus_state(source)
     except LostCorpusError as error:
-        del recipe["source"]["path"]
         made = made_of_lost_text(cache_dir, source.name, recipe)
         if made is None:
             raise
-        logger.info("%s: its tokens are taken from %s, which was made of it", error, made[0])
+        if made[0] not in _said:
+            _said.add(made[0])
+            logger.warning("%s: its tokens are taken from %s, which was made of what was there", error, made[0])
         return made
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode("utf-8")).hexdigest()[:16]
     return cache_dir / f"{source.name}-{fingerprint}", recipe
@@ -247,18 +251,20 @@ def _write_part(partial: Path, part: str, packed: Packed, chosen_D: np.ndarray, 
 
 def _publish(partial: Path, folder: Path) -> None:
     """Make `partial` durable and rename it to `folder`, or leave it if another process was first."""
-    for path in (*partial.iterdir(), partial):
+    for path in partial.iterdir():
         _sync(path)
+    sync_folder(partial)
     try:
         os.rename(partial, folder)
     except OSError:
         if not folder.exists():
             raise
         logger.info("another process has prepared %s meanwhile; using its files", folder.name)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _sync(path: Path) -> None:
+    """Force a file onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

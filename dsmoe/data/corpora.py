@@ -82,7 +82,10 @@ def source_state(source: Source) -> dict[str, Any]:
     """That part of `corpus_state` which the config says."""
     # A default that is new would make every cache anew.
     new = {"bad_records"} if source.bad_records == "refuse" else set()
-    return source.model_dump(exclude={"weight", *new})
+    state = source.model_dump(exclude={"weight", *new})
+    if source.path is not None and not is_builtin(source):
+        state["path"] = str(Path(source.path).absolute())  # however the config spells it, and from wherever
+    return state
 
 
 def _all_records(source: Source, cache_dir: Path) -> Iterator[str | BadRecord]:

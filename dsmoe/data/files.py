@@ -98,7 +98,7 @@ def find_files(source: Source) -> Found:
 
 def _files_at_path(source: Source) -> Found:
     assert source.path is not None
-    path = Path(source.path).expanduser().absolute()
+    path = Path(source.path).absolute()
     try:
         if path.is_file():
             return Found([path])

@@ -17,8 +17,8 @@ META = "meta.json"
 FORMAT_VERSION = 2
 """1 had no checksums, and another split."""
 PARTS = ("train", "validation")
-_OF_FILES = ("path", "num_files", "files")
-"""Of a recipe's source, what says where its text is, and which."""
+_OF_FILES = ("num_files", "files")
+"""Of a recipe's source, what says which files were at its path."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -124,22 +124,25 @@ def made_of_lost_text(cache_dir: Path, name: str, recipe: Mapping[str, Any]) -> 
     Args:
         cache_dir: where the folders are.
         name: the source's.
-        recipe: what decides its contents, but for what the text's files are.
+        recipe: what decides its contents, the path of the text as well, but for which files were there.
 
     Returns:
-        None where there is none, or more than one: of different texts.
+        None where there is none, or several of different texts.
     """
     found = []
     for folder in sorted(cache_dir.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}")):
         try:
-            own = json.loads((folder / META).read_bytes())["recipe"]
+            content = json.loads((folder / META).read_bytes())
+            own, parts = content["recipe"], json.dumps([content[part]["token_file"] for part in PARTS])
             source = {key: value for key, value in own["source"].items() if key not in _OF_FILES}
             same = json.dumps({**own, "source": source}, sort_keys=True) == json.dumps(recipe, sort_keys=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if same:
-            found.append((folder, own))
-    return found[0] if len(found) == 1 else None
+            found.append((folder, own, parts))
+    if len({parts for _, _, parts in found}) != 1:
+        return None
+    return found[-1][:2]
 
 
 def old_formats(cache_dir: Path, name: str) -> Iterator[tuple[Path, object]]:

@@ -54,7 +54,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if name == "bytes":
         tokenizer: Tokenizer = ByteTokenizer()
     else:
-        tokenizer = _file_tokenizer(Path(name).expanduser().absolute(), end)
+        tokenizer = _file_tokenizer(Path(name).absolute(), end)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of data.tokenizer "

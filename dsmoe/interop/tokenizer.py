@@ -32,7 +32,7 @@ def tokenizer_files(config: Config, given: str | None) -> TokenizerFiles:
     if name == "bytes":
         text = byte_tokenizer_json()
     else:
-        path = Path(name).expanduser()
+        path = Path(name)
         if not path.is_file():
             raise UserError(
                 f"the tokenizer {path.absolute()} (data.tokenizer) is not there; say where it is with --tokenizer "

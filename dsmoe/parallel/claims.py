@@ -26,9 +26,13 @@ ASKED_RANKS = 64
 
 
 class DifferentRanksError(UserError):
-    """Ranks that have other settings, code or data than rank 0; on every rank, with one text."""
+    """Ranks that have other settings, code or data than rank 0, or cannot start; on every rank, with one text."""
 
     shared_by_all_ranks = True
+
+    def __init__(self, text: str, exit_code: int = UserError.exit_code) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Deviation:
     host: str
     claims: Claims
     error: str | None = None
+    exit_code: int = UserError.exit_code
+    """Of that error: 1 for what may be otherwise at another try, or on another host."""
 
 
 def digest(claims: Claims) -> str:
@@ -79,6 +85,11 @@ def explain(first: Claims, deviations: Sequence[Deviation], num_differing: int, 
             "the same config, data, packages and dsmoe:"
         )
     return "\n  - ".join([heading, *lines])
+
+
+def exit_code_of_all(deviations: Sequence[Deviation]) -> int:
+    """The highest: where one rank's trouble is a person's to mend, no other try will do."""
+    return max((one.exit_code for one in deviations), default=UserError.exit_code)
 
 
 def check_alike(claims: Claims) -> None:

@@ -16,7 +16,16 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsmoe.parallel.claims import ASKED_RANKS, Claims, Deviation, DifferentRanksError, deviation, digest, explain
+from dsmoe.parallel.claims import (
+    ASKED_RANKS,
+    Claims,
+    Deviation,
+    DifferentRanksError,
+    deviation,
+    digest,
+    exit_code_of_all,
+    explain,
+)
 from dsmoe.parallel.watch import STORE_SECONDS, LostRanksError
 
 WORD_SECONDS = 20.0
@@ -67,12 +76,12 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims) 
             if rank in asked:
                 first = json.loads(store.get(_key("claims")))
                 store.set(_key(f"{rank}/deviation"), json.dumps(asdict(deviation(rank, claims, first))))
-            raise DifferentRanksError(_verdict(store))
+            raise DifferentRanksError(*_verdict(store))
     except RuntimeError as error:
         raise LostRanksError(f"rank 0, at {address}:{port}, does not say that all ranks have come") from error
 
 
-def report_at_roll(error: str) -> bool:
+def report_at_roll(error: str, exit_code: int) -> bool:
     """Tell rank 0, which waits for all, why this rank cannot start; whether it has said so for all of them."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank == 0 or world == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -82,7 +91,7 @@ def report_at_roll(error: str) -> bool:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         _reach(address, port, limit)
         store = dist.TCPStore(address, port, world, False, limit, wait_for_workers=False, multi_tenant=True)
-        own = Deviation(rank, socket.gethostname(), {}, error)
+        own = Deviation(rank, socket.gethostname(), {}, error, exit_code)
         store.set(_key(f"{rank}/deviation"), json.dumps(asdict(own)))
         store.set(_key(rank), _ERROR)
         _verdict(store)
@@ -106,19 +115,20 @@ def _compare(store: dist.Store, keys: list[str], claims: Claims) -> None:
         store.wait(answers, timedelta(seconds=STORE_SECONDS))
     deviations = [Deviation(**json.loads(store.get(key))) for key in answers if store.check([key])]
     text = explain(claims, deviations, len(differing), len(keys))
-    store.set(_key("verdict"), text)
+    exit_code = exit_code_of_all(deviations)
+    store.set(_key("verdict"), json.dumps([text, exit_code]))
     deadline = time.monotonic() + HEARD_SECONDS
     while store.add(_key("heard"), 0) < len(keys) - 1 and time.monotonic() < deadline:
         time.sleep(0.05)
-    raise DifferentRanksError(text)
+    raise DifferentRanksError(text, exit_code)
 
 
-def _verdict(store: dist.Store) -> str:
-    """What rank 0 says of all of them."""
+def _verdict(store: dist.Store) -> tuple[str, int]:
+    """What rank 0 says of all of them, and the exit code."""
     store.wait([_key("verdict")], timedelta(seconds=REPORT_SECONDS))
-    text = store.get(_key("verdict")).decode()
+    text, exit_code = json.loads(store.get(_key("verdict")))
     store.add(_key("heard"), 1)
-    return text
+    return text, exit_code
 
 
 def _key(what: object) -> str:

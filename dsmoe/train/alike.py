@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,8 @@ from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 
+_PATHS = re.compile(r"data\.cache_dir|data\.tokenizer|data\.sources\.\d+\.path|cluster\.hostfile")
+"""Nodes may have these in places of their own: what is there is compared when it has been read (`claims_of_data`)."""
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow")
 """Of which another version may compute, read or exchange something else."""
 
@@ -21,7 +24,8 @@ def claims_of_run(config: Config) -> dict[str, str]:
     """The resolved config key by key, and what runs it."""
     packages = {name: _version(name) for name in PACKAGES}
     source = {"dsmoe's source": _source_digest()}
-    settings = {key: json.dumps(value) for key, value in flatten(config.model_dump(mode="json")).items()}
+    tree = flatten(config.model_dump(mode="json"))
+    settings = {key: json.dumps(value) for key, value in tree.items() if not _PATHS.fullmatch(key)}
     return {**settings, "python": platform.python_version(), **packages, **source}
 
 

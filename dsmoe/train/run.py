@@ -319,7 +319,7 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
     """
     if rank > 0:
         reason = text.removeprefix("error: ").rstrip()
-        if not (is_shared(error) or isinstance(error, LostRanksError)) and report_at_roll(reason):
+        if not (is_shared(error) or isinstance(error, LostRanksError)) and report_at_roll(reason, exit_code_of(error)):
             return
         first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
         if not (isinstance(error, HostError) and first_of_host):

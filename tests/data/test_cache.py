@@ -100,10 +100,37 @@ def test_the_text_need_not_stay_where_it_was(
     with caplog.at_level(logging.INFO):
         found = prepare_one(make_config(spec(path[what], weight=2.0)))
     assert (found.folder, found.text) == (made.folder, made.text)
-    assert f"its tokens are taken from {made.folder}, which was made of it" in caplog.text
+    assert f"its tokens are taken from {made.folder}, which was made of what was there" in caplog.text
+    for elsewhere in (tmp_path / "mistyped.jsonl", tmp_path / "corpora" / "mistyped" / "*.jsonl"):
+        with pytest.raises(UserError, match=r"there is no file|no file matches"):
+            prepare_one(make_config(spec(elsewhere)))
     for other in ({"seed": 5}, {"validation_fraction": 0.2}):  # another split needs the text
         with pytest.raises(UserError, match=r"there is no file|no file matches|leads nowhere"):
             prepare_one(make_config(spec(path[what]), data=other))
+
+
+def test_of_one_text_whose_file_was_touched_either_folder_will_do(tmp_path: Path, make_config: MakeConfig) -> None:
+    write_corpus(tmp_path / "a.jsonl", [f"document number {n}" for n in range(100)])
+    made = []
+    for moment in (1, 2):
+        os.utime(tmp_path / "a.jsonl", (moment, moment))
+        made.append(prepare_one(make_config(spec(tmp_path / "a.jsonl"))))
+    assert made[0].folder != made[1].folder
+    (tmp_path / "a.jsonl").unlink()
+    assert prepare_one(make_config(spec(tmp_path / "a.jsonl"))).text == made[0].text
+
+
+def test_a_path_is_one_however_it_is_written(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "a.jsonl", [f"document number {n}" for n in range(100)])
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    folders = {prepare_one(make_config(spec(tmp_path / "a.jsonl"))).folder}
+    monkeypatch.chdir(tmp_path)
+    folders.add(prepare_one(make_config({**spec(tmp_path / "a.jsonl"), "path": "a.jsonl"})).folder)
+    folders.add(prepare_one(make_config({**spec(tmp_path / "a.jsonl"), "path": "./a.jsonl"})).folder)
+    assert len(folders) == 1
 
 
 def test_of_two_texts_that_are_gone_neither_is_taken(tmp_path: Path, make_config: MakeConfig) -> None:

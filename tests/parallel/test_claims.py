@@ -22,11 +22,12 @@ HOST = socket.gethostname()
 
 
 def come(rank: int, world: int, port: str, claims: dict[str, str] | str, folder: Path) -> None:
-    """Join with claims, or report at the roll why not; the file has what comes of it."""
+    """Join with claims, or report at the roll why not, and the exit code; the file has what comes of it."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if isinstance(claims, str):
-        result = f"rank 0 has said so: {report_at_roll(claims)}"
+        code, _, reason = claims.partition(" ")
+        result = f"rank 0 has said so: {report_at_roll(reason, int(code))}"
     else:
         try:
             join_processes("cpu", timedelta(seconds=30), claims=claims)
@@ -34,7 +35,7 @@ def come(rank: int, world: int, port: str, claims: dict[str, str] | str, folder:
             result = "joined"
             leave_processes()
         except DifferentRanksError as error:
-            result = str(error)
+            result = f"{error.exit_code} {error}"
     (folder / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -61,7 +62,7 @@ def test_what_differs_is_named_with_both_values_and_the_ranks(tmp_path: Path) ->
     assert (
         results
         == [
-            "4 ranks of 5 would not train what rank 0 does; "
+            "2 4 ranks of 5 would not train what rank 0 does; "
             "give every host the same config, data, packages and dsmoe:\n"
             f"  - optimizer.lr: 0.001 on rank 0; 0.01 on ranks 1-3 ({HOST})\n"
             f"  - torch: 2.13.0 on rank 0; 2.11.0 on rank 3 ({HOST})\n"
@@ -71,9 +72,10 @@ def test_what_differs_is_named_with_both_values_and_the_ranks(tmp_path: Path) ->
     )
 
 
-def test_a_rank_that_cannot_start_is_spoken_for(tmp_path: Path) -> None:
-    text = f"1 rank of 3 cannot start:\n  - rank 2 on {HOST}: moe.num_expert: unknown key"
-    assert results_of([SAME, SAME, "moe.num_expert: unknown key"], tmp_path) == [
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_rank_that_cannot_start_is_spoken_for(code: int, tmp_path: Path) -> None:
+    text = f"{code} 1 rank of 3 cannot start:\n  - rank 2 on {HOST}: moe.num_expert: unknown key"
+    assert results_of([SAME, SAME, f"{code} moe.num_expert: unknown key"], tmp_path) == [
         text,
         text,
         "rank 0 has said so: True",
@@ -83,7 +85,7 @@ def test_a_rank_that_cannot_start_is_spoken_for(tmp_path: Path) -> None:
 def test_a_rank_alone_reports_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert not report_at_roll("anything")
+    assert not report_at_roll("anything", 2)
 
 
 def compared(claims_by_rank: list[dict[str, str]]) -> str:
