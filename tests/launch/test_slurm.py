@@ -184,7 +184,8 @@ def test_another_folders_scripts_name_the_program_by_its_path(monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     files = slurm.job(Request(config, "/c.yaml", (), "scripts")).files
     for name in ("pretrain", "preflight"):
-        assert f"python {REPOSITORY}/launch/{name}.py --config /c.yaml" in files[f"{name}.sbatch"]
+        program = shlex.quote(f"{REPOSITORY}/launch/{name}.py")
+        assert f"python {program} --config /c.yaml" in files[f"{name}.sbatch"]
 
 
 def test_sizes_are_the_configs() -> None:
