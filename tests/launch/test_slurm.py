@@ -132,7 +132,9 @@ def test_a_step_that_started_no_rank_is_not_a_run_that_is_done(cluster: Cluster)
 def test_a_rank_has_begun_by_the_file_that_every_start_writes(cluster: Cluster) -> None:
     """`environment.json` is a report: a run goes on, and ends well, where it cannot be written."""
     assert f"! $run/{TOKEN} -nt $run/{LOCK} " in script()
-    code, said = cluster.run("mkdir runs/mine/environment.json; touch -d '1 day ago' runs/mine/environment.json; " + BEGUN)
+    code, said = cluster.run(
+        "mkdir runs/mine/environment.json; touch -d '1 day ago' runs/mine/environment.json; " + BEGUN
+    )
     assert (code, "no rank has begun" in said) == (0, False)
 
 
