@@ -5,14 +5,18 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from dsmoe.config.errors import Problem
+from dsmoe.config.end_of_document import candidates, end_token, no_end_token
+from dsmoe.config.errors import Problem, UserError
 from dsmoe.config.partial import UnsoundError
 from dsmoe.config.paths import BUILTIN, NO_PATHS
 from dsmoe.config.schema import Config
+
+_CHECKPOINT = re.compile(r"/step_[0-9]+/manifest\.json$")
 
 
 def input_problems(config: Config) -> list[Problem]:
@@ -50,19 +54,23 @@ def _tokenizer(config: Config) -> Iterator[Problem]:
     if unreadable:
         return
     try:
-        tokens = _vocabulary(json.loads(Path(path).read_bytes()))
+        content = json.loads(Path(path).read_bytes())
+        tokens, special = _vocabulary(content), _special(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         yield key, f"{key}: {path} is not a JSON file of the `tokenizers` library; give `bytes` or a tokenizer.json"
         return
-    size, end = max(tokens.values(), default=-1) + 1, config.data.end_of_document
+    size = max(tokens.values(), default=-1) + 1
     if size > config.model.vocab_size:
         yield (
             "model.vocab_size",
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of data.tokenizer {path} "
             f"({size}); set model.vocab_size to {size} or more",
         )
-    if end is not None and end not in tokens:
-        yield "data.end_of_document", f"data.end_of_document ({end!r}) is no token of data.tokenizer {path}"
+    try:
+        if end_token(tokens, config.data.end_of_document, f"{key} {path}", special) is None:
+            yield "data.end_of_document", no_end_token(path, special)
+    except UserError as error:
+        yield "data.end_of_document", str(error)
 
 
 def _vocabulary(content: dict[str, object]) -> dict[str, int]:
@@ -74,6 +82,11 @@ def _vocabulary(content: dict[str, object]) -> dict[str, int]:
     if isinstance(vocabulary, list):  # a unigram model's: [token, score] each
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
     return {**vocabulary, **{token["content"]: int(token["id"]) for token in added}}
+
+
+def _special(content: dict[str, list[dict[str, str]]]) -> str:
+    """Of the tokens that were added, those that may end a document, for a message."""
+    return candidates(token["content"] for token in content.get("added_tokens") or [] if token.get("special"))
 
 
 def _hostfile(config: Config) -> Iterator[Problem]:
@@ -91,8 +104,15 @@ def _checkpoints(config: Config) -> Iterator[Problem]:
         unreadable = list(_unreadable(key, path))
         yield from unreadable
         folder = Path(path)
-        if not (unreadable or (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir()):
+        if unreadable or (folder / "manifest.json").is_file():
+            continue
+        saved = folder / "checkpoints"
+        if not saved.is_dir():
             yield key, f"{key}: {path} is neither a checkpoint nor a run's folder"
+        elif not os.access(saved, os.R_OK | os.X_OK):
+            yield key, f"{key}: {saved} cannot be read: permission denied"
+        elif not any(map(_CHECKPOINT.search, map(str, saved.glob("step_*/manifest.json")))):
+            yield key, f"{key} is the folder of a run, {path}, that has no whole checkpoint"
 
 
 def _unreadable(key: str, path: str) -> Iterator[Problem]:

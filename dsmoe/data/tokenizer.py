@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from dsmoe.config.end_of_document import candidates, end_token, no_end_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-
-END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
-"""Of which the first that a tokenizer has is taken, where `data.end_of_document` names none."""
-_MOST_CANDIDATES = 10
 
 
 class Tokenizer(Protocol):
@@ -70,11 +67,7 @@ def require_end_of_document(tokenizer: Tokenizer, config: Config) -> None:
         UserError: the vocabulary has no token of the usual names, and `data.end_of_document` does not say which.
     """
     if tokenizer.end_of_document is None:
-        raise UserError(
-            f"data.tokenizer {config.data.tokenizer} has none of the usual end-of-document tokens "
-            f"({', '.join(END_OF_DOCUMENT_NAMES)}), so that nothing would separate documents; set data.end_of_document "
-            f"to the token that follows each{tokenizer.candidates}"
-        )
+        raise UserError(no_end_token(config.data.tokenizer, tokenizer.candidates))
 
 
 class ByteTokenizer:
@@ -115,7 +108,8 @@ class FileTokenizer:
             self.identity += f" {end}"
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.candidates = _candidates(self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.candidates = candidates(token.content for token in added if token.special)
         token = end_token(vocabulary, end, f"data.tokenizer {path}", self.candidates)
         self.end_of_document = None if token is None else token[1]
 
@@ -127,27 +121,6 @@ class FileTokenizer:
         """Encode every text, on all cores."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
-
-
-def end_token(
-    vocabulary: Mapping[str, int], end: str | None, where: str, candidates: str = ""
-) -> tuple[str, int] | None:
-    """The token after every document, as text and number: `end`, or one of the usual names; None where there is none.
-
-    Raises:
-        UserError: `end`, which is data.end_of_document, is not in the vocabulary; with `where` that is from.
-    """
-    if end is not None and end not in vocabulary:
-        raise UserError(f"data.end_of_document ({end!r}) is no token of {where}; set it to one{candidates}")
-    names = END_OF_DOCUMENT_NAMES if end is None else (end,)
-    return next(((name, vocabulary[name]) for name in names if name in vocabulary), None)
-
-
-def _candidates(tokenizer: Any) -> str:
-    added = tokenizer.get_added_tokens_decoder().values()
-    names = sorted((token.content for token in added if token.special), key=lambda name: "end" not in name.lower())
-    more = ", ..." if len(names) > _MOST_CANDIDATES else ""
-    return f", for example of its special tokens: {', '.join(names[:_MOST_CANDIDATES])}{more}" if names else ""
 
 
 def _file_tokenizer(path: Path, end: str | None) -> FileTokenizer:

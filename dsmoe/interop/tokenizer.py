@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsmoe.config.end_of_document import END_OF_DOCUMENT_NAMES, end_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.data.tokenizer import END_OF_DOCUMENT_NAMES, ByteTokenizer, end_token
+from dsmoe.data.tokenizer import ByteTokenizer
 
 
 @dataclass(frozen=True)

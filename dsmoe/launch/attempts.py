@@ -88,9 +88,10 @@ def newest_checkpoint(folder: Path) -> int:
 
 
 def steps_taken(folder: Path) -> int | None:
-    """By the last line of metrics, the optimizer steps that have changed the weights; 0 where there is none.
+    """By the last line of metrics, the optimizer steps that have changed the weights; 0 where nothing was written yet.
 
-    None where the metrics cannot be read, or no line of them: then checkpoints alone tell how far a run is.
+    None where that is unknown, and checkpoints alone tell how far a run is: the metrics cannot be read, or no line of
+    them, or there are none of a run that has saved (it trains on where it cannot write them, or where they are gone).
 
     Skipped steps do not count: a run that has diverged gets further by them, from each checkpoint to the next failure.
     """
@@ -99,7 +100,7 @@ def steps_taken(folder: Path) -> int | None:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = file.read().splitlines()
     except FileNotFoundError:
-        return 0
+        lines = []
     except OSError:
         return None
     for line in reversed(lines):
@@ -108,7 +109,7 @@ def steps_taken(folder: Path) -> int | None:
             return int(metrics["step"] - metrics["optim/skipped_steps"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # an evaluation's; or cut off, by the end of a rank or as the first one of the tail
-    return None if lines else 0
+    return None if lines or newest_checkpoint(folder) else 0
 
 
 def _read(path: Path, job: str) -> Attempts:

@@ -76,7 +76,7 @@ until [[ $code ]]; do # a signal ends `wait`, not what is waited for
 done
 
 # srun's code is 0 also where it could start nothing. Ranks that have begun write this file anew.
-if [[ $code == 0 && ! $run/environment.json -nt $run/.lock ]]; then
+if [[ $code == 0 && ! $run/.token -nt $run/.lock ]]; then
     say "srun has ended with 0, and no rank has begun: see above"
     code=1
 fi

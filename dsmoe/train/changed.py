@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field
 
 from dsmoe.checkpoint.fit import Row, rows
 from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Config, Optimizer
+from dsmoe.config.schema import Config, NonNegativeInt, Optimizer, PositiveInt
 from dsmoe.data import PreparedSource
 from dsmoe.data.order import ORDER_VERSION, Mixture
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.text import quantity, table
+from dsmoe.train.recorded import SavedData, SavedOptimizer, SavedTrain, recorded
 from dsmoe.train.schedule import learning_rate
 
 _SAME = 1e-12
 """How far apart two shares are that differ by rounding: `weight: 0.3` beside 0.7, and 3 beside 7."""
 _SAME_RATE = 1e-6
+_OF_THE_RATE = ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")
+_WHOLE = 1e-9
+"""How far from 1 the sum of all shares may be by rounding."""
+
+_Count = Annotated[PositiveInt, Field(strict=True)]
+_Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+_Text = Annotated[str, Field(strict=True, min_length=1)]
 
 
 @dataclass(frozen=True)
 class Order:
     """In which order a run reads which text."""
 
-    version: int
+    version: _Count
     """Of the rules, `ORDER_VERSION`."""
-    seed: int
-    shares: dict[str, float]
+    seed: Annotated[NonNegativeInt, Field(strict=True)]
+    shares: dict[str, _Share]
     """Of the samples, by source."""
-    sequences: dict[str, int]
+    sequences: dict[str, _Count]
     """How many each source has to train on."""
-    texts: dict[str, str]
+    texts: dict[str, _Text]
     """Checksums of what each trains on and holds out."""
 
     @classmethod
@@ -59,21 +67,18 @@ class Order:
             DamagedError: what was recorded is not what dsmoe records.
         """
         if facts.order:
-            try:
-                return _ORDER.validate_python(facts.order)
-            except ValidationError as error:
-                where = ".".join(map(str, error.errors()[0]["loc"]))
-                raise DamagedError(
-                    f"{checkpoint} is damaged: facts.order.{where}: {error.errors()[0]['msg']}"
-                ) from None
-        data, length = facts.config["data"], facts.config["train"]["sequence_length"]
-        weights = {source["name"]: source["weight"] for source in data["sources"]}
+            order: Order = recorded(checkpoint, "facts.order", _RecordedOrder, facts.order)
+            return order
+        data: SavedData = recorded(checkpoint, "facts.config.data", SavedData, facts.config.get("data"))
+        train: SavedTrain = recorded(checkpoint, "facts.config.train", SavedTrain, facts.config.get("train"))
+        corpora: dict[str, tuple[int, int]] = recorded(checkpoint, "facts.corpora", _Corpora, facts.corpora)
+        weights = {source.name: source.weight for source in data.sources}
         total = math.fsum(weights.values())
         return cls(
             version=1,
-            seed=data["seed"],
+            seed=data.seed,
             shares={name: weight / total for name, weight in weights.items()},
-            sequences={name: (tokens - 1) // length for name, (tokens, _) in facts.corpora.items()},
+            sequences={name: (tokens - 1) // train.sequence_length for name, (tokens, _) in corpora.items()},
             texts={},
         )
 
@@ -86,7 +91,17 @@ class Order:
         return {name: round(share * samples) for name, share in self.shares.items()}
 
 
-_ORDER = TypeAdapter(Order)
+def _of_one_kind(order: Order) -> Order:
+    """Check what no field says by itself: the same sources everywhere, and shares of one whole."""
+    if not order.shares or not order.shares.keys() == order.sequences.keys() == order.texts.keys():
+        raise ValueError("shares, sequences and texts are not of the same sources, one or more")
+    if not math.isclose(math.fsum(order.shares.values()), 1, rel_tol=_WHOLE):
+        raise ValueError("shares are not those of one whole")
+    return order
+
+
+_RecordedOrder = Annotated[Order, AfterValidator(_of_one_kind)]
+_Corpora = dict[str, tuple[_Count, _Count]]
 
 
 def changed_order(checkpoint: Path, facts: Facts, config: Config, here: Order) -> str | None:
@@ -184,21 +199,33 @@ def _texts_differ(saved: Order, here: Order) -> bool:
 def changed_rate(checkpoint: Path, facts: Facts, config: Config) -> str | None:
     """What the learning rate jumps from and to where a run goes on from a checkpoint, and what to write instead.
 
-    None where it goes on as the saved config would have it.
+    None where it goes on as the saved config would have it, or stays as it was.
+
+    Raises:
+        DamagedError: what was recorded is not what dsmoe records.
     """
-    known = {key: value for key, value in facts.config["optimizer"].items() if key in Optimizer.model_fields}
-    saved = Optimizer.model_validate(known)
-    steps = _steps_of(facts.config)
-    return _jump(saved, steps, config.optimizer, Batch.from_config(config).steps, facts.schedule_step, str(checkpoint))
+    saved = recorded(checkpoint, "facts.config.optimizer", SavedOptimizer, facts.config.get("optimizer"))
+    train: SavedTrain = recorded(checkpoint, "facts.config.train", SavedTrain, facts.config.get("train"))
+    if facts.schedule_step > facts.step:
+        raise DamagedError(
+            f"{checkpoint} is damaged: facts.schedule_step: {facts.schedule_step} is past facts.step, {facts.step}"
+        )
+    steps = Batch.from_config(config).steps
+    return _jump(saved, train.length, config.optimizer, steps, facts.schedule_step, str(checkpoint))
 
 
 def rate_when_longer(config: Config, steps: int) -> str | None:
     """The same for a run that has come to its end and is made as long as `steps`."""
     optimizer, done = config.optimizer, Batch.from_config(config).steps
-    last, following = learning_rate(optimizer, done, done - 1), learning_rate(optimizer, steps, done)
-    if math.isclose(last, following, rel_tol=_SAME_RATE):
+    last, planned = (learning_rate(optimizer, done, step) for step in (done - 1, done))
+    following = learning_rate(optimizer, steps, done)
+    if _is_one_of(following, last, planned):
         return None
     return f"the learning rate jumps from {last:.3g} to {following:.3g}"
+
+
+def _is_one_of(rate: float, *others: float) -> bool:
+    return any(math.isclose(rate, other, rel_tol=_SAME_RATE) for other in others)
 
 
 def _jump(saved: Optimizer, saved_steps: int, here: Optimizer, steps: int, step: int, checkpoint: str) -> str | None:
@@ -206,23 +233,35 @@ def _jump(saved: Optimizer, saved_steps: int, here: Optimizer, steps: int, step:
         return None
     before, planned = (learning_rate(saved, saved_steps, s) for s in (step - 1, step))
     now = learning_rate(here, steps, step)
-    if math.isclose(planned, now, rel_tol=_SAME_RATE):
+    if _is_one_of(now, before, planned):
         return None
     planned_text = "its last" if step >= saved_steps else f"and {planned:.4g} was to follow"
-    held = f"optimizer.schedule=constant optimizer.lr={before:.6g} optimizer.min_lr=0 optimizer.warmup_steps=0"
-    if saved.decay_steps is not None:
-        held += " optimizer.decay_steps=null"
-    ways = [f"leave the length at {saved_steps} steps"]
-    if before > 0:
-        ways.append(f"hold the rate: name=NEW checkpoint.resume={checkpoint} {held}")
-    ways.append(f"begin another decay with these weights: name=NEW checkpoint.weights_from={checkpoint}")
     return (
         f"the learning rate jumps: step {step} of {saved_steps} ({saved.schedule}) had {before:.4g}, {planned_text}; "
-        f"step {step + 1} of {steps} ({here.schedule}) takes {now:.4g}. Without a jump: {'; or '.join(ways)}. A run "
-        f"whose length is open is best begun with optimizer.schedule=wsd, and lengthened before its decay"
+        f"step {step + 1} of {steps} ({here.schedule}) takes {now:.4g}. Without a jump: "
+        f"{'; or '.join(_without_a_jump(saved, saved_steps, here, steps, before, checkpoint))}"
+    ) + (
+        ". A run whose length is open is best begun with optimizer.schedule=wsd, and lengthened before its decay"
+        if steps != saved_steps
+        else ""
     )
 
 
-def _steps_of(config: Mapping[str, Any]) -> int:
-    train = config["train"]
-    return int(train["steps"] or train["tokens"] // train["batch_tokens"])
+def _without_a_jump(
+    saved: Optimizer, saved_steps: int, here: Optimizer, steps: int, before: float, checkpoint: str
+) -> list[str]:
+    """What to write instead; `before` is the last rate."""
+    left = [f"the length at {saved_steps} steps"] if steps != saved_steps else []
+    for key in _OF_THE_RATE:
+        was, now = getattr(saved, key), getattr(here, key)
+        if was != now:
+            left.append(f"optimizer.{key} at {'null' if was is None else was}")
+    ways = [f"leave {' and '.join(left)}"]
+    if before > 0:
+        # In as many digits as `_is_one_of` tells apart.
+        held = f"optimizer.schedule=constant optimizer.lr={before:.9g} optimizer.min_lr=0 optimizer.warmup_steps=0"
+        if here.decay_steps is not None:
+            held += " optimizer.decay_steps=null"
+        ways.append(f"hold the rate: name=NEW checkpoint.resume={checkpoint} {held}")
+    ways.append(f"begin another decay with these weights: name=NEW checkpoint.weights_from={checkpoint}")
+    return ways

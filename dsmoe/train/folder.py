@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.checkpoint.folder import Found, all_checkpoints, inspect, look, step_of
-from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest, UnreadableError
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
@@ -24,7 +24,7 @@ from dsmoe.data import PreparedSource
 from dsmoe.data.loader import train_sequences
 from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
-from dsmoe.train.changed import Order, changed_order
+from dsmoe.train.changed import Order, changed_order, changed_rate
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +176,23 @@ def check_order(beginning: Beginning, config: Config, sources: Sequence[Prepared
     """Check that the run reads on where its newest checkpoint stopped; before anything is written.
 
     Raises:
+        DamagedError: there are checkpoints, and what they record of their runs is not what dsmoe records.
         UserError: it would read other text, and `data.changed_order` does not accept it.
     """
-    if beginning.checkpoints:
-        newest = beginning.checkpoints[0]
+    damage = None
+    for checkpoint in beginning.checkpoints:
         here = Order.of_run(config, sources, [len(train_sequences(source, config)) for source in sources])
-        changed_order(newest, inspect(newest).facts, config, here)
+        try:
+            facts = inspect(checkpoint).facts
+            changed_rate(checkpoint, facts, config)
+            changed_order(checkpoint, facts, config, here)
+            return
+        except UnreadableError:
+            raise
+        except DamagedError as error:  # the run passes it over, as one whose files are damaged, and says so
+            damage = error
+    if damage is not None:
+        raise DamagedError(f"{damage}. Go on from another checkpoint, or move this one away to begin anew")
 
 
 def check_shared(folder: Path, token: str) -> None:

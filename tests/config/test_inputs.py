@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 
 from dsmoe.cli import main
-from dsmoe.config import ConfigError, dump_config, load_config
+from dsmoe.config import ConfigError, UserError, dump_config, load_config
 from dsmoe.config.schema import Config
 from dsmoe.config.synonyms import NOTES, SYNONYMS, meant_by
+from dsmoe.data import load_tokenizer
+from dsmoe.data.tokenizer import require_end_of_document
 
 from .recipes import VALID, problems_of, write
 
 
-def tokenizer(path: Path, size: int, **added: int) -> Path:
-    vocabulary = {f"t{number}": number for number in range(size)}
-    extra = [{"content": token, "id": number} for token, number in added.items()]
+def tokenizer(path: Path, size: int, end: str = "</s>", **added: int) -> Path:
+    vocabulary = {end: 0, **{f"t{number}": number for number in range(1, size)}}
+    flags = {"special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
+    extra = [{"content": token, "id": number, **flags} for token, number in added.items()]
     path.write_text(
         json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}, "added_tokens": extra}),
         encoding="utf-8",
@@ -60,6 +63,27 @@ def test_a_tokenizer_larger_than_the_vocabulary(size: int, added: dict[str, int]
     assert check(write(tmp_path, VALID), f"data.tokenizer={tokenizer(file, 257)}") == []
 
 
+def test_a_tokenizer_of_which_nothing_ends_a_document(tmp_path: Path) -> None:
+    """As `prepare` says it, in the same words."""
+    file = tokenizer(tmp_path / "tokenizer.json", 200, "t0", **{"<|begin|>": 200, "<|the end|>": 201})
+    path = write(tmp_path, VALID)
+    (problem,) = check(path, f"data.tokenizer={file}")
+    assert problem.startswith(f"data.tokenizer {file} has none of the usual end-of-document tokens (<|endoftext|>, ")
+    special = ", for example of its special tokens: <|the end|>, <|begin|>"
+    assert f"set data.end_of_document to the token that follows each{special} ({path}:" in problem
+    config = load_config(path, [f"data.tokenizer={file}"])
+    with pytest.raises(UserError) as refused:
+        require_end_of_document(load_tokenizer(config), config)
+    assert str(refused.value) in problem
+    (problem,) = check(path, f"data.tokenizer={file}", "data.end_of_document=<none>")
+    assert problem.startswith(
+        f"data.end_of_document ('<none>') is no token of data.tokenizer {file}; set it to one{special}"
+    )
+    for end in ("t7", "<|the end|>"):
+        assert check(path, f"data.tokenizer={file}", f"data.end_of_document={end}") == []
+    assert check(path) == []  # of bytes, 256
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"vocab": 3}}', "\x00", "[" * 100_000])
 def test_what_is_no_tokenizer(text: str, tmp_path: Path) -> None:
     file = write(tmp_path, text, "tokenizer.json")
@@ -75,10 +99,25 @@ def test_a_folder_in_place_of_a_tokenizer_and_of_a_checkpoint(tmp_path: Path) ->
     assert "is neither a checkpoint nor a run's folder" in second
 
 
+@pytest.mark.parametrize("key", ["checkpoint.resume", "checkpoint.weights_from"])
+def test_a_run_that_has_saved_nothing_is_no_checkpoint(key: str, tmp_path: Path) -> None:
+    path, run = write(tmp_path, VALID), tmp_path / "runs" / "other"
+    for name in ("step_00000008.partial", "step_00000009", "steps"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        if name != "step_00000009":
+            write(run / "checkpoints" / name, "{}", "manifest.json")
+    (problem,) = check(path, f"{key}={run}")
+    assert problem.startswith(f"{key} is the folder of a run, {run}, that has no whole checkpoint")
+    write(run / "checkpoints" / "step_00000009", "{}", "manifest.json")
+    assert check(path, f"{key}={run}") == []
+    assert check(path, f"{key}={run}/checkpoints/step_00000009") == []
+
+
 def test_it_answers_without_torch(tmp_path: Path) -> None:
-    tokenizer(tmp_path / "tokenizer.json", 3)
-    path = write(tmp_path, VALID)
-    command = f"main(['config', 'check', {str(path)!r}])"
+    file = tokenizer(tmp_path / "tokenizer.json", 3)
+    path, run = write(tmp_path, VALID), write(tmp_path, "{}", "run/checkpoints/step_1/manifest.json").parents[2]
+    more = [f"data.tokenizer={file}", f"checkpoint.weights_from={run}"]
+    command = f"assert main({['config', 'check', str(path), *more]}) == 0"
     code = f"import sys; from dsmoe.cli import main; {command}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
     assert done.stdout.splitlines()[-1] == "False"

@@ -141,10 +141,13 @@ def test_what_cannot_be_counted_is_tried_again_while_slurm_has_not_often(
     assert f"exit code 1, and {tmp_path}/attempts.json: Is a directory; " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("harm", ["folder", "damaged"])
+@pytest.mark.parametrize("harm", ["folder", "damaged", "missing", "empty"])
 def test_metrics_that_cannot_be_read_do_not_count_against_a_run_that_saves(harm: str, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    metrics.mkdir() if harm == "folder" else metrics.write_bytes(b"\xff\xfe" * 50 + b"\n" + b"[" * 5000)
+    if harm == "folder":
+        metrics.mkdir()
+    elif harm != "missing":
+        metrics.write_bytes(b"" if harm == "empty" else b"\xff\xfe" * 50 + b"\n" + b"[" * 5000)
     answers = []
     for step in range(1, 6):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)

@@ -19,6 +19,7 @@ from dsmoe import cli
 from dsmoe.config import UserError, load_config
 from dsmoe.launch import slurm
 from dsmoe.launch.job import Request, default_folder
+from dsmoe.train.folder import LOCK, TOKEN
 
 REPOSITORY = Path(__file__).parents[2]
 MIXTRAL = "configs/mixtral_8x7b.yaml"
@@ -101,7 +102,7 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-BEGUN = "touch runs/mine/environment.json"
+BEGUN = f"touch runs/mine/{TOKEN}"
 REQUEUED = "scontrol requeue 7\n"
 
 
@@ -126,6 +127,15 @@ def test_a_step_that_started_no_rank_is_not_a_run_that_is_done(cluster: Cluster)
         code, said = cluster.run("exit 0")
         assert (code, REQUEUED in said) == (1, again)
         assert "no rank has begun" in said
+
+
+def test_a_rank_has_begun_by_the_file_that_every_start_writes(cluster: Cluster) -> None:
+    """`environment.json` is a report: a run goes on, and ends well, where it cannot be written."""
+    assert f"! $run/{TOKEN} -nt $run/{LOCK} " in script()
+    code, said = cluster.run(
+        "mkdir runs/mine/environment.json; touch -d '1 day ago' runs/mine/environment.json; " + BEGUN
+    )
+    assert (code, "no rank has begun" in said) == (0, False)
 
 
 @pytest.mark.parametrize("squeue", ["exit 1", "true"])

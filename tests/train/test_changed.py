@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config import UserError, dump_config
 from dsmoe.config.schema import Config
 from dsmoe.data.order import Mixture
 from dsmoe.train.changed import Order, changed_order, changed_rate, rate_when_longer
+from dsmoe.train.schedule import learning_rate
 from dsmoe.train.summary import _next_steps
 from tests.train.layouts import small_config
 from tests.train.test_run import pretrain
@@ -141,6 +147,87 @@ def test_a_record_of_another_shape_is_damage(config: Config) -> None:
             changed_order(CHECKPOINT, replace(saved, order=wrong), config, SAVED)
 
 
+def _set(*path: str, to: object = None, missing: bool = False) -> Callable[[dict[str, Any]], object]:
+    """Another value, or none, at a path of the facts."""
+
+    def change(content: dict[str, Any]) -> None:
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        if missing:
+            del content[last]
+        else:
+            content[last] = to
+
+    return change
+
+
+def _of_old(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], None]:
+    """Facts from before the order was recorded, changed."""
+
+    def both(content: dict[str, Any]) -> None:
+        content["order"] = {}
+        change(content)
+
+    return both
+
+
+def _of_no_step(content: dict[str, Any]) -> None:
+    content["config"]["train"].update(steps=None, tokens=5, batch_tokens=256)
+
+
+WRONG = {
+    "share 0": ("facts.order.shares.web", _set("order", "shares", "web", to=0.0)),
+    "share of text": ("facts.order.shares.web", _set("order", "shares", "web", to="0.9")),
+    "no shares": ("facts.order", _set("order", "shares", to={})),
+    "share below 0": ("facts.order.shares.web", _set("order", "shares", "web", to=-1.0)),
+    "share that is no number": ("facts.order.shares.web", _set("order", "shares", "web", to=math.nan)),
+    "shares of more than all": ("facts.order", _set("order", "shares", "web", to=0.95)),
+    "a further share": ("facts.order", _set("order", "shares", to={"web": 0.8, "books": 0.1, "new": 0.1})),
+    "no sequences of one": ("facts.order", _set("order", "sequences", "web", missing=True)),
+    "0 sequences": ("facts.order.sequences.web", _set("order", "sequences", "web", to=0)),
+    "no texts": ("facts.order", _set("order", "texts", to={})),
+    "texts of others": ("facts.order", _set("order", "texts", to={"web": "aa", "q": "bb"})),
+    "a seed below 0": ("facts.order.seed", _set("order", "seed", to=-1)),
+    "version 0": ("facts.order.version", _set("order", "version", to=0)),
+    "no optimizer": ("facts.config.optimizer", _set("config", "optimizer", missing=True)),
+    "an optimizer of text": ("facts.config.optimizer", _set("config", "optimizer", to="x")),
+    "an lr of text": ("facts.config.optimizer.lr", _set("config", "optimizer", "lr", to="high")),
+    "no lr": ("facts.config.optimizer.lr", _set("config", "optimizer", "lr", missing=True)),
+    "lr without end": ("facts.config.optimizer.lr", _set("config", "optimizer", "lr", to=math.inf)),
+    "a huge warm-up": ("facts.config.optimizer.warmup_steps", _set("config", "optimizer", "warmup_steps", to=10**400)),
+    "no steps": ("facts.config.train", _set("config", "train", "steps", missing=True)),
+    "steps of text": ("facts.config.train.steps", _set("config", "train", "steps", to="x")),
+    "a batch of 0": ("facts.config.train.batch_tokens", _set("config", "train", "batch_tokens", to=0)),
+    "no whole step": ("facts.config.train", _of_no_step),
+    "a schedule ahead of the steps": ("facts.schedule_step", _set("schedule_step", to=10**18)),
+    "old, no data": ("facts.config.data", _of_old(_set("config", "data", missing=True))),
+    "old, no sources": ("facts.config.data.sources", _of_old(_set("config", "data", "sources", to=[]))),
+    "old, a source of text": ("facts.config.data.sources.0", _of_old(_set("config", "data", "sources", to=["x"]))),
+    "old, a seed of text": ("facts.config.data.seed", _of_old(_set("config", "data", "seed", to="x"))),
+    "old, a length of 0": (
+        "facts.config.train.sequence_length",
+        _of_old(_set("config", "train", "sequence_length", to=0)),
+    ),
+    "old, empty corpora": ("facts.corpora.s.0", _of_old(_set("corpora", to={"s": []}))),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_manifest_records_wrongly_is_damage_that_names_the_field(name: str, config: Config) -> None:
+    """Its checksum is right: somebody has written it so."""
+    field, change = WRONG[name]
+    content = copy.deepcopy(asdict(facts(config, SAVED)))
+    changed_order(CHECKPOINT, Facts(**content), config, SAVED)
+    changed_rate(CHECKPOINT, Facts(**content), config)
+    change(content)
+    with pytest.raises(DamagedError) as refused:  # noqa: PT012
+        changed_rate(CHECKPOINT, Facts(**content), config)
+        changed_order(CHECKPOINT, Facts(**content), config, SAVED)
+    assert str(refused.value).startswith(f"{CHECKPOINT} is damaged: {field}: ")
+    assert "\n" not in str(refused.value)
+
+
 def with_schedule(config: Config, steps: int, **optimizer: object) -> Config:
     return Config.model_validate(
         {
@@ -195,21 +282,52 @@ def test_a_jump_of_the_rate_is_said_with_numbers(
     assert found.groups() == jump
 
 
-def test_what_is_to_be_written_instead_has_no_jump(config: Config) -> None:
-    saved, longer = (with_schedule(config, steps, **SCHEDULES["cosine"]) for steps in (100, 200))
-    said = changed_rate(CHECKPOINT, facts(saved, SAVED, 100), longer)
+@pytest.mark.parametrize(
+    ("schedule", "saved_steps", "step", "steps"),
+    [
+        ("cosine", 100, 100, 200),
+        ("cosine", 20, 10, 40),  # in the middle, where the saved rate was to fall
+        ("cosine", 20, 10, 15),
+        ("cosine", 300, 97, 301 * 2),  # a rate of many digits
+        ("linear", 20, 13, 40),
+        ("wsd of 20", 100, 91, 200),
+    ],
+)
+def test_what_is_to_be_written_instead_has_no_jump(
+    schedule: str, saved_steps: int, step: int, steps: int, config: Config
+) -> None:
+    saved, longer = (with_schedule(config, number, **SCHEDULES[schedule]) for number in (saved_steps, steps))
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED, step), longer)
     assert said is not None
+    assert f"leave the length at {saved_steps} steps; or " in said
     overrides = dict(item.split("=") for item in re.findall(r"optimizer\.\S+=[^\s;]+", said.partition("whose")[0]))
-    held = with_schedule(longer, 200, **{key.removeprefix("optimizer."): _value(x) for key, x in overrides.items()})
+    changed = {key.removeprefix("optimizer."): yaml.safe_load(value) for key, value in overrides.items()}
+    held = with_schedule(longer, steps, **{**longer.optimizer.model_dump(), **changed, "lr": float(changed["lr"])})
     assert held.optimizer.schedule == "constant"
-    assert changed_rate(CHECKPOINT, facts(saved, SAVED, 100), held) is None
+    assert held.optimizer.decay_steps is None
+    assert changed_rate(CHECKPOINT, facts(saved, SAVED, step), held) is None
 
 
-def _value(text: str) -> object:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def test_a_rate_that_stays_is_no_jump(config: Config) -> None:
+    saved = with_schedule(config, 20, **SCHEDULES["linear"])
+    for rate in (learning_rate(saved.optimizer, 20, 9), learning_rate(saved.optimizer, 20, 10)):
+        here = with_schedule(config, 40, schedule="constant", lr=rate)
+        assert changed_rate(CHECKPOINT, facts(saved, SAVED, 10), here) is None
+        other = with_schedule(config, 40, schedule="constant", lr=1.01 * rate)
+        assert changed_rate(CHECKPOINT, facts(saved, SAVED, 10), other) is not None
+
+
+def test_what_is_to_be_left_as_it_was_is_what_differs(config: Config) -> None:
+    saved = with_schedule(config, 100, schedule="constant")
+    lowered = with_schedule(config, 100, schedule="constant", lr=2e-4)
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED), lowered)
+    assert said is not None
+    assert "Without a jump: leave optimizer.lr at 0.001; or hold the rate: " in said
+    assert "length" not in said
+    longer = with_schedule(config, 200, schedule="constant", lr=2e-4)
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED), longer)
+    assert said is not None
+    assert "leave the length at 100 steps and optimizer.lr at 0.001; or " in said
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))

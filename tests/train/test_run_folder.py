@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from dsmoe.checkpoint.folder import all_checkpoints, verify
+from dsmoe.checkpoint.manifest import MANIFEST, _sealed
 from dsmoe.cli import main as cli
 from dsmoe.config import UserError, load_config
 from dsmoe.config.errors import PassingError, exit_code_of
@@ -491,3 +492,31 @@ def test_how_a_run_ends_whose_last_save_fails(
     if code:
         assert "error: cannot save runs/small/checkpoints/step_00000004: " in outcome.err
         assert os.strerror(number) in outcome.err
+
+
+def record_wrongly(checkpoint: Path) -> None:
+    """Another learning rate than there is, with the checksum of that."""
+    content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    del content["sha256"]
+    content["facts"]["config"]["optimizer"]["lr"] = "high"
+    (checkpoint / MANIFEST).write_text(_sealed(content), encoding="utf-8")
+
+
+def test_a_checkpoint_that_records_its_run_wrongly_is_passed_over_as_any_damaged_one(work: Path) -> None:
+    run = work / "runs" / "small"
+    *_, earlier, newest = all_checkpoints(run / "checkpoints")
+    before = (run / "config.yaml").read_text(encoding="utf-8")
+    kept = {path: (path / MANIFEST).read_text(encoding="utf-8") for path in all_checkpoints(run / "checkpoints")}
+    for checkpoint in kept:
+        record_wrongly(checkpoint)
+    none = start(work, "train.steps=5")
+    assert (none.code, "Traceback" in none.err) == (2, False)
+    assert re.search(
+        r"^error: \S+ is damaged: facts\.config\.optimizer\.lr: .+move this one away", none.err, re.MULTILINE
+    )
+    assert (run / "config.yaml").read_text(encoding="utf-8") == before
+    (earlier / MANIFEST).write_text(kept[earlier], encoding="utf-8")
+    one = start(work, "train.steps=5")
+    assert one.code == 0, one.err
+    assert f"passed over: runs/small/checkpoints/{newest.name} is damaged: facts.config.optimizer.lr: " in one.out
+    assert f"continuing from runs/small/checkpoints/{earlier.name}" in one.out
