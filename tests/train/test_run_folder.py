@@ -124,14 +124,14 @@ def test_a_lock_is_taken_once_by_a_process_and_again_when_the_folder_is_another(
     config = layout_config(tmp_path)
     claim_run_folder(config)
     assert not Path(config.runs_dir).exists(), "nothing is made for a run that may be refused"
-    make_run_folder(config)
-    make_run_folder(config)
+    make_run_folder(config, [])
+    make_run_folder(config, [])
     claim_run_folder(config)
     lock = run_folders.run_folder(config) / ".lock"
     with lock.open("w", encoding="utf-8") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     shutil.rmtree(config.runs_dir)
-    make_run_folder(config)
+    make_run_folder(config, [])
     with lock.open("w", encoding="utf-8") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -254,7 +254,7 @@ def test_without_a_checkpoint_a_damaged_config_is_written_anew(tmp_path: Path) -
     folder = run_folders.run_folder(config)
     folder.mkdir(parents=True)
     (folder / "config.yaml").touch()
-    beginning, _ = make_run_folder(config)
+    beginning, _ = make_run_folder(config, [])
     assert beginning.checkpoints == ()
     assert "there is no checkpoint: the run begins with the config given" in beginning.notes[0]
     assert load_config(folder / "config.yaml") == config
