@@ -195,6 +195,14 @@ def test_a_folder_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
     refused(pretrain(tmp_path, "--config", config), "runs_dir")
 
 
+def test_a_lock_that_cannot_be_taken_is_said_with_a_way_out(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, train={"steps": 2}, runs_dir="runs"))
+    (tmp_path / "runs" / "small" / ".lock").mkdir(parents=True)
+    outcome = pretrain(tmp_path, "--config", config)
+    refused(outcome, "cannot lock the run folder")
+    assert "or name another folder (runs_dir=...)" in outcome.err
+
+
 def test_going_back_needs_the_later_checkpoints_out_of_the_way(tmp_path: Path) -> None:
     config = str(write_config(tmp_path, train={"steps": 4}, checkpoint={"every": 2}, runs_dir="runs"))
     assert pretrain(tmp_path, "--config", config).code == 0
