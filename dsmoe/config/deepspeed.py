@@ -41,6 +41,7 @@ _MONITORS = (
 )
 _LOADER = "dsmoe reads its data itself, as the data section says"
 _SCALING = "gradients are summed in fp32, which needs no scaling"
+_SAVES = "dsmoe saves by itself, as the checkpoint section says"
 _STAGE_3 = "it belongs to ZeRO-3, which DeepSpeed refuses for experts; parallel.zero_stage is at most 2"
 REFUSED_KEYS = {
     "autotuning": "it tries batch sizes, which dsmoe sets; set train.micro_batch_size and parallel yourself",
@@ -49,7 +50,7 @@ REFUSED_KEYS = {
     "csv_monitor": _MONITORS,
     "data_efficiency": _LOADER,
     "dataloader_drop_last": _LOADER,
-    "datastates_ckpt": "dsmoe saves by itself, as the checkpoint section says",
+    "datastates_ckpt": _SAVES,
     "expert_parallel": "use parallel.expert",
     "gradient_allreduce_op": "a step's gradient is the mean over its tokens",
     "gradient_predivide_factor": _SCALING,
@@ -63,11 +64,35 @@ REFUSED_KEYS = {
     "use_data_before_expert_parallelism": "the parallel section lays out the groups",
     "wandb": _MONITORS,
     "weight_quantization": "it is for inference",
+    "zero_optimization.allgather_partitions": "DeepSpeed 0.19.8 ignores it",
+    "zero_optimization.allgather_sequential": _STAGE_3,
     "zero_optimization.compute_grad_norm": "clipping (optimizer.grad_clip) and metrics need the norm",
     "zero_optimization.cpu_offload": "use optimizer.offload",
-    "zero_optimization.mics_shard_size": _STAGE_3,
+    "zero_optimization.cpu_offload_param": _STAGE_3,
+    "zero_optimization.cpu_offload_use_pin_memory": "use optimizer.offload",
+    "zero_optimization.elastic_checkpoint": _SAVES,
+    "zero_optimization.enable_sanity_checks": _STAGE_3,
+    "zero_optimization.gather_16bit_weights_on_model_save": _STAGE_3,
+    "zero_optimization.leaf_module": _STAGE_3,
+    "zero_optimization.legacy_stage1": "DeepSpeed 0.19.8 has no other stage 1",
+    "zero_optimization.load_from_fp32_weights": _SAVES,
+    "zero_optimization.log_trace_cache_warnings": _STAGE_3,
+    "zero_optimization.max_live_parameters": _STAGE_3,
+    "zero_optimization.max_reuse_distance": _STAGE_3,
+    "zero_optimization.memory_efficient_linear": _STAGE_3,
+    "zero_optimization.mics_*": _STAGE_3,
+    "zero_optimization.model_persistence_threshold": _STAGE_3,
+    "zero_optimization.module_granularity_threshold": _STAGE_3,
     "zero_optimization.offload_param": _STAGE_3,
+    "zero_optimization.override_module_apply": _STAGE_3,
+    "zero_optimization.param_persistence_threshold": _STAGE_3,
+    "zero_optimization.pipeline_loading_checkpoint": _SAVES,
+    "zero_optimization.prefetch_bucket_size": _STAGE_3,
+    "zero_optimization.save_muon_momentum_buffer_in_memory": _STAGE_3,
     "zero_optimization.stage3_*": _STAGE_3,
+    "zero_optimization.sub_group_size": _STAGE_3,
+    "zero_optimization.super_offload": _STAGE_3,
+    "zero_optimization.use_all_reduce_for_fetch_params": _STAGE_3,
     "zero_optimization.zenflow": "its state cannot be saved",
     "zero_optimization.zero_hpz_partition_size": _STAGE_3,
     "zero_optimization.zero_quantized_*": _STAGE_3,
@@ -80,6 +105,12 @@ FREE_KEYS = (
     *("wall_clock_breakdown", "zero_optimization"),
 )
 """The other top-level keys that DeepSpeed 0.19.8 reads; it ignores any further one without a word."""
+
+FREE_ZERO_KEYS = (
+    *("allgather_bucket_size", "ignore_unused_parameters", "overlap_comm", "parameter_alignment", "reduce_bucket_size"),
+    *("round_robin_gradients", "use_multi_rank_bucket_allreduce"),
+)
+"""The other keys of `zero_optimization` that stages 1 and 2 of DeepSpeed 0.19.8 use; it refuses any that it has not."""
 
 
 def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:

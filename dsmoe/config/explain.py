@@ -149,7 +149,7 @@ class _Explainer:
         if homes:
             return f"unknown key; {_belongs(name, homes)}"
         if synonym := meant_by(name):
-            return f"unknown key; here that is {synonym}"
+            return f"unknown key; {synonym}"
         elsewhere = {key: _join(home, key) for home, keys in sections.items() for key in keys}
         guess = _closest(name, own, 0.8) or elsewhere.get(_closest(name, elsewhere, 0.8)) or _closest(name, own, 0.6)
         if guess:

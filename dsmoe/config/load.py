@@ -18,9 +18,20 @@ from dsmoe.config.errors import ConfigError
 from dsmoe.config.explain import explain
 from dsmoe.config.inputs import input_problems
 from dsmoe.config.partial import sound_part
-from dsmoe.config.paths import resolve_paths
+from dsmoe.config.paths import expand_path, resolve_paths
 from dsmoe.config.schema import Config
-from dsmoe.config.yaml_text import COMMAND_LINE, MOST_BYTES, Node, lookup, parse_yaml, plain, show_value
+from dsmoe.config.show import dump_config
+from dsmoe.config.yaml_text import (
+    COMMAND_LINE,
+    DEEPEST,
+    LESS,
+    MOST_CHARACTERS,
+    Node,
+    lookup,
+    parse_yaml,
+    plain,
+    show_value,
+)
 
 _MOST_FILES = 64
 """That one config may include, counted as often as they are."""
@@ -31,10 +42,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), inputs: bool = 
 
     Mappings of the file and of what it includes are merged key by key; lists, scalars and null replace. With `inputs`,
     the files that the configuration names must be there.
+    What was loaded can be dumped and loaded again, as run folders do.
     Raises `ConfigError`, which lists every problem with its key, file and line.
     """
     tree, problems = read_tree(path, overrides)
     config = _validate(tree, problems, inputs)
+    if config is not None and not problems:
+        parse_yaml(dump_config(config), lambda _: f"{path}, written out with its defaults", problems)
     if config is None or problems:
         raise ConfigError(problems, str(path))
     return config
@@ -46,10 +60,23 @@ def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Node, li
     Raises:
         ConfigError: some of it cannot be read.
     """
+    tree, problems = read_as_written(path, overrides)
+    resolve_paths(tree, problems)
+    return tree, problems
+
+
+def read_as_written(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Node, list[str]]:
+    """Like `read_tree`, with paths as the files and the overrides have them: nothing in them is expanded."""
     problems: list[str] = []
     overrides = list(overrides)
-    if sum(map(len, overrides)) > MOST_BYTES:
-        raise ConfigError([f"no overrides are so long: at most {MOST_BYTES:,} characters ({COMMAND_LINE})"], str(path))
+    if sum(map(len, overrides)) > MOST_CHARACTERS:
+        raise ConfigError(
+            [
+                f"no overrides are so long: at most {MOST_CHARACTERS:,} characters; put them into the file "
+                f"({COMMAND_LINE})"
+            ],
+            str(path),
+        )
     tree = _Reader(problems).read(Path(path), (), "")
     if tree is None:  # without all of the text, complaints about missing keys would mislead
         raise ConfigError(problems, str(path))
@@ -57,16 +84,16 @@ def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Node, li
         problem = _apply_override(tree, override, problems)
         if problem:
             problems.append(f"{problem} ({COMMAND_LINE})")
-    resolve_paths(tree, problems)
     return tree, problems
 
 
-def config_files(path: Path) -> list[Path]:
-    """The file at `path` and all that it includes, of which `load_config` has made a config."""
+def included_files(path: Path) -> list[tuple[str, Path]]:
+    """All that the file at `path`, which `load_config` has read, includes: as it is written, and the file."""
     root = parse_yaml(path.read_text("utf-8-sig"), str, [])
     assert root is not None
     entries = _include_entries(root.value.get("include", Node([], "")), []) or []
-    return [path, *(file for entry in entries for file in config_files(_included(entry, path)))]
+    files = [(entry.value, _included(entry, path, [])) for entry in entries]
+    return [found for text, file in files for found in [(text, file), *included_files(file)]]
 
 
 def _validate(tree: Node, problems: list[str], inputs: bool) -> Config | None:
@@ -123,7 +150,10 @@ class _Reader:
     def read_include(self, entry: Node, path: Path, including: tuple[Path, ...]) -> Node | None:
         """Return the mapping of a file that `path` includes."""
         chain = (*including, path)
-        included = _included(entry, path)
+        before = len(self.problems)
+        included = _included(entry, path, self.problems)
+        if len(self.problems) > before:
+            return None
         if any(included.resolve() == file.resolve() for file in chain):
             cycle = " -> ".join(map(str, (*chain, included)))
             self.problems.append(f"include: a file must not include itself: {cycle} ({entry.where})")
@@ -135,15 +165,15 @@ class _Reader:
 
     def is_within_limits(self, path: Path, text: str, origin: str) -> bool:
         """Count a file, and note a problem if it is one too many: files may include each other twice each."""
-        if self.files > _MOST_FILES or self.characters > MOST_BYTES:
+        if self.files > _MOST_FILES or self.characters > MOST_CHARACTERS:
             return False  # and that has been said
         self.files += 1
         self.characters += len(text)
-        if self.files <= _MOST_FILES and self.characters <= MOST_BYTES:
+        if self.files <= _MOST_FILES and self.characters <= MOST_CHARACTERS:
             return True
         self.problems.append(
             f"no config is so long: with {path} it has {self.files} files and {self.characters:,} characters, and "
-            f"{_MOST_FILES} and {MOST_BYTES:,} are the most{origin}"
+            f"{_MOST_FILES} and {MOST_CHARACTERS:,} are the most; {LESS}{origin}"
         )
         return False
 
@@ -152,7 +182,7 @@ def _read_text(path: Path, origin: str, problems: list[str]) -> str | None:
     data = b""
     try:
         with path.open("rb") as stream:
-            data = stream.read(4 * MOST_BYTES + 1)  # a device may have no end
+            data = stream.read(4 * MOST_CHARACTERS + 1)  # a device may have no end
         return data.decode("utf-8-sig")
     except FileNotFoundError:
         problems.append(f"no such file: {path}{origin}")
@@ -176,8 +206,8 @@ def _include_entries(include: Node, problems: list[str]) -> list[Node] | None:
     return None
 
 
-def _included(entry: Node, path: Path) -> Path:
-    return Path(os.path.normpath(path.parent / entry.value))
+def _included(entry: Node, path: Path, problems: list[str]) -> Path:
+    return Path(os.path.normpath(path.parent / expand_path("include", entry.value, entry.where, problems)))
 
 
 def _merge(base: Node, top: Node) -> Node:
@@ -198,6 +228,8 @@ def _apply_override(tree: Node, override: str, problems: list[str]) -> str | Non
     path = key.split(".")
     if not all(path):
         return f"'{override}': an override is written section.key=value, without empty names"
+    if len(path) > DEEPEST:
+        return f"'{override[:60]}...': no key has so many parts: {len(path):,}, and {DEEPEST} are the most"
     if not text:
         return f"'{override}': the value is missing; write {key}=null for null"
     value = parse_yaml(text, lambda line: COMMAND_LINE, problems, key)

@@ -32,15 +32,31 @@ def resolve_paths(tree: Node, problems: list[str]) -> None:
     for key, holder, slot, is_read in _paths(tree):
         node = holder[slot]
         value = node.value
-        if not isinstance(value, str) or value in NO_PATHS.get(key, ()) or value.startswith(BUILTIN):
+        if not _is_path(key, value):
             continue
         if "\0" in value:
             problems.append(f"{key}: a path cannot have a null character ({node.where})")
             continue
-        path = _expanded(key, value, node.where, problems)
+        path = expand_path(key, value, node.where, problems)
         if is_read and node.where != COMMAND_LINE and path and not os.path.isabs(path):
             path = _beside(path, node.where)
         holder[slot] = Node(path, node.where)
+
+
+def variables_of(path: str) -> list[str]:
+    """The names of the variables in a path of a config, set or not."""
+    return [match[2] or match[3] for match in _VARIABLE.finditer(path) if match[1] is None]
+
+
+def is_of_host(path: str) -> bool:
+    """Whether what a path of a config stands for depends on the user and the environment that read it."""
+    return path.startswith("~") or bool(variables_of(path))
+
+
+def paths_as_written(tree: Node) -> dict[str, str]:
+    """The text of each path in a config that is not resolved yet, by its key."""
+    values = {key: holder[slot].value for key, holder, slot, _ in _paths(tree)}
+    return {key: value for key, value in values.items() if _is_path(key, value)}
 
 
 def write_paths(tree: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +78,10 @@ def literal_path(path: str) -> str:
     return _VARIABLE.sub(lambda match: f"$${match[0][1:]}" if match[1] is None else "$$$$", path)
 
 
+def _is_path(key: str, value: Any) -> bool:
+    return isinstance(value, str) and value not in NO_PATHS.get(key, ()) and not value.startswith(BUILTIN)
+
+
 def _paths(tree: Node) -> Iterator[tuple[str, Any, Any, bool]]:
     """Key, holder and name of each path in the tree, and whether it is of something to be read."""
     for key in (*_MADE, *_READ):
@@ -78,7 +98,9 @@ def _paths(tree: Node) -> Iterator[tuple[str, Any, Any, bool]]:
             yield f"data.sources.{index}.path", source.value, "path", True
 
 
-def _expanded(key: str, path: str, where: str, problems: list[str]) -> str:
+def expand_path(key: str, path: str, where: str, problems: list[str]) -> str:
+    """Return a path of a config with what `~` and variables stand for here; `key` and `where` are for messages."""
+
     def value_of(match: re.Match[str]) -> str:
         name = match[2] or match[3]
         if match[1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 SYNONYMS = {
     # Hugging Face: config.json of Mixtral, Qwen3-MoE, DeepSeek; TrainingArguments
     "num_experts_per_tok": "moe.top_k",
+    "num_experts_per_token": "moe.top_k",
     "num_local_experts": "moe.num_experts",
     "n_routed_experts": "moe.num_experts",
     "moe_intermediate_size": "moe.expert_ffn_size",
@@ -30,6 +31,7 @@ SYNONYMS = {
     "num_key_value_heads": "model.num_kv_heads",
     "n_embd": "model.hidden_size",
     "d_model": "model.hidden_size",
+    "hidden_dim": "model.hidden_size",
     "max_position_embeddings": "model.max_sequence_length",
     "rms_norm_eps": "model.norm_eps",
     "tie_word_embeddings": "model.tie_embeddings",
@@ -39,6 +41,8 @@ SYNONYMS = {
     "max_grad_norm": "optimizer.grad_clip",
     "adam_epsilon": "optimizer.eps",
     "max_steps": "train.steps",
+    "num_train_epochs": "train.tokens",
+    "bf16": "train.precision",
     "per_device_train_batch_size": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.batch_tokens",
     "gradient_checkpointing": "train.recompute",
@@ -103,6 +107,8 @@ SYNONYMS = {
     "load_balancing_loss": "moe.balance.aux_loss",
     "expert_parallel": "parallel.expert",
     "tensor_parallel": "parallel.tensor",
+    "tp": "parallel.tensor",
+    "ep": "parallel.expert",
     "sequence_parallel": "parallel.sequence",
     "weight_decay_rate": "optimizer.weight_decay",
     "warmup_ratio": "optimizer.warmup_steps",
@@ -113,6 +119,8 @@ SYNONYMS = {
 }
 """The key that is meant, by the name elsewhere, with `_` for `-`. Names that are keys here are not in it."""
 NOTES = {
+    "num_train_epochs": "in tokens, or train.steps; what is read over again follows from it",
+    "bf16": "bf16 or fp32",
     "gradient_accumulation_steps": "tokens per step; accumulation steps follow from it",
     "train_batch_size": "in tokens",
     "global_batch_size": "in tokens",
@@ -120,10 +128,20 @@ NOTES = {
     "distributed_timeout_minutes": "in seconds",
     "drop_tokens": "null drops none",
 }
+_NO_PIPELINE = "there is no pipeline parallelism; use parallel.expert, parallel.tensor and train.recompute"
+ABSENT = {
+    "pipeline_model_parallel_size": _NO_PIPELINE,
+    "pipeline_parallel": _NO_PIPELINE,
+    "pp": _NO_PIPELINE,
+    "pp_size": _NO_PIPELINE,
+    "fp16": "there is no fp16; train.precision is bf16 or fp32",
+}
+"""What is said of names elsewhere for which there is nothing here."""
 
 
 def meant_by(name: str) -> str:
-    """Return the key that is meant by a name of another program, with a remark if its value is another; or ""."""
+    """Say which key is meant by a name of another program, with a remark if its value is another; or ""."""
     name = name.lower().replace("-", "_")
-    key = SYNONYMS.get(name, "")
-    return f"'{key}' ({NOTES[name]})" if name in NOTES else f"'{key}'" if key else ""
+    if name not in SYNONYMS:
+        return ABSENT.get(name, "")
+    return f"here that is '{SYNONYMS[name]}'" + (f" ({NOTES[name]})" if name in NOTES else "")

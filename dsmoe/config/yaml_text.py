@@ -26,11 +26,13 @@ from yaml.serializer import Serializer
 COMMAND_LINE = "command line"
 """The place of what an override wrote."""
 
-MOST_BYTES = 1 << 16
-"""The most text that one config may have, with all that it includes: reading that takes a second."""
+MOST_CHARACTERS = 1 << 18
+"""The most text that one config may have, with all that it includes: reading the worst of that takes a second."""
+LESS = "one source can read many files (path: data/*.jsonl)"
+"""What to do about a config that is too large."""
 _MOST_NODES = 20_000
 """The most values of one file, counted as often as an alias repeats them: nine aliases of nine each are 10^9."""
-_DEEPEST = 50
+DEEPEST = 50
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 
@@ -95,12 +97,20 @@ for _kind, _pattern in {
 class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
     """Text to a graph of YAML nodes; there is no constructor, so nothing in a file can be executed."""
 
+    composed = 0
+
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
         Scanner.__init__(self)
         Parser.__init__(self)
         Composer.__init__(self)
         _Resolver.__init__(self)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.composed += 1
+        if self.composed > 2 * _MOST_NODES:  # each value may have a key; the rest of the text need not be read
+            raise _TooMuchError(self.peek_event().start_mark.line + 1)
+        return super().compose_node(parent, index)
 
 
 class _Dumper(Emitter, Serializer, SafeRepresenter, _Resolver):
@@ -136,8 +146,10 @@ def parse_yaml(text: str, place: Callable[[int], str], problems: list[str], pref
     Problems are added to `problems`, with key paths that start with `prefix`. Returns null as `Node(None, ...)`,
     also for empty text, and None when the text is not YAML at all.
     """
-    if len(text) > MOST_BYTES:
-        problems.append(f"no config is so long: {len(text):,} characters, and {MOST_BYTES:,} are the most ({place(1)})")
+    if len(text) > MOST_CHARACTERS:
+        problems.append(
+            f"no config is so long: {len(text):,} characters, and {MOST_CHARACTERS:,} are the most; {LESS} ({place(1)})"
+        )
         return None
     try:
         root = _Loader(text).get_single_node()
@@ -155,8 +167,9 @@ def parse_yaml(text: str, place: Callable[[int], str], problems: list[str], pref
         problems.append(f"not valid YAML: nested too deeply ({place(1)})")
     except _TooMuchError as error:
         problems.append(
-            f"{prefix}{': ' if prefix else ''}no config has so many values: more than {_MOST_NODES:,} with what "
-            f"aliases (*) repeat, or more than {_DEEPEST} levels deep ({place(error.args[0])})"
+            f"{prefix}{': ' if prefix else ''}no config has so many values: more than {_MOST_NODES:,} or "
+            f"{MOST_CHARACTERS:,} characters with what aliases (*) repeat, or more than {DEEPEST} levels deep; {LESS} "
+            f"({place(error.args[0])})"
         )
     return None
 
@@ -195,6 +208,7 @@ class _Builder:
         self.problems = problems
         self.open: set[yaml.Node] = set()
         self.nodes = 0
+        self.characters = 0
 
     def build(self, node: yaml.Node, path: str, line: int) -> Node:
         """Return the tree below `node`, which `line` names (a mapping entry's line is its key's)."""
@@ -202,11 +216,14 @@ class _Builder:
             self.report(path, "the anchor contains itself", line)
             return Node(None, self.place(line))
         self.nodes += 1
-        if self.nodes > _MOST_NODES or len(self.open) > _DEEPEST:
+        if self.nodes > _MOST_NODES or len(self.open) > DEEPEST:
             raise _TooMuchError(line)
         self.open.add(node)
         value: Any = None
         if isinstance(node, yaml.ScalarNode):
+            self.characters += len(node.value)
+            if self.characters > MOST_CHARACTERS:
+                raise _TooMuchError(line)
             value = self.scalar(node, path, line)
         elif node.tag not in (_TAG + "map", _TAG + "seq"):
             self.report(path, f"the tag {node.tag} is not supported", line)

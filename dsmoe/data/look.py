@@ -27,8 +27,8 @@ def look_first(config: Config, cache_dir: Path, is_prepared: Callable[[Source, T
 
     Raises:
         UserError: a line for each problem: the tokenizer does not load, exceeds `model.vocab_size` or has no token for
-            the end of a document; a file is
-            missing, may not be read, is of another format, or has no usable text in its first record.
+            the end of a document; a file is missing, may not be read, is of another format, or has no usable text in
+            its first record.
     """
     problems = []
     tokenizer = None

@@ -7,16 +7,20 @@ import re
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.load import config_files
+from dsmoe.config.load import included_files
+from dsmoe.config.paths import is_of_host
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Job, Request
-from dsmoe.launch.quoting import compose_text, path_argument
+from dsmoe.launch.quoting import compose_text, path_argument, path_assignment
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.report import headline
 from dsmoe.plan.topology import Topology
 
 ON_A_MACHINE = 'NODE_RANK=0 MASTER_ADDR="$(hostname)" SHARED=/shared USER_ID="$(id -u)"'
 """What machine 0 of several is started with; the others have their number, and its name."""
+
+_IN_CONTAINERS = {"runs_dir": "/runs", "data.cache_dir": "/cache"}
+"""The folders that dsmoe makes, as containers have them."""
 
 NODE = """\
 x-node: &node
@@ -119,9 +123,13 @@ def _heading(request: Request, compose: str, command: str, one_machine: bool) ->
 
 def _node(request: Request, is_cpu: bool, one_machine: bool) -> str:
     config = request.config
-    command = ["pretrain", path_argument(request.path), *request.overrides, "runs_dir=/runs", "data.cache_dir=/cache"]
+    command = ["pretrain", path_argument(request.path), *request.overrides]
+    command += [f"{key}={folder}" for key, folder in _IN_CONTAINERS.items()]
     if one_machine and config.cluster.interface is not None:
         command.append("cluster.interface=null")  # containers have one of their own, and no others
+    command += [
+        path_assignment(key, path) for key, path in request.paths_of_host().items() if key not in _IN_CONTAINERS
+    ]
     shared = "" if one_machine else "${SHARED:?a folder that every machine sees}/"
     volumes = ["${PWD}:/project:ro", f"{shared}runs:/runs", f"{shared}cache:/cache"]
     volumes += [compose_text(f"{path}:{path}:ro", "a path of the config") for path in _outside(request)]
@@ -159,7 +167,8 @@ def _uses_hub(config: Config) -> bool:
 def _outside(request: Request) -> list[str]:
     """The absolute paths that the run reads, which containers then have by the same names."""
     config = request.config
-    paths = {f"a file of the config ({file})": str(file) for file in config_files(Path(request.path))}
+    included = included_files(Path(request.path))
+    paths = {f"a file of the config ({file})": str(file) for file in (request.path, *(file for _, file in included))}
     paths |= {"data.tokenizer": config.data.tokenizer}
     paths |= {f"data.sources ({source.name})": source.path for source in config.data.sources if source.path}
     paths |= {
@@ -167,6 +176,12 @@ def _outside(request: Request) -> list[str]:
         "checkpoint.resume": config.checkpoint.resume,
     }
     problems = [
+        f"include ({text}) is {file} here, and may be another file for the user and the environment of a container; "
+        "write that path into the file that includes it"
+        for text, file in included
+        if is_of_host(text)
+    ]
+    problems += [
         f"{key} ({path}) is outside of this folder, which is what containers see; run `dsmoe launch` in a folder above "
         "it, or give an absolute path"
         for key, path in paths.items()

@@ -22,6 +22,9 @@ from dsmoe.plan.topology import Topology
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
 _LINE = re.compile(r"([^\s-]\S*)\s+slots=(\d+)(?:\s.*)?")
 
+_OF_HOST = ("HOME", "HOSTNAME", "LOGNAME", "PATH", "PWD", "SHELL", "USER")
+"""Variables that every host sets by itself."""
+
 PLACEHOLDERS = """\
 # THESE NAMES ARE PLACEHOLDERS: put those of your hosts here, or into the config as cluster.hosts and write this again.
 #
@@ -45,8 +48,8 @@ OVER_SSH = """\
 #     {torchrun}
 #
 # {environment}, beside this file, is what ssh takes to the hosts, in place of ~/.deepspeed_env: the path to this
-# Python's programs. DeepSpeed takes PYTHONPATH by itself, and what begins with NCCL_ where it sees a GPU. A comment
-# or an empty line in that file would break its command.
+# Python's programs, and the variables that paths of the config have. DeepSpeed takes PYTHONPATH by itself, and what
+# begins with NCCL_ where it sees a GPU. A comment or an empty line in that file would break its command.
 #
 # Hosts on several networks: with cluster.interface=NAME in the config, NCCL and gloo use that one.
 #
@@ -81,7 +84,7 @@ def job(request: Request) -> Job:
     if cluster.nodes > 1:
         ssh_path(os.getcwd(), "this folder")  # DeepSpeed goes there on every host
     commands = _commands(request, path, names[0])
-    files = {ENVIRONMENT: _environment(request.config)} if cluster.nodes > 1 else {}
+    files = {ENVIRONMENT: _environment(request)} if cluster.nodes > 1 else {}
     if is_ours:
         files = {HOSTFILE: _hostfile(request, names, commands, placeholders=not named), **files}
     if cluster.nodes == 1:
@@ -184,9 +187,14 @@ def _hostfile(request: Request, names: list[str], commands: dict[str, str], plac
     return f"{written}#\n{to_edit}{how}{slots}"
 
 
-def _environment(config: Config) -> str:
-    """What DeepSpeed exports on every host, in double quotes: the host's own PATH follows this Python's."""
-    facts = resolve_device(config.cluster.device)
+def _environment(request: Request) -> str:
+    """What DeepSpeed exports on every host, in double quotes: the host's own PATH follows this Python's.
+
+    Paths of the config are expanded on every host: the variables that they have go with it.
+    """
+    facts = resolve_device(request.config.cluster.device)
     accelerator = "DS_ACCELERATOR=cpu\n" if facts is not None and facts.name == "cpu" else ""
     programs = environment_value(f"{sys.prefix}/bin", "the folder of this Python")
-    return f"PATH={programs}:$PATH\n{accelerator}"
+    variables = [name for name in request.variables() if name in os.environ and name not in _OF_HOST]
+    exports = [f"{name}={environment_value(os.environ[name], f'the variable {name}')}\n" for name in variables]
+    return f"PATH={programs}:$PATH\n{accelerator}{''.join(exports)}"

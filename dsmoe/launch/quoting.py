@@ -130,11 +130,16 @@ def path_argument(path: str) -> str:
 
 def path_override(key: str, path: str) -> str:
     """`section.key=PATH` as a shell's word, for a message: what is typed so is the path again."""
+    return shell_word(path_assignment(key, path), key)
+
+
+def path_assignment(key: str, path: str) -> str:
+    """`section.key=PATH` as a program's argument, which is that path wherever it is read."""
     value = literal_path(path)
     text = write_yaml(value).removesuffix("\n").removesuffix("\n...")
     if "\n" in text:
         text = json.dumps(value)
-    return shell_word(f"{key}={text}", key)
+    return f"{key}={text}"
 
 
 def _escaped(text: str, keep: object) -> str:

@@ -235,7 +235,10 @@ def _lock(folder: Path) -> None:
     try:
         _take(folder / LOCK)
     except OSError as error:
-        raise system_error(f"cannot lock the run folder {folder.absolute()}: {describe(error)}", error) from None
+        advice = "; see that its owner is who trains, or name another folder (runs_dir=...)"
+        raise system_error(
+            f"cannot lock the run folder {folder.absolute()}: {describe(error)}{advice}", error
+        ) from None
 
 
 def _take(path: Path) -> None:

@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
+from dsmoe.checkpoint.folder import all_checkpoints
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
@@ -207,16 +208,36 @@ def _begin(trainer: Trainer, beginning: Beginning) -> bool:
             logger.warning("set aside: %s", path)
         return True
     if last is not None and last_tried.parent.absolute() != trainer.checkpoints.folder.absolute():
-        raise last
+        _refuse("checkpoint.resume", last_tried, last)
     if last is not None:
         raise UserError(
             f"there is no checkpoint in {trainer.checkpoints.folder} to go on from: {last}. Move them away to begin "
             f"anew, or give this run another name (name={free_name(trainer.config)})"
         )
     if beginning.weights is not None:
-        trainer.take_weights(beginning.weights)
+        try:
+            trainer.take_weights(beginning.weights)
+        except UnreadableError:
+            raise
+        except DamagedError as error:
+            _refuse("checkpoint.weights_from", beginning.weights, error)
         logger.info("beginning with the weights of %s", beginning.weights)
     return False
+
+
+def _refuse(key: str, checkpoint: Path, error: DamagedError) -> NoReturn:
+    """Refuse the checkpoint that a key names, on all ranks alike, of which one speaks."""
+
+    def refuse() -> None:
+        earlier: list[Path] = []
+        with suppress(OSError, ValueError):  # no other checkpoints, or this one is not called like one
+            there = all_checkpoints(checkpoint.parent)
+            earlier = there[: there.index(checkpoint)]
+        which = f" ({key}={earlier[-1]})" if earlier else ", or one of another run"
+        raise UserError(f"{key}: {error}; name an earlier checkpoint{which}")
+
+    on_first_rank(refuse)
+    raise error  # not reached: every rank has raised the refusal
 
 
 def _train_and_tell(trainer: Trainer, folder: Path) -> bool:

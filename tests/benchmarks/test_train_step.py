@@ -128,8 +128,20 @@ def test_figures_follow_from_seconds_bytes_and_flops() -> None:
     assert row["tokens_per_second"] == {"dsmoe dropless": tokens / 0.5, "deepspeed dropless": tokens / 1.0}
     assert row["speed_over"] == {"deepspeed dropless": 2.0}
     assert row["peak_gib"] == {"dsmoe dropless": 3.0, "deepspeed dropless": 6.0}
-    flops = flops_per_token(make_config(run, {}, None, Path()), 32).training
-    assert row["mfu_percent"]["dsmoe dropless"] == pytest.approx(100 * tokens / 0.5 * flops / (2 * 989.5e12))
+    flops = flops_per_token(make_config(run, {}, None, Path()), 32)
+    peak = 2 * 989.5e12
+    full, causal = 100 * tokens / 0.5 * flops.training / peak, 100 * tokens / 0.5 * flops.causal_training / peak
+    assert row["mfu_percent"]["dsmoe dropless"] == pytest.approx(full)
+    assert row["mfu_causal_percent"]["dsmoe dropless"] == pytest.approx(causal)
+    assert causal < full
+    shown = {**row, "ranks": 2, "layout": "expert=1", "dtype": "bf16", "mfu_percent": {"dsmoe dropless": 41.26}}
+    heading, _, line = table([{**shown, "mfu_causal_percent": {"dsmoe dropless": 38.0}}]).splitlines()
+    assert heading.endswith(
+        "| MFU, attention counted in full (PaLM) | MFU, causal attention counted half (Megatron-LM) |"
+    )
+    assert line.endswith("| 41.3 % | 38.0 % |")
+    cpu = {key: value for key, value in shown.items() if "mfu" not in key}
+    assert "MFU" not in table([cpu])
 
 
 @pytest.mark.parametrize(

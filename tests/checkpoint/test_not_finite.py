@@ -135,9 +135,16 @@ def test_a_run_goes_on_from_the_last_finite_one_and_says_so(tmp_path: Path) -> N
     shutil.copytree(folder_of(old) / "step_00000004", folder / "step_00000004")
     refused(pretrain(tmp_path, "--config", config), "has a state that is not finite")
     named = f"checkpoint.resume={folder}/step_00000004"
-    refused(pretrain(tmp_path, "--config", config, "name=other", named), "has a state that is not finite")
+    other = pretrain(tmp_path, "--config", config, "name=other", named)
+    refused(other, f"error: checkpoint.resume: {folder}/step_00000004 has a state that is not finite (model/")
+    assert "; name an earlier checkpoint, or one of another run" in other.err
+    assert other.err.count("not finite") == 1
     weights = f"checkpoint.weights_from={folder}/step_00000004"
-    refused(pretrain(tmp_path, "--config", config, "name=third", weights), "has a state that is not finite")
+    (folder / "step_00000002").mkdir()
+    third = pretrain(tmp_path, "--config", config, "name=third", weights)
+    refused(third, f"error: checkpoint.weights_from: {folder}/step_00000004 has a state that is not finite (model/")
+    assert f"; name an earlier checkpoint (checkpoint.weights_from={folder}/step_00000002)" in third.err
+    assert third.err.count("not finite") == 1
 
 
 PLAIN: dict[str, Any] = {"model": {}, "optimizer": {}, "train": {"micro_batch_size": 1}}

@@ -8,7 +8,7 @@ import pytest
 
 from dsmoe.config import Config
 from dsmoe.config.checks import cross_field_problems
-from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS
+from dsmoe.config.deepspeed import FREE_KEYS, FREE_ZERO_KEYS, OWNED_KEYS, REFUSED_KEYS
 from dsmoe.config.layout_checks import world_size
 from dsmoe.config.show import flatten
 
@@ -536,10 +536,41 @@ def test_an_offloaded_optimizer_needs_zero(tmp_path: Path) -> None:
 def test_keys_unknown_to_deepspeed_are_refused(tmp_path: Path) -> None:
     assert check(tmp_path, "deepspeed.comms_loger={}", "deepspeed.train_batchsize=8") == [
         "deepspeed.comms_loger: unknown to DeepSpeed; did you mean 'comms_logger'?",
-        "deepspeed.train_batchsize: unknown to DeepSpeed; did you mean 'train_batch_size'?",
+        f"deepspeed.train_batchsize: unknown to DeepSpeed; the keys are {', '.join(FREE_KEYS)}",
     ]
     (problem,) = check(tmp_path, 'deepspeed={"q.q": 1}')
     assert problem == f"deepspeed.q.q: unknown to DeepSpeed; the keys are {', '.join(FREE_KEYS)}"
+    (problem,) = check(tmp_path, 'deepspeed={"zero_optimization.stage": 1}')
+    assert problem.startswith("deepspeed.zero_optimization.stage: unknown to DeepSpeed; ")
+
+
+def test_keys_below_zero_optimization_that_deepspeed_refuses_are_refused_here(tmp_path: Path) -> None:
+    section = "{reduce_bucket_siz: 1, contiguous_gradient: true, stage3_max_live_parameter: 1, super_offload: true}"
+    assert check(tmp_path, f"deepspeed.zero_optimization={section}") == [
+        f"deepspeed.zero_optimization.{name} cannot be used with dsmoe: {REFUSED_KEYS[pattern]}; remove it"
+        for name, pattern in (
+            ("stage3_max_live_parameter", "zero_optimization.stage3_*"),
+            ("super_offload", "zero_optimization.super_offload"),
+        )
+    ] + [
+        "deepspeed.zero_optimization.reduce_bucket_siz: unknown to DeepSpeed; did you mean 'reduce_bucket_size'?",
+        "deepspeed.zero_optimization.contiguous_gradient: unknown to DeepSpeed; the keys are "
+        + ", ".join(FREE_ZERO_KEYS),
+    ]
+
+
+@pytest.mark.parametrize("key", ["cpu_offload_param", "sub_group_size", "max_live_parameters", "elastic_checkpoint"])
+def test_keys_of_zero_that_stages_1_and_2_do_not_use_are_refused(key: str, tmp_path: Path) -> None:
+    (problem,) = check(tmp_path, f"deepspeed.zero_optimization.{key}=1")
+    assert problem.startswith(f"deepspeed.zero_optimization.{key} cannot be used with dsmoe: ")
+
+
+def test_guesses_are_keys_that_may_be_set(tmp_path: Path) -> None:
+    for wrong in ("fp61", "pipelin", "autotunin", "schedule", "tensorboards", "zero_optimisation"):
+        (problem,) = check(tmp_path, f"deepspeed.{wrong}={{}}")
+        guess = re.search("did you mean '(.*)'", problem)
+        assert guess is None or guess[1] in FREE_KEYS, problem
+    assert "did you mean 'zero_optimization'?" in problem
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, to_deepspeed
+from dsmoe.config.deepspeed import FREE_KEYS, FREE_ZERO_KEYS, OWNED_KEYS, REFUSED_KEYS, to_deepspeed
 
 from .recipes import load
 
@@ -106,6 +108,25 @@ def test_the_known_keys_are_those_that_deepspeed_reads(tmp_path: Path) -> None:
     deepspeed_config.DeepSpeedConfig(asked)
     read = asked.names - set(deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert set(FREE_KEYS) == read - set(OWNED_KEYS) - set(REFUSED_KEYS)
+
+
+def test_every_key_of_zero_is_known_and_no_other_is_free() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    names = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    said = [pattern for pattern in (*OWNED_KEYS, *REFUSED_KEYS) if pattern.startswith("zero_optimization.")]
+    others = {name for name in names if not any(fnmatchcase(f"zero_optimization.{name}", pattern) for pattern in said)}
+    assert set(FREE_ZERO_KEYS) == others
+
+
+def test_deepspeed_takes_every_free_key_of_zero(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    values = {name: DeepSpeedZeroConfig.model_fields[name].default for name in FREE_ZERO_KEYS} | {"overlap_comm": True}
+    config = load(tmp_path, *(f"deepspeed.zero_optimization.{key}={json.dumps(v)}" for key, v in values.items()))
+    taken = DeepSpeedZeroConfig(**to_deepspeed(config, 1)["zero_optimization"])
+    assert {name: getattr(taken, name) for name in FREE_ZERO_KEYS} == values
 
 
 def test_an_offloaded_optimizer(tmp_path: Path) -> None:

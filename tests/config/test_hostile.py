@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe.cli import main
-from dsmoe.config import ConfigError, UserError, load_config
+from dsmoe.config import ConfigError, UserError, dump_config, load_config
 from dsmoe.config.schema import Config
 from dsmoe.plan import Batch, Plan
 
@@ -80,9 +80,48 @@ def test_an_include_of_a_device_is_refused(tmp_path: Path) -> None:
 
 
 def test_long_overrides_are_refused(tmp_path: Path) -> None:
-    for overrides in (["data.tokenizer=" + "x" * 100_000], ["data.tokenizer=x"] * 10_000):
+    for overrides in (["data.tokenizer=" + "x" * 300_000], ["data.tokenizer=x"] * 20_000):
         with pytest.raises(ConfigError, match="no overrides are so long"):
             load_config(write(tmp_path, VALID), overrides)
+
+
+def sources(count: int, entry: str) -> str:
+    many = "".join(f"    - {entry.format(n)}\n" for n in range(count))
+    return re.sub(r"  sources:\n(    .*\n)+", lambda _: f"  sources:\n{many}", VALID)
+
+
+def test_what_was_loaded_is_readable_when_dumped(tmp_path: Path) -> None:
+    """The defaults make it longer: a run folder holds the config so, and the run goes on from there."""
+    entry = "{{name: source_{0:03d}, path: /data/corpora/web/part_{0:03d}/*.jsonl.zst, weight: 1.5, text_field: body}}"
+    config = load_config(write(tmp_path, sources(400, entry)))
+    dumped = dump_config(config)
+    assert len(dumped) > 1 << 16
+    assert load_config(write(tmp_path, dumped, "dumped.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        sources(4_000, "{{name: s{0}, path: p{0}}}"),
+        VALID + "deepspeed: {aio: " + "{a: " * 20 + "[" + "1," * 9_000 + "]" + "}" * 21,
+        VALID + "deepspeed:\n  aio: [&a " + "x" * 20_000 + ", *a" * 15 + "]\n",
+    ],
+    ids=["many sources", "indented values", "long aliases"],
+)
+def test_what_would_be_too_long_with_its_defaults_is_refused_with_a_way_out(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text))
+    (problem,) = error.value.problems
+    assert "no config" in problem
+    assert "one source can read many files (path: data/*.jsonl)" in problem
+
+
+def test_an_override_of_too_many_levels_is_refused(tmp_path: Path) -> None:
+    for levels in (51, 5_000):
+        with pytest.raises(ConfigError, match="no key has so many parts"):
+            load_config(write(tmp_path, VALID), [f"deepspeed{'.a' * levels}=1"])
+    with pytest.raises(ConfigError, match="levels deep"):
+        load_config(write(tmp_path, VALID), [f"deepspeed.aio{'.a' * 40}={'[' * 40}{']' * 40}"])
 
 
 def leaves(schema: dict, definitions: dict, path: str = "") -> list[str]:  # type: ignore[type-arg]

@@ -14,7 +14,7 @@ import pytest
 from dsmoe.cli import main
 from dsmoe.config import ConfigError, UserError, dump_config, load_config
 from dsmoe.config.schema import Config
-from dsmoe.config.synonyms import NOTES, SYNONYMS, meant_by
+from dsmoe.config.synonyms import ABSENT, NOTES, SYNONYMS, meant_by
 from dsmoe.data import load_tokenizer
 from dsmoe.data.tokenizer import require_end_of_document
 
@@ -166,6 +166,7 @@ def test_every_synonym_is_of_a_key_and_none_is_a_key(tmp_path: Path) -> None:
     assert {key for key in SYNONYMS.values() if key not in paths} == set()
     assert {name for name in SYNONYMS if name in names} == set()
     assert NOTES.keys() <= SYNONYMS.keys()
+    assert not ABSENT.keys() & (SYNONYMS.keys() | names)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +179,30 @@ def test_every_synonym_is_of_a_key_and_none_is_a_key(tmp_path: Path) -> None:
         ("train.gradient_accumulation_steps", "'train.batch_tokens' (tokens per step"),
         ("moe.moe-router-topk", "'moe.top_k'"),
         ("model.num_hidden_layers", "'model.num_layers'"),
+        ("parallel.tp", "'parallel.tensor'"),
+        ("moe.num_experts_per_token", "'moe.top_k'"),
+        ("model.hidden_dim", "'model.hidden_size'"),
+        ("bf16", "'train.precision' (bf16 or fp32)"),
+        ("train.num_train_epochs", "'train.tokens' (in tokens, or train.steps"),
     ],
 )
 def test_names_from_elsewhere_are_understood(key: str, meant: str, tmp_path: Path) -> None:
     (problem,) = problems_of(write(tmp_path, VALID), f"{key}=1")
     assert problem.startswith(f"{key}: unknown key; here that is {meant}")
     assert meant_by("nothing_of_the_kind") == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("parallel.pipeline_model_parallel_size", "there is no pipeline parallelism; use parallel.expert"),
+        ("parallel.pp", "there is no pipeline parallelism; use parallel.expert"),
+        ("train.fp16", "there is no fp16; train.precision is bf16 or fp32"),
+    ],
+)
+def test_of_names_for_which_there_is_nothing_that_is_said(key: str, said: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, VALID), f"{key}=1")
+    assert problem.startswith(f"{key}: unknown key; {said}")
 
 
 # Paths: one rule for all keys.

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmoe.config import Config, ConfigError, UserError, dump_config, load_config
+from dsmoe.config.load import included_files
 from dsmoe.config.yaml_text import Node, parse_yaml, plain, write_yaml
 
 from .recipes import VALID, load, problems, problems_of, problems_with, write
@@ -267,6 +268,27 @@ def test_a_mapping_replaces_an_included_null(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "include: base.yaml\nmoe: {num_experts: 4, expert_ffn_size: 64}"))
     assert config.moe is not None
     assert config.moe.num_experts == 4
+
+
+@pytest.mark.parametrize("written", ["~/base.yaml", "$HOME/base.yaml", '["${WHERE}/base.yaml"]', "$WHERE/$$a.yaml"])
+def test_an_include_follows_the_rule_of_all_paths(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WHERE", str(home))
+    write(tmp_path, VALID, "home/base.yaml")
+    write(tmp_path, VALID, "home/$a.yaml")
+    path = write(tmp_path, f"include: {written}\nname: mine\n")
+    assert load_config(path).name == "mine"
+    ((_, file),) = included_files(path)
+    assert file.parent == home
+
+
+def test_an_include_in_the_home_of_nobody(tmp_path: Path) -> None:
+    assert problems_of(write(tmp_path, "include: ~nobody.at.all/base.yaml\n")) == [
+        "include: there is no user '~nobody.at.all'; write ./~nobody.at.all/base.yaml for a file (x.yaml:1)"
+    ]
 
 
 def test_the_same_file_may_be_included_twice_side_by_side(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe import cli
-from dsmoe.config import load_config
+from dsmoe.config import dump_config, load_config
 from dsmoe.launch import hosts
 from dsmoe.launch.job import Job, Request, default_folder
 
@@ -109,6 +109,7 @@ def test_one_node_needs_no_ssh_and_no_environment() -> None:
 def test_names_with_spaces_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(MIXTRAL)
     monkeypatch.chdir(tmp_path)  # where there is no launch/pretrain.py
+    Path("my config.yaml").write_text(dump_config(config), encoding="utf-8")
     command = hosts.job(Request(config, "my config.yaml", ("name=x",), "a b")).command
     assert shlex.split(command) == [
         "DS_ENV_FILE=a b/deepspeed_env",

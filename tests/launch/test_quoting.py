@@ -320,6 +320,71 @@ def check_environment(text: str, path: str, here: Path) -> None:
     assert done.stdout.decode() == path
 
 
+def in_a_container(written: Job, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The config that the command of a compose file gives, in the environment of somebody else."""
+    command = [interpolated(word) for word in yaml.safe_load(written.files["compose.yaml"])["x-node"]["command"]]
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.delenv("CORPORA")
+    return load_config(command[1], command[2:])
+
+
+@pytest.mark.parametrize("is_override", [True, False])
+def test_a_path_of_this_hosts_user_and_variables_is_the_same_in_a_container(
+    is_override: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CORPORA", "/big/a $x 'b'")
+    paths = {"data.tokenizer": "~/tok.json", "checkpoint.weights_from": "${HOME}/old", "data.sources.0.path": "a$$b"}
+    paths |= {"data.sources.1.path": "$CORPORA/*.txt", "data.cache_dir": "~/cache", "runs_dir": "$HOME/runs"}
+    if is_override:
+        written = job("docker", "run.yaml", [f"{key}={path}" for key, path in paths.items()])
+    else:
+        tree = plain(parse_yaml(VALID, str, []) or Node(None, ""))
+        data = {"tokenizer": paths["data.tokenizer"], "cache_dir": paths["data.cache_dir"]}
+        data["sources"] = [
+            {"name": s["name"], "path": paths[f"data.sources.{i}.path"]} for i, s in enumerate(tree["data"]["sources"])
+        ]
+        checkpoint = {"weights_from": paths["checkpoint.weights_from"]}
+        written = job("docker", "run.yaml", data=data, checkpoint=checkpoint, runs_dir=paths["runs_dir"])
+    config = in_a_container(written, monkeypatch)
+    assert config.data.tokenizer == "/home/me/tok.json"
+    assert config.checkpoint.weights_from == "/home/me/old"
+    assert [source.path for source in config.data.sources] == ["a$b", "/big/a $x 'b'/*.txt"]
+    assert (config.runs_dir, config.data.cache_dir) == ("/runs", "/cache")
+    volumes = [interpolated(volume) for volume in yaml.safe_load(written.files["compose.yaml"])["x-node"]["volumes"]]
+    assert "/home/me/tok.json:/home/me/tok.json:ro" in volumes
+
+
+@pytest.mark.parametrize("text", ["~/base.yaml", "$HOME/base.yaml"])
+def test_an_include_of_this_hosts_user_is_refused_for_containers(
+    text: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    (here / "base.yaml").write_text(VALID, encoding="utf-8")
+    Path("run.yaml").write_text(f"include: {text}\n", encoding="utf-8")
+    request = Request(load_config("run.yaml"), "run.yaml", (), "out")
+    with pytest.raises(UserError, match=re.escape(f"include ({text}) is {here}/base.yaml here")):
+        docker.job(request)
+    assert hosts.job(request).files
+
+
+def test_variables_of_paths_go_to_the_hosts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's ssh takes none of this shell's; HOME and the like are each host's own."""
+    monkeypatch.setenv("CORPORA", '/big/a "$x" `y`')
+    monkeypatch.setenv("SOME", "base")
+    data = {"sources": [{"name": "a", "path": "$CORPORA/${HOME}/$NOT_SET/x.txt"}], "cache_dir": "${CORPORA}/cache"}
+    Path("base.yaml").write_text(VALID, encoding="utf-8")
+    written = job("hostfile", "run.yaml", data=data, include="$SOME.yaml")
+    (here / "env").write_text(written.files["deepspeed_env"], encoding="utf-8")
+    held = SimpleNamespace(exports={})
+    for line in (here / "env").open(encoding="utf-8"):
+        MultiNodeRunner.add_export(held, *line.split("=", maxsplit=1))  # type: ignore[arg-type]
+    assert {key.strip() for key in held.exports} - {"DS_ACCELERATOR"} == {"PATH", "CORPORA", "SOME"}
+    exports = "".join(f"export {key}={value}; " for key, value in held.exports.items())
+    done = subprocess.run(["bash", "-c", f'{exports}printf %s "$CORPORA"'], capture_output=True, check=True)
+    assert done.stdout.decode() == '/big/a "$x" `y`'
+
+
 def test_an_override_to_paste_is_the_value_again() -> None:
     for text in (text for text in HOSTILE if "\0" not in text):
         shown = quoting.path_override("data.tokenizer", text)

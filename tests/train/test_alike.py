@@ -25,7 +25,7 @@ OTHERS = {
     "data.validation_fraction=0.1": "data.validation_fraction: 0.05 on rank 0; 0.1 on rank 1",
     "train.precision=bf16": 'train.precision: "fp32" on rank 0; "bf16" on rank 1',
     "moe.num_expert=4": "on rank 1: moe.num_expert: unknown key",
-    "cluster.devices_per_node=3": "on rank 1: ",
+    "cluster.devices_per_node=3": "on rank 1: train.micro_batch_size * train.sequence_length (3 * 1 * 32 = 96)",
 }
 """An override that only rank 1 has, and what is to be said of it; `on rank 1` with the host's name in between."""
 

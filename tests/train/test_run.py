@@ -169,7 +169,7 @@ def test_going_on_appends_and_a_finished_run_says_its_result_again(tmp_path: Pat
     again = pretrain(tmp_path, "--config", config, "train.steps=6")
     assert again.code == 0
     assert "held-out bits per byte" in again.out
-    (suggested,) = re.findall(r"launch/pretrain.py (--config \S+ \S+)", again.out)
+    (suggested,) = re.findall(r"launch/pretrain.py'? (--config \S+ \S+)", again.out)
     on = pretrain(tmp_path, *suggested.split())
     assert on.code == 0, on.err
     assert "step 12/12" in on.out
@@ -193,6 +193,14 @@ def test_a_folder_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = str(write_config(tmp_path, train={"steps": 2}, runs_dir="file/runs"))
     refused(pretrain(tmp_path, "--config", config), "runs_dir")
+
+
+def test_a_lock_that_cannot_be_taken_is_said_with_a_way_out(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, train={"steps": 2}, runs_dir="runs"))
+    (tmp_path / "runs" / "small" / ".lock").mkdir(parents=True)
+    outcome = pretrain(tmp_path, "--config", config)
+    refused(outcome, "cannot lock the run folder")
+    assert "or name another folder (runs_dir=...)" in outcome.err
 
 
 def test_going_back_needs_the_later_checkpoints_out_of_the_way(tmp_path: Path) -> None:
