@@ -20,7 +20,7 @@ from xxhash import xxh3_128
 
 from dsmoe.checkpoint.headers import BYTES, LARGEST, Entry, are_sizes, read_entries
 from dsmoe.config.errors import UserError, exit_code_of
-from dsmoe.config.sealed import sealed_json
+from dsmoe.config.sealed import is_sealed, sealed_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
@@ -31,6 +31,7 @@ _DROPPED = re.compile(
 _FILE_NAME = re.compile(r"rank_\d{5,}_\d{3,}\.safetensors", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _PRIME = (1 << 127) - 1
+_TABLES = ("files", "tensors")
 
 
 class DamagedError(UserError):
@@ -146,7 +147,7 @@ class Manifest:
             content = json.loads(text)
             if content.get("format") != FORMAT:
                 raise DamagedError(f"{path} is of another format: {content.get('format')!r}, not {FORMAT!r}")
-            if _sealed({key: value for key, value in content.items() if key != "sha256"}) != text:
+            if not is_sealed(text, content, _TABLES):
                 raise ValueError
             if content.keys() != {"format", "facts", "files", "tensors", "sha256"}:
                 raise _ContradictionError(f"its entries are {', '.join(content)}")
@@ -353,4 +354,4 @@ def _tensor(key: str, entry: list[Any]) -> StoredTensor:
 
 
 def _sealed(content: dict[str, Any]) -> str:
-    return sealed_json(content, tables=("files", "tensors"))
+    return sealed_json(content, _TABLES)

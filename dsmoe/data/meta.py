@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsmoe.config.sealed import sealed_json
+from dsmoe.config.sealed import is_sealed, sealed_json
 from dsmoe.data.stored import DamagedCacheError, StoredFile
 
 META = "meta.json"
@@ -100,7 +100,7 @@ def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
     try:
         text = (folder / META).read_text(encoding="utf-8")
         content = json.loads(text)
-        if sealed_json({key: value for key, value in content.items() if key != "sha256"}) != text:
+        if not is_sealed(text, content):
             raise DamagedCacheError(folder, f"{META} is not what was written")
         meta = Meta.model_validate({key: value for key, value in content.items() if key != "sha256"})
     except FileNotFoundError:

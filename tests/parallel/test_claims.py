@@ -15,7 +15,7 @@ from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.claims import ASKED_RANKS, Deviation, DifferentRanksError, check_alike, explain
 from dsmoe.parallel.local import CONTEXT, run_ranks
 from dsmoe.parallel.roll import report_at_roll
-from tests.train.test_run import free_port
+from tests.ports import free_port
 
 SAME = {"optimizer.lr": "0.001", "train.seed": "0", "torch": "2.13.0"}
 HOST = socket.gethostname()

@@ -14,6 +14,7 @@ from dsmoe.parallel import join_processes, leave_processes, roll
 from dsmoe.parallel.distributed import HostError
 from dsmoe.parallel.local import CONTEXT
 from dsmoe.parallel.watch import LostRanksError
+from tests.ports import free_port
 
 
 def come(rank: int, port: int, seconds: float, folder: Path) -> None:
@@ -35,9 +36,7 @@ def come(rank: int, port: int, seconds: float, folder: Path) -> None:
 
 def results_of(ranks: list[int], seconds: float, folder: Path, port: int = 0) -> tuple[list[str], list[str]]:
     """By rank, what came of it, and what it said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = port or free.getsockname()[1]
+    port = port or int(free_port())
     processes = [CONTEXT.Process(target=come, args=(rank, port, seconds, folder)) for rank in ranks]
     for process in processes:
         process.start()

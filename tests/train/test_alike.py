@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dsmoe.parallel.local import CONTEXT
-from tests.train.test_run import Outcome, free_port, write_config
+from tests.ports import free_port
+from tests.train.test_run import Outcome, write_config
 
 OTHERS = {
     "optimizer.lr=0.001": "optimizer.lr: 0.003 on rank 0; 0.001 on rank 1",

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from dsmoe.config import UserError, dump_config, load_config
 from dsmoe.parallel.distributed import DeviceError, HostError
 from dsmoe.parallel.local import CONTEXT
 from dsmoe.train.run import explain_end
+from tests.ports import free_port
 from tests.train.layouts import small_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -89,12 +89,6 @@ def pretrain(folder: Path, *arguments: str) -> Outcome:
             (Path(streams) / "out").read_text(encoding="utf-8"),
             (Path(streams) / "err").read_text(encoding="utf-8"),
         )
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def launch(folder: Path, *command: str, timeout: float = 200) -> Outcome:
