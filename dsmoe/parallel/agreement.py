@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
 from dsmoe.parallel.groups import ExpertGroup
-from dsmoe.parallel.watch import BEAT_SECONDS, LostRanksError, Watch, process_watch
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import BEAT_SECONDS, Watch, process_watch
 
 POLL_SECONDS = 0.005
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -23,7 +22,9 @@ from deepspeed import comm
 from dsmoe.config.errors import UserError
 from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel.claims import Claims
+from dsmoe.parallel.lost import LostRanksError, first_line
 from dsmoe.parallel.roll import call_roll
+from dsmoe.parallel.waiting import while_others_wait
 from dsmoe.parallel.watch import process_watch, stop_watching
 
 T = TypeVar("T")
@@ -94,8 +95,9 @@ def join_processes(
             if not torch.distributed.is_initialized():  # by the program around us, or by a file
                 call_roll(world.devices_per_node, timeout, claims or {})
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
-        except torch.distributed.DistNetworkError as error:
-            raise _rendezvous_problem(error) from None
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            raise _rendezvous_problem(error) from error
+        process_watch().timeout = timeout
     where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     return Rank(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), where)
 
@@ -172,11 +174,15 @@ def _take_device(local_rank: int) -> None:
 
 
 def _rendezvous_problem(error: Exception) -> Exception:
-    """What keeps rank 0 from listening where the ranks meet, if it is the port; else the error."""
-    if "EADDRINUSE" not in str(error):
-        return error
-    advice = "give the launcher another --master_port, or set MASTER_PORT under srun"
-    return HostError(f"port {os.environ.get('MASTER_PORT')} is in use on this machine; {advice}")
+    """What has kept the ranks from joining: the port of rank 0, or a rank that has gone again."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in str(error):
+        advice = "give the launcher another --master_port, or set MASTER_PORT under srun"
+        return HostError(f"port {port} is in use on this machine; {advice}")
+    return LostRanksError(
+        f"rank 0 came to {address}:{port}, where the ranks meet, and does not answer there any more: "
+        f"{first_line(error)}"
+    )
 
 
 def _switch_off_shared_memory_op() -> None:
@@ -195,29 +201,39 @@ def on_first_rank(action: Callable[[], T]) -> T:
 
     The others wait without a timeout: what only one rank does (tokenising) may take longer than a collective may.
     The result and the error must be picklable. The error says of itself that all ranks have it: `is_shared(error)`.
+
+    Raises:
+        LostRanksError: rank 0 has ended (`dsmoe.parallel.waiting`).
     """
-    outcome: list[Any] = [None, None]
-    store = torch.distributed.distributed_c10d._get_default_store()
-    rank = torch.distributed.get_rank()
-    # Every rank counts its own calls, so that all of them mean the same one.
-    done = f"dsmoe/first/{store.add(f'dsmoe/first/calls/{rank}', 1)}"
-    if rank == 0:
-        outcome = _outcome_of(action)
-        store.set(done, "")
-    else:
-        while not store.check([done]):
-            time.sleep(0.02)
+    outcome = while_others_wait([0], lambda: _outcome_of(action)) or [None, None]
     torch.distributed.broadcast_object_list(outcome, src=0)
     return cast(T, _result_of([outcome])[0])
+
+
+def on_first_of_hosts(action: Callable[[], object]) -> None:
+    """Let the first rank of every host do `action` while the others wait, or raise the first error on every rank.
+
+    Without a timeout, as in `on_first_rank`.
+    """
+    local_ranks: list[int] = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(local_ranks, int(os.environ.get("LOCAL_RANK", "0")))
+    _on_ranks([rank for rank, local in enumerate(local_ranks) if local == 0], action)
 
 
 def on_every_rank(action: Callable[[], T]) -> list[T]:
     """Let every rank do `action`, and give all of them all results by rank, or raise the first rank's error on all.
 
-    A rank that fails alone would leave the others waiting in the next collective.
+    A rank that fails alone would leave the others waiting in the next collective. Without a timeout, as in
+    `on_first_rank`: one of them may read from a slower disk.
     """
+    return _on_ranks(range(torch.distributed.get_world_size()), action)
+
+
+def _on_ranks(workers: Collection[int], action: Callable[[], T]) -> list[Any]:
+    """What `action` has returned on every rank, None where it was not done."""
+    outcome = while_others_wait(workers, lambda: _outcome_of(action)) or [None, None]
     outcomes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(outcomes, _outcome_of(action))
+    torch.distributed.all_gather_object(outcomes, outcome)
     return _result_of(outcomes)
 
 

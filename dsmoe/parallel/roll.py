@@ -26,7 +26,8 @@ from dsmoe.parallel.claims import (
     exit_code_of_all,
     explain,
 )
-from dsmoe.parallel.watch import STORE_SECONDS, LostRanksError
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import STORE_SECONDS, meeting_place, within
 
 WORD_SECONDS = 20.0
 """After how long a rank first says for whom it waits; each time twice as long passes before it says so again."""
@@ -66,19 +67,34 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims) 
     keys = [_key(place) for place in range(world)]
     store.set(keys[rank], digest(claims))
     if rank == 0:
-        _await_all(store, keys, devices_per_node, timeout)
+        try:
+            _await_all(store, keys, devices_per_node, timeout)
+        except LostRanksError as error:
+            store.set(_key("all"), "[0]")
+            _judge(store, str(error), 1, sum(store.check([key]) for key in keys) - 1)
+            raise
         _compare(store, keys, claims)
         return
-    try:
-        store.wait([_key("all")], timeout + timedelta(seconds=STORE_SECONDS))  # rank 0 speaks first, and by name
-        asked = json.loads(store.get(_key("all")))
-        if asked:
-            if rank in asked:
-                first = json.loads(store.get(_key("claims")))
-                store.set(_key(f"{rank}/deviation"), json.dumps(asdict(deviation(rank, claims, first))))
-            raise DifferentRanksError(*_verdict(store))
-    except RuntimeError as error:
-        raise LostRanksError(f"rank 0, at {address}:{port}, does not say that all ranks have come") from error
+    # Rank 0 speaks first, and by name. Where its process is stopped, not even the end of the time is heard of.
+    seconds = (timeout + timedelta(seconds=2 * STORE_SECONDS)).total_seconds()
+    verdict = within(seconds, lambda: [_hear(store, rank, claims)])
+    if verdict is None:
+        state = meeting_place() or "does not answer"
+        raise LostRanksError(f"rank 0, which says when all ranks have come, {state} at {address}:{port}")
+    if verdict[0] is not None:
+        raise DifferentRanksError(*verdict[0])
+
+
+def _hear(store: dist.Store, rank: int, claims: Claims) -> tuple[str, int] | None:
+    """Hear of rank 0 that all have come and have the same, which is None, or why all ranks end, and the exit code."""
+    store.wait([_key("all")], timedelta(days=1))
+    asked = json.loads(store.get(_key("all")))
+    if not asked:
+        return None
+    if rank in asked:
+        first = json.loads(store.get(_key("claims")))
+        store.set(_key(f"{rank}/deviation"), json.dumps(asdict(deviation(rank, claims, first))))
+    return _verdict(store)
 
 
 def report_at_roll(error: str, exit_code: int) -> bool:
@@ -86,8 +102,9 @@ def report_at_roll(error: str, exit_code: int) -> bool:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank == 0 or world == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return False
-    limit = timedelta(seconds=REACH_SECONDS)
-    try:
+
+    def tell() -> bool:
+        limit = timedelta(seconds=REACH_SECONDS)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         _reach(address, port, limit)
         store = dist.TCPStore(address, port, world, False, limit, wait_for_workers=False, multi_tenant=True)
@@ -95,9 +112,10 @@ def report_at_roll(error: str, exit_code: int) -> bool:
         store.set(_key(f"{rank}/deviation"), json.dumps(asdict(own)))
         store.set(_key(rank), _ERROR)
         _verdict(store)
-    except (LostRanksError, RuntimeError):  # rank 0 has ended, or never began: perhaps for the same reason
-        return False
-    return True
+        return True
+
+    # Fails where rank 0 has ended, or never began: perhaps for the same reason.
+    return within(REACH_SECONDS + REPORT_SECONDS, tell) or False
 
 
 def _compare(store: dist.Store, keys: list[str], claims: Claims) -> None:
@@ -116,11 +134,16 @@ def _compare(store: dist.Store, keys: list[str], claims: Claims) -> None:
     deviations = [Deviation(**json.loads(store.get(key))) for key in answers if store.check([key])]
     text = explain(claims, deviations, len(differing), len(keys))
     exit_code = exit_code_of_all(deviations)
+    _judge(store, text, exit_code, len(keys) - 1)
+    raise DifferentRanksError(text, exit_code)
+
+
+def _judge(store: dist.Store, text: str, exit_code: int, others: int) -> None:
+    """Say why all ranks end, and stay until the others have heard it."""
     store.set(_key("verdict"), json.dumps([text, exit_code]))
     deadline = time.monotonic() + HEARD_SECONDS
-    while store.add(_key("heard"), 0) < len(keys) - 1 and time.monotonic() < deadline:
+    while store.add(_key("heard"), 0) < others and time.monotonic() < deadline:
         time.sleep(0.05)
-    raise DifferentRanksError(text, exit_code)
 
 
 def _verdict(store: dist.Store) -> tuple[str, int]:

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
+
+from dsmoe.parallel.lost import LostRanksError, first_line, is_lost
 
 T = TypeVar("T")
 
@@ -38,10 +40,6 @@ ASKED = "dsmoe/asked"
 SAVING = "saving a checkpoint"
 """A note that is not timed: how long it takes depends on the storage."""
 
-_LOST = re.compile(
-    r"gloo|ncclRemoteError|Connection (closed|reset)|Broken pipe|[Tt]imed out|Watchdog|recvValue|sendBytes", re.I
-)
-
 
 class Reporter(Protocol):
     """Who writes down where this rank stands; see `dsmoe.train.reports`."""
@@ -57,10 +55,6 @@ class Reporter(Protocol):
 
     def gather(self, explanation: str) -> str:
         """Wait for the other ranks' reports, and sum them up."""
-
-
-class LostRanksError(RuntimeError):
-    """Ranks that this one waits for do not come."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +98,11 @@ class Watch:
         """How long this rank waits for others before it calls them missing."""
         self.agreed: dict[tuple[int, ...], set[str]] = {}
         """By group of ranks, what `dsmoe.parallel.agreement` has seen them agree on."""
-        self._on_stall: Callable[[LostRanksError], None] | None = None
-        self._first_failed: int | None = None
+        self.first_failed: int | None = None
+        """The rank that has failed first, as far as this one has heard."""
+        self._waits = 0
+        self._first, self._heard = Note("an unknown host"), time.monotonic()
+        self._store_has_ended = False
         self._store_answers = True
         self._publishing = threading.Lock()
         self._stopped = threading.Event()
@@ -116,6 +113,16 @@ class Watch:
         """Say what this rank is about to do; costs an assignment, so it may stand before every collective."""
         notes, last_step, _, _ = self._doing
         self._doing = (notes + 1, last_step if step is None else step, doing, time.monotonic())
+
+    def say(self, doing: str) -> None:
+        """Say more of what this rank is doing: no other rank says the same, so that it does not count as a note."""
+        notes, step, _, since = self._doing
+        self._doing = (notes, step, doing, since)
+
+    def count_wait(self) -> int:
+        """The number of this wait, which all ranks begin in the same order (`dsmoe.parallel.waiting`)."""
+        self._waits += 1
+        return self._waits
 
     def now(self) -> tuple[Note, float]:
         """The last note, and how many seconds ago it was made."""
@@ -130,9 +137,19 @@ class Watch:
         """Call `action`, in the watch's thread, if no note is made within a step for `timeout` and a little more.
 
         For CUDA, where a collective that hangs raises nothing: the host waits for the device, and NCCL's own watchdog
-        ends the process without a word of ours. Before the first step, and while saving, time does not count.
+        ends the process without a word of ours. Before the first step, and while saving, time does not count. Where the
+        store has ended, and rank 0 with it, nothing will come: `timeout` is not waited for then.
         """
-        self._on_stall = action
+        threading.Thread(target=self._look_for_stalls, args=(action,), daemon=True, name="dsmoe stalls").start()
+
+    def has_lost_first(self) -> bool:
+        """Whether rank 0 will not come any more: it has ended, with the store, or is silent for longer than allowed."""
+        silent = self.rank > 0 and time.monotonic() - self._heard > self.timeout.total_seconds()
+        return self._store_has_ended or silent
+
+    def look_at_store(self) -> None:
+        """Learn now whether the store has ended."""
+        self._store_has_ended = meeting_place() is ENDED
 
     @property
     def notes(self) -> int:
@@ -159,7 +176,7 @@ class Watch:
 
         first = within(STORE_SECONDS, ask)
         self._store_answers = first is not None
-        return self._first_failed if first is None else first
+        return self.first_failed if first is None else first
 
     def explain(self, error: BaseException) -> str | None:
         """Which ranks are missing, where `error` says that a collective has lost one; takes `GRACE_SECONDS`.
@@ -172,13 +189,8 @@ class Watch:
         missing = None
         if self._store_answers:
             missing = within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(here))
-        if missing is None:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            missing = (
-                f"rank 0's host does not answer at {address} either, where the ranks meet: it has ended, or "
-                f"{here.host} is cut off from it"
-            )
-        return f"a collective failed at {here.place}: {missing} ({_first_line(error)})"
+        missing = missing or self._without_store(here)
+        return f"a collective failed at {here.place}: {missing} ({first_line(error)})"
 
     def tell(self) -> None:
         """Let the others know that the run's end has been explained; rank 0 stays until they do, having the store."""
@@ -212,23 +224,51 @@ class Watch:
         behind = {rank: note for rank, note in [(self.rank, here), *seen.items()] if note.notes == least}
         return f"{_who(behind)} missing: alive, but still at {_places(behind)}"
 
+    def _without_store(self, here: Note) -> str:
+        """What is known of rank 0 where the store, which it or its launcher has, does not answer."""
+        state, serves_itself = meeting_place(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        address = f"at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where the ranks meet"
+        first = here if self.rank == 0 else self._first
+        who = f"rank 0 on {first.host}" if serves_itself else f"the launcher on rank 0's host ({first.host})"
+        last = f"; last heard of rank 0, {time.monotonic() - self._heard:.0f} s ago: {first.place}" if self.rank else ""
+        if state is None:
+            return f"rank 0's host does not answer {address}: it has ended, or {here.host} is cut off from it{last}"
+        return f"{who} {state} {address}{last}"
+
     def _publish_for_ever(self) -> None:
-        last, since = -1, time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS if self._now.beat else 0.0):
             try:
                 self._publish()
-                if self._first_failed is None and self._beats.check([FAILED]):
-                    self._first_failed = int(self._beats.get(FAILED).decode())
-                    if self.reports and self._first_failed != self.rank:
-                        self.reports.of_failure(f"rank {self._first_failed} has failed")
+                self._hear()
                 self._hand_on_questions()
-            except Exception:
-                return  # the store is gone, and with it the run: the main thread will find out and say so
+            except Exception:  # the main thread will find out, if it still needs the store, and say so
+                self.look_at_store()
+                if not self._store_has_ended:
+                    with suppress(Exception):
+                        self._beats = self.store.clone()
+
+    def _hear(self) -> None:
+        """Whether a rank has failed, and that rank 0 lives."""
+        if self.first_failed is None and self._beats.check([FAILED]):
+            self.first_failed = int(self._beats.get(FAILED).decode())
+            if self.reports and self.first_failed != self.rank:
+                self.reports.of_failure(f"rank {self.first_failed} has failed")
+        if self.rank > 0 and self._beats.check([_key(0)]):
+            first = Note(**json.loads(self._beats.get(_key(0))))
+            if first.beat != self._first.beat:
+                self._first, self._heard = first, time.monotonic()
+
+    def _look_for_stalls(self, action: Callable[[LostRanksError], None]) -> None:
+        last, since = -1, time.monotonic()
+        while not self._stopped.wait(BEAT_SECONDS):
             notes, step, doing, _ = self._doing
+            stood = time.monotonic() - since
             if notes != last or step == 0 or doing == SAVING:
                 last, since = notes, time.monotonic()
-            elif self._on_stall and time.monotonic() - since > self.timeout.total_seconds() + BEAT_SECONDS:
-                self._on_stall(LostRanksError(f"nothing has gone on for {self.timeout.total_seconds():.0f} s"))
+            elif stood > self.timeout.total_seconds() + BEAT_SECONDS:
+                return action(LostRanksError(f"nothing has gone on for {self.timeout.total_seconds():.0f} s"))
+            elif self._store_has_ended and stood > GRACE_SECONDS:
+                return action(LostRanksError("nothing goes on, and the store has ended"))
 
     def _hand_on_questions(self) -> None:
         """Tell the others that this rank was asked for reports, or report because another was."""
@@ -245,6 +285,27 @@ class Watch:
             now, _ = self.now()
             self._now = replace(now, beat=now.beat + 1)
             self._beats.set(_key(self.rank), json.dumps(asdict(self._now)))
+
+
+ENDED, SILENT = "has ended: nobody answers", "is stopped or hangs: somebody listens, and does not answer,"
+CONNECT_SECONDS = 5.0
+
+
+def meeting_place() -> str | None:
+    """What has become of whoever has the store, where it does not answer: `ENDED`, `SILENT`; None where none can say.
+
+    To be followed by ` at 10.0.0.1:29500`.
+    """
+    try:
+        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        if address[1] == 0:  # the ranks have met in a file
+            return None
+        socket.create_connection(address, CONNECT_SECONDS).close()
+    except ConnectionRefusedError:
+        return ENDED
+    except (OSError, LookupError, ValueError):
+        return None
+    return SILENT
 
 
 _watches: dict[int, tuple[dist.Store, Watch]] = {}
@@ -272,11 +333,6 @@ def stop_watching() -> None:
     _watches.clear()
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether an error is what a collective raises when other ranks are not there."""
-    return isinstance(error, LostRanksError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
-
-
 def _key(rank: int) -> str:
     return f"dsmoe/watch/{rank}"
 
@@ -292,12 +348,6 @@ def _who(notes: Mapping[int, Note]) -> str:
 
 def _places(notes: Mapping[int, Note]) -> str:
     return "; ".join(dict.fromkeys(note.place for _, note in sorted(notes.items())))
-
-
-def _first_line(error: BaseException) -> str:
-    """What torch says, without the place in its sources."""
-    text = re.sub(r"^\[[^\]]*\]\s*", "", str(error))
-    return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
 
 
 def within(seconds: float, action: Callable[[], T]) -> T | None:

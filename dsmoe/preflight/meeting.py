@@ -13,7 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dsmoe.parallel.watch import STORE_SECONDS, LostRanksError, process_watch
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import STORE_SECONDS, process_watch
 from dsmoe.preflight.results import RankReport
 
 Answer = dict[str, Any]

@@ -18,7 +18,8 @@ from dsmoe.config.schema import Config
 from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed, set_timeout_everywhere
-from dsmoe.parallel.watch import LostRanksError, process_watch
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import process_watch
 from dsmoe.plan import resolve_device
 from dsmoe.plan.elastic import fit_to_world
 from dsmoe.preflight.judge import Verdict

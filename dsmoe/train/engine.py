@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
@@ -22,7 +21,7 @@ from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
 from dsmoe.data.cache import VERIFIED_AT_START
 from dsmoe.moe.layer import MoE
-from dsmoe.parallel.distributed import on_first_rank, set_timeout_everywhere
+from dsmoe.parallel.distributed import on_first_of_hosts, on_first_rank, set_timeout_everywhere
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
 from dsmoe.train.gradient_sums import fill_missing_gradients, sum_in_fp32
@@ -93,13 +92,12 @@ def initialize(
 def prepare_once(config: Config) -> list[PreparedSource]:
     """The prepared data of `config`, tokenised by one rank while the others wait; collective.
 
-    Where nodes do not share `data.cache_dir`, the first rank of each node makes its own. That rank also looks whether
-    the files are what was written (`prepare`'s `check`); the others check what they read.
+    Where nodes do not share `data.cache_dir`, the first rank of each node makes its own, in its own time: nobody waits
+    with a limit. That rank also looks whether the files are what was written (`prepare`'s `check`); the others check
+    what they read.
     """
     on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)))
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        prepare(config, VERIFIED_AT_START)
-    dist.barrier()
+    on_first_of_hosts(lambda: len(prepare(config, VERIFIED_AT_START)))
     return prepare(config, check=0)
 
 

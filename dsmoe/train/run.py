@@ -36,8 +36,10 @@ from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
 from dsmoe.parallel.claims import check_alike
 from dsmoe.parallel.distributed import DeviceError, HostError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.roll import report_at_roll
-from dsmoe.parallel.watch import GRACE_SECONDS, LostRanksError, process_watch
+from dsmoe.parallel.voice import speaks_for_host
+from dsmoe.parallel.watch import GRACE_SECONDS, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments, fit_to_world
 from dsmoe.plan.report import Plan
@@ -305,7 +307,8 @@ def explain_end(error: Exception, text: str) -> None:
 
     The rank that fails first prints. The others, which then lose their connection to it, only say so: their own
     tracebacks would bury the cause. Where what failed is a collective, because other ranks are not there, it says
-    which. Whoever is not the speaker lingers, because launchers end every rank as soon as one has ended.
+    which. Where the store has gone, with rank 0, they cannot agree, and one rank on each host prints. Whoever is not
+    the speaker lingers, because launchers end every rank as soon as one has ended.
     """
     rank = int(os.environ.get("RANK", "0"))
     if not dist.is_initialized() or is_shared(error):
@@ -318,12 +321,15 @@ def explain_end(error: Exception, text: str) -> None:
     speaker = watch.speaker()
     if watch.reports:
         watch.reports.of_failure("it has failed" if speaker == rank else "a collective failed", error)
-    if speaker == rank or (speaker is None and os.environ.get("LOCAL_RANK", "0") == "0"):
-        explanation = f"[rank {rank}] {(watch.explain(error) or text).rstrip()}"
+    if speaker == rank or (speaker is None and speaks_for_host()):
+        who = f"rank {rank}" if speaker == rank else f"rank {rank} on {platform.node()}"
+        explanation = f"[{who}] {(watch.explain(error) or text).rstrip()}"
         print(explanation, file=sys.stderr, flush=True)
         if watch.reports:
             print(watch.reports.gather(explanation), file=sys.stderr, flush=True)
         watch.tell()
+        if speaker is None:  # while this process is there, nobody else speaks for its host
+            time.sleep(LINGER_SECONDS)
         return
     if speaker is not None:
         print(f"[rank {rank}] stopped because rank {speaker} did", file=sys.stderr, flush=True)
@@ -335,8 +341,9 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
     """Print what ends this rank, where it knows nothing of the others: what ends all of them, once.
 
     A wrong config is wrong everywhere, and rank 0 says so. What is wrong on a rank alone is told to rank 0, which waits
-    for all, and says it. Where rank 0 does not answer, the first rank of a host says what is wrong there. Of other
-    errors, only a rank that is still there after the launcher would have ended it for rank 0's sake has its own.
+    for all, and says it. Where rank 0 does not answer, the first rank of a host says what is wrong there, and one rank
+    of each that rank 0 is missing. Of other errors, only a rank that is still there after the launcher would have ended
+    it for rank 0's sake has its own.
     """
     if rank > 0:
         reason = text.removeprefix("error: ").rstrip()
@@ -346,8 +353,9 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
         if not (isinstance(error, HostError) and first_of_host):
             time.sleep(LINGER_SECONDS)
         of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
-        of_host = isinstance(error, (HostError, LostRanksError)) and first_of_host
-        if is_shared(error) or not (of_host or of_rank):
+        of_host = isinstance(error, HostError) and first_of_host
+        without_first = isinstance(error, LostRanksError) and not is_shared(error) and speaks_for_host()
+        if is_shared(error) or not (of_host or of_rank or without_first):
             return
         text = f"[rank {rank} on {platform.node()}] {text}"
     print(text.rstrip(), file=sys.stderr, flush=True)

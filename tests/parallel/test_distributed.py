@@ -53,9 +53,10 @@ def test_a_rank_whose_device_is_hidden_from_it_is_told_of_srun(monkeypatch: pyte
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     lost = dist.DistNetworkError("timed out")
-    assert _rendezvous_problem(lost) is lost
+    assert "rank 0 came to 10.0.0.1:1, where the ranks meet, and does not answer" in str(_rendezvous_problem(lost))
     assert "port 1 is in use" in str(_rendezvous_problem(dist.DistNetworkError("EADDRINUSE")))
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsmoe.parallel import join_processes, leave_processes, roll
+from dsmoe.parallel.claims import DifferentRanksError
 from dsmoe.parallel.distributed import HostError
 from dsmoe.parallel.local import CONTEXT
-from dsmoe.parallel.watch import LostRanksError
+from dsmoe.parallel.lost import LostRanksError
 from tests.ports import free_port
 
 
@@ -28,7 +29,7 @@ def come(rank: int, port: int, seconds: float, folder: Path) -> None:
         dist.barrier()
         result = f"rank {dist.get_rank()} has joined"
         leave_processes()
-    except (LostRanksError, HostError) as error:
+    except (LostRanksError, HostError, DifferentRanksError) as error:
         result = f"{type(error).__name__}: {error}"
     sys.stdout.flush()
     (folder / f"{rank}.result").write_text(result, encoding="utf-8")
@@ -56,9 +57,10 @@ def test_all_who_come_join(tmp_path: Path) -> None:
 
 
 def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
-    (result, _), (said, _) = results_of([0, 1], 1.5, tmp_path)
+    (result, heard), (said, _) = results_of([0, 1], 1.5, tmp_path)
     missing = "2 of 4 ranks, of node 1 (from 0)"
     assert result.startswith(f"LostRanksError: {missing}, have not come within 2 s to 127.0.0.1:")
+    assert heard == result.replace("LostRanksError", "DifferentRanksError"), "the others end as rank 0 does, in silence"
     assert said.splitlines() == [f"waiting for {missing}"] * 2, "after 0.3 and after 0.9 seconds"
 
 

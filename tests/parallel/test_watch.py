@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from dsmoe.parallel import watch as module
-from dsmoe.parallel.watch import SAVING, LostRanksError, Watch
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import SAVING, Watch
 
 RESET = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:3456")
 

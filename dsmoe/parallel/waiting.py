@@ -1,0 +1,199 @@
+"""Let some ranks work while the others wait: however long it takes, as long as those who work live.
+
+A collective has a time limit, and tokenising a corpus or reading a checkpoint has none. So ranks do not wait in a
+collective: who is ready says so in the store, and who waits looks now and then whether those it waits for still live.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import Note, Watch, process_watch
+
+T = TypeVar("T")
+
+WORD_SECONDS = 60.0
+"""How often rank 0 says for whom it waits, and what those do."""
+LOOK_SECONDS = 0.5
+"""How often a rank that waits looks whether there is still something to wait for."""
+SHOWN_RANKS = 8
+WAITING = "waiting for the work of other ranks"
+WORKING = "work that other ranks wait for"
+
+
+def while_others_wait(workers: Collection[int], action: Callable[[], T]) -> T | None:
+    """Let every rank of `workers` do `action`; returns on all ranks when all of them have. Collective.
+
+    Args:
+        workers: ranks, the same on every rank.
+        action: must not raise. What it logs for `dsmoe` is what this rank does, where others ask.
+
+    Returns:
+        What `action` has returned here; None on a rank that only waits.
+
+    Raises:
+        LostRanksError: a rank has failed, rank 0 has ended, or a worker has given no sign of life for the watch's
+            timeout.
+    """
+    watch = process_watch()
+    watch.note(WAITING)
+    result = None
+    if watch.rank in workers:
+        with _shown(watch):
+            result = action()
+    if watch.world_size > 1:
+        _wait(watch, workers)
+    return result
+
+
+def _wait(watch: Watch, workers: Collection[int]) -> None:
+    number = watch.count_wait()
+    if workers == [0] and watch.rank == 0:
+        watch.store.set(_key(number, "done"), "")
+        return
+    ready, errors = threading.Event(), list[Exception]()
+
+    def meet() -> None:
+        """In a thread: a store on a host that is cut off, or in a process that is stopped, may never answer."""
+        try:
+            if watch.rank in workers and watch.store.add(_key(number, "count"), 1) == len(workers):
+                watch.store.set(_key(number, "done"), "")
+            _wait_for_key(watch.store, _key(number, "done"))
+        except Exception as error:
+            errors.append(error)
+        ready.set()
+
+    threading.Thread(target=meet, daemon=True, name="dsmoe waiting").start()
+    words = _Words(watch, workers) if watch.rank == 0 else None
+    with _asked_to_end() as asked:
+        while not ready.wait(LOOK_SECONDS):
+            if watch.first_failed not in (None, watch.rank):
+                raise LostRanksError(f"rank {watch.first_failed} has failed")
+            if asked.is_set():  # by a launcher: because rank 0 has ended?
+                watch.look_at_store()
+            if watch.has_lost_first():
+                raise LostRanksError("it is waited for")
+            if asked.is_set():
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
+            if words:
+                words.say()
+    if errors:
+        raise errors[0]
+
+
+def _key(number: int, what: str) -> str:
+    return f"dsmoe/wait/{number}/{what}"
+
+
+def _wait_for_key(store: dist.Store, key: str) -> None:
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=1))  # in between, others of this process may ask the store
+            return
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:  # not there yet: each kind of store has its own error for that
+            if store.check([key]):  # raises where the store has gone
+                return
+
+
+class _Words:
+    """What rank 0 says now and then of those that still work, and that it gives up those who are silent for long."""
+
+    def __init__(self, watch: Watch, workers: Collection[int]) -> None:
+        self._watch, self._workers = watch, [rank for rank in workers if rank != watch.rank]
+        self._begun = self._said = time.monotonic()
+        self._heard: dict[int, tuple[int, float]] = {}
+
+    def say(self) -> None:
+        """Say it, if it is time to.
+
+        Raises:
+            LostRanksError: a worker is silent for longer than the watch's timeout.
+        """
+        now = time.monotonic()
+        if now - self._said < WORD_SECONDS:
+            return
+        self._said = now
+        notes = self._watch.notes_of(self._workers)
+        still = {rank: note for rank, note in notes.items() if note.doing != WAITING}
+        for rank, note in still.items():
+            if self._heard.get(rank, (None, now))[0] != note.beat:
+                self._heard[rank] = (note.beat, now)
+        shown = [self._line(rank, note, now) for rank, note in list(still.items())[:SHOWN_RANKS]]
+        more = f", and for {len(still) - SHOWN_RANKS} more" if len(still) > SHOWN_RANKS else ""
+        if shown:
+            print(f"waiting for {now - self._begun:.0f} s, for {'; '.join(shown)}{more}", flush=True)
+        for rank in still:
+            if now - self._heard[rank][1] > self._watch.timeout.total_seconds():
+                raise LostRanksError(f"rank {rank} gives no sign of life")
+
+    def _line(self, rank: int, note: Note, now: float) -> str:
+        silent = now - self._heard[rank][1]
+        sign = f", no sign of life for {silent:.0f} s" if silent else ""
+        return f"rank {rank} on {note.host} ({note.doing}{sign})"
+
+
+class _Shown(logging.Handler):
+    """Makes of what is logged what a rank is doing."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(logging.INFO)
+        self._watch = watch
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._watch.say(record.getMessage())
+
+
+@contextmanager
+def _shown(watch: Watch) -> Iterator[None]:
+    """Let the others see what `dsmoe` logs here, which is on the console for rank 0 alone; they see INFO as well."""
+    package = logging.getLogger("dsmoe")
+    shown, quiet = _Shown(watch), [(handler, handler.level) for handler in package.handlers]
+    level = package.level
+    for handler, _ in quiet:
+        handler.setLevel(max(handler.level, level))
+    package.setLevel(min(level or logging.WARNING, logging.INFO))
+    package.addHandler(shown)
+    watch.say(WORKING)
+    try:
+        yield
+    finally:
+        package.removeHandler(shown)
+        package.setLevel(level)
+        for handler, before in quiet:
+            handler.setLevel(before)
+        watch.say(WAITING)
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[threading.Event]:
+    """Whether SIGTERM has come, which would end this process at once: a moment to say why first."""
+    asked = threading.Event()
+
+    def note(_: int, __: FrameType | None) -> None:
+        asked.set()
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield asked
+        return
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked
+    finally:
+        if signal.getsignal(signal.SIGTERM) is note:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

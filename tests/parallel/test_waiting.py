@@ -1,0 +1,127 @@
+"""Waiting for other ranks' work: without a limit while they live, and with a word of what they do."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from dsmoe.config.errors import UserError
+from dsmoe.parallel import waiting, watch
+from dsmoe.parallel.distributed import on_every_rank, on_first_of_hosts, set_timeout_everywhere
+from dsmoe.parallel.local import run_ranks
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import process_watch
+
+
+def on_two_hosts(folder: Path) -> tuple[str, float]:
+    """Ranks 0 and 2 are the first of their hosts; rank 2's work takes longer than a collective may."""
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    os.dup2(os.open(folder / f"{rank}.out", os.O_CREAT | os.O_WRONLY), 1)
+    set_timeout_everywhere(timedelta(seconds=2))
+    process_watch().timeout = timedelta(seconds=60)  # it lives, and its beats say so
+    waiting.WORD_SECONDS = 1.0  # type: ignore[misc]
+
+    def work() -> None:
+        (folder / f"worked {rank}").touch()
+        if rank == 2:
+            for part in range(10):
+                logging.getLogger("dsmoe.data").info("tokenising: %d of 10", part)
+                time.sleep(0.4)
+
+    begun = time.monotonic()
+    on_first_of_hosts(work)
+    dist.barrier()
+    return process_watch().now()[0].doing, time.monotonic() - begun
+
+
+def test_a_slow_host_is_waited_for_and_seen(tmp_path: Path) -> None:
+    results = run_ranks(4, on_two_hosts, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("worked *")) == ["worked 0", "worked 2"]
+    assert all(doing == waiting.WAITING and seconds > 3.5 for doing, seconds in results)
+    lines = (tmp_path / "0.out").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("waiting for ") and "for rank 2 on " in line for line in lines)
+    assert "(tokenising: " in lines[-1]
+    assert [(tmp_path / f"{rank}.out").read_text(encoding="utf-8") for rank in (1, 2, 3)] == [""] * 3
+
+
+def fail_on_one_host() -> str:
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+
+    def work() -> None:
+        if rank == 2:
+            raise UserError("data.cache_dir: cannot use /scratch: No space left on device")
+
+    with pytest.raises(UserError) as error:
+        on_first_of_hosts(work)
+    return str(error.value)
+
+
+def test_what_fails_on_one_host_is_raised_on_all() -> None:
+    assert run_ranks(4, fail_on_one_host) == ["data.cache_dir: cannot use /scratch: No space left on device"] * 4
+
+
+def hear_of_a_failure() -> str:
+    watch.BEAT_SECONDS = 0.1  # type: ignore[misc]
+    if dist.get_rank() == 1:
+        assert process_watch().speaker() == 1
+        time.sleep(3)
+        return ""
+    with pytest.raises(LostRanksError) as error:
+        on_every_rank(lambda: None)
+    time.sleep(1)  # rank 1 is to find the others still there
+    return str(error.value)
+
+
+def test_nobody_waits_for_a_rank_that_has_failed() -> None:
+    assert run_ranks(3, hear_of_a_failure) == ["rank 1 has failed", "", "rank 1 has failed"]
+
+
+def give_up_a_silent_one() -> str:
+    watch.BEAT_SECONDS = 0.1  # type: ignore[misc]
+    waiting.WORD_SECONDS = 0.5  # type: ignore[misc]
+    own = process_watch()
+    own.timeout = timedelta(seconds=1.5)
+    if dist.get_rank() == 1:
+        own.note("reading a checkpoint")
+        time.sleep(0.5)
+        own.stop()  # no more beats, as of a process that is stopped
+        time.sleep(6)
+        return ""
+    with pytest.raises(LostRanksError) as error:
+        on_every_rank(lambda: None)
+    return str(error.value)
+
+
+def test_a_silent_rank_is_given_up() -> None:
+    first, _ = run_ranks(2, give_up_a_silent_one)
+    assert first == "rank 1 gives no sign of life"
+
+
+def test_who_speaks_for_a_host_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", f"no port {os.getpid()}")
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    together = context.Barrier(4)
+
+    def ask() -> None:
+        from dsmoe.parallel.voice import speaks_for_host
+
+        answers.put((speaks_for_host(), speaks_for_host()))
+        together.wait(20)
+
+    processes = [context.Process(target=ask) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(20)
+    assert sorted(answers.get() for _ in processes) == [(False, False)] * 3 + [(True, True)]

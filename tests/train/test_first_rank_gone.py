@@ -1,0 +1,108 @@
+"""Rank 0 dies or freezes, and with it the store in which ranks agree who speaks: one rank of each host says so."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsmoe.parallel.local import CONTEXT
+from tests.ports import free_port
+from tests.train.test_run import write_config
+
+WORLD = 3
+
+
+def _in_roll(strike: Callable[[], None]) -> None:
+    from dsmoe.parallel import roll
+
+    def await_all(*_: object) -> None:
+        time.sleep(1)  # the others have come
+        strike()
+
+    roll._await_all = await_all  # type: ignore[assignment]
+
+
+def _tokenising(strike: Callable[[], None]) -> None:
+    from dsmoe.data import cache
+
+    def build(*_: object) -> None:
+        time.sleep(1)  # the others wait
+        strike()
+
+    cache._build = build
+
+
+def _in_a_step(strike: Callable[[], None]) -> None:
+    from dsmoe.train import Trainer
+
+    step = Trainer.step
+
+    def striking(self: Trainer) -> object:
+        if self.step_index == 2:
+            strike()
+        return step(self)
+
+    Trainer.step = striking  # type: ignore[assignment, method-assign]
+
+
+PHASES = {"in the roll": _in_roll, "tokenising": _tokenising, "in a step": _in_a_step}
+
+
+def _rank(folder: Path, rank: int, port: str, phase: str, number: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.chdir(folder)
+    os.dup2(os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    from dsmoe.parallel import roll, watch
+    from dsmoe.train import run
+
+    watch.BEAT_SECONDS = 0.3  # type: ignore[misc]
+    watch.STORE_SECONDS = roll.STORE_SECONDS = 2.0  # type: ignore[misc]
+    watch.GRACE_SECONDS = run.GRACE_SECONDS = 1.0  # type: ignore[misc]
+    run.LINGER_SECONDS = 3.0  # type: ignore[misc]
+    if rank == 0:
+        PHASES[phase](lambda: os.kill(os.getpid(), number))
+    code = run.main(["--config", "config.yaml"])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("in the roll", signal.SIGSTOP),
+        ("tokenising", signal.SIGSTOP),
+        ("tokenising", signal.SIGKILL),
+        ("in a step", signal.SIGKILL),
+    ],
+)
+def test_one_of_the_others_says_so(phase: str, number: int, tmp_path: Path) -> None:
+    train = {"batch_tokens": 2 * WORLD * 32}
+    own_cache = {"cache_dir": str(tmp_path / "cache")}
+    limit = {"collective_timeout_seconds": 6}
+    write_config(tmp_path, ranks=WORLD, cluster=limit, train=train, data=own_cache, runs_dir="runs")
+    port = free_port()
+    ranks = [CONTEXT.Process(target=_rank, args=(tmp_path, rank, port, phase, number)) for rank in range(WORLD)]
+    for process in ranks:
+        process.start()
+    for process in ranks[1:]:
+        process.join(90)
+    codes = [process.exitcode for process in ranks[1:]]
+    ranks[0].kill()
+    said = "".join((tmp_path / f"{rank}.log").read_text(encoding="utf-8") for rank in range(1, WORLD))
+    assert codes == [1, 1], said
+    assert "Traceback" not in said
+    about = [line for line in said.splitlines() if line.startswith("[rank ")]
+    assert len(about) == 1, said
+    assert "rank 0" in about[0]
+    assert ("has ended: nobody answers" if number == signal.SIGKILL else "is stopped or hangs") in about[0]
+    if phase != "in the roll":
+        assert re.search(r"last heard of rank 0, \d+ s ago: \w", about[0])
