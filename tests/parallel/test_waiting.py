@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
 from dsmoe.parallel import waiting, watch
-from dsmoe.parallel.distributed import on_every_rank, on_first_of_hosts, set_timeout_everywhere
-from dsmoe.parallel.local import run_ranks
+from dsmoe.parallel.distributed import on_every_rank, on_first_of_hosts, on_first_rank, set_timeout_everywhere
+from dsmoe.parallel.local import RanksFailedError, run_ranks
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.watch import process_watch
 
@@ -125,3 +128,28 @@ def test_who_speaks_for_a_host_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for process in processes:
         process.join(20)
     assert sorted(answers.get() for _ in processes) == [(False, False)] * 3 + [(True, True)]
+
+
+def end_while_waiting(folder: Path) -> None:
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        store.set("process", str(os.getpid()))
+
+    def work() -> None:
+        waiting_rank = psutil.Process(int(store.get("process")))
+        time.sleep(1)
+        waiting_rank.terminate()
+        with suppress(psutil.NoSuchProcess):
+            while waiting_rank.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.02)
+        (folder / "ended").touch()
+        time.sleep(60)
+
+    on_first_rank(work)
+
+
+def test_a_signal_ends_a_rank_that_waits(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailedError):
+        run_ranks(2, end_while_waiting, tmp_path, timeout=60)
+    assert (tmp_path / "ended").exists()
