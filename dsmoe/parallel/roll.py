@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
+from dsmoe.config.errors import UserError
 from dsmoe.parallel.claims import (
     ASKED_RANKS,
     Claims,
@@ -26,6 +28,7 @@ from dsmoe.parallel.claims import (
     exit_code_of_all,
     explain,
 )
+from dsmoe.parallel.devices import shared_devices
 from dsmoe.parallel.watch import STORE_SECONDS, LostRanksError
 
 WORD_SECONDS = 20.0
@@ -40,17 +43,20 @@ REPORT_SECONDS = 60.0
 _ERROR = "error: "
 
 
-def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims) -> None:
+def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, device: str = "") -> None:
     """Wait until all ranks of the launcher's world have come to MASTER_ADDR:MASTER_PORT, and compare their claims.
+
+    No two of them may drive one device.
 
     Args:
         devices_per_node: by which ranks are named by their node; None where it is not known.
         timeout: how long.
         claims: what all ranks must have alike.
+        device: the one that this rank drives (`describe_device`); empty for none.
 
     Raises:
         LostRanksError: some have not come, and which; or rank 0 is not reached from here.
-        DifferentRanksError: some have other claims than rank 0, or could not start; on every rank.
+        DifferentRanksError: some have other claims than rank 0, could not start, or drive one device; on every rank.
         torch.distributed.DistNetworkError: rank 0 cannot listen at the port.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -64,7 +70,7 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims) 
     store = dist.TCPStore(address, port, world, serves, timeout, wait_for_workers=False, multi_tenant=True)
     _servers.append(store)
     keys = [_key(place) for place in range(world)]
-    store.set(keys[rank], digest(claims))
+    store.set(keys[rank], f"{digest(claims)}\n{device}")
     if rank == 0:
         _await_all(store, keys, devices_per_node, timeout)
         _compare(store, keys, claims)
@@ -72,8 +78,8 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims) 
     try:
         store.wait([_key("all")], timeout + timedelta(seconds=STORE_SECONDS))  # rank 0 speaks first, and by name
         asked = json.loads(store.get(_key("all")))
-        if asked:
-            if rank in asked:
+        if asked != []:
+            if asked and rank in asked:
                 first = json.loads(store.get(_key("claims")))
                 store.set(_key(f"{rank}/deviation"), json.dumps(asdict(deviation(rank, claims, first))))
             raise DifferentRanksError(*_verdict(store))
@@ -101,12 +107,15 @@ def report_at_roll(error: str, exit_code: int) -> bool:
 
 
 def _compare(store: dist.Store, keys: list[str], claims: Claims) -> None:
-    """Let rank 0 look at all digests, and ask some of the ranks that have another one what differs."""
-    digests = store.multi_get(keys)
+    """Let rank 0 look at all digests and devices, and ask some of the ranks with another digest what differs."""
+    digests, devices = zip(*(value.decode().partition("\n")[::2] for value in store.multi_get(keys)), strict=True)
     differing = [place for place, there in enumerate(digests) if there != digests[0]]
     asked = differing[:ASKED_RANKS]
     if not asked:
-        store.set(_key("all"), "[]")
+        shared = shared_devices(devices)
+        store.set(_key("all"), "null" if shared else "[]")  # null: nobody is asked, and there is a verdict
+        if shared:
+            _end_all(store, len(keys), shared, UserError.exit_code)
         return
     store.set(_key("claims"), json.dumps(dict(claims)))
     store.set(_key("all"), json.dumps(asked))
@@ -115,10 +124,14 @@ def _compare(store: dist.Store, keys: list[str], claims: Claims) -> None:
         store.wait(answers, timedelta(seconds=STORE_SECONDS))
     deviations = [Deviation(**json.loads(store.get(key))) for key in answers if store.check([key])]
     text = explain(claims, deviations, len(differing), len(keys))
-    exit_code = exit_code_of_all(deviations)
+    _end_all(store, len(keys), text, exit_code_of_all(deviations))
+
+
+def _end_all(store: dist.Store, world: int, text: str, exit_code: int) -> NoReturn:
+    """Let rank 0 tell all of them why they end."""
     store.set(_key("verdict"), json.dumps([text, exit_code]))
     deadline = time.monotonic() + HEARD_SECONDS
-    while store.add(_key("heard"), 0) < len(keys) - 1 and time.monotonic() < deadline:
+    while store.add(_key("heard"), 0) < world - 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     raise DifferentRanksError(text, exit_code)
 
