@@ -84,7 +84,7 @@ class Start:
         text, code = _text(self.error), exit_code_of(self.error)
         if is_speaker():
             print(text, file=sys.stderr, flush=True)
-            _stay_for_others(text)
+            _stay_for_others(_word(text) + bytes([code]))
             return code
         has_address = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
         if isinstance(self.error, LauncherError) or not has_address:
@@ -95,9 +95,10 @@ class Start:
         heard = _word_of_rank_0()
         if heard is None:
             return None
-        if heard != _word(text):
+        if heard[:-1] != _word(text):
             self._say_alone(text)
-        return code
+            return code
+        return heard[-1]
 
     def _say_alone(self, text: str) -> None:
         rank = os.environ.get("RANK", "?")
@@ -204,7 +205,7 @@ def _word(text: str) -> bytes:
     return b"dsmoe: " + hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-def _stay_for_others(text: str) -> None:
+def _stay_for_others(word: bytes) -> None:
     """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1" or not size.isdecimal() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -218,11 +219,11 @@ def _stay_for_others(text: str) -> None:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 connection, _ = server.accept()
                 with connection, suppress(OSError):
-                    connection.sendall(_word(text))
+                    connection.sendall(word)
 
 
 def _word_of_rank_0() -> bytes | None:
-    """What rank 0 has ended by; None where it does not say so: it lives, or it has ended long ago."""
+    """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or it has ended long ago."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     deadline = time.monotonic() + STAY_SECONDS
     while time.monotonic() < deadline:
@@ -231,6 +232,6 @@ def _word_of_rank_0() -> bytes | None:
             with suppress(TimeoutError):  # torch's store waits to be asked
                 while more := connection.recv(64):
                     received += more
-            return received if received.startswith(b"dsmoe: ") else None
+            return received if received.startswith(b"dsmoe: ") and len(received) == len(_word("")) + 1 else None
         time.sleep(0.05)
     return None
