@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
 from dsmoe.config.errors import describe, exit_code_of
 from dsmoe.config.show import json_schema
+from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
-from dsmoe.launch.world import join_slurm
+from dsmoe.launch.start import Parser, Start, UsageError, begin_with, end_process
+from dsmoe.launch.world import is_speaker, join_launcher
 from dsmoe.plan import Batch, Plan, headline, resolve_device
+from dsmoe.plan.comparison import parse_layout
 
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
 # that needs more imports it when it runs.
@@ -33,27 +37,36 @@ _WAYS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, with the process's own arguments by default, and return the exit code."""
+    open_missing_streams()
     parser = _parser()
-    # argparse takes no more overrides after an option: these come back as unknown.
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        # argparse takes no more overrides after an option: these come back as unknown.
+        arguments, rest = parser.parse_known_args(argv)
+        if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    except UsageError as error:
+        sys.exit(_tell(Start(argparse.Namespace(), None, error)))
     if rest:
         arguments.overrides += rest
     try:
-        join_slurm()
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has seen enough (`| head`)
+        finish_streams()
+        return 1
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under a launcher every rank has the same input
+        if is_speaker():  # under a launcher every rank has the same input
             print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     except OSError as error:
         print(f"error: {describe(error)}", file=sys.stderr)
+        finish_streams()
         return exit_code_of(error)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dsmoe", description="Pretrain Mixture-of-Experts language models on DeepSpeed from one YAML file."
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -211,6 +224,11 @@ def _launch(arguments: argparse.Namespace) -> None:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
+    join_launcher()
+    _load(arguments)  # before torch is imported
+    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    for layout in arguments.layouts:
+        parse_layout(layout, launched)
     from dsmoe.train.parity import parity
 
     options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
@@ -218,9 +236,26 @@ def _parity(arguments: argparse.Namespace) -> int:
 
 
 def _preflight(arguments: argparse.Namespace) -> None:
-    from dsmoe.preflight.run import end_process, preflight
+    start = begin_with(arguments.config, arguments.overrides)
+    code = start.ended()
+    if code is None:
+        from dsmoe.preflight.run import check_cluster
 
-    end_process(preflight(arguments.config, arguments.overrides, arguments.json))
+        code = check_cluster(start, arguments.json)
+    end_process(code)
+
+
+def _tell(start: Start) -> int:
+    """Say what is wrong with the arguments, on one of the ranks; returns the exit code."""
+    with suppress(UserError):
+        join_launcher()
+    code = start.ended()
+    if code is None:
+        from dsmoe.train.run import ended_by
+
+        assert start.error is not None
+        code = ended_by(start.error)
+    return code
 
 
 def _positive(text: str) -> int:
@@ -246,9 +281,9 @@ def _schema(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
     from dsmoe.data import prepare
 
-    config = _load(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     sources = prepare(config)
     print(f"{len(sources)} sources ready in {config.data.cache_dir}")
@@ -278,6 +313,7 @@ def _checkpoint_export(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint_import(arguments: argparse.Namespace) -> None:
+    config = None if arguments.config is None else _load(arguments)
     from dsmoe.interop.importing import fitting_sections, import_folder
 
     if arguments.out is None:
@@ -285,15 +321,16 @@ def _checkpoint_import(arguments: argparse.Namespace) -> None:
             raise UserError("to write a checkpoint, say where as well: import FOLDER OUT --config CONFIG")
         print(fitting_sections(arguments.folder), end="")
         return
-    if arguments.config is None:
+    if config is None:
         raise UserError("to write a checkpoint, give the run's YAML file: --config CONFIG")
-    import_folder(arguments.folder, arguments.out, _load(arguments), not arguments.no_check)
+    import_folder(arguments.folder, arguments.out, config, not arguments.no_check)
 
 
 def _checkpoint_upcycle(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
     from dsmoe.interop.upcycle import upcycle
 
-    upcycle(arguments.source, arguments.out, _load(arguments), arguments.noise, not arguments.no_check)
+    upcycle(arguments.source, arguments.out, config, arguments.noise, not arguments.no_check)
 
 
 def _checkpoint_verify(arguments: argparse.Namespace) -> None:

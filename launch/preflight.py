@@ -8,7 +8,13 @@ import os
 # As in pretrain.py: what torch says of closed sockets would bury what dsmoe says of the rank that closed them.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe.preflight.run import end_process, main
+from dsmoe.launch.start import begin, end_process, preflight_program
 
 if __name__ == "__main__":
-    end_process(main())
+    start = begin(preflight_program())
+    code = start.ended()
+    if code is None:
+        from dsmoe.preflight.run import main  # which imports torch
+
+        code = main(start)
+    end_process(code)

@@ -4,15 +4,17 @@ The same under `torchrun --nproc-per-node N launch/pretrain.py ...`, and `python
 """
 
 import os
-import sys
 
 # When a rank dies, torch's C++ side warns about every closed socket with a page of stack frames. dsmoe says it once.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe.train.run import main
+from dsmoe.launch.start import begin, end_process, pretrain_program
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    # Not sys.exit: after a failure, destroying process groups whose peers are gone can wait for their timeout.
-    os._exit(code) if code else sys.exit(code)
+    start = begin(pretrain_program())
+    code = start.ended()
+    if code is None:
+        from dsmoe.train.run import main  # which imports torch
+
+        code = main(start)
+    end_process(code)

@@ -18,6 +18,12 @@ class UserError(ValueError):
     """Whatever starts runs again by itself leaves one that has ended with 2: somebody has to change something first."""
 
 
+class HostError(UserError):
+    """What is wrong on this host, and may be right on the others."""
+
+    exit_code = 1
+
+
 class PassingError(UserError):
     """What may be right at another try: a lock that is held, a full disk, storage that does not answer."""
 

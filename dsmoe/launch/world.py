@@ -1,7 +1,8 @@
 """The processes that a launcher has started, by what it says in their environment: how many, where, and who it was.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under `srun` they are filled
-in here. Without torch, so that whatever asks is answered at once.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under `srun` and the launchers
+of `dsmoe.launch.launchers` they are filled in here. Whatever cannot be read is refused: it would become as many runs of
+one rank, in one folder. Without torch, so that whatever asks is answered at once.
 """
 
 from __future__ import annotations
@@ -9,15 +10,29 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.launch.launchers import (
+    FIRST_PORT,
+    NUM_PORTS,
+    WANTED,
+    LauncherError,
+    find_task,
+    first_rank_known,
+    how_to_start,
+    join_task,
+    launcher_named,
+    number,
+    tasks_agreeing,
+)
 from dsmoe.launch.nodelist import expand
+from dsmoe.plan.elastic import fit_to_world
 from dsmoe.plan.text import quantity
 
 ALONE, DEEPSPEED, TORCHRUN, SRUN, OTHER = "python alone", "deepspeed", "torchrun", "srun", "the launcher"
-_FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # below 32768, where Linux begins to hand out ports
 _PORTS_APART = 1_009  # of two attempts of a job, so that jobs of near numbers keep apart
 
 
@@ -59,32 +74,55 @@ class World:
             return f"torchrun --nnodes {nodes} --nproc-per-node {devices}"
         if self.launcher == OTHER:
             return f"{devices} processes on each of {quantity(nodes, 'node')}"
+        launcher = launcher_named(self.launcher)
+        if launcher is not None:
+            return launcher.command(nodes, devices)
         if nodes == 1:
             return f"deepspeed --num_gpus {devices}"
         return f"deepspeed --hostfile and {nodes} lines of `HOST slots={devices}` (see dsmoe launch CONFIG --hostfile)"
+
+
+def for_this_world(config: Config) -> Config:
+    """The config on the ranks that the launcher started: another where it is elastic, else it must be theirs.
+
+    Raises:
+        UserError: it cannot be trained on them.
+    """
+    world = launched_world()
+    if config.cluster.elastic:
+        return fit_to_world(config, *world.shape(config.cluster.devices_per_node))
+    world.check(config)
+    return config
 
 
 def launched_world(environment: Mapping[str, str] = os.environ) -> World:
     """What the launcher of this process has started; a world of one without a launcher.
 
     Raises:
-        UserError: nodes have different numbers of ranks.
+        UserError: nodes have different numbers of ranks, or variables are missing or contradict each other.
     """
     if "RANK" not in environment:
-        return World(1, 1, ALONE)
-    size = int(environment.get("WORLD_SIZE", "1"))
-    # torchrun says LOCAL_WORLD_SIZE and GROUP_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE and CROSS_SIZE.
-    local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
+        task = find_task(environment)
+        return World(1, 1, task.launcher.name if task is not None else ALONE)
+    size = number(environment, "WORLD_SIZE") if "WORLD_SIZE" in environment else 1
     launcher = _launcher(environment)
-    if local is None:
+    local_name = _local_size_name(environment)
+    if local_name is None:
         return World(size, None, launcher)
-    nodes = environment.get("GROUP_WORLD_SIZE") or environment.get("CROSS_SIZE") or size // int(local)
-    if int(nodes) * int(local) != size:
+    local = number(environment, local_name)
+    nodes_name = next((name for name in ("GROUP_WORLD_SIZE", "CROSS_SIZE") if environment.get(name)), None)
+    nodes = number(environment, nodes_name) if nodes_name else size // max(local, 1)
+    if nodes * local != size:
         raise UserError(
-            f"{launcher} started {quantity(size, 'rank')} on {quantity(int(nodes), 'node')}, {local} of them on this "
+            f"{launcher} started {quantity(size, 'rank')} on {quantity(nodes, 'node')}, {local} of them on this "
             "one; every node must have equally many"
         )
-    return World(size, int(local), launcher)
+    return World(size, local, launcher)
+
+
+def _local_size_name(environment: Mapping[str, str]) -> str | None:
+    # torchrun says LOCAL_WORLD_SIZE and GROUP_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE and CROSS_SIZE.
+    return next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if environment.get(name)), None)
 
 
 def _launcher(environment: Mapping[str, str]) -> str:
@@ -92,21 +130,131 @@ def _launcher(environment: Mapping[str, str]) -> str:
         return TORCHRUN
     if "CROSS_SIZE" in environment:
         return DEEPSPEED
-    # `join_slurm` has given this process its number among the step's tasks.
-    return SRUN if _is_task(environment) and environment["RANK"] == environment["SLURM_PROCID"] else OTHER
+    if _is_task_of_that_rank(environment):
+        return SRUN
+    if environment["RANK"].isdecimal() and environment.get("WORLD_SIZE", "").isdecimal():
+        for task in tasks_agreeing(environment, int(environment["RANK"]), int(environment["WORLD_SIZE"])):
+            return task.launcher.name
+    return OTHER
 
 
-def join_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Tell a task of `srun` its rank, by the names that torch and DeepSpeed know; changes nothing anywhere else.
+def _is_task_of_that_rank(environment: Mapping[str, str]) -> bool:
+    """Whether srun's number of this process is its RANK, as `join_launcher` or a script has said."""
+    with suppress(LauncherError):
+        return environment["RANK"] == environment.get("SLURM_PROCID") and _is_task(environment)
+    return False
 
-    Anywhere else: where another launcher has set RANK, and in the shell of a job (salloc, sbatch), which is not one of
-    several tasks. MASTER_ADDR and MASTER_PORT stay where they are set.
+
+def is_speaker(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what all ranks have to say, as far as is known before they have met."""
+    return first_rank_known(environment) == "0"
+
+
+def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Tell a process its rank by the names that torch and DeepSpeed know, where its launcher has other names.
+
+    RANK counts before all others: who has set it is the innermost launcher. Then one that has started several ranks of
+    those in `dsmoe.launch.launchers`, then `srun`; without any this process is alone, and nothing is changed.
+
+    Raises:
+        LauncherError: what a launcher says is not all that it takes, or cannot be.
+        UserError: hosts have different numbers of ranks, or theirs are not consecutive.
+    """
+    if "RANK" in environment:
+        _check_ranks(environment)
+        return
+    task = find_task(environment)
+    is_srun = _is_task(environment)
+    if task is not None and task.size > 1:
+        same = (str(task.rank), str(task.size))
+        if not (is_srun and same == (environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"])):
+            join_task(environment, task)
+            _check_meeting(environment)
+            return
+    if is_srun:
+        _join_slurm(environment)
+        _check_meeting(environment)
+    elif task is None and environment.get("WORLD_SIZE") and number(environment, "WORLD_SIZE") > 1:
+        raise LauncherError(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']}, and nothing says which of them this process is (RANK); unset "
+            f"it to train on one rank, or {how_to_start()}"
+        )
+
+
+def check_meeting(environment: Mapping[str, str] = os.environ) -> None:
+    """Check that several ranks know where they meet.
+
+    Raises:
+        LauncherError: they do not.
+    """
+    if number(environment, "WORLD_SIZE") > 1:
+        _check_meeting(environment)
+
+
+def _check_meeting(environment: Mapping[str, str]) -> None:
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if absent:
+        raise LauncherError(
+            f"RANK is {environment['RANK']} of {environment['WORLD_SIZE']}, and {' and '.join(absent)} must say where "
+            "rank 0 is: the same on all ranks, its host and a free port of it"
+        )
+    if not 0 < number(environment, "MASTER_PORT") < 65536:
+        raise LauncherError(f"MASTER_PORT is {environment['MASTER_PORT']}, and ports are from 1 to 65535")
+
+
+def _check_ranks(environment: MutableMapping[str, str]) -> None:
+    """Check what a launcher says by torch's names; fill in what follows from it.
+
+    Raises:
+        LauncherError: it is not all that it takes, or contradicts itself.
+    """
+    rank = number(environment, "RANK")
+    if "WORLD_SIZE" not in environment:
+        raise LauncherError(
+            f"RANK is {rank}, and WORLD_SIZE is not set; unset RANK to train on one rank, or {how_to_start()}"
+        )
+    size = number(environment, "WORLD_SIZE")
+    if rank >= size:
+        raise LauncherError(
+            f"RANK is {rank} and WORLD_SIZE is {size}: ranks are from 0 to {max(size - 1, 0)}; {how_to_start()}"
+        )
+    for task in tasks_agreeing(environment, rank, size):
+        environment.setdefault("LOCAL_RANK", str(task.local_rank))
+        if _local_size_name(environment) is None:
+            environment["LOCAL_WORLD_SIZE"] = str(task.local_size)
+    if _is_task_of_that_rank(environment):
+        environment.setdefault("LOCAL_RANK", environment["SLURM_LOCALID"])
+    if size == 1:
+        environment.setdefault("LOCAL_RANK", "0")
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", "0")
+    if "LOCAL_RANK" not in environment:
+        raise LauncherError(
+            f"RANK is {rank} of {size}, and LOCAL_RANK, the number of this process on its host, is not set (0, where a "
+            f"host has one rank); a launcher sets {WANTED}"
+        )
+    local_rank = number(environment, "LOCAL_RANK")
+    name = _local_size_name(environment)
+    if name is None:
+        return
+    local = number(environment, name)
+    if not local_rank < local <= size:
+        raise LauncherError(
+            f"LOCAL_RANK is {local_rank}, {name} is {local} and WORLD_SIZE is {size}, which cannot be; {how_to_start()}"
+        )
+    if size % local == 0 and rank % local != local_rank:
+        raise LauncherError(
+            f"RANK is {rank}, LOCAL_RANK is {local_rank} and {name} is {local}: the ranks of a host are to have "
+            f"consecutive numbers, from a multiple of {local} on; {how_to_start()}"
+        )
+
+
+def _join_slurm(environment: MutableMapping[str, str]) -> None:
+    """Tell a task of `srun` its rank. MASTER_ADDR and MASTER_PORT stay where they are set.
 
     Raises:
         UserError: nodes have different numbers of tasks, or those of a node do not have consecutive numbers.
     """
-    if "RANK" in environment or not _is_task(environment):
-        return
     # First of all the rank, by which it is known who reports what is wrong.
     environment.update(RANK=environment["SLURM_PROCID"], LOCAL_RANK=environment["SLURM_LOCALID"])
     per_node = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
@@ -119,8 +267,14 @@ def join_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.update(WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"], LOCAL_WORLD_SIZE=str(per_node))
     environment.setdefault("MASTER_ADDR", expand(environment["SLURM_STEP_NODELIST"])[0])
     # Another port for each attempt: that another program has one is no reason for all of them to fail.
-    number = int(environment["SLURM_JOB_ID"]) + _PORTS_APART * int(environment.get("SLURM_RESTART_COUNT", "0"))
-    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _NUM_PORTS))
+    attempt = int(environment["SLURM_JOB_ID"]) + _PORTS_APART * int(environment.get("SLURM_RESTART_COUNT", "0"))
+    environment.setdefault("MASTER_PORT", str(FIRST_PORT + attempt % NUM_PORTS))
+
+
+_OF_A_TASK = (
+    *("SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"),
+)
 
 
 def _is_task(environment: Mapping[str, str]) -> bool:
@@ -128,11 +282,34 @@ def _is_task(environment: Mapping[str, str]) -> bool:
 
     A job that is submitted by a step's task inherits that step's variables, but its script is alone on its node, by
     SLURM_GTIDS, which Slurm sets for every process.
+
+    Raises:
+        LauncherError: it is one, and Slurm's variables are not all there, as in a container that has some of them.
     """
-    if "SLURM_GTIDS" not in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if "SLURM_PROCID" not in environment:
         return False
-    on_this_node = len(environment["SLURM_GTIDS"].split(","))
-    return on_this_node in _counts(environment["SLURM_STEP_TASKS_PER_NODE"])
+    rank = number(environment, "SLURM_PROCID")
+    size = number(environment, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in environment else None
+    if size == 1 or (size is None and rank == 0):
+        return False
+    if "SLURM_GTIDS" in environment and "SLURM_STEP_TASKS_PER_NODE" in environment and size is not None:
+        on_this_node = len(environment["SLURM_GTIDS"].split(","))
+        if on_this_node not in _counts(environment["SLURM_STEP_TASKS_PER_NODE"]):
+            return False
+    absent = [name for name in ("SLURM_GTIDS", *_OF_A_TASK) if not environment.get(name)]
+    if absent:
+        raise LauncherError(
+            f"SLURM_PROCID is {rank}, a task of srun among others, and {', '.join(absent)} "
+            f"{'is' if len(absent) == 1 else 'are'} not set; hand all of Slurm's variables on to the program, or set "
+            f"{WANTED} for each task"
+        )
+    for name in ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID"):
+        number(environment, name)
+    if size is not None and rank >= size:
+        raise LauncherError(
+            f"SLURM_PROCID is {rank} and SLURM_STEP_NUM_TASKS is {size}: tasks are from 0 to {size - 1}"
+        )
+    return True
 
 
 def _tasks_per_node(text: str) -> int:
@@ -147,7 +324,10 @@ def _tasks_per_node(text: str) -> int:
 
 def _counts(text: str) -> set[int]:
     """Read `4(x2),1`, four on each of two nodes and one on the last: 4 and 1."""
-    return {int(re.sub(r"\(x\d+\)", "", part)) for part in text.split(",")}
+    parts = [re.fullmatch(r"(\d+)(\(x\d+\))?", part) for part in text.split(",")]
+    if not all(parts):
+        raise LauncherError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, and is to be like 4(x2),1")
+    return {int(part[1]) for part in parts if part}
 
 
 def _ranks(nodes: int, devices: int) -> str:

@@ -1,7 +1,7 @@
 """Join this process to the others of its run: rank, device, backend, timeout.
 
-Works the same under `deepspeed`, `torchrun`, `srun` and `python` alone (one rank): the first two set RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for the others they are filled in.
+Works the same under `deepspeed`, `torchrun`, `srun`, `mpirun` and `python` alone (one rank): the first two set RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for the others they are filled in.
 """
 
 from __future__ import annotations
@@ -19,25 +19,17 @@ import torch
 import torch.distributed
 from deepspeed import comm
 
-from dsmoe.config.errors import UserError
-from dsmoe.launch.world import join_slurm, launched_world
+from dsmoe.config.errors import HostError
+from dsmoe.launch.world import check_meeting, join_launcher, launched_world
 from dsmoe.parallel.claims import Claims
+from dsmoe.parallel.devices import DeviceError as DeviceError
+from dsmoe.parallel.devices import describe_device, take_device
 from dsmoe.parallel.lost import LostRanksError, first_line
 from dsmoe.parallel.roll import call_roll
 from dsmoe.parallel.waiting import while_others_wait
 from dsmoe.parallel.watch import process_watch, stop_watching
 
 T = TypeVar("T")
-
-
-class HostError(UserError):
-    """What is wrong on this host, and may be right on the others."""
-
-    exit_code = 1
-
-
-class DeviceError(HostError):
-    """What is wrong with the device of this rank, and may be right with the host's others."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +62,14 @@ def join_processes(
         claims: what every rank must have alike (`dsmoe.parallel.claims`), compared before the first collective.
 
     Raises:
-        DifferentRanksError: ranks have other claims than rank 0; on all of them.
+        DifferentRanksError: ranks have other claims than rank 0, or drive one device; on all of them.
         HostError: no CUDA device or no such interface on this host, or the port is taken.
         DeviceError: no CUDA device for this rank.
-        UserError: ranks that srun has laid over the nodes in a way that is not supported.
+        LauncherError: what the launcher says of this process is not all that it takes, or cannot be.
+        UserError: ranks that a launcher has laid over the nodes in a way that is not supported.
         LostRanksError: not all ranks have come within `timeout`.
     """
-    join_slurm()
+    join_launcher()
     _choose_accelerator(device)
     if interface is not None:
         _use_interface(interface)
@@ -86,19 +79,26 @@ def join_processes(
     if "OMP_NUM_THREADS" not in os.environ and (world.devices_per_node or world.size) > 1:
         torch.set_num_threads(1)  # as torchrun does: every rank would take all cores
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "cuda":
-        _take_device(local_rank)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed's engine refuses another: that of an outer mpirun
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
+    index = take_device(local_rank) if device == "cuda" else 0
     if not comm.is_initialized():
         _switch_off_shared_memory_op()
         backend = "nccl" if device == "cuda" else "gloo"
         try:
             if not torch.distributed.is_initialized():  # by the program around us, or by a file
-                call_roll(world.devices_per_node, timeout, claims or {})
+                check_meeting()
+                described = describe_device(index) if device == "cuda" else ""
+                call_roll(world.devices_per_node, timeout, claims or {}, described)
+                if device == "cuda" and index != local_rank:  # DeepSpeed would bind the group to device LOCAL_RANK
+                    torch.distributed.init_process_group(
+                        backend, timeout=timeout, device_id=torch.device("cuda", index)
+                    )
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             raise _rendezvous_problem(error) from error
         process_watch().timeout = timeout
-    where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    where = torch.device("cuda", index) if device == "cuda" else torch.device("cpu")
     return Rank(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), where)
 
 
@@ -162,22 +162,11 @@ def _use_interface(name: str) -> None:
     os.environ.update(unset)
 
 
-def _take_device(local_rank: int) -> None:
-    visible = torch.cuda.device_count()
-    if local_rank >= visible:
-        raise DeviceError(
-            f"rank {os.environ['RANK']} is to drive device {local_rank} of this host and sees {visible} "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'is not set')}); every rank has to see all "
-            f"devices of its host: under srun, give --gpus-per-node, without --gpus-per-task and --gpu-bind"
-        )
-    torch.cuda.set_device(local_rank)
-
-
 def _rendezvous_problem(error: Exception) -> Exception:
     """What has kept the ranks from joining: the port of rank 0, or a rank that has gone again."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if "EADDRINUSE" in str(error):
-        advice = "give the launcher another --master_port, or set MASTER_PORT under srun"
+        advice = "give deepspeed or torchrun another --master_port, or set MASTER_PORT under srun or mpirun"
         return HostError(f"port {port} is in use on this machine; {advice}")
     return LostRanksError(
         f"rank 0 came to {address}:{port}, where the ranks meet, and does not answer there any more: "

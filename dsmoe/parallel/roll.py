@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from dsmoe.config.errors import UserError
 from dsmoe.parallel.claims import (
     ASKED_RANKS,
     Claims,
@@ -26,6 +27,7 @@ from dsmoe.parallel.claims import (
     exit_code_of_all,
     explain,
 )
+from dsmoe.parallel.devices import shared_devices
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.watch import STORE_SECONDS, meeting_place, within
 
@@ -41,17 +43,20 @@ REPORT_SECONDS = 60.0
 _ERROR = "error: "
 
 
-def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims) -> None:
+def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, device: str = "") -> None:
     """Wait until all ranks of the launcher's world have come to MASTER_ADDR:MASTER_PORT, and compare their claims.
+
+    No two of them may drive one device.
 
     Args:
         devices_per_node: by which ranks are named by their node; None where it is not known.
         timeout: how long.
         claims: what all ranks must have alike.
+        device: the one that this rank drives (`describe_device`); empty for none.
 
     Raises:
         LostRanksError: some have not come, and which; or rank 0 is not reached from here.
-        DifferentRanksError: some have other claims than rank 0, or could not start; on every rank.
+        DifferentRanksError: some have other claims than rank 0, could not start, or drive one device; on every rank.
         torch.distributed.DistNetworkError: rank 0 cannot listen at the port.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -65,12 +70,12 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims) 
     store = dist.TCPStore(address, port, world, serves, timeout, wait_for_workers=False, multi_tenant=True)
     _servers.append(store)
     keys = [_key(place) for place in range(world)]
-    store.set(keys[rank], digest(claims))
+    store.set(keys[rank], f"{digest(claims)}\n{device}")
     if rank == 0:
         try:
             _await_all(store, keys, devices_per_node, timeout)
         except LostRanksError as error:
-            store.set(_key("all"), "[0]")
+            store.set(_key("all"), "null")
             _judge(store, str(error), 1, sum(store.check([key]) for key in keys) - 1)
             raise
         _compare(store, keys, claims)
@@ -89,9 +94,9 @@ def _hear(store: dist.Store, rank: int, claims: Claims) -> tuple[str, int] | Non
     """Hear of rank 0 that all have come and have the same, which is None, or why all ranks end, and the exit code."""
     store.wait([_key("all")], timedelta(days=1))
     asked = json.loads(store.get(_key("all")))
-    if not asked:
+    if asked == []:
         return None
-    if rank in asked:
+    if asked and rank in asked:
         first = json.loads(store.get(_key("claims")))
         store.set(_key(f"{rank}/deviation"), json.dumps(asdict(deviation(rank, claims, first))))
     return _verdict(store)
@@ -119,12 +124,16 @@ def report_at_roll(error: str, exit_code: int) -> bool:
 
 
 def _compare(store: dist.Store, keys: list[str], claims: Claims) -> None:
-    """Let rank 0 look at all digests, and ask some of the ranks that have another one what differs."""
-    digests = store.multi_get(keys)
+    """Let rank 0 look at all digests and devices, and ask some of the ranks with another digest what differs."""
+    digests, devices = zip(*(value.decode().partition("\n")[::2] for value in store.multi_get(keys)), strict=True)
     differing = [place for place, there in enumerate(digests) if there != digests[0]]
     asked = differing[:ASKED_RANKS]
     if not asked:
-        store.set(_key("all"), "[]")
+        shared = shared_devices(devices)
+        store.set(_key("all"), "null" if shared else "[]")  # null: nobody is asked, and there is a verdict
+        if shared:
+            _judge(store, shared, UserError.exit_code, len(keys) - 1)
+            raise DifferentRanksError(shared)
         return
     store.set(_key("claims"), json.dumps(dict(claims)))
     store.set(_key("all"), json.dumps(asked))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,6 +24,7 @@ from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
 from dsmoe.data.cache import VERIFIED_AT_START
 from dsmoe.moe.layer import MoE
+from dsmoe.parallel.devices import device_index
 from dsmoe.parallel.distributed import on_first_of_hosts, on_first_rank, set_timeout_everywhere
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
@@ -70,6 +74,7 @@ def initialize(
         return torch.optim.AdamW(decayed, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
     engine, optimizer, _, scheduler = deepspeed.initialize(
+        args=_device_of_its_own(),
         model=model,
         optimizer=make_optimizer,
         lr_scheduler=lambda inner: LambdaLR(inner, lambda step: learning_rate(options, batch.steps, step) / options.lr),
@@ -87,6 +92,17 @@ def initialize(
     else:
         _take_norms_in_pieces(engine.optimizer)
     return engine, optimizer, loader, scheduler
+
+
+def _device_of_its_own() -> SimpleNamespace | None:
+    """What tells DeepSpeed the number of the device, which it takes to be LOCAL_RANK (0.19.8, runtime/engine.py:1941).
+
+    None where it is. A rank to which its launcher shows one device drives number 0, whatever its own number is.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if get_accelerator().device_name() != "cuda" or device_index(local_rank) == local_rank:
+        return None
+    return SimpleNamespace(device_rank=device_index(local_rank))
 
 
 def prepare_once(config: Config) -> list[PreparedSource]:

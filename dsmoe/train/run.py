@@ -6,7 +6,6 @@ checkpoint (the same command goes on from it), 1 anything else: also what may pa
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import logging
 import logging.handlers
@@ -27,21 +26,21 @@ import torch.distributed as dist
 
 from dsmoe.checkpoint.folder import all_checkpoints
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
-from dsmoe.config import load_config
 from dsmoe.config.deepspeed import to_deepspeed
-from dsmoe.config.errors import UserError, describe, exit_code_of
+from dsmoe.config.errors import HostError, UserError, describe, exit_code_of
 from dsmoe.config.schema import Config
-from dsmoe.launch.world import join_slurm, launched_world
+from dsmoe.launch.start import LINGER_SECONDS, Start, begin, pretrain_program
+from dsmoe.launch.world import for_this_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
 from dsmoe.parallel.claims import check_alike
-from dsmoe.parallel.distributed import DeviceError, HostError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.distributed import DeviceError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.roll import report_at_roll
 from dsmoe.parallel.voice import speaks_for_host
 from dsmoe.parallel.watch import GRACE_SECONDS, process_watch
 from dsmoe.plan.devices import resolve_device
-from dsmoe.plan.elastic import adjustments, fit_to_world
+from dsmoe.plan.elastic import adjustments
 from dsmoe.plan.report import Plan
 from dsmoe.train.alike import claims_of_data, claims_of_run
 from dsmoe.train.engine import prepare_once
@@ -65,26 +64,19 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-LINGER_SECONDS = 5.0
 SAVE_SECONDS = 60.0
 """How long a rank that has failed waits for a checkpoint that is being written."""
 STOPPED = 75
 """Exit code of a run that a signal has stopped, and that goes on when it is started again (EX_TEMPFAIL)."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what the command line describes; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pretrain a language model from one YAML file.")
-    parser.add_argument("--config", required=True, help="the YAML file")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    options = parser.parse_intermixed_args(arguments)
+def main(arguments: Sequence[str] | Start | None = None) -> int:
+    """Train what the command line describes, or what launch/pretrain.py has read of it; returns the exit code."""
+    start = arguments if isinstance(arguments, Start) else begin(pretrain_program(), arguments)
     # Until there are reports, the stacks go to standard error, and the run goes on.
     faulthandler.register(signal.SIGQUIT)
     try:
-        join_slurm()
-        config = load_on_host(options.config, options.overrides)
-        finished = pretrain(config)
+        finished = pretrain(start.given)
     except Exception as error:
         return ended_by(error)
     leave_processes()
@@ -106,24 +98,9 @@ def ended_by(error: Exception) -> int:
     return exit_code_of(error)
 
 
-def load_on_host(path: str, overrides: Sequence[str]) -> Config:
-    """The config that a launcher has named to every host.
-
-    Raises:
-        UserError: it is wrong.
-        HostError: this host, which is not rank 0's, has not the file.
-    """
-    try:
-        return load_config(path, overrides)
-    except UserError as error:
-        if Path(path).exists() or os.environ.get("RANK", "0") == "0":
-            raise
-        raise HostError(str(error)) from error
-
-
 def pretrain(given: Config) -> bool:
     """Train `given` on the ranks that the launcher started; False if a signal has ended it before the last step."""
-    config = _for_this_world(given)
+    config = for_this_world(given)
     plan = Plan.from_config(config)
     facts = resolve_device(config.cluster.device)
     timeout = timedelta(seconds=config.cluster.collective_timeout_seconds)
@@ -176,15 +153,6 @@ def _report(what: str, make: Callable[[], T]) -> T | None:
         reason = describe(error) if isinstance(error, OSError) else repr(error)
         logger.error("no %s (%s); training goes on without", what, reason)
         return None
-
-
-def _for_this_world(config: Config) -> Config:
-    """The config on the ranks that the launcher started: another where it is elastic, else it must be theirs."""
-    world = launched_world()
-    if config.cluster.elastic:
-        return fit_to_world(config, *world.shape(config.cluster.devices_per_node))
-    world.check(config)
-    return config
 
 
 def _begin(trainer: Trainer, beginning: Beginning) -> bool:

@@ -12,11 +12,12 @@ import pytest
 from dsmoe.config import Config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Cluster
-from dsmoe.launch.world import World, join_slurm, launched_world
+from dsmoe.launch.world import World, join_launcher, launched_world
 
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_SIZE": "2", "CROSS_RANK": "1"}
 TORCHRUN = {
     "RANK": "5",
+    "LOCAL_RANK": "1",
     "WORLD_SIZE": "8",
     "LOCAL_WORLD_SIZE": "4",
     "GROUP_WORLD_SIZE": "2",
@@ -52,9 +53,9 @@ def step(rank: int, nodes: int = 2, per_node: int = 2) -> dict[str, str]:
 
 
 def joined(environment: dict[str, str]) -> dict[str, str]:
-    """What `join_slurm` adds or changes."""
+    """What `join_launcher` adds or changes."""
     after = dict(environment)
-    join_slurm(after)
+    join_launcher(after)
     return {name: value for name, value in after.items() if environment.get(name) != value}
 
 
@@ -63,15 +64,15 @@ def test_every_task_of_srun_is_a_rank() -> None:
     for rank in range(4):
         assert joined(step(rank)) == {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), **common}
         environment = step(rank)
-        join_slurm(environment)
-        join_slurm(environment)  # which is the same as once
+        join_launcher(environment)
+        join_launcher(environment)  # which is the same as once
         assert launched_world(environment) == World(4, 2, "srun")
 
 
 def test_one_task_per_node_and_all_tasks_on_one() -> None:
     assert joined(step(1, nodes=2, per_node=1))["LOCAL_WORLD_SIZE"] == "1"
     alone = step(3, nodes=1, per_node=4)
-    join_slurm(alone)
+    join_launcher(alone)
     assert launched_world(alone) == World(4, 4, "srun")
 
 
@@ -107,14 +108,14 @@ def test_tasks_in_another_order_are_refused_by_every_rank(rank: int) -> None:
     here = {"SLURM_NODEID": str(rank % 2), "SLURM_LOCALID": str(rank // 2), "SLURM_GTIDS": f"{rank % 2},{rank % 2 + 2}"}
     environment = {**step(rank), **here}
     with pytest.raises(UserError, match="--distribution=block"):
-        join_slurm(environment)
+        join_launcher(environment)
     assert environment["RANK"] == str(rank)  # so that one of them says it
 
 
 def test_nodes_with_unequal_numbers_of_tasks_are_refused() -> None:
     uneven = {**step(0), "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_STEP_NUM_TASKS": "3"}
     with pytest.raises(UserError, match=r"\(2,1\); give it --ntasks-per-node"):
-        join_slurm(uneven)
+        join_launcher(uneven)
     with pytest.raises(UserError, match="deepspeed started 3 ranks on 2 nodes, 2 of them on this one"):
         launched_world({**DEEPSPEED, "WORLD_SIZE": "3", "LOCAL_SIZE": "2"})
 

@@ -1,0 +1,239 @@
+"""Read the arguments and check the config before torch is imported, and say once for all ranks what is wrong.
+
+Importing torch and DeepSpeed takes every rank seconds, and minutes where the ranks of a host share few cores or the
+packages are on slow storage. Who mistypes a path is told before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsmoe.config.errors import HostError, UserError, exit_code_of
+from dsmoe.config.load import load_config
+from dsmoe.config.schema import Config
+from dsmoe.console import finish_streams, open_missing_streams
+from dsmoe.launch.launchers import LauncherError
+from dsmoe.launch.world import check_meeting, for_this_world, is_speaker, join_launcher
+from dsmoe.plan.batch import Batch
+from dsmoe.plan.devices import resolve_device
+
+STAY_SECONDS = 3.0
+"""How long rank 0, which has said what is wrong, stays for the others to hear that; torch takes longer to import."""
+LINGER_SECONDS = 5.0
+"""How long a rank that nobody hears waits for the launcher to end it for rank 0's sake."""
+
+
+class UsageError(UserError):
+    """Wrong arguments; `usage` is what argparse prints before it says so."""
+
+    def __init__(self, message: str, usage: str = "") -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a program of which a launcher starts many: one of them prints the help and the errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError: another rank than the first may have to tell it."""
+        raise UsageError(f"{self.prog}: error: {message}", self.format_usage())
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if is_speaker():
+            super()._print_message(message, file)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the command line says: the options and the config, or what is wrong with them."""
+
+    options: argparse.Namespace
+    config: Config | None
+    error: UserError | None = None
+
+    @property
+    def given(self) -> Config:
+        """The config as it is given, for whatever ranks there are.
+
+        Raises:
+            UserError: it is wrong, or the arguments are, or the launcher.
+        """
+        if self.error is not None:
+            raise self.error
+        assert self.config is not None
+        return self.config
+
+    def ended(self) -> int | None:
+        """Say what is wrong, if this rank is to; the exit code. None where torch is needed: to train, or to tell it.
+
+        Rank 0 speaks. Another rank whose error rank 0 has as well has no more to say. If rank 0 has another one, or
+        nobody can be told, it speaks for itself; else rank 0 is about to train, and waits for this rank's word.
+        """
+        if self.error is None:
+            return None
+        text, code = _text(self.error), exit_code_of(self.error)
+        if is_speaker():
+            print(text, file=sys.stderr, flush=True)
+            _stay_for_others(_word(text) + bytes([code]))
+            return code
+        has_address = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        if isinstance(self.error, LauncherError) or not has_address:
+            time.sleep(LINGER_SECONDS)
+            if isinstance(self.error, LauncherError):
+                self._say_alone(text)
+            return code
+        heard = _word_of_rank_0()
+        if heard is None:
+            return None
+        if heard[:-1] != _word(text):
+            self._say_alone(text)
+            return code
+        return heard[-1]
+
+    def _say_alone(self, text: str) -> None:
+        rank = os.environ.get("RANK", "?")
+        print(f"[rank {rank} on {platform.node()}] {text}", file=sys.stderr, flush=True)
+
+
+def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
+    """Read the arguments, the process' own by default, and what its launcher says; load the config and check it.
+
+    With `--help` rank 0 prints the help, and all end.
+    """
+    open_missing_streams()
+    options = argparse.Namespace()
+    try:
+        wrong_launcher = _join()
+        options = parser.parse_intermixed_args(arguments)
+        if wrong_launcher is not None:
+            raise wrong_launcher
+        return Start(options, _checked(options.config, options.overrides))
+    except UserError as error:
+        return Start(options, None, error)
+
+
+def begin_with(path: str, overrides: Sequence[str]) -> Start:
+    """The same, where the arguments have been read."""
+    options = argparse.Namespace()
+    try:
+        wrong_launcher = _join()
+        if wrong_launcher is not None:
+            raise wrong_launcher
+        return Start(options, _checked(path, overrides))
+    except UserError as error:
+        return Start(options, None, error)
+
+
+def program(name: str, description: str) -> Parser:
+    """The arguments that pretrain.py and preflight.py have in common."""
+    parser = Parser(prog=name, description=description)
+    parser.add_argument("--config", required=True, help="the YAML file")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    return parser
+
+
+def pretrain_program() -> Parser:
+    """The arguments of pretrain.py."""
+    return program("pretrain.py", "Pretrain a language model from one YAML file.")
+
+
+def preflight_program() -> Parser:
+    """The arguments of preflight.py."""
+    parser = program("preflight.py", "Check every node and link before a long job.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers (in the run's folder)")
+    return parser
+
+
+def end_process(code: int) -> NoReturn:
+    """End with `code`; after a failure at once, since leaving groups whose ranks are gone can wait for a timeout."""
+    finish_streams()
+    if code:
+        os._exit(code)
+    sys.exit(code)
+
+
+def load_on_host(path: str, overrides: Sequence[str]) -> Config:
+    """The config that a launcher has named to every host.
+
+    Raises:
+        UserError: it is wrong.
+        HostError: this host, which is not rank 0's, has not the file.
+    """
+    try:
+        return load_config(path, overrides)
+    except UserError as error:
+        if Path(path).exists() or is_speaker():
+            raise
+        raise HostError(str(error)) from error
+
+
+def _join() -> UserError | None:
+    """Read what the launcher says; returns what is wrong with it, which is said unless the arguments are wrong, too."""
+    try:
+        join_launcher()
+        if "RANK" in os.environ:
+            check_meeting()
+    except UserError as error:
+        return error
+    return None
+
+
+def _checked(path: str, overrides: Sequence[str]) -> Config:
+    given = load_on_host(path, overrides)
+    config = for_this_world(given)
+    resolve_device(config.cluster.device)
+    Batch.from_config(config)  # lays out the topology, too
+    return given
+
+
+def _text(error: UserError) -> str:
+    return f"{error.usage}{error}" if isinstance(error, UsageError) else f"error: {error}"
+
+
+def _word(text: str) -> bytes:
+    """What rank 0 sends to a rank that asks: that it has ended, and by which error."""
+    return b"dsmoe: " + hashlib.sha256(text.encode("utf-8", "replace")).digest()
+
+
+def _stay_for_others(word: bytes) -> None:
+    """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1" or not size.isdecimal() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    deadline = time.monotonic() + STAY_SECONDS
+    family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+    with suppress(OSError, ValueError, OverflowError, KeyError):
+        address = ("", int(os.environ["MASTER_PORT"]))
+        with socket.create_server(address, backlog=4096, **family) as server:  # type: ignore[arg-type]
+            for _ in range(int(size) - 1):
+                server.settimeout(max(deadline - time.monotonic(), 0.01))
+                connection, _ = server.accept()
+                with connection, suppress(OSError):
+                    connection.sendall(word)
+
+
+def _word_of_rank_0() -> bytes | None:
+    """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or ended long ago."""
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    deadline = time.monotonic() + STAY_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(address, timeout=1) as connection:
+            received = b""
+            with suppress(TimeoutError):  # torch's store waits to be asked
+                while more := connection.recv(64):
+                    received += more
+            return received if received.startswith(b"dsmoe: ") and len(received) == len(_word("")) + 1 else None
+        time.sleep(0.05)
+    return None
