@@ -12,13 +12,15 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PROGRAM = """
 import os, sys
-from dsmoe.console import finish_streams, open_missing_streams
-open_missing_streams()
+from dsmoe.console import finish_streams, steady_streams
+steady_streams()
 with open("precious", "w") as file:
     if "a library" in sys.argv:
         os.write(1, b"to the console")
         os.write(2, b"to the console")
-    print("to the console")
+    for flush in (False, True):
+        print("to the console \N{BEACH WITH UMBRELLA}", flush=flush)
+        print("to the console", flush=flush, file=sys.stderr)
     file.write("kept")
 finish_streams()
 """
@@ -41,11 +43,14 @@ def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
         "'a library' <&- >&- 2>&-",
         ">/dev/full 2>/dev/full",
         "| true",
+        "2>&1 | true",
+        ">&2 2>/dev/null",
     ],
 )
-def test_streams_decide_nothing(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_streams_decide_nothing(how: str, unbuffered: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    done = shell(tmp_path, f"python program.py {how}")
+    done = shell(tmp_path, f"export PYTHONUNBUFFERED={unbuffered} PYTHONIOENCODING=ascii; python program.py {how}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "precious").read_text(encoding="utf-8") == "kept", "what is printed must not go to files"
 

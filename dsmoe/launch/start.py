@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from dsmoe.config.errors import HostError, UserError, exit_code_of
 from dsmoe.config.load import load_config
 from dsmoe.config.schema import Config
-from dsmoe.console import finish_streams, open_missing_streams
+from dsmoe.console import finish_streams, steady_streams
 from dsmoe.launch.launchers import LauncherError
 from dsmoe.launch.world import check_meeting, for_this_world, is_speaker, join_launcher
 from dsmoe.plan.batch import Batch
@@ -111,7 +111,7 @@ def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
 
     With `--help` rank 0 prints the help, and all end.
     """
-    open_missing_streams()
+    steady_streams()
     options = argparse.Namespace()
     try:
         wrong_launcher = _join()
