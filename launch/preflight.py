@@ -5,6 +5,11 @@ Started as `launch/pretrain.py` is, by the same launcher with the same arguments
 
 import os
 
+from dsmoe.launch.ancestry import watch_launcher
+
+if __name__ == "__main__":
+    watch_launcher()
+
 # As in pretrain.py: what torch says of closed sockets would bury what dsmoe says of the rank that closed them.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
