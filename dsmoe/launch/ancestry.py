@@ -78,20 +78,23 @@ class Process:
 
 def watch_launcher() -> None:
     """Send SIGTERM to this process when what has launched it has gone; to be called as early as possible."""
-    launchers = launchers_of(os.getppid(), os.environ)
+    launchers = launchers_of(os.environ)
     if launchers:
         threading.Thread(target=_outlive, args=(launchers,), daemon=True, name="dsmoe launcher").start()
 
 
-def launchers_of(parent: int, environment: Mapping[str, str]) -> list[Process]:
-    """The processes without which nobody looks after a rank, nearest first; none where no launcher is known.
+def launchers_of(environment: Mapping[str, str]) -> list[Process]:
+    """The processes without which nobody looks after this rank, nearest first; none where no launcher is known.
 
     Args:
-        parent: the id of its parent.
         environment: the rank's.
     """
     told = {name: environment[name] for name in _TOLD if name in environment}
     by_agent = any(name in told for name in _AGENTS)
+    try:
+        _, parent, _ = _status("self")  # not os.getppid(): /proc may be another namespace's, with other numbers
+    except OSError:
+        return []
     ancestors = list(_ancestors(parent))
     scripts = list(takewhile(lambda process: _was_told(process, told), ancestors)) if by_agent else []
     rest = ancestors[len(scripts) :]
@@ -147,7 +150,7 @@ def _runner_here(launchers: list[Process]) -> list[Process]:
 
 
 def _ancestors(number: int) -> Iterator[Process]:
-    """The process of that id, its parent and so on, as far as this process may look; none without /proc."""
+    """The process of that id, its parent and so on, as far as this process may look."""
     while number > 0:  # the parent of a namespace's first process is 0
         try:
             _, parent, started = _status(number)
@@ -167,10 +170,11 @@ def _was_told(process: Process, told: Mapping[str, str]) -> bool:
     return all(os.fsencode(f"{name}={value}") in variables for name, value in told.items())
 
 
-def _status(number: int) -> tuple[str, int, str]:
+def _status(number: int | str) -> tuple[str, int, str]:
     """A process' state, its parent's id, and when it started.
 
     `229 (python3 (x)) S 227 ...`: what is in brackets may be anything, the rest are numbers.
     """
-    fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+    fields = text.rpartition(")")[2].split()
     return fields[0], int(fields[1]), fields[19]

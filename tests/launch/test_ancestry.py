@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 
 from dsmoe.launch import ancestry
 from dsmoe.launch.ancestry import Process
+from tests.ports import free_port
+from tests.train.test_run import write_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -37,7 +40,7 @@ if "TELLS" in os.environ:
         os._exit(75)
     signal.signal(signal.SIGTERM, told)
 ancestry.watch_launcher()
-launchers = ancestry.launchers_of(os.getppid(), os.environ)
+launchers = ancestry.launchers_of(os.environ)
 print(json.dumps([[process.program, process.number] for process in launchers]), flush=True)
 time.sleep(600)
 """
@@ -243,5 +246,36 @@ def test_the_program_of_a_command(command: tuple[str, ...], program: str) -> Non
     assert Process(1, "1", command).program == program
 
 
-def test_a_parent_in_another_namespace_is_nobody() -> None:
-    assert ancestry.launchers_of(0, {"TORCHELASTIC_RUN_ID": "none"}) == []
+def test_the_parent_of_a_namespaces_first_process_is_nobody() -> None:
+    assert list(ancestry._ancestors(0)) == []
+
+
+def test_without_proc_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int | str) -> tuple[str, int, str]:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(ancestry, "_status", fail)
+    assert ancestry.launchers_of(TORCHRUN) == []
+
+
+@pytest.mark.parametrize("program", ["pretrain", "preflight"])
+def test_a_rank_that_waits_for_others_ends_with_its_launcher(program: str, tmp_path: Path) -> None:
+    _write(tmp_path / "torchrun", LINK)
+    config = write_config(tmp_path, ranks=2)
+    command = [*PYTHON, str(REPOSITORY / "launch" / f"{program}.py"), "--config", str(config)]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment = {**os.environ, "CHAIN": json.dumps([(command, {**TORCHRUN, **meeting, "RANK": "0"})])}
+    with subprocess.Popen(
+        [*PYTHON, str(tmp_path / "torchrun")], env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as launcher:
+        deadline = time.monotonic() + 60
+        while not (ranks := [rank for rank in _below(launcher.pid)[1:] if len(os.listdir(f"/proc/{rank}/task")) > 1]):
+            assert time.monotonic() < deadline  # until it has a second thread: its first one watches
+            time.sleep(0.01)
+        launcher.kill()
+        try:
+            _, said = launcher.communicate(timeout=30)  # until nobody has its standard error
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(ranks[0], signal.SIGKILL)
+    assert said.splitlines()[-1].endswith("its ranks are told to stop (SIGTERM)"), said
