@@ -1,15 +1,17 @@
 """Stop this rank as SIGTERM does when the launcher that started it has gone: nobody would see it train on.
 
-Which processes that is, nearest first:
+The processes that are watched, from a rank's parent upwards:
 
-    torchrun                <- rank
-    deepspeed <- launch.py  <- rank     `deepspeed` on one host; it hands SIGTERM on to nobody
-    sshd      <- launch.py  <- rank     on the hosts of `deepspeed --hostfile`: sshd's session ends with the connection,
-                                        and this with pdsh; where `deepspeed` itself is on the same host, it as well
+    torchrun              its agent, one on each host
+    launch.py, deepspeed  `deepspeed` on one host, which does not hand SIGTERM on
+    launch.py, sshd       `deepspeed --hostfile`: sshd's session ends when the connection does, so also when pdsh is
+                          killed; and `deepspeed` itself, where that is a process of this host
+    mpirun, slurmstepd    the daemons of MPI and Slurm, and others like them
 
-with any scripts between launcher and rank (`--no_python run.sh`), and the daemons of MPI and Slurm. Not the shell in
-which a launcher was typed, and no parent that only set RANK: they may go while what they have started goes on
-(`nohup`, `disown`). Of Linux' /proc alone, without torch, so that this is the first thing that a rank does.
+and the scripts between a launcher and its ranks (`--no_python run.sh`). Not the shell in which a launcher was typed, and
+no parent that only sets RANK: they may end while what they have started goes on (`nohup`, `disown`).
+
+Needs Linux' /proc, and no torch: a rank begins with this, before the seconds that importing torch takes.
 """
 
 from __future__ import annotations
