@@ -8,8 +8,8 @@ The processes that are watched, from a rank's parent upwards:
                           killed; and `deepspeed` itself, where that is a process of this host
     mpirun, slurmstepd    the daemons of MPI and Slurm, and others like them
 
-and the scripts between a launcher and its ranks (`--no_python run.sh`). Not the shell in which a launcher was typed, nor
-a parent that only sets RANK: they may end while what they have started goes on (`nohup`, `disown`).
+and the scripts between a launcher and its ranks (`--no_python run.sh`). Not the shell in which a launcher was typed,
+nor a parent that only sets RANK: they may end while what they have started goes on (`nohup`, `disown`).
 
 Needs Linux' /proc, and no torch: a rank begins with this, before the seconds that importing torch takes.
 """
