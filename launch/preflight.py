@@ -8,9 +8,11 @@ import os
 # As in pretrain.py: what torch says of closed sockets would bury what dsmoe says of the rank that closed them.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from dsmoe.launch.ancestry import watch_launcher
 from dsmoe.launch.start import begin, end_process, preflight_program
 
 if __name__ == "__main__":
+    watch_launcher()
     start = begin(preflight_program())
     code = start.ended()
     if code is None:

@@ -8,9 +8,11 @@ import os
 # When a rank dies, torch's C++ side warns about every closed socket with a page of stack frames. dsmoe says it once.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from dsmoe.launch.ancestry import watch_launcher
 from dsmoe.launch.start import begin, end_process, pretrain_program
 
 if __name__ == "__main__":
+    watch_launcher()
     start = begin(pretrain_program())
     code = start.ended()
     if code is None:

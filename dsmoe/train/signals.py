@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: all ranks stop after the same step, whichever of them were told to."""
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1: all ranks stop after the same step, whichever of them were told to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignals:
@@ -27,24 +27,33 @@ class StopSignals:
 
     def __init__(self, timeout: timedelta) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timeout, group_desc="signals")
+        self._world = dist.get_world_size()
         self._told: signal.Signals | None = None
         self._asked = torch.zeros(1, dtype=torch.int32)
         self._answer: dist.Work | None = None
 
     def listen(self) -> None:
-        """Take note of signals from now on, in place of dying of them; a second SIGINT ends the process as usual."""
+        """Take note of signals from now on, in place of dying of them; a second SIGINT ends the process as usual.
+
+        SIGHUP, which says that a terminal has gone, stays ignored where it is: so `nohup` starts programs.
+        """
         for number in SIGNALS:
-            signal.signal(number, self._take_note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._take_note)
 
     def agreed(self) -> bool:
         """Whether to stop now: if any rank had been told when this was last called. Call it after every step."""
-        stop = False
+        first = self._world
         if self._answer is not None:
             self._answer.wait()
-            stop = bool(self._asked.item())
-        self._asked = torch.tensor([self._told is not None], dtype=torch.int32)
+            first = self._world - int(self._asked.item())
+        if first < self._world and self._told is None:
+            logger.warning("rank %d was told to stop: saving a checkpoint, then stopping", first)
+        # Of the ranks that were told, the first has the largest number; 0 if there is none.
+        here = self._world - dist.get_rank() if self._told is not None else 0
+        self._asked = torch.tensor([here], dtype=torch.int32)
         self._answer = dist.all_reduce(self._asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return stop
+        return first < self._world
 
     def told(self) -> bool:
         """Whether this rank has been told to stop."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dsmoe.checkpoint.folder import all_checkpoints, verify
 from tests.cluster.hosts import Cluster, missing
 from tests.cluster.launching import LAUNCHERS, PRETRAIN, write_config
 
@@ -68,3 +69,24 @@ def test_a_link_that_heals_in_time_is_waited_for(tmp_path: Path) -> None:
         outcomes = [task.wait(120) for task in tasks]
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
     assert "step 40/40" in outcomes[0].output
+
+
+@pytest.mark.parametrize(("host", "program"), [(0, "deepspeed"), (1, "deepspeed.launcher.launch")])
+def test_a_launcher_that_is_killed_on_one_host_stops_all_with_a_checkpoint(
+    host: int, program: str, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, 2, 1, **FOREVER)
+    log = tmp_path / "runs" / "small" / "train.log"
+    with Cluster(2) as cluster:
+        (task,) = LAUNCHERS["pdsh"](cluster, tmp_path, 1, str(PRETRAIN), "--config", str(config))
+        task.wait_for("step 3/", 200)
+        # The oldest with such a command: deepspeed is older than what it has started.
+        cluster.hosts[host].run(["sh", "-c", f"kill -KILL $(pgrep --oldest --full '[/ ]{program} ')"])
+        says = f"host{host}: the launcher has gone ({program}, process "
+        deadline = time.monotonic() + TO_SAY_SO
+        while not (says in task.text() and "stopped after step " in log.read_text(encoding="utf-8")):
+            assert time.monotonic() < deadline, task.text()
+            time.sleep(0.1)
+    (checkpoint,) = all_checkpoints(tmp_path / "runs" / "small" / "checkpoints")
+    step = verify(checkpoint).facts.step
+    assert f"stopped after step {step}; run the same command again" in log.read_text(encoding="utf-8")
