@@ -223,7 +223,7 @@ def _stay_for_others(word: bytes) -> None:
 
 
 def _word_of_rank_0() -> bytes | None:
-    """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or it has ended long ago."""
+    """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or ended long ago."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     deadline = time.monotonic() + STAY_SECONDS
     while time.monotonic() < deadline:

@@ -164,7 +164,7 @@ def _rendezvous_problem(error: Exception) -> Exception:
     """What keeps rank 0 from listening where the ranks meet, if it is the port; else the error."""
     if "EADDRINUSE" not in str(error):
         return error
-    advice = "give deepspeed or torchrun another --master_port, or set MASTER_PORT under srun or mpirun"
+    advice = "give the launcher another --master_port, or set MASTER_PORT under srun or mpirun"
     return HostError(f"port {os.environ.get('MASTER_PORT')} is in use on this machine; {advice}")
 
 
