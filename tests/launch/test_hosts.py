@@ -91,9 +91,7 @@ def test_hosts_without_names_are_placeholders_and_said_to_be() -> None:
     assert slots_of(many)[::255] == ["node001 slots=8", "node256 slots=8"]
 
 
-def test_paths_that_deepspeed_pastes_with_a_space_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_that_deepspeed_pastes_with_a_space_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plain", "a folder"):
         (tmp_path / name).mkdir()
     config = str(REPOSITORY / MIXTRAL)
@@ -108,7 +106,8 @@ def test_paths_that_deepspeed_pastes_with_a_space_are_named(
         monkeypatch.setattr(hosts.sys, "executable", python)
         monkeypatch.setattr("dsmoe.launch.job.__file__", "/opt/dsmoe/dsmoe/launch/job.py")
         several = hosts.job(Request(load_config(config, names), config, names, "out"))
-        assert (found in several.warning) and bool(several.warning) == bool(found)
+        assert found in several.warning
+        assert bool(several.warning) == bool(found)
         alone = (*names, "cluster.nodes=1", "cluster.hosts=null")
         assert hosts.job(Request(load_config(config, alone), config, alone, "out")).warning == ""
     monkeypatch.setattr("dsmoe.launch.job.__file__", "/opt/my dsmoe/dsmoe/launch/job.py")

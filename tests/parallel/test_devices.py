@@ -65,7 +65,7 @@ def test_two_ranks_on_one_device_are_named_with_it() -> None:
     text = shared_devices([of("GPU-a"), of("GPU-b"), of("GPU-a"), of("GPU-c", "node2"), of("GPU-c", "node2"), ""])
     assert text.startswith(
         "ranks 0, 2 drive one device, GPU-a of node1 (CUDA_VISIBLE_DEVICES=0); "
-        "ranks 3-4 drive one device, GPU-c of node2 (CUDA_VISIBLE_DEVICES=0). Every rank has to see all devices"
+        "ranks 3-4 drive one device, GPU-c of node2 (CUDA_VISIBLE_DEVICES=0). Every rank needs a device of its own"
     )
 
 
@@ -73,7 +73,7 @@ def test_a_device_is_described_by_what_no_other_has(monkeypatch: pytest.MonkeyPa
     FakeCuda(monkeypatch, ["GPU-a", None])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     described = Device(**json.loads(describe_device(0)))
-    assert (described.uuid, described.visible) == ("GPU-a", "CUDA_VISIBLE_DEVICES=is not set")
+    assert (described.uuid, described.visible) == ("GPU-a", "CUDA_VISIBLE_DEVICES is not set")
     assert "\n" not in describe_device(0)
     assert describe_device(1) == ""
 
