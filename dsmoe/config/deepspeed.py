@@ -44,6 +44,7 @@ _SCALING = "gradients are summed in fp32, which needs no scaling"
 _SAVES = "dsmoe saves by itself, as the checkpoint section says"
 _STAGE_3 = "it belongs to ZeRO-3, which DeepSpeed refuses for experts; parallel.zero_stage is at most 2"
 REFUSED_KEYS = {
+    "activation_checkpointing": "DeepSpeed's engine does not read it; use train.recompute",
     "autotuning": "it tries batch sizes, which dsmoe sets; set train.micro_batch_size and parallel yourself",
     "comet": _MONITORS,
     "compile": "DeepCompile cannot compile dsmoe's exchange of tokens",
@@ -100,7 +101,7 @@ REFUSED_KEYS = {
 """DeepSpeed's keys, dotted, that dsmoe cannot honour, and why or what to use; `*` stands for any ending."""
 
 FREE_KEYS = (
-    *("activation_checkpointing", "aio", "comms_logger", "data_types", "disable_allgather", "disable_python_gc"),
+    *("aio", "comms_logger", "data_types", "disable_allgather", "disable_python_gc"),
     *("dump_state", "flops_profiler", "log_level", "memory_breakdown", "timers", "vocabulary_size"),
     *("wall_clock_breakdown", "zero_optimization"),
 )

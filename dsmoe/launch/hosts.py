@@ -81,16 +81,40 @@ def job(request: Request) -> Job:
         named_hosts(request.config) if cluster.hostfile is None else _read_hostfile(request.config, cluster.hostfile)
     )
     names = named or _placeholders(request.config)
-    if cluster.nodes > 1:
-        ssh_path(os.getcwd(), "this folder")  # DeepSpeed goes there on every host
     commands = _commands(request, path, names[0])
     files = {ENVIRONMENT: _environment(request)} if cluster.nodes > 1 else {}
     if is_ours:
         files = {HOSTFILE: _hostfile(request, names, commands, placeholders=not named), **files}
     if cluster.nodes == 1:
         return Job(files, commands["no_ssh"])
-    warning = f"the names in {path} are placeholders: put those of your hosts there, or set cluster.hosts"
-    return Job(files, commands["command"], warning="" if named else warning)
+    warnings = _pasted_with_a_space(request)
+    if not named:
+        warnings.append(f"the names in {path} are placeholders: put those of your hosts there, or set cluster.hosts")
+    return Job(files, commands["command"], warning="\n".join(warnings))
+
+
+def _pasted_with_a_space(request: Request) -> list[str]:
+    """Say which of the paths that DeepSpeed pastes bare into the shells of the hosts would be two words there.
+
+    That is a warning, because what is written starts the run without ssh as well, where such paths do no harm.
+
+    Raises:
+        UserError: one of them has something that a shell would take for code.
+    """
+    paths = {
+        "Python": sys.executable,
+        "dsmoe's launch/pretrain.py": request.words("pretrain")[0],
+        "this folder": os.getcwd(),  # where DeepSpeed goes on every host
+    }
+    found = [f"{what} ({ssh_path(path, f'the path of {what}')})" for what, path in paths.items()]
+    split = [text for text, path in zip(found, paths.values(), strict=True) if " " in path]
+    if not split:
+        return []
+    return [
+        f"a space is in the path of {' and of '.join(split)}, which DeepSpeed does not quote for the shells of the "
+        "hosts: the command below starts no rank. Use paths without one, or start the run without ssh, on each host, "
+        "with --no_ssh or torchrun (docs/clusters.md)"
+    ]
 
 
 def named_hosts(config: Config) -> list[str]:

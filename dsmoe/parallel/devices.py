@@ -32,7 +32,7 @@ class Device:
     uuid: str
     host: str
     visible: str
-    """CUDA_VISIBLE_DEVICES of that rank."""
+    """What CUDA_VISIBLE_DEVICES is for that rank."""
 
 
 def device_index(local_rank: int) -> int:
@@ -83,10 +83,11 @@ def shared_devices(descriptions: Sequence[str]) -> str:
         return ""
     more = "" if len(shared) <= SHOWN_DEVICES else f"; and {len(shared) - SHOWN_DEVICES} more"
     return (
-        f"{'; '.join(shared[:SHOWN_DEVICES])}{more}. Every rank has to see all devices of its host (unset "
-        "CUDA_VISIBLE_DEVICES), or one of its own (srun --gpus-per-task=1)"
+        f"{'; '.join(shared[:SHOWN_DEVICES])}{more}. Every rank needs a device of its own: start as many on a host as "
+        "it has, and let each see all of them (unset CUDA_VISIBLE_DEVICES) or its own one (srun --gpus-per-task=1)"
     )
 
 
 def _visible() -> str:
-    return f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'is not set')}"
+    name = "CUDA_VISIBLE_DEVICES"
+    return f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set"

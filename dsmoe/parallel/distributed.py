@@ -166,7 +166,7 @@ def _rendezvous_problem(error: Exception) -> Exception:
     """What has kept the ranks from joining: the port of rank 0, or a rank that has gone again."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if "EADDRINUSE" in str(error):
-        advice = "give deepspeed or torchrun another --master_port, or set MASTER_PORT under srun or mpirun"
+        advice = "give the launcher another --master_port, or set MASTER_PORT under srun or mpirun"
         return HostError(f"port {port} is in use on this machine; {advice}")
     return LostRanksError(
         f"rank 0 came to {address}:{port}, where the ranks meet, and does not answer there any more: "

@@ -583,3 +583,9 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
         "train.batch_tokens",
         "deepspeed.fp16",
     ]
+
+
+def test_what_deepspeeds_engine_does_not_read_is_refused(tmp_path: Path) -> None:
+    (problem,) = check(tmp_path, "deepspeed.activation_checkpointing={partition_activations: true}")
+    assert problem.startswith("deepspeed.activation_checkpointing cannot be used with dsmoe: ")
+    assert "train.recompute" in problem

@@ -91,11 +91,37 @@ def test_hosts_without_names_are_placeholders_and_said_to_be() -> None:
     assert slots_of(many)[::255] == ["node001 slots=8", "node256 slots=8"]
 
 
+def test_paths_that_deepspeed_pastes_with_a_space_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plain", "a folder"):
+        (tmp_path / name).mkdir()
+    config = str(REPOSITORY / MIXTRAL)
+    names = ("cluster.hosts=n[1-8]",)
+    for folder, python, found in [
+        ("plain", "/opt/python", ""),
+        ("plain", "/a folder/python", "a space is in the path of Python (/a folder/python), which"),
+        ("a folder", "/opt/python", f"a space is in the path of this folder ({tmp_path}/a folder), which"),
+        ("a folder", "/a b/python", f"of Python (/a b/python) and of this folder ({tmp_path}/a folder), which"),
+    ]:
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setattr(hosts.sys, "executable", python)
+        monkeypatch.setattr("dsmoe.launch.job.__file__", "/opt/dsmoe/dsmoe/launch/job.py")
+        several = hosts.job(Request(load_config(config, names), config, names, "out"))
+        assert found in several.warning
+        assert bool(several.warning) == bool(found)
+        alone = (*names, "cluster.nodes=1", "cluster.hosts=null")
+        assert hosts.job(Request(load_config(config, alone), config, alone, "out")).warning == ""
+    monkeypatch.setattr("dsmoe.launch.job.__file__", "/opt/my dsmoe/dsmoe/launch/job.py")
+    monkeypatch.setattr(hosts.sys, "executable", "/opt/python")
+    monkeypatch.chdir(tmp_path / "plain")
+    warning = hosts.job(Request(load_config(config, names), config, names, "out")).warning
+    assert "dsmoe's launch/pretrain.py (/opt/my dsmoe/launch/pretrain.py), which" in warning
+
+
 def test_named_hosts_need_no_editing() -> None:
     written = job("cluster.hosts=n[1-4],m[1-4]", "cluster.devices_per_node=4")
     assert slots_of(written) == [f"{name} slots=4" for name in ("n1", "n2", "n3", "n4", "m1", "m2", "m3", "m4")]
     assert "PLACEHOLDERS" not in written.files["hostfile"]
-    assert written.warning == ""
+    assert "placeholders" not in written.warning
     assert "--master_addr n1 --node_rank K" in written.files["hostfile"]
 
 

@@ -16,7 +16,6 @@ from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import (
     HostError,
     _rendezvous_problem,
-    _take_device,
     _use_interface,
     is_shared,
     on_every_rank,
@@ -28,8 +27,9 @@ from dsmoe.parallel.local import CONTEXT, run_ranks
 
 def test_cuda_without_a_device_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match=r"cluster\.device: cpu"):
         join_processes("cuda")
 
@@ -43,13 +43,6 @@ def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     _use_interface("lo")
     assert (os.environ["NCCL_SOCKET_IFNAME"], os.environ["GLOO_SOCKET_IFNAME"]) == ("=lo", "eth7")  # this host's own
-
-
-def test_a_rank_whose_device_is_hidden_from_it_is_told_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(HostError, match=r"rank 3 is to drive device 3 of this host and sees 1 .* give --gpus-per-node"):
-        _take_device(3)
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,230 @@
+"""What is wrong with the command line or the config is said once for all ranks, and before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dsmoe.config.errors import UserError
+from dsmoe.launch import start
+from dsmoe.launch.start import Start, begin_with
+from tests.config.recipes import VALID
+from tests.launch.test_launchers import mpich, openmpi, without
+from tests.launch.test_world import step
+from tests.ports import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+RANKS = 3
+PRETRAIN, PREFLIGHT = (str(REPOSITORY / "launch" / f"{name}.py") for name in ("pretrain", "preflight"))
+MISSING = "the following arguments are required: --config"
+
+
+def torchs(rank: int) -> dict[str, str]:
+    return {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)},
+        **{"MASTER_ADDR": "127.0.0.1"},
+    }
+
+
+def sruns(rank: int) -> dict[str, str]:
+    return {**step(rank, nodes=1, per_node=RANKS), "MASTER_ADDR": "127.0.0.1"}
+
+
+LAUNCHED = {
+    "torch's names": torchs,
+    "srun": sruns,
+    "mpirun": lambda rank: openmpi(rank, RANKS, RANKS),
+    "mpiexec": lambda rank: mpich(rank, RANKS, RANKS),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a config of 8 ranks, and a torch that nobody can import without being seen."""
+    (tmp_path / "config.yaml").write_text(VALID, encoding="utf-8")
+    for name in ("torch", "deepspeed"):
+        (tmp_path / "decoy" / name).mkdir(parents=True)
+        (tmp_path / "decoy" / name / "__init__.py").write_text(
+            f"import os, sys\nprint('{name} is imported', file=sys.stderr, flush=True)\nos._exit(99)\n",
+            encoding="utf-8",
+        )
+    return tmp_path
+
+
+def outcomes(folder: Path, launched: str, *command: str) -> tuple[list[int], str, str]:
+    """The exit codes of the ranks, and all that they say."""
+    kept = {"PATH", "HOME", "PYTHONPATH"}
+    base = {name: value for name, value in os.environ.items() if name in kept}
+    base["PYTHONPATH"] = f"{folder / 'decoy'}:{REPOSITORY}:{base.get('PYTHONPATH', '')}"
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder,
+            env={**base, **LAUNCHED[launched](rank), "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        for rank in range(RANKS)
+    ]
+    texts = [process.communicate(timeout=100) for process in ranks]
+    return [process.returncode for process in ranks], *("".join(text[which] for text in texts) for which in (0, 1))
+
+
+WRONG = [
+    ("torch's names", (PRETRAIN,), MISSING),
+    ("torch's names", (PRETRAIN, "--config", "config.yaml", "--confg"), "unrecognized arguments: --confg"),
+    ("torch's names", (PRETRAIN, "--config", "confg.yaml"), "error: no such file: confg.yaml"),
+    ("torch's names", (PRETRAIN, "--config", "config.yaml", "moe.num_expert=8"), "did you mean 'num_experts'?"),
+    ("torch's names", (PRETRAIN, "--config", "config.yaml"), "started 1 x 3 = 3 ranks, but cluster.nodes x"),
+    ("srun", (PRETRAIN, "--config", "confg.yaml"), "error: no such file: confg.yaml"),
+    ("srun", (PRETRAIN, "--config", "config.yaml"), "srun started 1 x 3 = 3 ranks, but cluster.nodes x"),
+    ("mpirun", (PRETRAIN,), MISSING),
+    ("mpirun", (PRETRAIN, "--config", "config.yaml"), "mpirun (Open MPI) started 1 x 3 = 3 ranks, but"),
+    ("mpiexec", (PREFLIGHT, "--config", "config.yaml"), "mpiexec (MPICH) started 1 x 3 = 3 ranks, but"),
+    ("torch's names", (PREFLIGHT, "--config", "confg.yaml"), "error: no such file: confg.yaml"),
+    ("srun", ("-m", "dsmoe", "preflight", "config.yaml", "moe.num_expert=8"), "did you mean 'num_experts'?"),
+    ("torch's names", ("-m", "dsmoe", "preflight"), "dsmoe preflight: error: the following arguments are required"),
+    ("mpirun", ("-m", "dsmoe", "parity", "confg.yaml", "--layouts", "dp=3"), "error: no such file: confg.yaml"),
+    ("mpirun", ("-m", "dsmoe", "parity", "config.yaml", "--layouts", "dpp=3"), "there is no key dpp"),
+]
+
+
+@pytest.mark.parametrize(("launched", "command", "message"), WRONG)
+def test_what_all_ranks_have_wrong_is_said_once_without_torch(
+    launched: str, command: tuple[str, ...], message: str, folder: Path
+) -> None:
+    codes, out, err = outcomes(folder, launched, *command)
+    assert codes == [2] * RANKS, err
+    assert err.count(message) == 1, err
+    assert err.count("error: ") == 1, err
+    assert "is imported" not in err
+    assert (out, "Traceback" in err) == ("", False)
+
+
+@pytest.mark.parametrize("launched", LAUNCHED)
+@pytest.mark.parametrize("command", [(PRETRAIN, "--help"), ("-m", "dsmoe", "preflight", "--help")])
+def test_help_is_printed_once_without_torch(launched: str, command: tuple[str, ...], folder: Path) -> None:
+    codes, out, err = outcomes(folder, launched, *command)
+    assert codes == [0] * RANKS, err
+    assert (out.count("usage: "), err) == (1, "")
+
+
+def test_what_is_right_goes_on_to_torch(folder: Path) -> None:
+    """Without which the decoy could not be seen."""
+    right = ("cluster.nodes=1", f"cluster.devices_per_node={RANKS}", "parallel.expert=1", "train.batch_tokens=6144")
+    codes, _, err = outcomes(folder, "srun", PRETRAIN, "--config", "config.yaml", "parallel.tensor=1", *right)
+    assert codes == [99] * RANKS, err
+
+
+def test_a_launcher_that_says_half_is_one_message(folder: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if name in {"PATH", "HOME"}}
+    environment = {
+        **kept,
+        "PYTHONPATH": f"{folder / 'decoy'}:{REPOSITORY}",
+        **without(openmpi(0), "OMPI_COMM_WORLD_SIZE"),
+    }
+    command = [sys.executable, PRETRAIN, "--config", "config.yaml"]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: OMPI_COMM_WORLD_RANK is 0, and there is no OMPI_COMM_WORLD_SIZE")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@contextmanager
+def listening(word: bytes | None) -> Iterator[str]:
+    """Rank 0's port: it says the word, or waits to be asked as torch's store does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                if word is None:
+                    connection.recv(1)
+                else:
+                    connection.sendall(word)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield str(server.getsockname()[1])
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("word", "ended", "said"),
+    [
+        (start._word("error: no such file: confg.yaml") + b"\2", 2, ""),
+        (start._word("error: another") + b"\2", 1, "[rank 1 on {host}] error: no such file: confg.yaml\n"),
+        (None, None, ""),  # rank 0 is about to train: it is told through torch
+    ],
+    ids=["the same error", "another error", "none"],
+)
+def test_a_rank_with_an_error_asks_whether_rank_0_has_it(
+    word: bytes | None,
+    ended: int | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with listening(word) as port:
+        for name, value in {**torchs(1), "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        begun = begin_with("confg.yaml", [])
+        assert begun.ended() == ended
+    assert capsys.readouterr().err == said.format(host=start.platform.node())
+    with pytest.raises(UserError, match="no such file"):
+        _ = begun.given
+
+
+def test_a_rank_that_is_told_nowhere_leaves_the_word_to_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(start.time, "sleep", slept.append)
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RANK", "1")
+    assert Start(start.argparse.Namespace(), None, UserError("srun has dealt the tasks out")).ended() == 2
+    assert (slept, capsys.readouterr().err) == ([start.LINGER_SECONDS], "")
+
+
+@pytest.mark.slow
+def test_a_rank_whose_own_config_is_wrong_tells_rank_0(tmp_path: Path) -> None:
+    """Which has a right one, and has imported torch meanwhile."""
+    from tests.train.test_run import write_config
+
+    config = write_config(tmp_path, ranks=2, expert=2, train={"steps": 2}, runs_dir="runs")
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, PRETRAIN, "--config", str(config), *(["moe.num_expert=4"] if rank else [])],
+            cwd=tmp_path,
+            env={**os.environ, **torchs(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+        )
+        for rank in range(2)
+    ]
+    texts = [process.communicate(timeout=200)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], texts
+    assert "error: 1 rank of 2 cannot start:\n  - rank 1 on " in texts[0]
+    assert ": moe.num_expert: unknown key" in texts[0]
+    assert "moe.num_expert" not in texts[1]
+    assert "Traceback" not in texts[0] + texts[1]
