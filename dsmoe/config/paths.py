@@ -17,6 +17,7 @@ _READ = ("cluster.hostfile", "data.tokenizer", "checkpoint.resume", "checkpoint.
 """Files and folders that are there already."""
 NO_PATHS = {"data.tokenizer": ("bytes",), "checkpoint.resume": ("auto", "always", "never")}
 BUILTIN = "builtin:"
+_SOURCE = re.compile(r"data\.sources\.\d+\.path")
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 """`$$` stands for a dollar sign."""
 
@@ -76,6 +77,11 @@ def literal_path(path: str) -> str:
     """A path as a config says it, so that nothing in it is taken for a variable or for somebody's home."""
     path = f"./{path}" if path.startswith("~") else path
     return _VARIABLE.sub(lambda match: f"$${match[0][1:]}" if match[1] is None else "$$$$", path)
+
+
+def is_path(key: str, value: Any) -> bool:
+    """Whether a value of a flattened config is a path, which may be written otherwise and lead to the same."""
+    return (key in (*_MADE, *_READ) or _SOURCE.fullmatch(key) is not None) and _is_path(key, value)
 
 
 def _is_path(key: str, value: Any) -> bool:

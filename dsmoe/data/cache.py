@@ -299,6 +299,7 @@ def _load(
         validation_tokens=meta.validation.tokens,
         validation_bytes=meta.validation.bytes,
         max_token=meta.max_token,
+        tokenizer=tokenizer.identity.partition(" ")[0],
         text=f"{meta.train.token_file.xxh128}/{meta.validation.token_file.xxh128}",
     )
     limit = hash_limit(data.validation_fraction)

@@ -60,6 +60,21 @@ def load_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_digest(config: Config) -> str:
+    """Of the contents of `data.tokenizer`, wherever it is: `bytes`, or `sha256:...`; empty where no file is there."""
+    if config.data.tokenizer == ByteTokenizer.identity:
+        return ByteTokenizer.identity
+    try:
+        return content_digest(Path(config.data.tokenizer).read_bytes())
+    except OSError:
+        return ""
+
+
+def content_digest(content: bytes) -> str:
+    """That of a tokenizer's file."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def require_end_of_document(tokenizer: Tokenizer, config: Config) -> None:
     """Check that documents will be separated in what is trained on.
 
@@ -103,7 +118,7 @@ class FileTokenizer:
 
     def __init__(self, path: Path, content: bytes, end: str | None = None):
         self._tokenizer = _parse(path, content)
-        self.identity = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        self.identity = content_digest(content)
         if end is not None:
             self.identity += f" {end}"
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
