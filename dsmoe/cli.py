@@ -14,7 +14,7 @@ from typing import Any
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
-from dsmoe.config.errors import describe, exit_code_of
+from dsmoe.config.errors import Problem, describe, exit_code_of
 from dsmoe.config.show import json_schema
 from dsmoe.launch.job import Request, default_folder
 from dsmoe.launch.world import join_slurm
@@ -175,18 +175,30 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides, inputs=True)
+    from dsmoe.config.inputs import input_problems
+    from dsmoe.data.check import check_sources
+
+    notes: list[str] = []
+
+    def look(config: Config) -> list[Problem]:
+        found = check_sources(config)
+        notes.extend(found.notes)
+        return found.problems
+
+    config = load_config(arguments.config, arguments.overrides, input_problems, look)
     resolve_device(config.cluster.device)
     batch = Batch.from_config(config)  # lays out the topology, too
     print(f"{arguments.config}: ok")
     print(headline(config, batch.topology))
     print(batch.explain())
+    _say(notes)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     resolve_device(config.cluster.device)
     plan = Plan.from_config(config)
+    _say_of_sources(config)
     print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
 
 
@@ -194,6 +206,7 @@ def _launch(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     resolve_device(config.cluster.device)
     topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
+    _say_of_sources(config)
     folder = arguments.out or default_folder(config)
     request = Request(config, arguments.config, tuple(arguments.overrides), folder)
     job = import_module(f"dsmoe.launch.{arguments.renderer}").job(request)
@@ -208,6 +221,20 @@ def _launch(arguments: argparse.Namespace) -> None:
     if job.warning:
         print(f"\n{job.warning}")
     print(f"\nto start it, type in this folder:\n{job.command}")
+
+
+def _say_of_sources(config: Config) -> None:
+    from dsmoe.data.files import may_be_lost
+
+    if any(map(may_be_lost, config.data.sources)):
+        from dsmoe.data.check import notes_on_sources
+
+        _say(notes_on_sources(config))
+
+
+def _say(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _parity(arguments: argparse.Namespace) -> int:

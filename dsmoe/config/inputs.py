@@ -1,8 +1,7 @@
-"""Whether the files that a config names are there and can be read: for `dsmoe config check`. No torch."""
+"""Whether the files that a config names, corpora aside, can be read: for `dsmoe config check`. No torch."""
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -13,31 +12,22 @@ from pathlib import Path
 from dsmoe.config.end_of_document import candidates, end_token, no_end_token
 from dsmoe.config.errors import Problem, UserError
 from dsmoe.config.partial import UnsoundError
-from dsmoe.config.paths import BUILTIN, NO_PATHS
+from dsmoe.config.paths import NO_PATHS
 from dsmoe.config.schema import Config
 
 _CHECKPOINT = re.compile(r"/step_[0-9]+/manifest\.json$")
 
 
 def input_problems(config: Config) -> list[Problem]:
-    """Return what is missing, cannot be read, or is a tokenizer of more tokens than the model has; reads no corpus."""
+    """Return what is missing, cannot be read, or is a tokenizer of more tokens than the model has.
+
+    The corpora are for `dsmoe.data.check`.
+    """
     problems: list[Problem] = []
     for check in _CHECKS:
         with suppress(UnsoundError):
             problems.extend(check(config))
     return problems
-
-
-def _sources(config: Config) -> Iterator[Problem]:
-    for index, source in enumerate(config.data.sources):
-        key = f"data.sources.{index}.path"
-        if source.path is None or source.path.startswith(BUILTIN):
-            continue
-        if not os.path.exists(source.path) and glob.has_magic(source.path):
-            if not any(glob.iglob(source.path, recursive=True)):
-                yield key, f"{key}: no file matches {source.path}{_where(source.path)}"
-        else:
-            yield from _unreadable(key, source.path)
 
 
 def _tokenizer(config: Config) -> Iterator[Problem]:
@@ -126,4 +116,4 @@ def _where(path: str) -> str:
     return "" if os.path.isabs(path) else " in this folder, or beside the YAML file"
 
 
-_CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (_sources, _tokenizer, _hostfile, _checkpoints)
+_CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (_tokenizer, _hostfile, _checkpoints)

@@ -96,6 +96,20 @@ def find_files(source: Source) -> Found:
     return found
 
 
+def may_be_lost(source: Source) -> bool:
+    """Whether there may be nothing at `source.path`; answers at once, however much there is."""
+    if source.path is None or is_builtin(source):
+        return False
+    path = Path(source.path)
+    try:
+        if path.is_dir():
+            return next(path.iterdir(), None) is None
+        is_there = path.exists() or (glob.has_magic(source.path) and any(glob.iglob(source.path, recursive=True)))
+    except OSError:
+        return True
+    return not is_there
+
+
 def _files_at_path(source: Source) -> Found:
     assert source.path is not None
     path = Path(source.path).absolute()
@@ -135,7 +149,8 @@ def _folder_files(source: Source, folder: Path) -> Found:
         problem = (
             f"the folder {shown(folder)} has no {wanted} file; set `format`, or give a glob such as {shown(folder)}/*"
         )
-        raise source_error(source, "path", "; ".join([problem, *found.what_is_left_out()]))
+        left_out = found.what_is_left_out()
+        raise source_error(source, "path", "; ".join([problem, *left_out]), UserError if left_out else LostCorpusError)
     return found
 
 

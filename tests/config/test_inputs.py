@@ -13,6 +13,7 @@ import pytest
 
 from dsmoe.cli import main
 from dsmoe.config import ConfigError, UserError, dump_config, load_config
+from dsmoe.config.inputs import input_problems
 from dsmoe.config.schema import Config
 from dsmoe.config.synonyms import ABSENT, NOTES, SYNONYMS, meant_by
 from dsmoe.data import load_tokenizer
@@ -34,7 +35,7 @@ def tokenizer(path: Path, size: int, end: str = "</s>", **added: int) -> Path:
 
 def check(path: Path, *overrides: str) -> list[str]:
     try:
-        load_config(path, overrides, inputs=True)
+        load_config(path, overrides, input_problems)
     except ConfigError as error:
         return error.problems
     return []

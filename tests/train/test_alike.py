@@ -164,6 +164,7 @@ def changed(config: Config, section: str, **values: object) -> Config:
         ("train", "seed", 3, "train.seed: 0 on rank 0; 3 on rank 1"),
         ("parallel", "expert", 1, "parallel.expert: 2 on rank 0; 1 on rank 1"),
     ],
+    ids=["rate", "seed", "layout"],
 )
 def test_another_config_on_one_rank_of_a_program(
     section: str, key: str, value: object, said: str, tmp_path: Path

@@ -1,0 +1,124 @@
+"""What `prepare` would say of the sources, before it: for `dsmoe config check`, `plan` and `launch`.
+
+Neither torch nor the network is needed, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.partial import UnsoundError
+from dsmoe.config.schema import Config, Source
+from dsmoe.data.cache import VERIFIED_AT_START, damage_of_copies, open_folder, place_of, served_note, verify_files
+from dsmoe.data.look import source_problems
+from dsmoe.data.problems import LostCopyError, LostCorpusError
+from dsmoe.data.tokenizer import Tokenizer, load_tokenizer
+
+MOST_FILES = 100
+"""Of a source, files that are opened: a folder has thousands."""
+
+
+@dataclass
+class Sources:
+    """What a look at the sources shows."""
+
+    notes: list[str] = field(default_factory=list)
+    """Which of them the cache serves although their text is gone."""
+    problems: list[Problem] = field(default_factory=list)
+    """For which `prepare` would be refused."""
+
+
+def check_sources(config: Config) -> Sources:
+    """Look at every source as `prepare` does at first, and at what the cache has of those whose text is gone.
+
+    Hub data sets are passed over, and of a source the first `MOST_FILES` files are opened. `config` may have keys that
+    are wrong.
+    """
+    found = Sources()
+    with suppress(UnsoundError):
+        cache_dir = Path(config.data.cache_dir).absolute()
+        tokenizer = _tokenizer(config)
+        for index, source in enumerate(config.data.sources):
+            key = f"data.sources.{index}"
+            try:
+                note = _served(source, tokenizer, config, cache_dir)
+                found.notes += [note] if note else []
+            except _NotPreparedError:
+                found.problems += [(f"{key}.path", problem) for problem in _problems(source, key, cache_dir)]
+            except UserError as error:
+                where = "" if source.path is None or os.path.isabs(source.path) else ", nor beside the YAML file"
+                lost = isinstance(error, LostCorpusError) and not isinstance(error, LostCopyError)
+                found.problems.append((f"{key}.path", _renamed(str(error), source, key) + (where if lost else "")))
+    return found
+
+
+def notes_on_sources(config: Config) -> list[str]:
+    """Which sources the cache serves without their text, and which are not here: a run may be planned anywhere.
+
+    Raises:
+        UserError: the text of a source is gone, and what the cache has of it is damaged.
+    """
+    notes: list[str] = []
+    cache_dir = Path(config.data.cache_dir).absolute()
+    tokenizer = _tokenizer(config)
+    for source in config.data.sources:
+        try:
+            note = _served(source, tokenizer, config, cache_dir)
+            notes += [note] if note else []
+        except LostCopyError:
+            raise
+        except LostCorpusError as error:
+            notes.append(f"{error}; `dsmoe config check`, where the run is to be, says whether it is there")
+        except (UserError, OSError):  # what `dsmoe config check` says
+            pass
+    return notes
+
+
+class _NotPreparedError(UserError):
+    """There is text, and no tokens of it."""
+
+
+def _served(source: Source, tokenizer: Tokenizer | None, config: Config, cache_dir: Path) -> str | None:
+    """A note where the cache stands for lost text; None where it has that of text which is there.
+
+    Raises:
+        UserError: it has not; a LostCorpusError where there is no text either.
+    """
+    if source.hub is not None:
+        return None
+    if tokenizer is None:
+        raise _NotPreparedError
+    folder, recipe, lost = place_of(source, tokenizer, config.data, cache_dir)
+    if not folder.exists():
+        raise _NotPreparedError
+    with damage_of_copies({} if lost is None else {folder: lost}):
+        prepared, meta, _ = open_folder(folder, source, tokenizer, config.data, recipe)
+        if lost is None:
+            return None
+        verify_files([(prepared, meta)], VERIFIED_AT_START)
+    return served_note(folder, lost)
+
+
+def _problems(source: Source, key: str, cache_dir: Path) -> list[str]:
+    try:
+        problems = source_problems(source, cache_dir, MOST_FILES)
+    except UserError as error:
+        problems = [str(error)]
+    return [_renamed(problem, source, key) for problem in problems]
+
+
+def _renamed(problem: str, source: Source, key: str) -> str:
+    """With the key as the file has it, which is said with its line."""
+    return problem.replace(f"data.sources[{source.name}]", key, 1)
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    """None where it cannot be used, which is said elsewhere."""
+    try:
+        return load_tokenizer(config)
+    except (UserError, OSError):
+        return None
