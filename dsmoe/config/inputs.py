@@ -1,16 +1,14 @@
-"""Whether the files that a config names, corpora aside, can be read: for `dsmoe config check`. No torch."""
+"""Whether the files that a config names, data aside, can be read: for `dsmoe config check`. No torch."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from dsmoe.config.end_of_document import candidates, end_token, no_end_token
-from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.errors import Problem
 from dsmoe.config.partial import UnsoundError
 from dsmoe.config.paths import NO_PATHS
 from dsmoe.config.schema import Config
@@ -19,64 +17,12 @@ _CHECKPOINT = re.compile(r"/step_[0-9]+/manifest\.json$")
 
 
 def input_problems(config: Config) -> list[Problem]:
-    """Return what is missing, cannot be read, or is a tokenizer of more tokens than the model has.
-
-    The corpora are for `dsmoe.data.check`.
-    """
+    """Return which files are missing or cannot be read; those of `data` are for `dsmoe.data.check`."""
     problems: list[Problem] = []
     for check in _CHECKS:
         with suppress(UnsoundError):
             problems.extend(check(config))
     return problems
-
-
-def _tokenizer(config: Config) -> Iterator[Problem]:
-    key, path = "data.tokenizer", config.data.tokenizer
-    if path in NO_PATHS[key]:
-        return
-    if Path(path).is_dir():
-        inside = Path(path) / "tokenizer.json"
-        hint = f"did you mean {inside}?" if inside.is_file() else "give a tokenizer.json"
-        yield key, f"{key}: {path} is a folder; {hint}"
-        return
-    unreadable = list(_unreadable(key, path))
-    yield from unreadable
-    if unreadable:
-        return
-    try:
-        content = json.loads(Path(path).read_bytes())
-        tokens, special = _vocabulary(content), _special(content)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-        yield key, f"{key}: {path} is not a JSON file of the `tokenizers` library; give `bytes` or a tokenizer.json"
-        return
-    size = max(tokens.values(), default=-1) + 1
-    if size > config.model.vocab_size:
-        yield (
-            "model.vocab_size",
-            f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of data.tokenizer {path} "
-            f"({size}); set model.vocab_size to {size} or more",
-        )
-    try:
-        if end_token(tokens, config.data.end_of_document, f"{key} {path}", special) is None:
-            yield "data.end_of_document", no_end_token(path, special)
-    except UserError as error:
-        yield "data.end_of_document", str(error)
-
-
-def _vocabulary(content: dict[str, object]) -> dict[str, int]:
-    """The tokens of a tokenizer.json: those of its model, and those that were added."""
-    model, added = content["model"], content.get("added_tokens") or []
-    assert isinstance(model, dict)
-    assert isinstance(added, list)
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, list):  # a unigram model's: [token, score] each
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: int(token["id"]) for token in added}}
-
-
-def _special(content: dict[str, list[dict[str, str]]]) -> str:
-    """Of the tokens that were added, those that may end a document, for a message."""
-    return candidates(token["content"] for token in content.get("added_tokens") or [] if token.get("special"))
 
 
 def _hostfile(config: Config) -> Iterator[Problem]:
@@ -116,4 +62,4 @@ def _where(path: str) -> str:
     return "" if os.path.isabs(path) else " in this folder, or beside the YAML file"
 
 
-_CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (_tokenizer, _hostfile, _checkpoints)
+_CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (_hostfile, _checkpoints)

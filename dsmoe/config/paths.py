@@ -132,5 +132,19 @@ def _beside(path: str, where: str) -> str:
     beside = os.path.normpath(folder / path)
     if folder == Path():
         return path
-    is_there = os.path.exists(beside) or (glob.has_magic(path) and any(glob.iglob(str(folder / path), recursive=True)))
+    is_there = os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside)))
     return beside if is_there else path
+
+
+def _matches(pattern: Path) -> bool:
+    return any(any(glob.iglob(str(one), recursive=True)) for one in (pattern, literal_start(pattern)))
+
+
+def literal_start(pattern: Path) -> Path:
+    """Escape the beginning of a glob that exists as it is written, such as a folder called `data [v1]`."""
+    start = Path()
+    for part in pattern.parts:
+        if not (start / part).exists():
+            break
+        start /= part
+    return Path(glob.escape(str(start)), *pattern.parts[len(start.parts) :])

@@ -6,6 +6,8 @@ Neither torch nor the network is needed, and nothing is written.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +16,10 @@ from dsmoe.config.errors import Problem, UserError
 from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config, Source
 from dsmoe.data.cache import VERIFIED_AT_START, damage_of_copies, open_folder, place_of, served_note, verify_files
+from dsmoe.data.files import corpus_files, is_builtin
 from dsmoe.data.look import source_problems
-from dsmoe.data.problems import LostCopyError, LostCorpusError
-from dsmoe.data.tokenizer import Tokenizer, load_tokenizer
+from dsmoe.data.problems import LostCopyError, LostCorpusError, source_error
+from dsmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, require_end_of_document
 
 MOST_FILES = 100
 """Of a source, files that are opened: a folder has thousands."""
@@ -39,6 +42,10 @@ def check_sources(config: Config) -> Sources:
     are wrong.
     """
     found = Sources()
+    for key, folder in _made_folders(config):
+        found.problems += [(key, f"{key}: {problem}") for problem in _unusable(folder)]
+    with suppress(UnsoundError):
+        found.problems += _tokenizer_problems(config)
     with suppress(UnsoundError):
         cache_dir = Path(config.data.cache_dir).absolute()
         tokenizer = _tokenizer(config)
@@ -103,9 +110,42 @@ def _served(source: Source, tokenizer: Tokenizer | None, config: Config, cache_d
     return served_note(folder, lost)
 
 
+def _made_folders(config: Config) -> Iterator[tuple[str, Path]]:
+    with suppress(UnsoundError):
+        yield "runs_dir", Path(config.runs_dir).absolute()
+    with suppress(UnsoundError):
+        yield "data.cache_dir", Path(config.data.cache_dir).absolute()
+
+
+def _unusable(folder: Path) -> list[str]:
+    """Why nothing can be made there, as far as what is there tells; a whole cache need not be written to."""
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        return [f"cannot use {folder}: {there} is no folder"]
+    if there != folder and not os.access(there, os.W_OK | os.X_OK):
+        return [f"cannot make {folder}: nothing may be written in {there}"]
+    return []
+
+
+def _tokenizer_problems(config: Config) -> list[Problem]:
+    if config.data.tokenizer == ByteTokenizer.identity:  # checked with the other keys
+        return []
+    try:
+        tokenizer = load_tokenizer(config)
+    except UserError as error:
+        return [(re.split("[ :]", str(error), maxsplit=1)[0], str(error))]
+    try:
+        require_end_of_document(tokenizer, config)
+    except UserError as error:
+        return [("data.end_of_document", str(error))]
+    return []
+
+
 def _problems(source: Source, key: str, cache_dir: Path) -> list[str]:
     try:
         problems = source_problems(source, cache_dir, MOST_FILES)
+        if not problems and not is_builtin(source) and not any(file.stat().st_size for file in corpus_files(source)):
+            raise source_error(source, "path", f"{source.path} has no text in it: all of its files are empty")
     except UserError as error:
         problems = [str(error)]
     return [_renamed(problem, source, key) for problem in problems]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
+from dsmoe.config.paths import literal_start
 from dsmoe.config.schema import Source
 from dsmoe.data import streams
 from dsmoe.data.problems import LostCorpusError, shown, source_error
@@ -174,7 +175,7 @@ def _without_copies(paths: list[Path], found: Found) -> Iterator[Path]:
 
 def _glob_files(source: Source, path: Path) -> Found:
     found = Found()
-    names = set(_expand(path, found)) or set(_expand(_literal_start(path), found))
+    names = set(_expand(path, found)) or set(_expand(literal_start(path), found))
     found.files = sorted(_each_once((Path(name) for name in names), found), key=str)
     if not found.files:
         problem = f"no file matches the glob {shown(path)}"
@@ -194,16 +195,6 @@ def _expand(pattern: Path, found: Found) -> Iterator[str]:
     for start in sorted(glob.glob(str(Path(*parts[:first])))):
         for folder, _ in _folders(Path(start), found):
             yield from _expand(Path(glob.escape(folder), *rest), found)
-
-
-def _literal_start(pattern: Path) -> Path:
-    """Escape the beginning of a glob that exists as it is written, such as a folder called `data [v1]`."""
-    start = Path()
-    for part in pattern.parts:
-        if not (start / part).exists():
-            break
-        start /= part
-    return Path(glob.escape(str(start)), *pattern.parts[len(start.parts) :])
 
 
 def _folders(root: Path, found: Found) -> Iterator[tuple[str, list[str]]]:

@@ -175,6 +175,15 @@ def test_what_is_right_is_accepted_sealed_anew(checkpoint: Path) -> None:
     assert verify(checkpoint).facts.step == 0
 
 
+def test_a_number_that_nothing_else_tells_is_sealed(checkpoint: Path) -> None:
+    path = checkpoint / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    assert text.count('"skipped_steps": 0') == 1
+    path.write_text(text.replace('"skipped_steps": 0', '"skipped_steps": 1'), encoding="utf-8")
+    with pytest.raises(DamagedError, match=r"is damaged: it is not what was written"):
+        verify(checkpoint)
+
+
 def test_a_header_that_says_something_else_than_the_manifest_is_found(checkpoint: Path) -> None:
     """Names in a file's header are exchanged, and the checksums made anew."""
     from xxhash import xxh3_128

@@ -337,7 +337,7 @@ MUTATIONS = [
         "dsmoe/train/gradient_sums.py",
         old="            parameter.grad_dtype = torch.float32\n",
         new="            parameter.grad_dtype = parameter.dtype\n",
-        caught_by=f"{SUMS}test_uses_of_one_weight_in_a_micro_batch",
+        caught_by=f"{SUMS}test_gradients_and_norm_are_fp32_sums[0]",
     ),
     Mutation(
         "fp32 gradients pass a bf16 bucket between ranks",
@@ -415,14 +415,14 @@ MUTATIONS = [
         "dsmoe/data/stored.py",
         old="xxh3_128_hexdigest(sums_path(path).read_bytes()) != stored.xxh128",
         new="not stored.xxh128",
-        caught_by="tests/data/test_damage.py::test_every_damage_is_refused[150]",
+        caught_by="tests/data/test_damage.py::test_other_tokens_with_checksums_of_their_own",
     ),
     Mutation(
         "the description of a cache is believed unsealed",
         "dsmoe/data/meta.py",
         old="if not is_sealed(text, content):",
         new="if not text:",
-        caught_by="tests/data/test_damage.py::test_every_damage_is_refused[150]",
+        caught_by="tests/data/test_damage.py::test_a_number_that_nothing_else_tells_is_sealed",
     ),
     Mutation(
         "damaged tokens serve where the text is gone",
@@ -436,7 +436,7 @@ MUTATIONS = [
         "dsmoe/checkpoint/manifest.py",
         old="if not is_sealed(text, content, _TABLES):",
         new="if not text:",
-        caught_by="tests/checkpoint/test_refusals.py::test_a_flipped_bit_is_found_in_every_file[0.5]",
+        caught_by="tests/checkpoint/test_manifests.py::test_a_number_that_nothing_else_tells_is_sealed",
     ),
     Mutation(
         "a sealed manifest is believed, whatever the files' headers say",
