@@ -224,12 +224,17 @@ def _launch(arguments: argparse.Namespace) -> None:
 
 
 def _say_of_sources(config: Config) -> None:
+    """Say whose text is not here, and whether the cache has it; a plan needs neither."""
     from dsmoe.data.files import may_be_lost
 
-    if any(map(may_be_lost, config.data.sources)):
-        from dsmoe.data.check import notes_on_sources
+    lost = [source for source in config.data.sources if may_be_lost(source)]
+    if any(any(Path(config.data.cache_dir).glob(f"{source.name}-*")) for source in lost):
+        from dsmoe.data.check import notes_on_sources  # which takes a while
 
         _say(notes_on_sources(config))
+        return
+    advice = "`dsmoe config check`, where the run is to be, says whether it is there"
+    _say([f"data.sources[{source.name}].path: there is no text at {source.path}; {advice}" for source in lost])
 
 
 def _say(notes: Sequence[str]) -> None:

@@ -53,12 +53,13 @@ def _checkpoints(config: Config) -> Iterator[Problem]:
 
 def _unreadable(key: str, path: str) -> Iterator[Problem]:
     if not os.path.exists(path):
-        yield key, f"{key}: there is no file or folder {path}{_where(path)}"
+        yield key, f"{key}: there is no file or folder {path}{where_looked(path)}"
     elif not os.access(path, os.R_OK):
         yield key, f"{key}: {path} cannot be read: permission denied"
 
 
-def _where(path: str) -> str:
+def where_looked(path: str) -> str:
+    """For a message: where a path that leads to nothing was looked for; empty for an absolute one."""
     return "" if os.path.isabs(path) else " in this folder, or beside the YAML file"
 
 

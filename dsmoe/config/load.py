@@ -210,7 +210,9 @@ def _include_entries(include: Node, problems: list[str]) -> list[Node] | None:
 
 
 def _included(entry: Node, path: Path, problems: list[str]) -> Path:
-    return Path(os.path.normpath(path.parent / expand_path("include", entry.value, entry.where, problems)))
+    name = expand_path("include", entry.value, entry.where, problems)
+    beside, beside_target = (Path(os.path.normpath(file.parent / name)) for file in (path, path.resolve()))
+    return beside if beside.exists() or not beside_target.exists() else beside_target
 
 
 def _merge(base: Node, top: Node) -> Node:

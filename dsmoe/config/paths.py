@@ -127,13 +127,16 @@ def expand_path(key: str, path: str, where: str, problems: list[str]) -> str:
 
 
 def _beside(path: str, where: str) -> str:
-    """The path beside the file that `where` (`FILE:LINE`) names, if something is there, or some file matches it."""
-    folder = Path(where.rpartition(":")[0]).parent
-    beside = os.path.normpath(folder / path)
-    if folder == Path():
-        return path
-    is_there = os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside)))
-    return beside if is_there else path
+    """The path beside the file that `where` (`FILE:LINE`) names, if something is there, or some file matches it.
+
+    Where that file is a link, beside what it leads to as well.
+    """
+    file = Path(where.rpartition(":")[0])
+    for folder in (file.parent, file.resolve().parent):
+        beside = path if folder == Path() else os.path.normpath(folder / path)
+        if os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside))):
+            return beside
+    return path
 
 
 def _matches(pattern: Path) -> bool:

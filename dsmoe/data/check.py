@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.inputs import where_looked
 from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config, Source
 from dsmoe.data.cache import VERIFIED_AT_START, damage_of_copies, open_folder, place_of, served_note, verify_files
@@ -45,8 +46,6 @@ def check_sources(config: Config) -> Sources:
     for key, folder in _made_folders(config):
         found.problems += [(key, f"{key}: {problem}") for problem in _unusable(folder)]
     with suppress(UnsoundError):
-        found.problems += _tokenizer_problems(config)
-    with suppress(UnsoundError):
         cache_dir = Path(config.data.cache_dir).absolute()
         tokenizer = _tokenizer(config)
         for index, source in enumerate(config.data.sources):
@@ -57,9 +56,9 @@ def check_sources(config: Config) -> Sources:
             except _NotPreparedError:
                 found.problems += [(f"{key}.path", problem) for problem in _problems(source, key, cache_dir)]
             except UserError as error:
-                where = "" if source.path is None or os.path.isabs(source.path) else ", nor beside the YAML file"
-                lost = isinstance(error, LostCorpusError) and not isinstance(error, LostCopyError)
-                found.problems.append((f"{key}.path", _renamed(str(error), source, key) + (where if lost else "")))
+                found.problems.append((f"{key}.path", _renamed(error, source, key)))
+    with suppress(UnsoundError):
+        found.problems += _tokenizer_problems(config)
     return found
 
 
@@ -79,7 +78,7 @@ def notes_on_sources(config: Config) -> list[str]:
         except LostCopyError:
             raise
         except LostCorpusError as error:
-            notes.append(f"{error}; `dsmoe config check`, where the run is to be, says whether it is there")
+            notes.append(str(error))
         except (UserError, OSError):  # what `dsmoe config check` says
             pass
     return notes
@@ -130,6 +129,9 @@ def _unusable(folder: Path) -> list[str]:
 def _tokenizer_problems(config: Config) -> list[Problem]:
     if config.data.tokenizer == ByteTokenizer.identity:  # checked with the other keys
         return []
+    path = config.data.tokenizer
+    if not os.path.exists(path):
+        return [("data.tokenizer", f"data.tokenizer: there is no file or folder {path}{where_looked(path)}")]
     try:
         tokenizer = load_tokenizer(config)
     except UserError as error:
@@ -147,13 +149,16 @@ def _problems(source: Source, key: str, cache_dir: Path) -> list[str]:
         if not problems and not is_builtin(source) and not any(file.stat().st_size for file in corpus_files(source)):
             raise source_error(source, "path", f"{source.path} has no text in it: all of its files are empty")
     except UserError as error:
-        problems = [str(error)]
+        return [_renamed(error, source, key)]
     return [_renamed(problem, source, key) for problem in problems]
 
 
-def _renamed(problem: str, source: Source, key: str) -> str:
-    """With the key as the file has it, which is said with its line."""
-    return problem.replace(f"data.sources[{source.name}]", key, 1)
+def _renamed(problem: UserError | str, source: Source, key: str) -> str:
+    """With the key as the file has it, which is said with its line, and where nothing is there, where that was."""
+    text = str(problem).replace(f"data.sources[{source.name}]", key, 1)
+    if not isinstance(problem, LostCorpusError) or isinstance(problem, LostCopyError) or source.path is None:
+        return text
+    return text.replace(os.path.abspath(source.path), source.path) + where_looked(source.path)
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:

@@ -268,3 +268,20 @@ def test_a_path_is_beside_the_file_that_says_it_or_in_the_working_directory(
     (tmp_path / "runs/tiny/config.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config("runs/tiny/config.yaml") == config
     assert os.getcwd() == str(tmp_path)
+
+
+def test_beside_a_linked_file_is_beside_what_it_leads_to(tmp_path: Path) -> None:
+    """And folders whose names a glob would take for its own."""
+    body = VALID[VALID.index("model:") : VALID.index("data:")] + VALID[VALID.index("optimizer:") :]
+    write(tmp_path, "text", "shared/data [v1]/a.txt")
+    write(tmp_path, "{}", "shared/tok.json")
+    write(tmp_path, body, "shared/rest.yaml")
+    own = "name: x\ninclude: rest.yaml\ndata: {tokenizer: tok.json, sources: [{name: a, path: 'data [v1]/*.txt'}]}\n"
+    write(tmp_path, own, "shared/run.yaml")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run.yaml").symlink_to("../shared/run.yaml")
+    data = load_config(tmp_path / "mine/run.yaml").data
+    assert data.tokenizer == str(tmp_path / "shared/tok.json")
+    assert data.sources[0].path == str(tmp_path / "shared/data [v1]/*.txt")
+    write(tmp_path, "{}", "mine/tok.json")
+    assert load_config(tmp_path / "mine/run.yaml").data.tokenizer == str(tmp_path / "mine/tok.json")

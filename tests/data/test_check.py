@@ -16,6 +16,7 @@ from dsmoe.cli import main
 from dsmoe.config import load_config
 from dsmoe.data import prepare
 from dsmoe.data.check import MOST_FILES
+from dsmoe.interop.tokenizer import byte_tokenizer_json
 from tests.train.test_run import pretrain, refused, write_config
 
 COMMANDS = (["config", "check"], ["prepare"], ["plan"], ["plan", "--json"], ["launch", "--docker", "--dry-run"])
@@ -107,21 +108,24 @@ def test_without_text_and_cache(project: Path, capsys: pytest.CaptureFixture[str
     shutil.rmtree(project / "cache")
     for command, (code, out, err) in zip(COMMANDS, say(capsys), strict=True):
         assert code == (2 if command in READY else 0), (out, err)
-        assert f"there is no file or folder {project}/text" in err
+        said = {"prepare": f"there is no file or folder {project}/text", "config": "there is no file or folder text in"}
+        assert said.get(command[0], "there is no text at text; `dsmoe config check`, where the run is") in err
 
 
 def test_config_check_finds_what_prepare_would(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every kind of wrong text, by its key and line, without torch; and nothing is said of what is prepared."""
     (project / "json").mkdir()
     (project / "json/a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
+    (project / "empty.txt").touch()
     (project / "latin.txt.gz").write_bytes(b"no gzip")
     wrong = {
         "json": "the folder .*json has no .txt file; set `format`, or give a glob",
         "json/a.jsonl": "would be read as plain text, field names included; set `format: jsonl`",
         "latin.txt.gz": "is cut off or damaged",
         "builtin:nothing": "unknown builtin builtin:nothing",
-        "none.txt": "there is no file or folder .*/none.txt, nor beside the YAML file",
-        "*.none": r"no file matches the glob .*/\*.none, nor beside the YAML file",
+        "none.txt": "there is no file or folder none.txt in this folder, or beside the YAML file",
+        "*.none": r"no file matches the glob \*.none in this folder, or beside the YAML file",
+        "empty.txt": "has no text in it",
     }
     sources = [f"{{name: s{number}, path: '{path}'}}" for number, path in enumerate(wrong)]
     override = f"data.sources=[{{name: web, path: text}}, {', '.join(sources)}]"
@@ -131,12 +135,46 @@ def test_config_check_finds_what_prepare_would(project: Path, capsys: pytest.Cap
         assert re.search(rf"data.sources.{number + 1}.\w+: .*{message}.* \(command line\)", said), (message, said)
     assert "data.sources.0" not in said
     assert main(["prepare", "config.yaml", override]) == 2
-    for message in wrong.values():
-        assert re.search(message.removesuffix(", nor beside the YAML file"), said)
     command = f"assert main({['config', 'check', 'config.yaml']}) == 0"
     code = f"import sys; from dsmoe.cli import main; {command}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("key", ["runs_dir", "data.cache_dir"])
+@pytest.mark.parametrize("place", ["file", "file/below", "link"])
+def test_a_folder_that_cannot_be_made(key: str, place: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "file").touch()
+    (project / "link").symlink_to("nowhere")
+    assert main(["config", "check", "config.yaml", f"{key}={place}"]) == 2
+    there = "link" if place == "link" else "file"
+    assert f"{key}: cannot use {project}/{place}: {project}/{there} is no folder" in capsys.readouterr().err
+
+
+TOKENIZERS: dict[str, Callable[[str], bytes]] = {
+    "a byte order mark": lambda text: text.encode("utf-8-sig"),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "a number below 0": lambda text: text.replace('"!":33', '"!":-33').replace('"!": 33', '"!": -33').encode(),
+    "a merge of no tokens": lambda text: re.sub(r'"merges": *\[', '"merges":[["q","zz"]', text).encode(),
+    "another kind": lambda text: text.replace('"BPE"', '"other"').encode(),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_is_read_as_prepare_reads_it(kind: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = byte_tokenizer_json()
+    (project / "tok.json").write_bytes(TOKENIZERS[kind](text))
+    assert (project / "tok.json").read_bytes() != text.encode()
+    for command in READY:
+        assert main([*command, "config.yaml", "data.tokenizer=tok.json"]) == 2
+        assert "tok.json is not a JSON file of the `tokenizers` library" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_encode_the_text(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "<eos>": 1}, "unk_token": "[UNK]"}
+    (project / "tok.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+    assert main(["prepare", "config.yaml", "data.tokenizer=tok.json"]) == 2
+    assert "tok.json cannot encode the text (WordLevel error: Missing [UNK] token" in capsys.readouterr().err
 
 
 def test_of_a_large_folder_the_first_files_are_opened(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
