@@ -198,15 +198,16 @@ def _plan(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     resolve_device(config.cluster.device)
     plan = Plan.from_config(config)
-    _say_of_sources(config)
+    notes = _notes_on_sources(config)
     print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
+    _say(notes)
 
 
 def _launch(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     resolve_device(config.cluster.device)
     topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
-    _say_of_sources(config)
+    notes = _notes_on_sources(config)
     folder = arguments.out or default_folder(config)
     request = Request(config, arguments.config, tuple(arguments.overrides), folder)
     job = import_module(f"dsmoe.launch.{arguments.renderer}").job(request)
@@ -220,21 +221,21 @@ def _launch(arguments: argparse.Namespace) -> None:
         print("\n".join([heading, *(f"wrote {path}" for path in paths)]))
     if job.warning:
         print(f"\n{job.warning}")
+    _say(notes)
     print(f"\nto start it, type in this folder:\n{job.command}")
 
 
-def _say_of_sources(config: Config) -> None:
-    """Say whose text is not here, and whether the cache has it; a plan needs neither."""
+def _notes_on_sources(config: Config) -> list[str]:
+    """Whose text is not here, and whether the cache has it; a plan needs neither."""
     from dsmoe.data.files import may_be_lost
 
     lost = [source for source in config.data.sources if may_be_lost(source)]
     if any(any(Path(config.data.cache_dir).glob(f"{source.name}-*")) for source in lost):
         from dsmoe.data.check import notes_on_sources  # which takes a while
 
-        _say(notes_on_sources(config))
-        return
+        return notes_on_sources(config)
     advice = "`dsmoe config check`, where the run is to be, says whether it is there"
-    _say([f"data.sources[{source.name}].path: there is no text at {source.path}; {advice}" for source in lost])
+    return [f"data.sources[{source.name}].path: there is no text at {source.path}; {advice}" for source in lost]
 
 
 def _say(notes: Sequence[str]) -> None:

@@ -94,7 +94,7 @@ def _served(source: Source, tokenizer: Tokenizer | None, config: Config, cache_d
     Raises:
         UserError: it has not; a LostCorpusError where there is no text either.
     """
-    if source.hub is not None:
+    if source.hub is not None or source.path is None:  # no place at all is said elsewhere
         return None
     if tokenizer is None:
         raise _NotPreparedError
