@@ -15,7 +15,7 @@ from typing import Any
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
-from dsmoe.config.errors import describe, exit_code_of
+from dsmoe.config.errors import Problem, describe, exit_code_of
 from dsmoe.config.show import json_schema
 from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
@@ -188,25 +188,39 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides, inputs=True)
+    from dsmoe.config.inputs import input_problems
+    from dsmoe.data.check import check_sources
+
+    notes: list[str] = []
+
+    def look(config: Config) -> list[Problem]:
+        found = check_sources(config)
+        notes.extend(found.notes)
+        return found.problems
+
+    config = load_config(arguments.config, arguments.overrides, input_problems, look)
     resolve_device(config.cluster.device)
     batch = Batch.from_config(config)  # lays out the topology, too
     print(f"{arguments.config}: ok")
     print(headline(config, batch.topology))
     print(batch.explain())
+    _say(notes)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     resolve_device(config.cluster.device)
     plan = Plan.from_config(config)
+    notes = _notes_on_sources(config)
     print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
+    _say(notes)
 
 
 def _launch(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     resolve_device(config.cluster.device)
     topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
+    notes = _notes_on_sources(config)
     folder = arguments.out or default_folder(config)
     request = Request(config, arguments.config, tuple(arguments.overrides), folder)
     job = import_module(f"dsmoe.launch.{arguments.renderer}").job(request)
@@ -220,7 +234,26 @@ def _launch(arguments: argparse.Namespace) -> None:
         print("\n".join([heading, *(f"wrote {path}" for path in paths)]))
     if job.warning:
         print(f"\n{job.warning}")
+    _say(notes)
     print(f"\nto start it, type in this folder:\n{job.command}")
+
+
+def _notes_on_sources(config: Config) -> list[str]:
+    """Whose text is not here, and whether the cache has it; a plan needs neither."""
+    from dsmoe.data.files import may_be_lost
+
+    lost = [source for source in config.data.sources if may_be_lost(source)]
+    if any(any(Path(config.data.cache_dir).glob(f"{source.name}-*")) for source in lost):
+        from dsmoe.data.check import notes_on_sources  # which takes a while
+
+        return notes_on_sources(config)
+    advice = "`dsmoe config check`, where the run is to be, says whether it is there"
+    return [f"data.sources[{source.name}].path: there is no text at {source.path}; {advice}" for source in lost]
+
+
+def _say(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _parity(arguments: argparse.Namespace) -> int:

@@ -7,16 +7,15 @@ what contradicts itself among the keys that are right.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from dsmoe.config.checks import cross_field_problems
-from dsmoe.config.errors import ConfigError
+from dsmoe.config.errors import ConfigError, Problem
 from dsmoe.config.explain import explain
-from dsmoe.config.inputs import input_problems
 from dsmoe.config.partial import sound_part
 from dsmoe.config.paths import expand_path, resolve_paths
 from dsmoe.config.schema import Config
@@ -37,16 +36,20 @@ _MOST_FILES = 64
 """That one config may include, counted as often as they are."""
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = (), inputs: bool = False) -> Config:
+Look = Callable[[Any], list[Problem]]
+"""Finds what is wrong outside of a config; of keys that are wrong, or missing, reading raises UnsoundError."""
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = (), *looks: Look) -> Config:
     """Return the configuration in the file at `path`, with `section.key=value` overrides on top.
 
-    Mappings of the file and of what it includes are merged key by key; lists, scalars and null replace. With `inputs`,
-    the files that the configuration names must be there.
+    Mappings of the file and of what it includes are merged key by key; lists, scalars and null replace. What the
+    `looks` find is a problem as well: `input_problems`, for files that the configuration names and that are not there.
     What was loaded can be dumped and loaded again, as run folders do.
     Raises `ConfigError`, which lists every problem with its key, file and line.
     """
     tree, problems = read_tree(path, overrides)
-    config = _validate(tree, problems, inputs)
+    config = _validate(tree, problems, looks)
     if config is not None and not problems:
         parse_yaml(dump_config(config), lambda _: f"{path}, written out with its defaults", problems)
     if config is None or problems:
@@ -96,7 +99,7 @@ def included_files(path: Path) -> list[tuple[str, Path]]:
     return [found for text, file in files for found in [(text, file), *included_files(file)]]
 
 
-def _validate(tree: Node, problems: list[str], inputs: bool) -> Config | None:
+def _validate(tree: Node, problems: list[str], looks: Iterable[Look]) -> Config | None:
     """Return the config, with what contradicts itself added to `problems`; None where a key is wrong by itself."""
     config: Any = None
     try:
@@ -104,7 +107,7 @@ def _validate(tree: Node, problems: list[str], inputs: bool) -> Config | None:
     except ValidationError as error:
         problems += explain(error, tree)
         whole, config = None, sound_part(plain(tree), error)
-    found = cross_field_problems(config) + (input_problems(config) if inputs else [])
+    found = cross_field_problems(config) + [problem for look in looks for problem in look(config)]
     problems += [f"{message} ({lookup(tree, key.split('.')).where})" for key, message in found]
     return whole
 
@@ -207,7 +210,9 @@ def _include_entries(include: Node, problems: list[str]) -> list[Node] | None:
 
 
 def _included(entry: Node, path: Path, problems: list[str]) -> Path:
-    return Path(os.path.normpath(path.parent / expand_path("include", entry.value, entry.where, problems)))
+    name = expand_path("include", entry.value, entry.where, problems)
+    beside, beside_target = (Path(os.path.normpath(file.parent / name)) for file in (path, path.resolve()))
+    return beside if beside.exists() or not beside_target.exists() else beside_target
 
 
 def _merge(base: Node, top: Node) -> Node:

@@ -17,6 +17,7 @@ _READ = ("cluster.hostfile", "data.tokenizer", "checkpoint.resume", "checkpoint.
 """Files and folders that are there already."""
 NO_PATHS = {"data.tokenizer": ("bytes",), "checkpoint.resume": ("auto", "always", "never")}
 BUILTIN = "builtin:"
+_SOURCE = re.compile(r"data\.sources\.\d+\.path")
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 """`$$` stands for a dollar sign."""
 
@@ -78,6 +79,11 @@ def literal_path(path: str) -> str:
     return _VARIABLE.sub(lambda match: f"$${match[0][1:]}" if match[1] is None else "$$$$", path)
 
 
+def is_path(key: str, value: Any) -> bool:
+    """Whether a value of a flattened config is a path, which may be written otherwise and lead to the same."""
+    return (key in (*_MADE, *_READ) or _SOURCE.fullmatch(key) is not None) and _is_path(key, value)
+
+
 def _is_path(key: str, value: Any) -> bool:
     return isinstance(value, str) and value not in NO_PATHS.get(key, ()) and not value.startswith(BUILTIN)
 
@@ -121,10 +127,27 @@ def expand_path(key: str, path: str, where: str, problems: list[str]) -> str:
 
 
 def _beside(path: str, where: str) -> str:
-    """The path beside the file that `where` (`FILE:LINE`) names, if something is there, or some file matches it."""
-    folder = Path(where.rpartition(":")[0]).parent
-    beside = os.path.normpath(folder / path)
-    if folder == Path():
-        return path
-    is_there = os.path.exists(beside) or (glob.has_magic(path) and any(glob.iglob(str(folder / path), recursive=True)))
-    return beside if is_there else path
+    """The path beside the file that `where` (`FILE:LINE`) names, if something is there, or some file matches it.
+
+    Where that file is a link, beside what it leads to as well.
+    """
+    file = Path(where.rpartition(":")[0])
+    for folder in (file.parent, file.resolve().parent):
+        beside = path if folder == Path() else os.path.normpath(folder / path)
+        if os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside))):
+            return beside
+    return path
+
+
+def _matches(pattern: Path) -> bool:
+    return any(any(glob.iglob(str(one), recursive=True)) for one in (pattern, literal_start(pattern)))
+
+
+def literal_start(pattern: Path) -> Path:
+    """Escape the beginning of a glob that exists as it is written, such as a folder called `data [v1]`."""
+    start = Path()
+    for part in pattern.parts:
+        if not (start / part).exists():
+            break
+        start /= part
+    return Path(glob.escape(str(start)), *pattern.parts[len(start.parts) :])

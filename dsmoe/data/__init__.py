@@ -1,10 +1,19 @@
-"""Corpora to micro-batches: documents, tokens, cache, order, loaders, and the bigram baseline."""
+"""Corpora to micro-batches: documents, tokens, cache, order, loaders, and the bigram baseline.
 
-from dsmoe.data.baseline import bigram_nats
-from dsmoe.data.cache import prepare
-from dsmoe.data.loader import TrainLoader, ValidationLoader
-from dsmoe.data.prepared import PreparedSource
-from dsmoe.data.tokenizer import load_tokenizer
+The names below load what they need when they are first used: looking at the cache imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsmoe.data.baseline import bigram_nats
+    from dsmoe.data.cache import prepare
+    from dsmoe.data.loader import TrainLoader, ValidationLoader
+    from dsmoe.data.prepared import PreparedSource
+    from dsmoe.data.tokenizer import load_tokenizer
 
 __all__ = [
     "PreparedSource",
@@ -14,3 +23,18 @@ __all__ = [
     "load_tokenizer",
     "prepare",
 ]
+
+_HOME = {
+    "PreparedSource": "dsmoe.data.prepared",
+    "TrainLoader": "dsmoe.data.loader",
+    "ValidationLoader": "dsmoe.data.loader",
+    "bigram_nats": "dsmoe.data.baseline",
+    "load_tokenizer": "dsmoe.data.tokenizer",
+    "prepare": "dsmoe.data.cache",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsmoe.data' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

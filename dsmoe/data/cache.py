@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_docum
 from dsmoe.data.packing import Packed, copy_documents, document_hash, pack
 from dsmoe.data.partial import in_the_making
 from dsmoe.data.prepared import PreparedSource
-from dsmoe.data.problems import LostCorpusError
+from dsmoe.data.problems import LostCopyError, LostCorpusError
 from dsmoe.data.sequences import Sequences
 from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
 from dsmoe.data.stored import (
@@ -89,17 +89,25 @@ def prepare(config: Config, check: int | None = None) -> list[PreparedSource]:
     cache_dir = Path(config.data.cache_dir).absolute()
     with _blaming(cache_dir):
         places: dict[str, tuple[Path, dict[str, Any]]] = {}
+        lost: dict[Path, LostCorpusError] = {}
 
         def is_prepared(source: Source, tokenizer: Tokenizer) -> bool:
-            places[source.name] = _place(source, tokenizer, config.data, cache_dir)
-            return places[source.name][0].exists()
+            folder, recipe, error = place_of(source, tokenizer, config.data, cache_dir)
+            places[source.name] = folder, recipe
+            if error is not None:
+                lost[folder] = error
+                if folder not in _said:
+                    _said.add(folder)
+                    logger.warning("%s", served_note(folder, error))
+            return folder.exists()
 
         tokenizer = look_first(config, cache_dir, is_prepared)
-        found = [
-            _prepare_source(source, tokenizer, config.data, *places[source.name]) for source in config.data.sources
-        ]
-        if check != 0:
-            _verify([(source, meta) for source, meta, _ in found], check)
+        with damage_of_copies(lost):
+            found = [
+                _prepare_source(source, tokenizer, config.data, *places[source.name]) for source in config.data.sources
+            ]
+            if check != 0:
+                verify_files([(source, meta) for source, meta, _ in found], check)
         prepared = _without_held_out([source for source, _, _ in found], [split for _, _, split in found], check != 0)
     problems = [problem for source in prepared for problem in _too_short(source, config)]
     if problems:
@@ -150,11 +158,17 @@ def _prepare_source(
 ) -> tuple[PreparedSource, Meta, Split]:
     if not folder.exists():
         _build(folder, source, tokenizer, data, recipe)
-    return _load(folder, source, tokenizer, data, recipe)
+    return open_folder(folder, source, tokenizer, data, recipe)
 
 
-def _place(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> tuple[Path, dict[str, Any]]:
-    """Name the folder of `source` and everything that decides what is in it."""
+def place_of(
+    source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path
+) -> tuple[Path, dict[str, Any], LostCorpusError | None]:
+    """Name the folder of `source`, everything that decides what is in it, and what has become of its text, if lost.
+
+    Raises:
+        UserError: as `corpus_state`: the text is lost, and no folder was made of it, for one.
+    """
     recipe: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "source": source_state(source),
@@ -168,12 +182,28 @@ def _place(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) ->
         made = made_of_lost_text(cache_dir, source.name, recipe)
         if made is None:
             raise
-        if made[0] not in _said:
-            _said.add(made[0])
-            logger.warning("%s: its tokens are taken from %s, which was made of what was there", error, made[0])
-        return made
+        return *made, error
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode("utf-8")).hexdigest()[:16]
-    return cache_dir / f"{source.name}-{fingerprint}", recipe
+    return cache_dir / f"{source.name}-{fingerprint}", recipe, None
+
+
+def served_note(folder: Path, lost: LostCorpusError) -> str:
+    """What is said where `folder` of the cache stands for text that is lost."""
+    return f"{lost}: its tokens are taken from {folder}, which was made of what was there"
+
+
+@contextmanager
+def damage_of_copies(lost: Mapping[Path, LostCorpusError]) -> Iterator[None]:
+    """Advise nobody to remove a damaged folder in which there is what is left of lost text; `lost` is by folder."""
+    try:
+        yield
+    except DamagedCacheError as damage:
+        if damage.folder not in lost:
+            raise
+        raise LostCopyError(
+            f"{lost[damage.folder]}; and {damage.folder}, which was made of what was there, is damaged "
+            f"({damage.what}); put the text back, and then delete that folder"
+        ) from None
 
 
 def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]) -> None:
@@ -272,7 +302,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _load(
+def open_folder(
     folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]
 ) -> tuple[PreparedSource, Meta, Split]:
     """Open a folder: its description is whole, its files are there and of their sizes."""
@@ -299,13 +329,14 @@ def _load(
         validation_tokens=meta.validation.tokens,
         validation_bytes=meta.validation.bytes,
         max_token=meta.max_token,
+        tokenizer=tokenizer.identity.partition(" ")[0],
         text=f"{meta.train.token_file.xxh128}/{meta.validation.token_file.xxh128}",
     )
     limit = hash_limit(data.validation_fraction)
     return prepared, meta, Split(listed["train"], listed["validation"], meta.is_cut, limit)
 
 
-def _verify(sources: Sequence[tuple[PreparedSource, Meta]], budget: int | None) -> None:
+def verify_files(sources: Sequence[tuple[PreparedSource, Meta]], budget: int | None) -> None:
     """Read up to `budget` bytes of the sources' files, evenly spread, and all of their checksums.
 
     Raises:

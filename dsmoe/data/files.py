@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
+from dsmoe.config.paths import literal_start
 from dsmoe.config.schema import Source
 from dsmoe.data import streams
 from dsmoe.data.problems import LostCorpusError, shown, source_error
@@ -96,6 +97,20 @@ def find_files(source: Source) -> Found:
     return found
 
 
+def may_be_lost(source: Source) -> bool:
+    """Whether there may be nothing at `source.path`; answers at once, however much there is."""
+    if source.path is None or is_builtin(source):
+        return False
+    path = Path(source.path)
+    try:
+        if path.is_dir():
+            return next(path.iterdir(), None) is None
+        is_there = path.exists() or (glob.has_magic(source.path) and any(glob.iglob(source.path, recursive=True)))
+    except OSError:
+        return True
+    return not is_there
+
+
 def _files_at_path(source: Source) -> Found:
     assert source.path is not None
     path = Path(source.path).absolute()
@@ -135,7 +150,8 @@ def _folder_files(source: Source, folder: Path) -> Found:
         problem = (
             f"the folder {shown(folder)} has no {wanted} file; set `format`, or give a glob such as {shown(folder)}/*"
         )
-        raise source_error(source, "path", "; ".join([problem, *found.what_is_left_out()]))
+        left_out = found.what_is_left_out()
+        raise source_error(source, "path", "; ".join([problem, *left_out]), UserError if left_out else LostCorpusError)
     return found
 
 
@@ -159,7 +175,7 @@ def _without_copies(paths: list[Path], found: Found) -> Iterator[Path]:
 
 def _glob_files(source: Source, path: Path) -> Found:
     found = Found()
-    names = set(_expand(path, found)) or set(_expand(_literal_start(path), found))
+    names = set(_expand(path, found)) or set(_expand(literal_start(path), found))
     found.files = sorted(_each_once((Path(name) for name in names), found), key=str)
     if not found.files:
         problem = f"no file matches the glob {shown(path)}"
@@ -179,16 +195,6 @@ def _expand(pattern: Path, found: Found) -> Iterator[str]:
     for start in sorted(glob.glob(str(Path(*parts[:first])))):
         for folder, _ in _folders(Path(start), found):
             yield from _expand(Path(glob.escape(folder), *rest), found)
-
-
-def _literal_start(pattern: Path) -> Path:
-    """Escape the beginning of a glob that exists as it is written, such as a folder called `data [v1]`."""
-    start = Path()
-    for part in pattern.parts:
-        if not (start / part).exists():
-            break
-        start /= part
-    return Path(glob.escape(str(start)), *pattern.parts[len(start.parts) :])
 
 
 def _folders(root: Path, found: Found) -> Iterator[tuple[str, list[str]]]:

@@ -48,8 +48,13 @@ def look_first(config: Config, cache_dir: Path, is_prepared: Callable[[Source, T
     return tokenizer
 
 
-def source_problems(source: Source, cache_dir: Path) -> list[str]:
+def source_problems(source: Source, cache_dir: Path, most_files: int | None = None) -> list[str]:
     """Say what keeps `source` from being read, as far as the beginning of every file tells.
+
+    Args:
+        source: of the config.
+        cache_dir: absolute.
+        most_files: how many files are opened, the first ones; None for all.
 
     Returns:
         One message a file, at most `_MOST_PROBLEMS` and one that counts the others.
@@ -62,7 +67,7 @@ def source_problems(source: Source, cache_dir: Path) -> list[str]:
         return []
     files = corpus_files(source)
     problems = []
-    for file in [] if is_builtin(source) else files:
+    for file in [] if is_builtin(source) else files[:most_files]:
         try:
             with translated(source, file):
                 record = first_record(source, file)

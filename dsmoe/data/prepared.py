@@ -28,6 +28,8 @@ class PreparedSource:
     """No token is larger."""
     text: str = ""
     """Checksum of the training tokens, and of the held-out ones."""
+    tokenizer: str = ""
+    """`tokenizer_digest` of what made the tokens."""
     left_out: tuple[tuple[int, int], ...] = ()
     """Ranges of training tokens, in order, that another source of the run holds out: they are not to be trained on."""
 

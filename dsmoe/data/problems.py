@@ -48,6 +48,10 @@ class LostCorpusError(UserError):
     """There is nothing at a source's path."""
 
 
+class LostCopyError(LostCorpusError):
+    """There is nothing at a source's path, and what the cache has of it is damaged."""
+
+
 def source_error(source: Source, key: str, problem: str, kind: type[UserError] = UserError) -> UserError:
     """Make the error about one key of one source."""
     return kind(f"data.sources[{source.name}].{key}: {shown(problem)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +61,22 @@ def load_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_digest(config: Config) -> str:
+    """Of the contents of `data.tokenizer`, wherever it is: `bytes`, or `sha256:...`; empty where no file is there."""
+    if config.data.tokenizer == ByteTokenizer.identity:
+        return ByteTokenizer.identity
+    path = Path(config.data.tokenizer)
+    try:
+        return content_digest(path.read_bytes()) if path.is_file() else ""  # a pipe would wait for ever
+    except OSError:
+        return ""
+
+
+def content_digest(content: bytes) -> str:
+    """That of a tokenizer's file."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def require_end_of_document(tokenizer: Tokenizer, config: Config) -> None:
     """Check that documents will be separated in what is trained on.
 
@@ -102,8 +119,9 @@ class FileTokenizer:
     """
 
     def __init__(self, path: Path, content: bytes, end: str | None = None):
+        self._path = path
         self._tokenizer = _parse(path, content)
-        self.identity = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        self.identity = content_digest(content)
         if end is not None:
             self.identity += f" {end}"
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -119,7 +137,8 @@ class FileTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode every text, on all cores."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _translated(f"data.tokenizer: {self._path} cannot encode the text"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
 
 
@@ -141,16 +160,23 @@ def _read(path: Path) -> bytes:
     raise UserError(f"data.tokenizer: there is no file {path}; {hint}")
 
 
+@contextmanager
+def _translated(problem: str) -> Iterator[None]:
+    """Turn every error of the `tokenizers` library, which has no narrower type, into one that says `problem`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of no base class
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{problem} ({reason}); give `bytes` or the path of a tokenizer.json") from error
+
+
 def _parse(path: Path, content: bytes) -> Any:
     import tokenizers
 
-    try:
+    with _translated(f"data.tokenizer: {path} is not a JSON file of the `tokenizers` library"):
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises no narrower type
-        raise UserError(
-            f"data.tokenizer: {path} is not a JSON file of the `tokenizers` library ({error}); "
-            "give `bytes` or the path of a tokenizer.json"
-        ) from error
     # A saved tokenizer may cut or pad to a model's context; a corpus needs every token once.
     tokenizer.no_truncation()
     tokenizer.no_padding()

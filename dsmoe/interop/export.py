@@ -24,6 +24,7 @@ from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
 from dsmoe.interop.names import BIAS, Match, matches
 from dsmoe.interop.tensors import Tensors, checkpoint_tensors
 from dsmoe.interop.tokenizer import TokenizerFiles, tokenizer_files
+from dsmoe.train.changed import saved_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 5_000_000_000
@@ -63,7 +64,9 @@ def export(
     say(f"{checkpoint}, step {manifest.facts.step}, as {chosen.name} in {dtype}")
     if check:
         check_memory(config)
-    files = tokenizer_files(config, tokenizer)
+    files = tokenizer_files(config, tokenizer, saved_tokenizer(manifest.facts))
+    if not files.is_trained:
+        say(f"the contents of the tokenizer {tokenizer} are not those that the model was trained with")
     tensors = checkpoint_tensors(checkpoint, manifest)
     pairs = list(matches(config, chosen.names))
     check_complete(checkpoint, tensors, pairs)

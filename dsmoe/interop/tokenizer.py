@@ -10,7 +10,7 @@ from typing import Any
 from dsmoe.config.end_of_document import END_OF_DOCUMENT_NAMES, end_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.data.tokenizer import ByteTokenizer
+from dsmoe.data.tokenizer import ByteTokenizer, content_digest
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,26 @@ class TokenizerFiles:
 
     files: dict[str, str]
     end: tuple[str, int] | None
+    is_trained: bool = True
+    """Its contents are those that the model was trained with, as far as that was recorded."""
 
 
-def tokenizer_files(config: Config, given: str | None) -> TokenizerFiles:
+def tokenizer_files(config: Config, given: str | None, trained: str = "") -> TokenizerFiles:
     """Those of `data.tokenizer`, or of the file `given` in its place; none for `none`.
 
+    Args:
+        config: of the run.
+        given: what somebody says for it, and answers for.
+        trained: `tokenizer_digest` of what the model was trained with; empty where it was not recorded.
+
     Raises:
-        UserError: there is no such file, or it is not a tokenizer.
+        UserError: there is no such file, or it is not a tokenizer, or not the one of the training.
     """
     if given == "none":
         return TokenizerFiles({}, None)
     name = given or config.data.tokenizer
     if name == "bytes":
-        text = byte_tokenizer_json()
+        text, digest = byte_tokenizer_json(), name
     else:
         path = Path(name)
         if not path.is_file():
@@ -39,7 +46,14 @@ def tokenizer_files(config: Config, given: str | None) -> TokenizerFiles:
                 f"the tokenizer {path.absolute()} (data.tokenizer) is not there; say where it is with --tokenizer "
                 f"FILE, or export without one with --tokenizer none"
             )
-        text = path.read_text(encoding="utf-8", errors="replace")  # what is no text is no JSON either
+        content = path.read_bytes()
+        text, digest = content.decode("utf-8", errors="replace"), content_digest(content)  # no text is no JSON either
+    if trained and digest != trained and given is None:
+        raise UserError(
+            f"the tokenizer {name} (data.tokenizer) is not the one that the model was trained with, whose contents had "
+            f"{trained[:19]}, and not {digest[:19]}; give that with --tokenizer FILE, or export without one with "
+            f"--tokenizer none"
+        )
     vocabulary = _vocabulary(name, text)
     highest = max(vocabulary.values(), default=-1)
     if highest >= config.model.vocab_size:
@@ -58,7 +72,9 @@ def tokenizer_files(config: Config, given: str | None) -> TokenizerFiles:
     if end is not None:
         settings |= {"eos_token": end[0], "pad_token": end[0]}
     return TokenizerFiles(
-        {"tokenizer.json": _as_trained(text), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}, end
+        {"tokenizer.json": _as_trained(text), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"},
+        end,
+        not trained or digest == trained,
     )
 
 

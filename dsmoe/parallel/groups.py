@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
@@ -17,6 +17,7 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
 from dsmoe.launch.world import launched_world
+from dsmoe.parallel.claims import check_alike
 from dsmoe.parallel.distributed import join_processes
 from dsmoe.plan.topology import AXES, Axis, Topology
 
@@ -80,6 +81,12 @@ class TensorGroup:
         return self if self.sequence else TensorGroup.alone()
 
 
+def _claims_of(topology: Topology) -> dict[str, str]:
+    """A topology by the keys that describe it."""
+    sections = {"nodes": "cluster", "devices_per_node": "cluster"}
+    return {f"{sections.get(name, 'parallel')}.{name}": str(value) for name, value in asdict(topology).items()}
+
+
 class Groups:
     """One process group per axis of the topology, for this rank.
 
@@ -91,12 +98,14 @@ class Groups:
         timeout: how long a collective of any of these groups may wait.
 
     Raises:
+        DifferentRanksError: a rank has another topology than rank 0; on all of them.
         UserError: the world that was launched is not the topology's.
     """
 
     def __init__(self, topology: Topology, timeout: timedelta = timedelta(minutes=30)) -> None:
         if not dist.is_initialized():
             join_processes("cuda" if torch.cuda.is_available() else "cpu", timeout)
+        check_alike(_claims_of(topology))  # else ranks would wait in groups that others do not make
         if topology.world_size != dist.get_world_size():
             raise UserError(
                 f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
+from dsmoe.data.tokenizer import tokenizer_digest
 
-_PATHS = re.compile(r"data\.cache_dir|data\.tokenizer|data\.sources\.\d+\.path|cluster\.hostfile")
-"""Nodes may have these in places of their own: what is there is compared when it has been read (`claims_of_data`)."""
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow")
 """Of which another version may compute, read or exchange something else."""
 
 
 def claims_of_run(config: Config) -> dict[str, str]:
-    """The resolved config key by key, and what runs it."""
+    """The resolved config key by key, what the tokenizer is, and what runs it.
+
+    Nodes may have files and folders in places of their own, so no path is among them. What is there is: the text in
+    `claims_of_data`. The run folder is compared by a file in it (`check_shared`), and the checkpoint to begin with is
+    the one that rank 0 names.
+    """
     packages = {name: _version(name) for name in PACKAGES}
     source = {"dsmoe's source": _source_digest()}
     tree = flatten(config.model_dump(mode="json"))
-    settings = {key: json.dumps(value) for key, value in tree.items() if not _PATHS.fullmatch(key)}
-    return {**settings, "python": platform.python_version(), **packages, **source}
+    settings = {key: json.dumps(value) for key, value in tree.items() if not is_path(key, value)}
+    tokenizer = {"data.tokenizer, its contents": tokenizer_digest(config) or f"no file {config.data.tokenizer}"}
+    return {**settings, **tokenizer, "python": platform.python_version(), **packages, **source}
 
 
 def claims_of_data(sources: Sequence[PreparedSource]) -> dict[str, str]:
@@ -38,6 +44,7 @@ def claims_of_data(sources: Sequence[PreparedSource]) -> dict[str, str]:
     }
 
 
+@functools.cache
 def _source_digest() -> str:
     """Of every file of the package: hosts with a checkout of their own may have another one, or edited it."""
     package = Path(__file__).parents[1]

@@ -46,6 +46,8 @@ class Order:
     """How many each source has to train on."""
     texts: dict[str, _Text]
     """Checksums of what each trains on and holds out."""
+    tokenizer: Annotated[str, Field(strict=True)] = ""
+    """Digest of what makes tokens of it; empty where that was not recorded."""
 
     @classmethod
     def of_run(cls, config: Config, sources: Sequence[PreparedSource], lengths: Sequence[int]) -> Order:
@@ -57,6 +59,7 @@ class Order:
             shares={source.name: source.weight / total for source in sources},
             sequences={source.name: length for source, length in zip(sources, lengths, strict=True)},
             texts={source.name: source.checksum for source in sources},
+            tokenizer=sources[0].tokenizer,
         )
 
     @classmethod
@@ -104,15 +107,27 @@ _RecordedOrder = Annotated[Order, AfterValidator(_of_one_kind)]
 _Corpora = dict[str, tuple[_Count, _Count]]
 
 
+def saved_tokenizer(facts: Facts) -> str:
+    """Digest of the tokenizer that a checkpoint's model was trained with; empty where that was not recorded."""
+    digest = facts.order.get("tokenizer", "")
+    return digest if isinstance(digest, str) else ""
+
+
 def changed_order(checkpoint: Path, facts: Facts, config: Config, here: Order) -> str | None:
     """What going on from a checkpoint would read otherwise than the run that made it, with numbers; None for nothing.
 
     Raises:
-        UserError: something, and `data.changed_order` does not accept it.
+        UserError: something, and `data.changed_order` does not accept it; or it is what another tokenizer makes.
     """
     if facts.step == 0:  # nothing has been read
         return None
     saved = Order.of_checkpoint(checkpoint, facts)
+    if saved.tokenizer and here.tokenizer and saved.tokenizer != here.tokenizer:
+        raise UserError(
+            f"{checkpoint} was made with another tokenizer: data.tokenizer is {config.data.tokenizer}, with contents "
+            f"of {here.tokenizer[:19]}, and was one of {saved.tokenizer[:19]}. Put that back; to begin anew with the "
+            f"weights alone, set checkpoint.weights_from: {checkpoint} and another name"
+        )
     differing = _order_rows(saved, here)
     if not differing:
         return None

@@ -24,10 +24,12 @@ from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
 from dsmoe.data.cache import VERIFIED_AT_START
 from dsmoe.moe.layer import MoE
+from dsmoe.parallel.claims import check_alike
 from dsmoe.parallel.devices import device_index
 from dsmoe.parallel.distributed import on_first_of_hosts, on_first_rank, set_timeout_everywhere
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
+from dsmoe.train.alike import claims_of_data, claims_of_run
 from dsmoe.train.gradient_sums import fill_missing_gradients, sum_in_fp32
 from dsmoe.train.schedule import learning_rate
 
@@ -40,7 +42,8 @@ def initialize(
 ) -> tuple[deepspeed.DeepSpeedEngine, torch.optim.Optimizer, TrainLoader, LambdaLR]:
     """Wrap `model` for training by `config`.
 
-    Collective: every rank calls it. The data are tokenised by the first rank where no cache of them exists yet.
+    Collective: every rank calls it, with the same config but for paths, the same code and the same data, which are
+    compared. The data are tokenised by the first rank where no cache of them exists yet.
 
     Args:
         model: any module; its `dsmoe.MoE` layers exchange tokens over `groups`.
@@ -49,8 +52,15 @@ def initialize(
 
     Returns:
         DeepSpeed's engine; its optimizer; the training data; the learning-rate scheduler, which the engine steps.
+
+    Raises:
+        UserError: the config, the data or the model are wrong.
+        DifferentRanksError: ranks have other settings, code or data than rank 0.
     """
-    loader = TrainLoader(prepare_once(config), config, groups.coordinate("data"), groups.topology.data)
+    check_alike(claims_of_run(config))  # first: a rank with another tokenizer would make a cache of its own
+    sources = prepare_once(config)
+    check_alike(claims_of_data(sources))
+    loader = TrainLoader(sources, config, groups.coordinate("data"), groups.topology.data)
     batch = Batch.from_config(config)
     for name, module in model.named_modules():
         if isinstance(module, MoE):

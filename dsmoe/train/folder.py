@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,48 +18,24 @@ from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
 from dsmoe.config.locks import HeldError, Lock, take
+from dsmoe.config.paths import NO_PATHS
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.loader import train_sequences
 from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
-from dsmoe.train.changed import Order, changed_order, changed_rate
+from dsmoe.train.changed import Order, changed_order, changed_rate, saved_tokenizer
+from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# What may change when a run goes on: how long, how often, where, and what one changes after a divergence. Everything
-# else is the run's identity.
-_CHANGEABLE = (
-    "runs_dir",
-    "cluster",
-    "parallel",
-    "checkpoint",
-    "observe",
-    "deepspeed",
-    "data.cache_dir",
-    "optimizer.lr",
-    "optimizer.min_lr",
-    "optimizer.warmup_steps",
-    "optimizer.grad_clip",
-    "optimizer.offload",
-    "train.steps",
-    "train.tokens",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.eval_sequences",
-    "data.changed_order",
-    "train.recompute",
-    "train.micro_batch_size",
-)
 _SAID = ("optimizer.", "train.steps", "train.tokens")
 """Of these, what the log says when it changes."""
-_OTHER_MODEL = ("model.", "moe")
+_OTHER_MODEL = ("model.", "moe", "data.tokenizer")
 """Where these differ, a checkpoint is of no use."""
 _OTHER_STEPS = ("train.batch_tokens", "train.sequence_length")
 """Where these differ, a checkpoint's weights may be begun with, and nothing else of it."""
-_OF_THE_ORDER = ("data.sources", "data.seed", "data.validation_fraction")
-"""What may change besides where `data.changed_order` accepts it. Where there are checkpoints, `check_order` decides."""
 LOCK, TOKEN = ".lock", ".token"
 LOOKS = (1.0, 4.0)
 """Seconds before each further look at checkpoints that could not be read."""
@@ -125,10 +101,12 @@ def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-        beginning = check_run_folder(config)
+        beginning = check_run_folder(config, sources)
         check_order(beginning, config, sources)
         remove_leftovers(folder)
+        contents = Contents.of_run(config, sources, _resumed(config))
         write_whole(folder / "config.yaml", dump_config(config))
+        contents.write(folder)
         write_whole(folder / TOKEN, token)
     except OSError as error:
         raise system_error(
@@ -137,10 +115,11 @@ def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[
     return beginning, token
 
 
-def check_run_folder(config: Config) -> Beginning:
+def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = None) -> Beginning:
     """Check that the folder is this config's, and return what to begin with; writes nothing.
 
-    Of a folder that another process trains in, what it says may be wrong a moment later: lock it first.
+    Of a folder that another process trains in, what it says may be wrong a moment later: lock it first. Where `sources`
+    is not given, text in another place is taken for the same.
 
     Raises:
         UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
@@ -149,14 +128,17 @@ def check_run_folder(config: Config) -> Beginning:
     folder = run_folder(config)
     found = _look(folder / "checkpoints")
     before, notes = _config_before(folder / "config.yaml", found)
-    here = flatten(config.model_dump(mode="json"))
-    free = _free_prefixes(config, found)
-    differing = [key for key in _differing(before, here) if not f"{key}.".startswith(free)]
+    contents = _contents_before(folder, found)
+    differing = differences(config, before, contents, bool(found.whole or found.passed_over), sources)
     if differing:
-        raise UserError(_of_another_config(config, folder, found, before, here, differing))
-    said = [key for key in _differing(before, here) if key.startswith(_SAID)]
-    notes += [f"changed since the run was last started: {key}, {before[key]} -> {here[key]}" for key in said]
-    is_again = before.get("checkpoint.resume") == config.checkpoint.resume
+        raise UserError(_of_another_config(config, folder, found, differing))
+    said = [change for change in changed_values(before, config) if change[0].startswith(_SAID)]
+    notes += [f"changed since the run was last started: {key}, {there} -> {here}" for key, there, here in said]
+    resumed_before = before.get("checkpoint.resume")
+
+    def is_again(chosen: Path) -> bool:
+        return contents.is_resumed_again(resumed_before, config.checkpoint.resume, chosen)
+
     beginning = replace(_beginning(config, folder / "checkpoints", found, is_again), notes=tuple(notes))
     if beginning.checkpoints:
         newest, batch = beginning.checkpoints[0], Batch.from_config(config)
@@ -168,7 +150,9 @@ def check_run_folder(config: Config) -> Beginning:
                 f"another name (name={free_name(config)})"
             )
     elif beginning.weights is not None:
-        _chosen("checkpoint.weights_from", beginning.weights)
+        saved = saved_tokenizer(_chosen("checkpoint.weights_from", beginning.weights).facts)
+        told = of_other_tokenizer(config, beginning.weights, saved)
+        beginning = replace(beginning, notes=(*beginning.notes, *told))
     return beginning
 
 
@@ -243,11 +227,12 @@ def _lock(folder: Path) -> None:
 
 def _take(path: Path) -> None:
     """Hold the lock at `path` for as long as this process lives; the system lets go of it however the process ends."""
-    held = _held.get(path.absolute())
+    place = path.parent.resolve() / path.name
+    held = _held.get(place)
     if held is not None and held.is_in_place:
         return
     try:
-        lock = take(path)
+        lock = take(place)
     except HeldError:
         raise PassingError(
             f"another process is training in {path.parent}; wait for it, or give this run another name (name=...)"
@@ -258,7 +243,7 @@ def _take(path: Path) -> None:
             "the first one's files; start it once at a time",
             path.parent,
         )
-    _held[path.absolute()] = lock
+    _held[place] = lock
 
 
 def _look(folder: Path) -> Found:
@@ -319,8 +304,23 @@ def _config_before(file: Path, found: Found) -> tuple[dict[str, Any], list[str]]
     return {key: value for key, value in saved.items() if key != "name"}, [note]
 
 
-def _beginning(config: Config, folder: Path, found: Found, is_again: bool) -> Beginning:
-    """What to begin with; `is_again`, where the run has begun before, with the same `checkpoint.resume`."""
+def _contents_before(folder: Path, found: Found) -> Contents:
+    """What the paths of the run's config led to at its last start, as its folder or its newest checkpoint says."""
+    contents = Contents.read(folder)
+    saved = [tokenizer for manifest in found.whole.values() if (tokenizer := saved_tokenizer(manifest.facts))]
+    return contents.model_copy(update={"tokenizer": saved[0]}) if saved else contents
+
+
+def _resumed(config: Config) -> Path | None:
+    """The checkpoint that `checkpoint.resume` leads to; None where it is no path."""
+    resume = config.checkpoint.resume
+    if resume in NO_PATHS["checkpoint.resume"]:
+        return None
+    return _checkpoint_at("checkpoint.resume", Path(resume))
+
+
+def _beginning(config: Config, folder: Path, found: Found, is_again: Callable[[Path], bool]) -> Beginning:
+    """What to begin with; `is_again`, whether the run has begun before with this checkpoint by `checkpoint.resume`."""
     resume, whole, passed_over = config.checkpoint.resume, list(found.whole), tuple(found.passed_over.values())
     weights_from = config.checkpoint.weights_from
     weights = _checkpoint_at("checkpoint.weights_from", Path(weights_from)) if weights_from else None
@@ -341,7 +341,7 @@ def _beginning(config: Config, folder: Path, found: Found, is_again: bool) -> Be
         return Beginning(tuple(whole), passed_over, tuple(found.damaged), weights)
     chosen = _checkpoint_at("checkpoint.resume", Path(resume))
     step = _chosen("checkpoint.resume", chosen).facts.step
-    if whole and step_of(whole[0]) > step and is_again:  # the same command, after a stop
+    if whole and step_of(whole[0]) > step and is_again(chosen):  # the same command, after a stop
         return Beginning((*whole, chosen), passed_over, tuple(found.damaged))
     later = [str(checkpoint) for checkpoint in whole if step_of(checkpoint) > step]
     if later:
@@ -379,37 +379,16 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
         raise refusal from None
 
 
-def _free_prefixes(config: Config, found: Found) -> tuple[str, ...]:
-    """Where there are checkpoints, `check_order` decides about the order of the text."""
-    has_checkpoints = bool(found.whole or found.passed_over)
-    order = _OF_THE_ORDER if has_checkpoints or config.data.changed_order == "accept" else ()
-    return tuple(f"{free}." for free in (*_CHANGEABLE, *order))
-
-
-def _differing(before: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Each key whose values differ; none where there is nothing to compare with."""
-    keys = {**before, **here} if "name" in before else [key for key in before if key in here]
-    return [key for key in keys if before.get(key) != here.get(key)]
-
-
-def _of_another_config(
-    config: Config,
-    folder: Path,
-    found: Found,
-    before: Mapping[str, Any],
-    here: Mapping[str, Any],
-    differing: list[str],
-) -> str:
+def _of_another_config(config: Config, folder: Path, found: Found, differing: Sequence[Difference]) -> str:
     """What differs, and what works instead: the old values, or a folder of its own with this run's state or without."""
-    text = "; ".join(
-        f"{key} is {before.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in differing
-    )
+    text = "; ".join(f"{key} is {there} there and {here} here" for key, there, here in differing)
+    keys = [key for key, _, _ in differing]
     newest = next(iter(found.whole), None)
     name = f"name={free_name(config)}"
-    if newest is None or any(key.startswith(_OTHER_MODEL) for key in differing):
+    if newest is None or any(key.startswith(_OTHER_MODEL) for key in keys):
         return f"{folder} belongs to another config: {text}. Set them back, or give this run another name ({name})"
     onward = f"{name} checkpoint.resume={newest} goes on from its newest checkpoint"
-    if any(key in _OTHER_STEPS for key in differing):
+    if any(key in _OTHER_STEPS for key in keys):
         onward = f"{name} checkpoint.weights_from={newest} begins with its newest weights"
     return (
         f"{folder} belongs to another config: {text}. Set them back, or give this run another name: {onward}, and "

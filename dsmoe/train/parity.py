@@ -31,6 +31,7 @@ from dsmoe.plan.comparison import (
 )
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.text import quantity, table
+from dsmoe.train.alike import claims_of_run
 from dsmoe.train.compare import TOLERANCES, Difference, Training, difference, train_few_steps
 
 LOCAL_SECONDS = 3600.0
@@ -127,7 +128,9 @@ def _train_here(config: Config, steps: int) -> Training:
 def _under_launcher(comparison: Comparison, configs: Sequence[Config]) -> bool:
     facts = resolve_device(configs[0].cluster.device)
     device = "cpu" if facts is not None and facts.name == "cpu" else "cuda"
-    rank = join_processes(device, interface=configs[0].cluster.interface)
+    # The configs of the layouts follow from the first: what else is asked for has to be the same as well.
+    asked = {"--layouts": " ".join(layout.text for layout in comparison.layouts), "--steps": str(comparison.steps)}
+    rank = join_processes(device, interface=configs[0].cluster.interface, claims={**claims_of_run(configs[0]), **asked})
     quiet_deepspeed()
     if rank.is_first:
         print(comparison.introduction(), flush=True)

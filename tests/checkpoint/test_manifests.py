@@ -16,10 +16,17 @@ import pytest
 import torch
 
 from dsmoe.checkpoint.folder import verify
+from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.checkpoint.manifest import DamagedError, Manifest, _sealed, tiles
 from dsmoe.cli import main
+from dsmoe.config import UserError
+from dsmoe.config.schema import Config
 from dsmoe.interop.tensors import checkpoint_tensors
+from dsmoe.parallel.local import run_ranks
+from dsmoe.train import Trainer
+from tests.checkpoint.runs import layout_config, take_steps
 from tests.interop.models import MIXTRAL, make_config, save
+from tests.train.layouts import make_trainer
 
 Content = dict[str, Any]
 NORM, EMBEDDING = "model/norm.weight", "model/embedding.weight"
@@ -168,6 +175,15 @@ def test_what_is_right_is_accepted_sealed_anew(checkpoint: Path) -> None:
     assert verify(checkpoint).facts.step == 0
 
 
+def test_a_number_that_nothing_else_tells_is_sealed(checkpoint: Path) -> None:
+    path = checkpoint / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    assert text.count('"skipped_steps": 0') == 1
+    path.write_text(text.replace('"skipped_steps": 0', '"skipped_steps": 1'), encoding="utf-8")
+    with pytest.raises(DamagedError, match=r"is damaged: it is not what was written"):
+        verify(checkpoint)
+
+
 def test_a_header_that_says_something_else_than_the_manifest_is_found(checkpoint: Path) -> None:
     """Names in a file's header are exchanged, and the checksums made anew."""
     from xxhash import xxh3_128
@@ -256,4 +272,77 @@ def test_fuzz_manifests(count: int, checkpoint: Path) -> None:
         assert all(torch.equal(after[key], before[key]) for key in before)
         assert Manifest.read(checkpoint).files == manifest.files
     print(outcomes)
+    assert outcomes["refused"] > outcomes["right"]
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of all that a checkpoint has, by its key and place, but for random states."""
+    parts = trainer.checkpoints._parts()
+    return {f"{part.key} {part.box}": part.here.clone() for part in parts if not part.key.startswith("rng/")}
+
+
+def wreck(trainer: Trainer) -> None:
+    """Set all weights and moments to zero."""
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+        for fragment in fragments(trainer.engine):
+            fragment.master.zero_()
+        for state in inner_optimizer(trainer.engine).state.values():
+            for value in state.values():
+                value.zero_()
+        for buffer in trainer.model.buffers():
+            buffer.zero_()
+
+
+def load_mutated(config: Config, count: int) -> dict[str, int]:
+    """Resume from a checkpoint, or take its weights, each time with a manifest that is wrong in another way.
+
+    Returns:
+        How many were tried, refused, and accepted with the state that was written.
+    """
+    trainer = make_trainer(config)
+    take_steps(trainer, 2)
+    trainer.step_index = 2
+    checkpoint = trainer.save()
+    trainer.checkpoints.flush()
+    written, whole = state_of(trainer), content_of(checkpoint)
+    wreck(trainer)
+    before = state_of(trainer)
+    assert all(not torch.equal(written[key], before[key]) for key in written if "weight" in key)
+    draw = random.Random(22)
+    outcomes = {"tried": count, "refused": 0, "right": 0}
+    for number in range(count):
+        content = copy.deepcopy(whole)
+        mutate(content, draw)
+        seal(checkpoint, content)
+        begin = trainer.take_weights if number % 3 == 2 else trainer.resume
+        message = ""
+        try:
+            begin(checkpoint)
+        except UserError as error:
+            message = str(error)
+        outcomes["refused" if message else "right"] += 1
+        assert not message or checkpoint.name in message, message
+        now, expected = state_of(trainer), before if message else written
+        if not message and number % 3 == 2:
+            expected = {key: value for key, value in expected.items() if key.startswith("model/")}
+        for key, value in expected.items():
+            assert torch.equal(now[key], value), (number, key)
+        wreck(trainer)
+        before = state_of(trainer)
+    seal(checkpoint, whole)
+    trainer.resume(checkpoint)
+    assert all(torch.equal(value, written[key]) for key, value in state_of(trainer).items())
+    return outcomes
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(600, marks=pytest.mark.fuzz)])
+@pytest.mark.timeout(3600)
+def test_fuzz_manifests_through_a_resume(count: int, tmp_path: Path) -> None:
+    """An engine refuses with one message and is what it was, or it has the state that was written; nothing else."""
+    config = layout_config(tmp_path, zero=1)
+    (outcomes,) = run_ranks(1, load_mutated, config, count, timeout=3000)
+    print(outcomes)
+    assert outcomes["refused"] + outcomes["right"] == count
     assert outcomes["refused"] > outcomes["right"]

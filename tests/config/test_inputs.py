@@ -13,9 +13,11 @@ import pytest
 
 from dsmoe.cli import main
 from dsmoe.config import ConfigError, UserError, dump_config, load_config
+from dsmoe.config.inputs import input_problems
 from dsmoe.config.schema import Config
 from dsmoe.config.synonyms import ABSENT, NOTES, SYNONYMS, meant_by
 from dsmoe.data import load_tokenizer
+from dsmoe.data.check import check_sources
 from dsmoe.data.tokenizer import require_end_of_document
 
 from .recipes import VALID, problems_of, write
@@ -34,7 +36,7 @@ def tokenizer(path: Path, size: int, end: str = "</s>", **added: int) -> Path:
 
 def check(path: Path, *overrides: str) -> list[str]:
     try:
-        load_config(path, overrides, inputs=True)
+        load_config(path, overrides, input_problems, lambda config: check_sources(config).problems)
     except ConfigError as error:
         return error.problems
     return []
@@ -54,12 +56,12 @@ def test_all_that_is_missing_is_reported_at_once(tmp_path: Path, capsys: pytest.
     assert main(["config", "show", str(path), *overrides]) == 0  # also on a machine that does not have them
 
 
-@pytest.mark.parametrize(("size", "added"), [(258, {}), (257, {"<end>": 999})])
+@pytest.mark.parametrize(("size", "added"), [(258, {}), (257, {"<end>": 257})])
 def test_a_tokenizer_larger_than_the_vocabulary(size: int, added: dict[str, int], tmp_path: Path) -> None:
     file = tokenizer(tmp_path / "tokenizer.json", size, **added)
     (problem,) = check(write(tmp_path, VALID), f"data.tokenizer={file}")
     assert problem.startswith("model.vocab_size (257) is smaller than the vocabulary of data.tokenizer")
-    assert str(max(size, *added.values(), 0) + bool(added)) in problem
+    assert "set model.vocab_size to 258 or more" in problem
     assert check(write(tmp_path, VALID), f"data.tokenizer={tokenizer(file, 257)}") == []
 
 
@@ -94,7 +96,7 @@ def test_what_is_no_tokenizer(text: str, tmp_path: Path) -> None:
 def test_a_folder_in_place_of_a_tokenizer_and_of_a_checkpoint(tmp_path: Path) -> None:
     tokenizer(tmp_path / "tokenizer.json", 3)
     overrides = [f"data.tokenizer={tmp_path}", f"checkpoint.weights_from={tmp_path}"]
-    first, second = check(write(tmp_path, VALID), *overrides)
+    second, first = check(write(tmp_path, VALID), *overrides)
     assert "did you mean" in first
     assert "is neither a checkpoint nor a run's folder" in second
 
@@ -266,3 +268,20 @@ def test_a_path_is_beside_the_file_that_says_it_or_in_the_working_directory(
     (tmp_path / "runs/tiny/config.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config("runs/tiny/config.yaml") == config
     assert os.getcwd() == str(tmp_path)
+
+
+def test_beside_a_linked_file_is_beside_what_it_leads_to(tmp_path: Path) -> None:
+    """And folders whose names a glob would take for its own."""
+    body = VALID[VALID.index("model:") : VALID.index("data:")] + VALID[VALID.index("optimizer:") :]
+    write(tmp_path, "text", "shared/data [v1]/a.txt")
+    write(tmp_path, "{}", "shared/tok.json")
+    write(tmp_path, body, "shared/rest.yaml")
+    own = "name: x\ninclude: rest.yaml\ndata: {tokenizer: tok.json, sources: [{name: a, path: 'data [v1]/*.txt'}]}\n"
+    write(tmp_path, own, "shared/run.yaml")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run.yaml").symlink_to("../shared/run.yaml")
+    data = load_config(tmp_path / "mine/run.yaml").data
+    assert data.tokenizer == str(tmp_path / "shared/tok.json")
+    assert data.sources[0].path == str(tmp_path / "shared/data [v1]/*.txt")
+    write(tmp_path, "{}", "mine/tok.json")
+    assert load_config(tmp_path / "mine/run.yaml").data.tokenizer == str(tmp_path / "mine/tok.json")

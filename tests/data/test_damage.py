@@ -191,6 +191,27 @@ def test_what_the_start_leaves_out_is_found_when_it_is_read(seed: int, config: C
         [rows(config, found, step) for step in range(200)]
 
 
+def test_a_number_that_nothing_else_tells_is_sealed(config: Config) -> None:
+    """Bits per byte follow from it."""
+    (first, *_) = prepare(config)
+    text = (first.folder / META).read_text(encoding="utf-8")
+    number = f'"bytes": {first.validation_bytes}, "documents"'
+    assert text.count(number) == 1
+    (first.folder / META).write_text(text.replace(number, number.replace('": ', '": 1', 1)), encoding="utf-8")
+    with pytest.raises(stored.DamagedCacheError, match=r"meta.json is not what was written"):
+        prepare(config)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train.documents"])
+def test_other_tokens_with_checksums_of_their_own(name: str, config: Config) -> None:
+    """As when a file is restored from another folder together with its checksums."""
+    (first, *_) = prepare(config)
+    data = (first.folder / name).read_bytes()
+    stored.write_file(first.folder / name, data[16:] + data[:16])
+    with pytest.raises(stored.DamagedCacheError, match=rf"{name}.sums is not what was written"):
+        prepare(config)
+
+
 def test_a_file_cut_off_while_it_is_read_is_an_error_and_no_signal(config: Config) -> None:
     sources = prepare(config)
     loader = TrainLoader(sources, config, 0, 1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsmoe.config.errors import UserError
-from dsmoe.data.tokenizer import load_tokenizer
+from dsmoe.data.tokenizer import load_tokenizer, tokenizer_digest
 from dsmoe.interop.tokenizer import tokenizer_files
 from tests.interop.models import MIXTRAL, make_config
 
@@ -117,3 +117,18 @@ def test_an_end_that_the_file_has_not_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, {**MIXTRAL, "model": {**MIXTRAL["model"], "vocab_size": 320}}, data=data)
     with pytest.raises(UserError, match=r"data.end_of_document \('<\|other\|>'\) is no token of the tokenizer"):
         tokenizer_files(config, None)
+
+
+def test_another_file_at_the_tokenizers_path_is_not_exported(tmp_path: Path) -> None:
+    """It makes other tokens of a text than those whose embeddings the model has."""
+    path = make_tokenizer(tmp_path / "tokenizer.json", "nothing")
+    data = {"tokenizer": str(path), "end_of_document": END}
+    config = make_config(tmp_path, {**MIXTRAL, "model": {**MIXTRAL["model"], "vocab_size": 320}}, data=data)
+    trained = tokenizer_digest(config)
+    assert tokenizer_files(config, None, trained).is_trained
+    assert tokenizer_files(config, None).is_trained  # of checkpoints that do not say
+    make_tokenizer(path, "lower case")
+    with pytest.raises(UserError, match=r"\(data.tokenizer\) is not the one that the model was trained with"):
+        tokenizer_files(config, None, trained)
+    assert not tokenizer_files(config, str(path), trained).is_trained  # whoever names it answers for it
+    assert not tokenizer_files(config, "bytes", trained).is_trained

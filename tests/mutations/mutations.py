@@ -28,6 +28,11 @@ NORM = "tests/train/test_engine.py::test_the_norm_counts_every_part_once"
 LAYOUT = "tests/train/test_layouts.py::test_every_routing_is_the_same_on_every_layout[plain-ep=2,zero=0-selective]"
 TENSOR_LAYOUT = LAYOUT.replace("ep=2,zero=0-selective", "tp=2,sp=true,ep=4,zero=2,dp=2-full")
 
+SUMS = "tests/train/test_gradient_sums.py::"
+CLAIMS = "tests/parallel/test_claims.py::test_what_differs_is_named_with_both_values_and_the_ranks"
+OWN_PROGRAM = "tests/train/test_alike.py::test_another_"
+NOT_FINITE = "tests/checkpoint/test_not_finite.py::"
+
 MUTATIONS = [
     # Groups and experts.
     Mutation(
@@ -325,5 +330,133 @@ MUTATIONS = [
         old='groups.coordinate("data"), groups.topology.data)',
         new="groups.rank % groups.topology.data, groups.topology.data)",
         caught_by=TENSOR_LAYOUT,
+    ),
+    # Sums of gradients.
+    Mutation(
+        "bf16 gradients are summed in bf16 over micro-batches",
+        "dsmoe/train/gradient_sums.py",
+        old="            parameter.grad_dtype = torch.float32\n",
+        new="            parameter.grad_dtype = parameter.dtype\n",
+        caught_by=f"{SUMS}test_gradients_and_norm_are_fp32_sums[0]",
+    ),
+    Mutation(
+        "fp32 gradients pass a bf16 bucket between ranks",
+        "dsmoe/train/gradient_sums.py",
+        old="        optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32\n",
+        new="        optimizer._gradient_reduction_buffer_dtype = lambda: torch.bfloat16\n",
+        caught_by=f"{SUMS}test_gradients_and_norm_are_fp32_sums[2]",
+    ),
+    Mutation(
+        "the sum over all ranks is kept in bf16",
+        "dsmoe/train/gradient_sums.py",
+        old="        optimizer.gradient_accumulation_dtype = torch.float32\n",
+        new="        optimizer.gradient_accumulation_dtype = torch.bfloat16\n",
+        caught_by=f"{SUMS}test_gradients_and_norm_are_fp32_sums[2]",
+    ),
+    Mutation(
+        "gradients are exchanged in bf16",
+        "dsmoe/config/deepspeed.py",
+        old='"communication_data_type": "fp32"',
+        new='"communication_data_type": "bf16"',
+        caught_by=f"{SUMS}test_gradients_and_norm_are_fp32_sums[0]",
+    ),
+    # What is compared, sealed or looked at before the work.
+    Mutation(
+        "ranks with other settings are let in",
+        "dsmoe/parallel/roll.py",
+        old="if there != digests[0]]\n    asked",
+        new="if there == _ERROR]\n    asked",
+        caught_by=CLAIMS,
+    ),
+    Mutation(
+        "ranks that have joined are not compared",
+        "dsmoe/parallel/claims.py",
+        old="differing = [rank for rank, there in enumerate(digests) if there != digests[0]]",
+        new="differing = [rank for rank, there in enumerate(digests) if not there]",
+        caught_by="tests/parallel/test_claims.py::test_ranks_that_have_joined_compare_as_well",
+    ),
+    Mutation(
+        "the settings of a program's ranks are not compared",
+        "dsmoe/train/engine.py",
+        old="    check_alike(claims_of_run(config))",
+        new="    claims_of_run(config)",
+        caught_by=f"{OWN_PROGRAM}config_on_one_rank_of_a_program[rate]",
+    ),
+    Mutation(
+        "the data of a program's ranks are not compared",
+        "dsmoe/train/engine.py",
+        old="    check_alike(claims_of_data(sources))",
+        new="    claims_of_data(sources)",
+        caught_by=f"{OWN_PROGRAM}corpus_or_tokenizer_on_one_rank_of_a_program",
+    ),
+    Mutation(
+        "what a tokenizer's path leads to is not compared",
+        "dsmoe/train/alike.py",
+        old='tokenizer_digest(config) or f"no file {config.data.tokenizer}"',
+        new='f"some file {tokenizer_digest(config) != str()}"',
+        caught_by=f"{OWN_PROGRAM}corpus_or_tokenizer_on_one_rank_of_a_program",
+    ),
+    Mutation(
+        "a run goes on with another tokenizer at the same path",
+        "dsmoe/train/identity.py",
+        old="    if digest_there == digest:\n",
+        new="    if there == now:\n",
+        caught_by="tests/train/test_identity.py::test_a_run_without_checkpoints_of_other_contents",
+    ),
+    Mutation(
+        "a run goes on from a checkpoint of another tokenizer",
+        "dsmoe/train/changed.py",
+        old="saved.tokenizer != here.tokenizer:",
+        new="saved.tokenizer != saved.tokenizer:",
+        caught_by="tests/train/test_changed.py::test_another_tokenizer_is_never_accepted",
+    ),
+    Mutation(
+        "the checksums of the cache are believed unread",
+        "dsmoe/data/stored.py",
+        old="xxh3_128_hexdigest(sums_path(path).read_bytes()) != stored.xxh128",
+        new="not stored.xxh128",
+        caught_by="tests/data/test_damage.py::test_other_tokens_with_checksums_of_their_own",
+    ),
+    Mutation(
+        "the description of a cache is believed unsealed",
+        "dsmoe/data/meta.py",
+        old="if not is_sealed(text, content):",
+        new="if not text:",
+        caught_by="tests/data/test_damage.py::test_a_number_that_nothing_else_tells_is_sealed",
+    ),
+    Mutation(
+        "damaged tokens serve where the text is gone",
+        "dsmoe/data/check.py",
+        old="        verify_files([(prepared, meta)], VERIFIED_AT_START)\n",
+        new="",
+        caught_by="tests/data/test_check.py::test_a_damaged_cache_does_not_serve_without_the_text[a held-out token]",
+    ),
+    Mutation(
+        "a manifest is believed unsealed",
+        "dsmoe/checkpoint/manifest.py",
+        old="if not is_sealed(text, content, _TABLES):",
+        new="if not text:",
+        caught_by="tests/checkpoint/test_manifests.py::test_a_number_that_nothing_else_tells_is_sealed",
+    ),
+    Mutation(
+        "a sealed manifest is believed, whatever the files' headers say",
+        "dsmoe/checkpoint/manifest.py",
+        old="        if expected.get(box) != there.get(box):\n",
+        new="        if box not in there:\n",
+        caught_by="tests/checkpoint/test_manifests.py::test_a_header_that_says_something_else_than_the_manifest_is_found",
+    ),
+    Mutation(
+        "a state that is not finite is saved",
+        "dsmoe/train/trainer.py",
+        old="if not self.checkpoints.is_finite(self.meter.is_loss_finite()):",
+        new="if not self.meter.is_loss_finite():",
+        caught_by=f"{NOT_FINITE}test_one_bad_element_on_one_rank_keeps_the_state_from_being_saved[one rank-nan]",
+    ),
+    Mutation(
+        "a checkpoint that is not finite is gone on from",
+        "dsmoe/checkpoint/checkpoints.py",
+        old="        if first is not None:\n            raise NotFiniteError",
+        new="        if first == str():\n            raise NotFiniteError",
+        caught_by=f"{NOT_FINITE}test_every_rank_refuses_to_go_on_from_one_and_names_the_tensor[weight-model/]",
     ),
 ]

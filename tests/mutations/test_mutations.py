@@ -17,8 +17,9 @@ from tests.mutations.mutations import MUTATIONS, Mutation
 
 REPOSITORY = Path(__file__).parents[2]
 
-WRONG_RESULT = re.compile(r"^E +(AssertionError|assert )", re.M)
-"""An assertion failed, in the test or on one of its ranks: it came to a wrong result, and did not crash or hang."""
+WRONG_RESULT = re.compile(r"^E +(AssertionError|assert |Failed: DID NOT RAISE)", re.M)
+"""An assertion failed, in the test or on one of its ranks: it came to a wrong result, and did not crash or hang; or
+what should have been refused was not."""
 
 
 def copy_package(folder: Path) -> None:

@@ -9,9 +9,20 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from dsmoe.parallel.local import CONTEXT
+import dsmoe
+from dsmoe.config import UserError
+from dsmoe.config.schema import Config
+from dsmoe.interop.tokenizer import byte_tokenizer_json
+from dsmoe.model import build_model
+from dsmoe.parallel import Groups
+from dsmoe.parallel.local import CONTEXT, run_ranks
+from dsmoe.plan import Topology
+from dsmoe.train.alike import claims_of_run
 from tests.ports import free_port
+from tests.train.layouts import small_config
 from tests.train.test_run import Outcome, write_config
 
 OTHERS = {
@@ -125,3 +136,71 @@ def test_another_corpus_or_cache_on_one_node(what: str, tmp_path: Path) -> None:
     assert [outcome.code for outcome in outcomes] == [2, 2]
     assert "1 rank of 2 would not train what rank 0 does" in outcomes[0].err
     assert "data.sources web: " in outcomes[0].err
+
+
+def own_program(configs: list[Config], tokenizers: list[str]) -> str:
+    """A training loop of somebody's own, as far as its first step; what ends it, if anything."""
+    config = configs[dist.get_rank()]
+    if tokenizers:
+        Path(config.data.tokenizer).write_text(tokenizers[dist.get_rank()], encoding="utf-8")
+    try:
+        groups = Groups(Topology.from_config(config))
+        model = build_model(config, groups, torch.device("cpu"))
+        engine, _, loader, _ = dsmoe.initialize(model=model, config=config, groups=groups)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    assert engine.gradient_accumulation_steps() == len(list(loader.micro_batches(0)))
+    return ""
+
+
+def changed(config: Config, section: str, **values: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("optimizer", "lr", 0.5, "optimizer.lr: 0.003 on rank 0; 0.5 on rank 1"),
+        ("train", "seed", 3, "train.seed: 0 on rank 0; 3 on rank 1"),
+        ("parallel", "expert", 1, "parallel.expert: 2 on rank 0; 1 on rank 1"),
+    ],
+    ids=["rate", "seed", "layout"],
+)
+def test_another_config_on_one_rank_of_a_program(
+    section: str, key: str, value: object, said: str, tmp_path: Path
+) -> None:
+    config = small_config(tmp_path, ranks=2, expert=2)
+    first, second = run_ranks(2, own_program, [config, changed(config, section, **{key: value})], [])
+    assert first == second
+    assert first.startswith("DifferentRanksError: 1 rank of 2 would not train what rank 0 does")
+    assert said in first
+
+
+def test_another_corpus_or_tokenizer_on_one_rank_of_a_program(tmp_path: Path) -> None:
+    """Paths may differ: what is there may not."""
+    config = small_config(tmp_path, ranks=2)
+    places = []
+    for rank in range(2):
+        folder = tmp_path / f"node{rank}"
+        folder.mkdir()
+        (folder / "text.txt").write_text("A line of the corpus, and another.\n" * 400, encoding="utf-8")
+        source = config.data.sources[0].model_copy(update={"path": str(folder / "text.txt")})
+        place = {"sources": (source,), "cache_dir": str(folder / "cache"), "tokenizer": str(folder / "tok.json")}
+        places.append(changed(config.model_copy(update={"runs_dir": str(folder)}), "data", **place))
+    tokenizer = byte_tokenizer_json()
+    assert run_ranks(2, own_program, places, [tokenizer] * 2) == ["", ""]
+    said, _ = run_ranks(2, own_program, places, [tokenizer, f"{tokenizer} "])
+    assert "data.tokenizer, its contents: sha256:" in said
+    (tmp_path / "node1/text.txt").write_text("A line of the corpus, and one more.\n" * 400, encoding="utf-8")
+    said, _ = run_ranks(2, own_program, places, [tokenizer] * 2)
+    assert "data.sources sums: " in said
+
+
+def test_no_path_is_claimed_and_all_else_is(tmp_path: Path) -> None:
+    paths = {"runs_dir": "a", "cluster": {"hostfile": "b"}, "checkpoint": {"resume": "c", "weights_from": "d"}}
+    claims = claims_of_run(small_config(tmp_path, **paths))  # type: ignore[arg-type]
+    left_out = {"runs_dir", "cluster.hostfile", "checkpoint.resume", "checkpoint.weights_from", "data.cache_dir"}
+    assert not (left_out | {"data.sources.0.path"}) & claims.keys()
+    claims = claims_of_run(small_config(tmp_path))
+    assert claims["checkpoint.resume"] == '"auto"'
+    assert claims["data.tokenizer"] == '"bytes"'

@@ -69,6 +69,19 @@ def told(config: Config, here: Order, saved: Order | None = SAVED, step: int = 5
     return [" ".join(line.split()) for line in lines]
 
 
+def test_another_tokenizer_is_never_accepted(config: Config) -> None:
+    """Its numbers are other tokens, even where the text has the same: the model has learnt nothing of them."""
+    first, second = (replace(SAVED, tokenizer=f"sha256:{digit * 64}") for digit in "12")
+    accepting = config.model_copy(update={"data": config.data.model_copy(update={"changed_order": "accept"})})
+    for each in (config, accepting):
+        with pytest.raises(
+            UserError, match=r"another tokenizer: data.tokenizer is bytes, .* sha256:2222.* sha256:1111"
+        ):
+            changed_order(CHECKPOINT, facts(config, first), each, second)
+        assert changed_order(CHECKPOINT, facts(config, first), each, first) is None
+        assert changed_order(CHECKPOINT, facts(config, SAVED), each, first) is None  # of before that was recorded
+
+
 def test_nothing_is_said_of_the_same_order(config: Config) -> None:
     same = [
         SAVED,

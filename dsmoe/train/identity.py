@@ -1,0 +1,207 @@
+"""What makes a run the same run: its settings, and for paths what is there rather than how they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from dsmoe.checkpoint.manifest import MANIFEST
+from dsmoe.config.paths import is_path
+from dsmoe.config.schema import Config
+from dsmoe.config.show import flatten
+from dsmoe.data import PreparedSource
+from dsmoe.data.tokenizer import tokenizer_digest
+from dsmoe.durable import write_whole
+
+# What may change when a run goes on: how long, how often, where, and what one changes after a divergence. Everything
+# else is the run's identity; of data.tokenizer and data.sources, the contents are.
+_CHANGEABLE = (
+    "runs_dir",
+    "cluster",
+    "parallel",
+    "checkpoint",
+    "observe",
+    "deepspeed",
+    "data.cache_dir",
+    "optimizer.lr",
+    "optimizer.min_lr",
+    "optimizer.warmup_steps",
+    "optimizer.grad_clip",
+    "optimizer.offload",
+    "train.steps",
+    "train.tokens",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.eval_sequences",
+    "data.changed_order",
+    "train.recompute",
+    "train.micro_batch_size",
+)
+_OF_THE_ORDER = ("data.sources", "data.seed", "data.validation_fraction")
+"""What may change besides where `data.changed_order` accepts it. Where there are checkpoints, `check_order` decides."""
+RECORD = ".contents.json"
+ABSENT = "absent"
+
+Difference = tuple[str, Any, Any]
+"""A key, and its value at the last start and here."""
+
+
+class _Recorded(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class SourceContents(_Recorded):
+    """Of a source."""
+
+    path: str = ""
+    """Absolute, links resolved; empty for what has none."""
+    checksum: str
+
+
+class Contents(_Recorded):
+    """What the paths of a run's config led to when it was last started; empty where that is not known."""
+
+    tokenizer: str = ""
+    """`tokenizer_digest`."""
+    sources: dict[str, SourceContents] = {}
+    resume: str = ""
+    """The path of `checkpoint.resume`, absolute, links resolved."""
+    manifest: str = ""
+    """Digest of the manifest of the checkpoint that this led to."""
+
+    @classmethod
+    def of_run(cls, config: Config, sources: Sequence[PreparedSource], resumed: Path | None) -> Contents:
+        """Those of a run that starts now; `resumed` is the checkpoint that `checkpoint.resume` leads to, if to any."""
+        paths = {source.name: source.path for source in config.data.sources}
+        return cls(
+            tokenizer=tokenizer_digest(config),
+            sources={
+                source.name: SourceContents(path=real_path(paths[source.name]), checksum=source.checksum)
+                for source in sources
+            },
+            resume="" if resumed is None else real_path(config.checkpoint.resume),
+            manifest="" if resumed is None else manifest_digest(resumed),
+        )
+
+    @classmethod
+    def read(cls, run: Path) -> Contents:
+        """Those that were written in a run's folder; empty ones where they cannot be read: no reason to refuse it."""
+        try:
+            return cls.model_validate(json.loads((run / RECORD).read_bytes()))
+        except (OSError, ValueError, RecursionError):
+            return cls()
+
+    def write(self, run: Path) -> None:
+        """Write them in a run's folder."""
+        write_whole(run / RECORD, self.model_dump_json(indent=1) + "\n")
+
+    def is_resumed_again(self, before: object, resume: str, chosen: Path) -> bool:
+        """Whether `checkpoint.resume` leads to what it led to at the last start, when it was `before`."""
+        same_place = before == resume or (self.resume and self.resume == real_path(resume))
+        return bool(same_place or (self.manifest and self.manifest == manifest_digest(chosen)))
+
+
+def real_path(path: str | None) -> str:
+    """Absolute, with links resolved; empty for None."""
+    return "" if path is None else os.path.realpath(path)
+
+
+def manifest_digest(checkpoint: Path) -> str:
+    """Names the very checkpoint, wherever its folder is; empty where it cannot be read."""
+    try:
+        return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def differences(
+    config: Config,
+    before: Mapping[str, Any],
+    contents: Contents,
+    has_checkpoints: bool,
+    sources: Sequence[PreparedSource] | None = None,
+) -> list[Difference]:
+    """The keys by which `config` describes another run than `before`, with both values.
+
+    Args:
+        config: of this start.
+        before: the config of the last start, flattened; empty where there is no run yet.
+        contents: what its paths led to.
+        has_checkpoints: then `check_order` decides about the order of the text.
+        sources: what the paths of the sources lead to here, if that is known yet: those that have other paths are
+            passed over until it is.
+    """
+    order = _OF_THE_ORDER if has_checkpoints or config.data.changed_order == "accept" else ()
+    free = tuple(f"{key}." for key in (*_CHANGEABLE, *order))
+    here = flatten(config.model_dump(mode="json"))
+    checksums = None if sources is None else {source.name: source.checksum for source in sources}
+    found: list[Difference] = []
+    for key, there, now in _pairs(before, here):
+        if f"{key}.".startswith(free):
+            continue
+        if key == "data.tokenizer":
+            found += _tokenizers(there, now, contents.tokenizer, tokenizer_digest(config))
+        elif is_path(key, there) and is_path(key, now):
+            name = str(here.get(f"{key.rpartition('.')[0]}.name"))
+            checksum = None if checksums is None else checksums.get(name, "")
+            if not _same_source(there, now, contents.sources.get(name), checksum):
+                found.append((key, there, now))
+        elif there != now:
+            found.append((key, there, now))
+    return found
+
+
+def changed_values(before: Mapping[str, Any], config: Config) -> list[Difference]:
+    """Each key whose values differ as they are written."""
+    pairs = _pairs(before, flatten(config.model_dump(mode="json")))
+    return [(key, there, now) for key, there, now in pairs if there != now]
+
+
+def _pairs(before: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
+    """Key by key; where the config before is a checkpoint's, of perhaps another version, those that both have."""
+    keys = {**before, **here} if "name" in before else [key for key in before if key in here]
+    for key in keys:
+        yield key, before.get(key, ABSENT), here.get(key, ABSENT)
+
+
+def _tokenizers(there: Any, now: Any, digest_there: str, digest: str) -> list[Difference]:
+    if not (digest_there and digest):  # not recorded, or there is no such file: preparing the data says so
+        return [] if there == now or _same_place(there, now) else [("data.tokenizer", there, now)]
+    if digest_there == digest:
+        return []
+    return [("data.tokenizer", _shown_tokenizer(there, digest_there), _shown_tokenizer(now, digest))]
+
+
+def of_other_tokenizer(config: Config, checkpoint: Path, saved: str) -> list[str]:
+    """What is to be said of weights to begin with, of a model that was trained with the tokenizer of digest `saved`."""
+    digest = tokenizer_digest(config)
+    if not (saved and digest) or saved == digest:
+        return []
+    here = _shown_tokenizer(config.data.tokenizer, digest)
+    return [
+        f"checkpoint.weights_from: {checkpoint} was trained with another tokenizer, {saved[:19]}, than {here}: its "
+        f"embedding is of other tokens"
+    ]
+
+
+def _shown_tokenizer(path: str, digest: str) -> str:
+    """A tokenizer for a message: `tok.json (sha256:9f86d081884c)`."""
+    return path if path == digest else f"{path} ({digest[:19]})"
+
+
+def _same_source(there: str, now: str, recorded: SourceContents | None, checksum: str | None) -> bool:
+    if there == now or _same_place(there, now):
+        return True
+    if recorded is None:
+        return False
+    return recorded.path == real_path(now) or checksum is None or recorded.checksum == checksum
+
+
+def _same_place(there: Any, now: Any) -> bool:
+    return isinstance(there, str) and isinstance(now, str) and os.path.realpath(there) == os.path.realpath(now)

@@ -1,0 +1,184 @@
+"""`config check`, `prepare`, `plan`, `launch` and training agree about text that is not where it was, and any other."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsmoe.cli import main
+from dsmoe.config import load_config
+from dsmoe.data import prepare
+from dsmoe.data.check import MOST_FILES
+from dsmoe.interop.tokenizer import byte_tokenizer_json
+from tests.train.test_run import pretrain, refused, write_config
+
+COMMANDS = (["config", "check"], ["prepare"], ["plan"], ["plan", "--json"], ["launch", "--docker", "--dry-run"])
+READY = COMMANDS[:2]
+"""Those that are to say whether a run can begin here; the others plan for any machine."""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a run whose corpus is in the cache; `text` has it."""
+    (tmp_path / "text").mkdir()
+    text = "A line of the corpus, and another.\n" * 300
+    (tmp_path / "text/web.txt").write_text(text, encoding="utf-8")
+    data = {"sources": ({"name": "web", "path": "text"},), "cache_dir": "cache"}
+    write_config(tmp_path, data=data, train={"steps": 1}, runs_dir="runs")
+    monkeypatch.chdir(tmp_path)
+    prepare(load_config("config.yaml"))
+    return tmp_path
+
+
+def say(capsys: pytest.CaptureFixture[str], *overrides: str) -> list[tuple[int, str, str]]:
+    """Exit code and streams of every command."""
+    found = []
+    for command in COMMANDS:
+        code = main([*command, "config.yaml", *overrides])
+        found.append((code, *capsys.readouterr()))
+    return found
+
+
+@pytest.mark.parametrize("lost", ["folder", "files"])
+def test_the_cache_serves_without_the_text(
+    lost: str, project: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(project / "text")
+    if lost == "files":
+        (project / "text").mkdir()
+    (made,) = (project / "cache").glob("web-*")
+    for command, (code, out, err) in zip(COMMANDS, say(capsys), strict=True):
+        assert code == 0, (out, err)
+        said = caplog.text if command == ["prepare"] else err  # which logs it
+        assert "data.sources[web].path: " in said
+        assert f"its tokens are taken from {made}, which was made of what was there" in said
+    json.loads(say(capsys)[3][1])
+    outcome = pretrain(project, "--config", "config.yaml")
+    assert outcome.code == 0, outcome.err
+    assert f"its tokens are taken from {made}" in outcome.out
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a token": lambda folder: flip(folder / "train.bin"),
+    "a held-out token": lambda folder: flip(folder / "validation.bin"),
+    "a checksum": lambda folder: flip(folder / "train.bin.sums"),
+    "a document": lambda folder: flip(folder / "train.documents"),
+    "a file is cut": lambda folder: (folder / "train.bin").write_bytes(b""),
+    "a file is missing": lambda folder: (folder / "train.documents").unlink(),
+    "a number of its description": lambda folder: (folder / "meta.json").write_text(
+        (folder / "meta.json").read_text(encoding="utf-8").replace('"documents": ', '"documents": 1'), encoding="utf-8"
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_does_not_serve_without_the_text(
+    damage: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The advice for a damaged cache, to remove it, would lose what there is."""
+    shutil.rmtree(project / "text")
+    (made,) = (project / "cache").glob("web-*")
+    DAMAGE[damage](made)
+    for code, out, err in say(capsys):
+        assert code == 2, (out, err)
+        assert f"there is no file or folder {project}/text; and {made}, which was made of what was there, is" in err
+        assert "put the text back" in err
+        assert out == ""
+    if damage == "a token":
+        outcome = pretrain(project, "--config", "config.yaml")
+        refused(outcome, "put the text back, and then delete that folder")
+
+
+def test_without_text_and_cache(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run is planned on any machine; where it is to begin, both are wanted."""
+    shutil.rmtree(project / "text")
+    shutil.rmtree(project / "cache")
+    for command, (code, out, err) in zip(COMMANDS, say(capsys), strict=True):
+        assert code == (2 if command in READY else 0), (out, err)
+        said = {"prepare": f"there is no file or folder {project}/text", "config": "there is no file or folder text in"}
+        assert said.get(command[0], "there is no text at text; `dsmoe config check`, where the run is") in err
+
+
+def test_config_check_finds_what_prepare_would(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of wrong text, by its key and line, without torch; and nothing is said of what is prepared."""
+    (project / "json").mkdir()
+    (project / "json/a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
+    (project / "empty.txt").touch()
+    (project / "latin.txt.gz").write_bytes(b"no gzip")
+    wrong = {
+        "json": "the folder .*json has no .txt file; set `format`, or give a glob",
+        "json/a.jsonl": "would be read as plain text, field names included; set `format: jsonl`",
+        "latin.txt.gz": "is cut off or damaged",
+        "builtin:nothing": "unknown builtin builtin:nothing",
+        "none.txt": "there is no file or folder none.txt in this folder, or beside the YAML file",
+        "*.none": r"no file matches the glob \*.none in this folder, or beside the YAML file",
+        "empty.txt": "has no text in it",
+    }
+    sources = [f"{{name: s{number}, path: '{path}'}}" for number, path in enumerate(wrong)]
+    override = f"data.sources=[{{name: web, path: text}}, {', '.join(sources)}]"
+    assert main(["config", "check", "config.yaml", override]) == 2
+    said = capsys.readouterr().err
+    for number, message in enumerate(wrong.values()):
+        assert re.search(rf"data.sources.{number + 1}.\w+: .*{message}.* \(command line\)", said), (message, said)
+    assert "data.sources.0" not in said
+    assert main(["prepare", "config.yaml", override]) == 2
+    command = f"assert main({['config', 'check', 'config.yaml']}) == 0"
+    code = f"import sys; from dsmoe.cli import main; {command}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("key", ["runs_dir", "data.cache_dir"])
+@pytest.mark.parametrize("place", ["file", "file/below", "link"])
+def test_a_folder_that_cannot_be_made(key: str, place: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "file").touch()
+    (project / "link").symlink_to("nowhere")
+    assert main(["config", "check", "config.yaml", f"{key}={place}"]) == 2
+    there = "link" if place == "link" else "file"
+    assert f"{key}: cannot use {project}/{place}: {project}/{there} is no folder" in capsys.readouterr().err
+
+
+TOKENIZERS: dict[str, Callable[[str], bytes]] = {
+    "a byte order mark": lambda text: text.encode("utf-8-sig"),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "a number below 0": lambda text: text.replace('"!":33', '"!":-33').replace('"!": 33', '"!": -33').encode(),
+    "a merge of no tokens": lambda text: re.sub(r'"merges": *\[', '"merges":[["q","zz"]', text).encode(),
+    "another kind": lambda text: text.replace('"BPE"', '"other"').encode(),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_is_read_as_prepare_reads_it(kind: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = byte_tokenizer_json()
+    (project / "tok.json").write_bytes(TOKENIZERS[kind](text))
+    assert (project / "tok.json").read_bytes() != text.encode()
+    for command in READY:
+        assert main([*command, "config.yaml", "data.tokenizer=tok.json"]) == 2
+        assert "tok.json is not a JSON file of the `tokenizers` library" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_encode_the_text(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "<eos>": 1}, "unk_token": "[UNK]"}
+    (project / "tok.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+    assert main(["prepare", "config.yaml", "data.tokenizer=tok.json"]) == 2
+    assert "tok.json cannot encode the text (WordLevel error: Missing [UNK] token" in capsys.readouterr().err
+
+
+def test_of_a_large_folder_the_first_files_are_opened(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(MOST_FILES + 10):
+        (project / f"text/{number:04d}.txt.gz").write_bytes(b"")
+    assert main(["config", "check", "config.yaml"]) == 2
+    assert f"{MOST_FILES - 5} more files cannot be read either" in capsys.readouterr().err
