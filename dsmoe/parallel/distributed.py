@@ -23,6 +23,7 @@ from deepspeed import comm
 from dsmoe.config.errors import UserError
 from dsmoe.launch.world import join_slurm, launched_world
 from dsmoe.parallel.claims import Claims
+from dsmoe.parallel.jobs import Job
 from dsmoe.parallel.roll import call_roll
 from dsmoe.parallel.watch import process_watch, stop_watching
 
@@ -190,12 +191,20 @@ def _switch_off_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def on_first_rank(action: Callable[[], T]) -> T:
+def on_first_rank(action: Callable[[], T], what: str = "") -> T:
     """Let rank 0 do `action` while the others wait, and give every rank its result, or raise its error on every rank.
 
     The others wait without a timeout: what only one rank does (tokenising) may take longer than a collective may.
     The result and the error must be picklable. The error says of itself that all ranks have it: `is_shared(error)`.
+    Name `what` it does, if that may take long: then the log says so every minute.
     """
+    if what:
+        with Job("first rank", what) as job:
+            if torch.distributed.get_rank() == 0:
+                job.at("working on it")
+            else:
+                job.waits("waiting for rank 0")
+            return on_first_rank(action)
     outcome: list[Any] = [None, None]
     store = torch.distributed.distributed_c10d._get_default_store()
     rank = torch.distributed.get_rank()

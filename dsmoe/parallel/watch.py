@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -65,7 +65,7 @@ class LostRanksError(RuntimeError):
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank does: its host, how many notes it has made, the step, what, and whether it has failed."""
+    """What a rank does: its host, how many notes it has made, the step, what, whether it has failed, and its jobs."""
 
     host: str
     beat: int = 0
@@ -73,6 +73,8 @@ class Note:
     step: int = 0
     doing: str = "starting"
     failed: bool = False
+    jobs: dict[str, list[Any]] = field(default_factory=dict)
+    """By kind, the accounts of `dsmoe.parallel.jobs`."""
 
     @property
     def place(self) -> str:
@@ -104,6 +106,8 @@ class Watch:
         """How long this rank waits for others before it calls them missing."""
         self.agreed: dict[tuple[int, ...], set[str]] = {}
         """By group of ranks, what `dsmoe.parallel.agreement` has seen them agree on."""
+        self.jobs: dict[str, Any] = {}
+        """By kind, the `Job` of `dsmoe.parallel.jobs` whose account is published."""
         self._on_stall: Callable[[LostRanksError], None] | None = None
         self._first_failed: int | None = None
         self._store_answers = True
@@ -243,7 +247,8 @@ class Watch:
     def _publish(self) -> None:
         with self._publishing:
             now, _ = self.now()
-            self._now = replace(now, beat=now.beat + 1)
+            jobs = {kind: job.account() for kind, job in list(self.jobs.items())}
+            self._now = replace(now, beat=now.beat + 1, jobs=jobs)
             self._beats.set(_key(self.rank), json.dumps(asdict(self._now)))
 
 
