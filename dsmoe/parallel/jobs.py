@@ -287,7 +287,7 @@ def places(job: Job, notes: Mapping[int, Note], silences: Mapping[int, float]) -
 
 def _account(note: Note, job: Job) -> tuple[int, str, str, float]:
     """A rank's last account of the job; made up where it has none, or one of another job of the kind."""
-    number, state, place, still = note.jobs.get(job.kind, (0, AWAY, "", 0.0))
+    number, state, place, still = (note.jobs or {}).get(job.kind, (0, AWAY, "", 0.0))
     if number < job.number:
         return number, AWAY, f"not begun ({note.place})", 0.0
     if number > job.number:

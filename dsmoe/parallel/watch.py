@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -73,7 +73,7 @@ class Note:
     step: int = 0
     doing: str = "starting"
     failed: bool = False
-    jobs: dict[str, list[Any]] = field(default_factory=dict)
+    jobs: dict[str, list[Any]] | None = None
     """By kind, the accounts of `dsmoe.parallel.jobs`."""
 
     @property
@@ -101,13 +101,13 @@ class Watch:
         self._doing: tuple[int, int, str, float] = (0, 0, "starting", time.monotonic())
         self.reports: Reporter | None = None
         """Told when another rank has failed, or any was asked for reports."""
+        self.jobs: dict[str, Any] = {}
+        """By kind, the `Job` of `dsmoe.parallel.jobs` whose account is published."""
         self._asked, self._answered = False, 0
         self.timeout = timedelta(minutes=30)
         """How long this rank waits for others before it calls them missing."""
         self.agreed: dict[tuple[int, ...], set[str]] = {}
         """By group of ranks, what `dsmoe.parallel.agreement` has seen them agree on."""
-        self.jobs: dict[str, Any] = {}
-        """By kind, the `Job` of `dsmoe.parallel.jobs` whose account is published."""
         self._on_stall: Callable[[LostRanksError], None] | None = None
         self._first_failed: int | None = None
         self._store_answers = True

@@ -96,7 +96,7 @@ def prepare_once(config: Config) -> list[PreparedSource]:
     Where nodes do not share `data.cache_dir`, the first rank of each node makes its own. That rank also looks whether
     the files are what was written (`prepare`'s `check`); the others check what they read.
     """
-    on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)))
+    on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data")
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         prepare(config, VERIFIED_AT_START)
     dist.barrier()

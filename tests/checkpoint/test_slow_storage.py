@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +24,9 @@ from dsmoe.parallel import jobs, watch
 from dsmoe.parallel.local import run_ranks
 from dsmoe.parallel.watch import LostRanksError, Watch, process_watch
 from tests.checkpoint.runs import folder_of, layout_config, logged_from_now
+from tests.ports import free_port
 from tests.train.layouts import make_trainer
+from tests.train.test_run import write_config
 
 HOST = os.uname().nodename
 
@@ -195,3 +200,47 @@ def test_a_rank_that_is_gone_ends_the_save_and_is_named(
     assert other["seconds"] < 60, "not two hours"
     assert other["error"] in other["logged"]
     assert any(f"rank {frozen_rank} on {HOST}: no sign of life for " in line for line in lines_of(other["logged"]))
+
+
+FREEZES = """
+import os, signal, sys, time
+from dsmoe.checkpoint import files
+from dsmoe.parallel import jobs, watch
+from dsmoe.train import run
+watch.BEAT_SECONDS = 0.1
+watch.STORE_SECONDS = jobs.STORE_SECONDS = 2.0
+jobs.GRACE_SECONDS, jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS, jobs.LOG_SECONDS = 0.5, 1.0, 0.2, 8.0, 1.0
+write = files._write
+def freeze(*arguments):
+    if os.environ["RANK"] == sys.argv.pop():
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return write(*arguments)
+files._write = freeze
+os._exit(run.main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_by_itself_when_rank_0_stands_still_in_a_save_and_the_store_of_all_with_it(tmp_path: Path) -> None:
+    """In real processes."""
+    checkpoint = {"every": 1, "asynchronous": False}
+    config = write_config(tmp_path, ranks=2, runs_dir="runs", train={"steps": 3}, checkpoint=checkpoint)
+    (tmp_path / "freezes.py").write_text(FREEZES, encoding="utf-8")
+    world = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = free_port()
+    command = [sys.executable, "freezes.py", "--config", str(config), "0"]
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**world, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        output = (tmp_path / f"output_{rank}").open("wb")
+        ranks.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output))
+    try:
+        assert ranks[1].wait(150) == 1
+    finally:
+        ranks[0].kill()
+    text = (tmp_path / "output_1").read_text(encoding="utf-8")
+    gone = f"rank 0's host does not answer at 127.0.0.1:{world['MASTER_PORT']}, where the ranks meet, for "
+    assert re.search(rf"saving step_00000001 has taken \d+ s so far. {re.escape(gone)}", text)
+    assert f"saving step_00000001: {gone}" in text
+    assert "Traceback" not in text
