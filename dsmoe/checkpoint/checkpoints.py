@@ -110,12 +110,7 @@ class Checkpoints:
 
         Ends when the state is in host memory, if `checkpoint.asynchronous`; a save before this one is waited for. What
         goes wrong with the disk is logged, and `flush` raises it. Does nothing where this step is on the disk already.
-
-        Args:
-            step: optimizer steps done.
-            tokens: trained on.
-            validation_loss: of an evaluation after this very step.
-            tidies: whether the checkpoints that nothing keeps are removed when this one is there.
+        Where it `tidies`, the checkpoints that nothing keeps are removed when this one is there.
 
         Raises:
             LostRanksError: a rank has gone while it or the save before was written.
@@ -336,8 +331,13 @@ class Checkpoints:
             wanted |= shapes
         refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
         mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-        job.at("reading headers")
-        on_every_rank(lambda: check_headers(checkpoint, manifest, mine))
+
+        def check() -> None:
+            job.at("reading headers")
+            check_headers(checkpoint, manifest, mine)
+            job.waits("headers read")
+
+        on_every_rank(check)
         dcp.load(
             by_key(parts),
             storage_reader=FolderReader(checkpoint, manifest, job),

@@ -159,7 +159,7 @@ class _Looking:
     def _look(self, ranks: Sequence[int]) -> None:
         """Read notes, and of rank 0 whether it speaks."""
         now = time.monotonic()
-        if now - self._looked > 3 * LOOK_SECONDS:  # it is this process that stood still
+        if now - self._looked > 3 * LOOK_SECONDS + LOG_SECONDS:  # it is this process that stood still
             self._beaten.clear()
             self._answered = now
         found = within(2 * STORE_SECONDS, lambda: self._read(ranks))

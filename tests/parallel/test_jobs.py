@@ -150,7 +150,7 @@ def test_a_process_that_stood_still_itself_blames_nobody(watches: list[Watch], m
     for each in watches[1:]:
         each.stop()  # as if they had had no store to tell
     looking._look(range(4))
-    time.sleep(1.5)  # longer than GONE_SECONDS, and without a look
+    time.sleep(2.0)  # longer than GONE_SECONDS, and without a look
     looking._look(range(4))
     assert looking._lost() is None
     assert all(looking._notes[rank].beat >= before[rank] for rank in before)
