@@ -55,8 +55,6 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for the slowest disk among them."""
-
-
 WORTH_SECONDS = (60.0, 3600.0)
 """Between these, the last save is tried again for as long as the work since the last checkpoint has taken."""
 STOPPING_SECONDS = 20.0
