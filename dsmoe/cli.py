@@ -368,10 +368,13 @@ def _checkpoint_upcycle(arguments: argparse.Namespace) -> None:
 
 def _checkpoint_verify(arguments: argparse.Namespace) -> None:
     from dsmoe.checkpoint.folder import verify
-    from dsmoe.checkpoint.show import gigabytes, newest_checkpoint
+    from dsmoe.checkpoint.show import gigabytes, newest_checkpoint, not_listed
     from dsmoe.plan.text import quantity
 
     checkpoint = newest_checkpoint(arguments.path)
-    files = verify(checkpoint).files
+    manifest = verify(checkpoint)
+    files = manifest.files
     size = sum(file.bytes for file in files.values())
     print(f"{checkpoint} is whole: {quantity(len(files), 'file')}, {gigabytes(size)}, every byte as it was written")
+    for line in not_listed(checkpoint, manifest):
+        print(line)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
-import sys
 import threading
 import time
 import warnings
@@ -19,10 +17,11 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
+from dsmoe.checkpoint.failures import Misses, NotFiniteError, SaveError
 from dsmoe.checkpoint.fit import check_fits, refuse, tensor_rows
-from dsmoe.checkpoint.folder import checkpoint_name, inspect
+from dsmoe.checkpoint.folder import check_surely, checkpoint_name, inspect
 from dsmoe.checkpoint.fragments import MOMENTS, inner_optimizer
-from dsmoe.checkpoint.manifest import DamagedError, Facts, Manifest, UnreadableError, check_contents, check_headers
+from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, Reading, check_headers
 from dsmoe.checkpoint.planning import PartsLoadPlanner, PartsSavePlanner, by_key
 from dsmoe.checkpoint.removal import remove_old
 from dsmoe.checkpoint.sharing import NamedBox, own_share
@@ -33,18 +32,21 @@ from dsmoe.checkpoint.state import (
     STEP,
     EngineState,
     Part,
+    layout_of,
     not_finite,
     rng_parts,
     rng_states,
     set_rng_states,
+    versions,
     whole_part,
 )
 from dsmoe.checkpoint.storage import FolderReader, FolderWriter
-from dsmoe.config.errors import UserError, describe, exit_code_of
 from dsmoe.config.schema import Config
 from dsmoe.parallel.boxes import Placement
 from dsmoe.parallel.distributed import on_every_rank, on_first_rank
 from dsmoe.parallel.draw import seed_of
+from dsmoe.parallel.jobs import Job
+from dsmoe.parallel.lost import LostRanksError, is_lost
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -53,27 +55,12 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for the slowest disk among them."""
-
-
 WORTH_SECONDS = (60.0, 3600.0)
 """Between these, the last save is tried again for as long as the work since the last checkpoint has taken."""
 STOPPING_SECONDS = 20.0
 """The same after a signal: whoever has sent it waits half a minute or so."""
 PAUSES = (2.0, 120.0)
 """Seconds before the second attempt, which double with each one, and the most that they become."""
-LOOKS = (1.0, 4.0)
-"""Seconds before each further look at a file that could not be read, or is not what was written."""
-
-
-class SaveError(UserError):
-    """A checkpoint could not be written; the earlier ones are untouched."""
-
-    is_of_disk = False
-    """Whether it was the disk that would not have it, which may at another try."""
-
-
-class NotFiniteError(DamagedError):
-    """A checkpoint whose files are as they were written, and whose state is no model any more: NaN or infinite."""
 
 
 class Checkpoints:
@@ -103,31 +90,34 @@ class Checkpoints:
         self._owned: set[NamedBox] = own_share(self._state.boxes(), self._group)
         self._buffer = HostBuffer(engine.device.type == "cuda")
         self._thread: threading.Thread | None = None
-        self._failure: SaveError | None = None
+        self._job: Job | None = None
+        self._failure: SaveError | LostRanksError | None = None
         self._saved_step: int | None = None
         """The last step that was saved to `folder`, or loaded from it."""
-        self._failed_in_a_row = 0
-        self._safe = ("the beginning", time.time())
-        """What would be gone on from after a crash, and since when that is so."""
+        self._misses = Misses()
         self._settings = config.model_dump(mode="json")
-        self._layout = _layout(config, engine.device)
+        self._layout = layout_of(config, engine.device)
         self._data = dict(data)
 
     def reserve(self) -> None:
         """Take the host memory that saving needs, so that the first save keeps training no longer than the others."""
         self._buffer.reserve(int(1.01 * self._state.bytes_to_save(self._owned)))
 
-    def save(self, step: int, tokens: int, validation_loss: float | None = None) -> Path:
+    def save(self, step: int, tokens: int, validation_loss: float | None = None, *, tidies: bool = True) -> Path:
         """Save the state after `step` optimizer steps as `folder/step_XXXXXXXX`, the path of which is returned.
 
         Ends when the state is in host memory, if `checkpoint.asynchronous`; a save before this one is waited for. What
         goes wrong with the disk is logged, and `flush` raises it. Does nothing where this step is on the disk already.
+        Where it `tidies`, the checkpoints that nothing keeps are removed when this one is there.
+
+        Raises:
+            LostRanksError: a rank has gone while it or the save before was written.
         """
         engine, final = self._engine, self.folder / checkpoint_name(step)
         if step == self._saved_step and self._failure is None:
             return final
-        self.wait()
-        self._saved_step = step
+        self._wait_or_raise()
+        self._saved_step, self._tidies = step, tidies
         facts = Facts(
             step=step,
             tokens=tokens,
@@ -137,11 +127,11 @@ class Checkpoints:
             optimizer=type(inner_optimizer(engine)).__name__,
             config=self._settings,
             layout=self._layout,
-            versions=_versions(),
+            versions=versions(),
             **self._data,
         )
         self._facts, self._copies = facts, self._buffer.copy(self._parts())
-        self._start(FolderWriter(final, facts), self._copies)
+        self._start(final)
         return final
 
     def is_finite(self, also: torch.Tensor | None = None) -> bool:
@@ -159,15 +149,42 @@ class Checkpoints:
         return not flag.item()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until the last save has come to an end, well or not, but no longer than `seconds`."""
-        if self._thread is not None:
-            self._thread.join(seconds)
+        """Wait until the last save has come to an end, well or not, or will not; but no longer than `seconds`."""
+        begun = time.monotonic()
+        while self._thread is not None and self._thread.is_alive():
+            if self._job is not None and self._job.lost is not None:
+                self._failure = self._job.lost  # the thread waits for the rank that is gone, and is left alone
+                return
+            if seconds is not None and time.monotonic() - begun > seconds:
+                return
+            self._thread.join(0.1)
+
+    def _wait_or_raise(self) -> None:
+        """The same, and raise LostRanksError where a rank was lost."""
+        self.wait()
+        if isinstance(self._failure, LostRanksError):
+            raise self._failure
+
+    def put_off(self, step: int) -> None:
+        """Say that the save that is due after `step` waits for a step that is taken; again for each one due until then.
+
+        Does nothing else: the caller saves when it may.
+        """
+        misses = self._misses
+        misses.put_off += 1
+        if dist.get_rank() == 0 and (misses.put_off == 1 or misses.warning()):
+            logger.warning(
+                "the save after step %d is put off, because steps are skipped (gradients are not finite), until one is "
+                "taken; the last checkpoint is of %s%s",
+                *(step, misses.last, misses.warning()),
+            )
 
     def flush(self) -> None:
         """Wait until the last save has come to an end.
 
         Raises:
             SaveError: some rank could not write (disk full, no permission); the earlier checkpoints are untouched.
+            LostRanksError: a rank has gone meanwhile.
         """
         self.wait()
         if self._failure is not None:
@@ -184,12 +201,13 @@ class Checkpoints:
 
         Raises:
             SaveError: in the end, the state is not on the disk.
+            LostRanksError: a rank has gone meanwhile.
         """
         self.wait()
         begun, pause = time.monotonic(), PAUSES[0]
         least, most = WORTH_SECONDS
-        worth = STOPPING_SECONDS if is_stopping else min(max(time.time() - self._safe[1], least), most)
-        while self._failure is not None and self._failure.is_of_disk:
+        worth = STOPPING_SECONDS if is_stopping else min(max(time.time() - self._misses.since, least), most)
+        while isinstance(self._failure, SaveError) and self._failure.is_of_disk:
             left = worth - (time.monotonic() - begun)
             if self._any_rank(left < pause):
                 break
@@ -197,7 +215,7 @@ class Checkpoints:
                 logger.error("the last save is tried again in %.0f s, and for %.0f s at most", pause, left)
             if self._pause(pause, is_told, is_stopping):
                 is_stopping, begun, worth = True, time.monotonic(), STOPPING_SECONDS
-            self._start(FolderWriter(self.folder / checkpoint_name(self._facts.step), self._facts), self._copies)
+            self._start(self.folder / checkpoint_name(self._facts.step))
             self.wait()
             pause = min(2 * pause, PAUSES[1])
         self.flush()
@@ -256,7 +274,7 @@ class Checkpoints:
             engine.lr_scheduler.step()
         if checkpoint.parent.absolute() == self.folder.absolute():
             self._saved_step = facts.step
-        self._safe = (f"step {facts.step}", time.time())
+        self._misses.saved(facts.step)
         return facts
 
     def load_weights(self, checkpoint: Path) -> Facts:
@@ -283,23 +301,44 @@ class Checkpoints:
 
     def _checked(self, checkpoint: Path) -> Manifest:
         """The manifest, when all ranks together have found every file to be what was written."""
-        manifest = on_first_rank(lambda: inspect(checkpoint))
-        mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-        on_every_rank(lambda: _check_surely(checkpoint, manifest, mine))
-        return manifest
+        with Job("verification", f"verifying {checkpoint.name}") as job:
+
+            def look() -> Manifest:
+                job.at(f"reading {MANIFEST}")
+                return inspect(checkpoint)
+
+            def check() -> None:
+                mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+                job.expect(sum(manifest.files[name].bytes for name in mine))
+                check_surely(checkpoint, manifest, mine, Reading(job.at, job.add))
+                job.waits("all verified")
+
+            manifest = on_first_rank(look)
+            on_every_rank(check)
+            return manifest
 
     def _read(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...]) -> None:
         """Fill the parts; each tensor of these kinds must be wanted by some rank, and each that is wanted be there."""
+        with Job("load", f"loading {checkpoint.name}") as job:
+            self._fill(checkpoint, manifest, parts, kinds, job)
+
+    def _fill(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...], job: Job) -> None:
         here = {part.key: part.shape for part in parts if part.key.partition("/")[0] in kinds}
         wanted: dict[str, tuple[int, ...]] = {}
         for shapes in on_every_rank(lambda: here):
             wanted |= shapes
         refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
         mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-        on_every_rank(lambda: check_headers(checkpoint, manifest, mine))
+
+        def check() -> None:
+            job.at("reading headers")
+            check_headers(checkpoint, manifest, mine)
+            job.waits("headers read")
+
+        on_every_rank(check)
         dcp.load(
             by_key(parts),
-            storage_reader=FolderReader(checkpoint, manifest),
+            storage_reader=FolderReader(checkpoint, manifest, job),
             planner=PartsLoadPlanner(),
             process_group=self._group,
         )
@@ -317,79 +356,44 @@ class Checkpoints:
             parts += [whole_part(f"{BUFFER}/{name}", x) for name, x in self._state.buffers().items()]
         return parts
 
-    def _start(self, writer: FolderWriter, parts: list[Part]) -> None:
-        """Let a thread write the parts; without `checkpoint.asynchronous`, wait for it."""
-        self._thread = threading.Thread(target=self._write, args=(writer, parts), daemon=True, name="dsmoe checkpoint")
+    def _start(self, final: Path) -> None:
+        """Let a thread write the copies; without `checkpoint.asynchronous`, wait for it."""
+        self._job = Job("save", f"saving {final.name}", ends_with_rank=True)
+        writer = FolderWriter(final, self._facts, self._job)
+        self._thread = threading.Thread(target=self._write, args=(writer, self._job), daemon=True, name="save")
         self._thread.start()
         if not self._config.checkpoint.asynchronous:
-            self._thread.join()
+            self._wait_or_raise()
 
-    def _write(self, writer: FolderWriter, parts: list[Part]) -> None:
+    def _write(self, writer: FolderWriter, job: Job) -> None:
         """Write, with the other ranks, and then remove what is to be kept no more. Where that fails, say so."""
+        with job:
+            if self._is_written(writer) and dist.get_rank() == 0 and self._tidies:
+                job.at("removing older checkpoints")
+                try:
+                    remove_old(self.folder, self._config.checkpoint, writer.final)
+                except Exception as error:  # whatever it is, the newest one is safe
+                    logger.error("cannot remove old checkpoints: %s", error)
+
+    def _is_written(self, writer: FolderWriter) -> bool:
+        """Whether all ranks have written; else why not is in `_failure`, and in the log."""
         begun, self._failure = time.perf_counter(), None
         try:
-            dcp.save(by_key(parts), storage_writer=writer, planner=PartsSavePlanner(), process_group=self._group)
+            parts = by_key(self._copies)
+            dcp.save(parts, storage_writer=writer, planner=PartsSavePlanner(), process_group=self._group)
         except CheckpointException as error:  # on every rank alike
             if dist.get_rank() == 0:
                 writer.discard()
-            self._failure = _save_error(writer.final, error)
+            self._failure = SaveError.of(writer.final, error)
         except Exception as error:  # another rank is gone: training will find out as well
-            self._failure = SaveError(f"cannot save {writer.final}: {error}")
-        if dist.get_rank() != 0:
-            return
+            kind = LostRanksError if is_lost(error) else SaveError
+            self._failure = kind(f"cannot save {writer.final}: {error}")
         if self._failure is not None:
-            self._failed_in_a_row += 1
-            logger.error("%s%s", self._failure, self._since())
-            return
-        self._failed_in_a_row, self._safe = 0, (f"step {self._facts.step}", time.time())
-        logger.info("saved %s in %.1f s", writer.final, time.perf_counter() - begun)
-        try:
-            remove_old(self.folder, self._config.checkpoint, writer.final)
-        except Exception as error:  # whatever it is, the newest one is safe
-            logger.error("cannot remove old checkpoints: %s", error)
-
-    def _since(self) -> str:
-        """What the log says besides when one save after the other fails."""
-        if self._failed_in_a_row < 2:
-            return ""
-        what, since = self._safe
-        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-        return (
-            f". NO NEW CHECKPOINT SINCE {what.upper()} ({begun}): {self._failed_in_a_row} saves in a row have failed, "
-            f"and what was trained since then is lost if the run ends now"
-        )
-
-
-def _check_surely(checkpoint: Path, manifest: Manifest, names: list[str]) -> None:
-    """`check_contents`, and again where it finds something: a read that fails once is no damage."""
-    for pause in LOOKS:
-        try:
-            return check_contents(checkpoint, manifest, names)
-        except UnreadableError as error:
-            logger.error("%s; looking again in %.0f s", error, pause)
-            time.sleep(pause)
-        except DamagedError:
-            time.sleep(LOOKS[0])
-            break
-    return check_contents(checkpoint, manifest, names)
-
-
-def _save_error(final: Path, error: CheckpointException) -> SaveError:
-    """What went wrong where, without torch's tracebacks if it is the disk."""
-    rank, (cause, _) = min(error.failures.items())
-    where = f" (rank {rank})" if dist.get_world_size() > 1 else ""
-    reason = f"{describe(cause)}{where}" if isinstance(cause, OSError) else str(error)
-    failure = SaveError(f"cannot save {final}: {reason}; the earlier checkpoints are there")
-    failure.is_of_disk, failure.exit_code = isinstance(cause, OSError), exit_code_of(cause)
-    return failure
-
-
-def _layout(config: Config, device: torch.device) -> dict[str, Any]:
-    ranks = config.cluster.nodes * config.cluster.devices_per_node
-    parallel = config.parallel.model_dump(mode="json")
-    return {"ranks": ranks, **parallel, "precision": config.train.precision, "device": device.type}
-
-
-def _versions() -> dict[str, str]:
-    names = ("dsmoe", "torch", "deepspeed")
-    return {"python": platform.python_version(), **{name: sys.modules[name].__version__ for name in names}}
+            self._misses.failed += 1
+            if dist.get_rank() == 0:
+                logger.error("%s%s", self._failure, self._misses.warning())
+            return False
+        self._misses.saved(self._facts.step)
+        if dist.get_rank() == 0:
+            logger.info("saved %s in %.1f s", writer.final, time.perf_counter() - begun)
+        return True

@@ -55,7 +55,10 @@ class Item:
 
 
 def write_items(
-    path: Path, items: Sequence[Item], metadata: dict[str, str] | None = None
+    path: Path,
+    items: Sequence[Item],
+    metadata: dict[str, str] | None = None,
+    on_written: Callable[[int], None] = lambda _: None,
 ) -> tuple[StoredFile, list[int]]:
     """Write a file, one tensor after the other, and force it onto the disk.
 
@@ -63,6 +66,7 @@ def write_items(
         path: where.
         items: those of wider elements first, so that all are aligned.
         metadata: what the header says besides.
+        on_written: called with the number of bytes of each piece of a tensor that is written.
 
     Returns:
         The file's size and checksum, and where in it each tensor begins.
@@ -80,13 +84,13 @@ def write_items(
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     start = len(text).to_bytes(8, "little") + text
     try:
-        checksum = _write(path, start, items)
+        checksum = _write(path, start, items, on_written)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # what a write raises does not say where
     return StoredFile(len(start) + end, checksum), [len(start) + begin for begin in begins]
 
 
-def _write(path: Path, start: bytes, items: Sequence[Item]) -> str:
+def _write(path: Path, start: bytes, items: Sequence[Item], on_written: Callable[[int], None]) -> str:
     """Write the header and the tensors; the checksum of all of it."""
     checksum = xxh3_128(start)
     with path.open("wb") as stream:
@@ -98,6 +102,7 @@ def _write(path: Path, start: bytes, items: Sequence[Item]) -> str:
             for chunk in (data[first : first + _CHUNK] for first in range(0, len(data), _CHUNK)):
                 checksum.update(chunk)
                 stream.write(chunk)
+                on_written(len(chunk))
         stream.flush()
         os.fsync(stream.fileno())
     return checksum.hexdigest()

@@ -5,20 +5,27 @@ There is no pointer to the newest one that could lie: it is the whole one of the
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.checkpoint.manifest import (
     DamagedError,
     Manifest,
+    Reading,
     UnreadableError,
     check_contents,
     check_files,
     check_headers,
 )
 
+logger = logging.getLogger(__name__)
+
+LOOKS = (1.0, 4.0)
+"""Seconds before each further look at a file that could not be read, or is not what was written."""
 _NAME = re.compile(r"step_\d+", re.ASCII)
 
 
@@ -85,6 +92,20 @@ def verify(checkpoint: Path) -> Manifest:
     check_contents(checkpoint, manifest, sorted(manifest.files))
     check_headers(checkpoint, manifest, sorted(manifest.files))
     return manifest
+
+
+def check_surely(checkpoint: Path, manifest: Manifest, names: list[str], reading: Reading) -> None:
+    """`check_contents`, and again where it finds something: a read that fails once is no damage."""
+    for pause in LOOKS:
+        try:
+            return check_contents(checkpoint, manifest, names, reading)
+        except UnreadableError as error:
+            logger.error("%s; looking again in %.0f s", error, pause)
+            time.sleep(pause)
+        except DamagedError:
+            time.sleep(LOOKS[0])
+            break
+    return check_contents(checkpoint, manifest, names, reading)
 
 
 def find_checkpoint(folder: Path) -> Path | None:

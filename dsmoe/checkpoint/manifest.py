@@ -1,7 +1,7 @@
 """`manifest.json`: what a checkpoint is, and the size and checksum of each of its files. No torch.
 
-A folder is a whole checkpoint exactly if it has a manifest that agrees with its own checksum, the files that the
-manifest lists, as they were written, and nothing else.
+A folder is a whole checkpoint exactly if it has a manifest that agrees with its own checksum, and the files that the
+manifest lists, as they were written. Whatever else is in the folder is never read.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 from secrets import randbits
 from typing import Any
@@ -24,10 +26,6 @@ from dsmoe.config.sealed import is_sealed, sealed_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
-_DROPPED = re.compile(
-    r"\.nfs[0-9a-f]+|\.fuse_hidden\w+|\..*\.sw[a-p]|\.#.*|#.*#|.*~|\.DS_Store|\._.*|Thumbs\.db", re.ASCII
-)
-"""What systems and editors leave beside files that are looked at: no reason to take a checkpoint for damaged."""
 _FILE_NAME = re.compile(r"rank_\d{5,}_\d{3,}\.safetensors", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _PRIME = (1 << 127) - 1
@@ -189,41 +187,74 @@ class Manifest:
 
 
 def check_files(checkpoint: Path, manifest: Manifest) -> None:
-    """Check that the folder has the manifest's files, of their sizes, and nothing else; reads no file.
+    """Check that the folder has the manifest's files, of their sizes; reads no file.
 
     Raises:
         DamagedError: it has not.
     """
-    try:
-        there = {
-            path.name: path.stat().st_size
-            for path in checkpoint.iterdir()
-            if path.name != MANIFEST and not _DROPPED.fullmatch(path.name)
-        }
-    except (FileNotFoundError, NotADirectoryError) as error:  # a run may be removing it
-        raise DamagedError(f"cannot read {error.filename}: {error.strerror}") from None
-    except OSError as error:
-        raise UnreadableError.of(error.filename, error) from None
-    for name in sorted(manifest.files.keys() | there.keys()):
+    for name, file in sorted(manifest.files.items()):
         path = checkpoint / name
-        if name not in manifest.files:
-            raise DamagedError(f"{path} is not part of the checkpoint: something else has put it there")
-        if name not in there:
-            raise DamagedError(f"{path} is missing")
-        if there[name] != manifest.files[name].bytes:
-            raise DamagedError(f"{path} has {there[name]:,} bytes instead of {manifest.files[name].bytes:,}")
+        try:
+            size = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):  # a run may be removing it
+            raise DamagedError(f"{path} is missing") from None
+        except OSError as error:
+            raise UnreadableError.of(path, error) from None
+        if size != file.bytes:
+            raise DamagedError(f"{path} has {size:,} bytes instead of {file.bytes:,}")
 
 
-def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> None:
+def is_own_file(name: str) -> bool:
+    """Whether a checkpoint's file may have this name."""
+    return name == MANIFEST or _FILE_NAME.fullmatch(name) is not None
+
+
+def other_files(checkpoint: Path, manifest: Manifest) -> list[str]:
+    """The names in the folder that the manifest does not list: of others, and not part of the checkpoint.
+
+    Raises:
+        UnreadableError: that cannot be seen now.
+    """
+    try:
+        there = {entry.name for entry in os.scandir(checkpoint)}
+    except OSError as error:
+        raise UnreadableError.of(checkpoint, error) from None
+    return sorted(there - manifest.files.keys() - {MANIFEST})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Who is told what is read: the name of each file, and the number of bytes of each piece of it."""
+
+    on_file: Callable[[str], None] = lambda _: None
+    on_piece: Callable[[int], None] = lambda _: None
+
+
+class _Counted(FileIO):
+    """A file that says how many bytes of it are read."""
+
+    on_piece: Callable[[int], None]
+
+    def readinto(self, buffer: Any) -> int:
+        """As of any file."""
+        count = super().readinto(buffer)
+        self.on_piece(count)
+        return count
+
+
+def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str], reading: Reading | None = None) -> None:
     """Check that the files called `names` have the manifest's checksums; reads all of them.
 
     Raises:
         DamagedError: one has not.
     """
+    reading = reading or Reading()
     for name in names:
         path = checkpoint / name
+        reading.on_file(name)
         try:
-            with path.open("rb", buffering=0) as stream:
+            with _Counted(path) as stream:
+                stream.on_piece = reading.on_piece
                 found = hashlib.file_digest(stream, xxh3_128).hexdigest()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise DamagedError(f"cannot read {path}: {error.strerror}") from None

@@ -1,31 +1,36 @@
 """Remove what a run needs no more, and move what is damaged aside: never as a condition of anything else. No torch.
 
 Only folders with names of our own exact pattern are touched, `.step_00000100.partial` and the like, and checkpoints
-that nothing keeps. What cannot be removed (another user's, immutable, a mount, open on NFS) is said once and stays.
+that nothing keeps; and in them, only files with names of our own. What cannot be removed (another user's, immutable, a
+mount, open on NFS, with a file in it that somebody has put there) is said once and stays.
 Only whoever holds the run folder's lock may call what is here.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import re
 import secrets
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from dsmoe.checkpoint.folder import look, step_of
+from dsmoe.checkpoint.manifest import Manifest, is_own_file
 from dsmoe.config.errors import describe
 from dsmoe.config.schema import Checkpoint
+from dsmoe.plan.text import first_and_last
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = ".damaged"
 """What is added to the name of a checkpoint that has been passed over."""
 _LEFTOVER = re.compile(r"\.step_\d{8,}(\.[0-9a-f]{8})?\.(partial|replaced|removed)", re.ASCII)
+_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.ASCII)
+"""What systems write into folders that somebody looks at, and have no other use for."""
 _said: set[Path] = set()
 """What could not be removed, of which the log has been told."""
 
@@ -65,12 +70,30 @@ def remove(path: Path) -> None:
 
 
 def _remove_folder(path: Path) -> None:
-    """Remove all of it that can be removed, and raise the first error of the rest."""
+    """Remove all that is ours and can be removed, and raise the first error of the rest.
+
+    What somebody else has put there may be all that there is of it: only what systems write for themselves goes too.
+    """
     errors: list[OSError] = []
-    shutil.rmtree(path, onerror=lambda *problem: errors.append(problem[2][1]))
-    serious = [error for error in errors if not isinstance(error, FileNotFoundError)]
-    if serious:
-        raise serious[0]
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        names = sorted(os.listdir(folder))
+        others = [name for name in names if not (is_own_file(name) or _OF_SYSTEMS.fullmatch(name))]
+        for name in sorted(set(names) - set(others)):
+            try:
+                os.unlink(name, dir_fd=folder)
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # a folder of such a name, for one
+                errors.append(OSError(error.errno, error.strerror, str(path / name)))
+    finally:
+        os.close(folder)
+    if errors:
+        raise errors[0]
+    if others:
+        shown = ", ".join(first_and_last([repr(name) for name in others]))
+        raise OSError(errno.ENOTEMPTY, f"it has something that is not dsmoe's: {shown}")
+    os.rmdir(path)
 
 
 def set_aside(checkpoints: Iterable[Path]) -> list[Path]:
@@ -107,16 +130,7 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
         why = found.passed_over.get(saved, "it is not there")
         logger.error("%s was saved and does not look whole (%s); older checkpoints stay", saved, why)
         return []
-    kept = set(list(found.whole)[: options.keep])
-    if options.keep_best:
-        # Of the text that the newest was evaluated on: losses on another do not compare.
-        facts = {checkpoint: manifest.facts for checkpoint, manifest in found.whole.items()}
-        text = next((fact.held_out for fact in facts.values() if fact.validation_loss is not None), "")
-        losses = {path: fact.validation_loss for path, fact in facts.items() if fact.held_out == text}
-        known = [
-            (loss, step_of(path), path) for path, loss in losses.items() if loss is not None and math.isfinite(loss)
-        ]
-        kept |= {path for _, _, path in sorted(known)[: options.keep_best]}
+    kept = {*list(found.whole)[: options.keep], *_best(found.whole, options.keep_best)}
     every = options.keep_every
     removed = [
         checkpoint
@@ -135,6 +149,16 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
             continue
         remove(going)
     return removed
+
+
+def _best(whole: Mapping[Path, Manifest], count: int) -> list[Path]:
+    """The `count` of the lowest loss of each text that was evaluated: losses of two texts do not compare."""
+    losses: dict[str, list[tuple[float, int, Path]]] = {}
+    for path, manifest in whole.items():
+        facts = manifest.facts
+        if facts.validation_loss is not None and math.isfinite(facts.validation_loss):
+            losses.setdefault(facts.held_out, []).append((facts.validation_loss, step_of(path), path))
+    return [path for of_text in losses.values() for _, _, path in sorted(of_text)[:count]]
 
 
 def discard(path: Path) -> None:

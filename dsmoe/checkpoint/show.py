@@ -9,10 +9,10 @@ from typing import Any
 
 from dsmoe.checkpoint.fit import rows
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect
-from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest, other_files
 from dsmoe.config import load_config
 from dsmoe.config.show import flatten
-from dsmoe.plan.text import quantity, readable_count, table
+from dsmoe.plan.text import first_and_last, quantity, readable_count, table
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def summary(checkpoint: Path, tensors: bool = False) -> str:
         f"run {facts.config['name']}, optimizer {facts.optimizer}; written by {layout}",
         f"with {', '.join(f'{name} {number}' for name, number in facts.versions.items())}",
         f"{quantity(len(manifest.files), 'file')}, {gigabytes(size)}",
+        *not_listed(checkpoint, manifest),
         "",
         *table([("what", "tensors", "elements", "size"), *_kinds(manifest)], "<>>>"),
     ]
@@ -74,6 +75,16 @@ def summary(checkpoint: Path, tensors: bool = False) -> str:
         ]
         lines += ["", *table([("tensor", "dtype", "shape", "boxes"), *entries], "<<>>")]
     return "\n".join(lines)
+
+
+def not_listed(checkpoint: Path, manifest: Manifest) -> list[str]:
+    """A line on what somebody else has put into the folder, if anything."""
+    others = other_files(checkpoint, manifest)
+    if not others:
+        return []
+    what = quantity(len(others), "name")
+    shown = ", ".join(first_and_last([repr(name) for name in others]))
+    return [f"{what} in the folder that the checkpoint does not list, not read: {shown}"]
 
 
 def compare(checkpoint: Path, other: Path) -> str:

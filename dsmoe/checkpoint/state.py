@@ -7,9 +7,11 @@ each rank.
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from dsmoe.checkpoint.fragments import (
 )
 from dsmoe.checkpoint.ranges import boxes_of_range
 from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
 from dsmoe.parallel.boxes import Box, Placement
 
 if TYPE_CHECKING:
@@ -234,3 +237,16 @@ def set_rng_states(states: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def layout_of(config: Config, device: torch.device) -> dict[str, Any]:
+    """Which ranks a state is of: random states are those of ranks of the same layout."""
+    ranks = config.cluster.nodes * config.cluster.devices_per_node
+    parallel = config.parallel.model_dump(mode="json")
+    return {"ranks": ranks, **parallel, "precision": config.train.precision, "device": device.type}
+
+
+def versions() -> dict[str, str]:
+    """Of what a state depends on besides its config."""
+    names = ("dsmoe", "torch", "deepspeed")
+    return {"python": platform.python_version(), **{name: sys.modules[name].__version__ for name in names}}

@@ -31,9 +31,11 @@ from torch.futures import Future
 
 from dsmoe.checkpoint.files import DTYPES, NAMES, Item, read_tensor, write_items
 from dsmoe.checkpoint.folder import spare_name
+from dsmoe.checkpoint.headers import BYTES
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor, box_name
 from dsmoe.checkpoint.removal import discard, hidden_name, remove, remove_leftovers
 from dsmoe.durable import sync_folder, write_synced
+from dsmoe.parallel.jobs import Account
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +59,12 @@ class FolderWriter(StorageWriter):
         final: the folder. One of that name which is there already is replaced; where it cannot be moved, `final`
             becomes another name of the same step.
         facts: what the manifest says besides.
+        account: where it says how far it is.
     """
 
-    def __init__(self, final: Path, facts: Facts) -> None:
+    def __init__(self, final: Path, facts: Facts, account: Account | None = None) -> None:
         self.final, self._facts = final, facts
+        self._account = account or Account()
         self._partial = final  # until the coordinator has chosen a name
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -76,24 +80,31 @@ class FolderWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the folder to write in, and tell every rank its name; what earlier saves have left goes first."""
         folder = self.final.parent
+        self._account.at("removing what earlier saves have left")
         remove_leftovers(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._partial = hidden_name(self.final, "partial")
+        self._account.at(f"making {self._partial.name}")
         self._partial.mkdir()
         sync_folder(folder.parent)  # the first save makes the folder of all
+        self._account.waits("waiting to write")
         return [replace(plan, storage_data=self._partial.name) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's files and force them onto the disk."""
         self._partial = self.final.with_name(plan.storage_data)
         results: list[WriteResult] = []
+        self._account.expect(sum(map(_bytes, plan.items)))
         for number, items in enumerate(_files(plan.items)):
             name = f"rank_{dist.get_rank():05d}_{number:03d}.safetensors"
-            file, offsets = write_items(self._partial / name, [_stored(item, planner) for item in items])
+            self._account.at(name)
+            path, stored = self._partial / name, [_stored(item, planner) for item in items]
+            file, offsets = write_items(path, stored, None, self._account.add)
             results += [
                 WriteResult(item.index, _bytes(item), Written(name, file, offset))
                 for item, offset in zip(items, offsets, strict=True)
             ]
+        self._account.waits("all written")
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -108,13 +119,18 @@ class FolderWriter(StorageWriter):
             stored = (StoredBox(tuple(c.offsets), tuple(c.sizes), at.name, at.offset) for c, at in boxes)
             tensors[key] = StoredTensor(NAMES[tensor.properties.dtype], tuple(tensor.size), tuple(stored))
         files = {at.name: at.file for at in written.values()}
+        self._account.expect(0)
+        self._account.at(f"writing {MANIFEST}")
         write_synced(self._partial / MANIFEST, Manifest(self._facts, files, tensors).text())
         sync_folder(self._partial)
+        self._account.at(f"renaming {self._partial.name}")
         replaced = self._make_way() if os.path.lexists(self.final) else None
         self._partial.rename(self.final)
         sync_folder(self.final.parent)
         if replaced is not None:
+            self._account.at(f"removing {replaced.name}")
             remove(replaced)
+        self._account.waits("all written")
 
     def _make_way(self) -> Path | None:
         """Move aside what has the name already, and return where to; if that cannot be done, take another name."""
@@ -144,10 +160,12 @@ class FolderReader(StorageReader):
     Args:
         checkpoint: the folder.
         manifest: its manifest, which `Manifest.read` gives.
+        account: where it says how far it is.
     """
 
-    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+    def __init__(self, checkpoint: Path, manifest: Manifest, account: Account | None = None) -> None:
         self._checkpoint, self._manifest = checkpoint, manifest
+        self._account = account or Account()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, which changes nothing: a reader reads one folder."""
@@ -179,12 +197,23 @@ class FolderReader(StorageReader):
         """Copy the elements to where the planner wants them, in the order of the files."""
         tensors = self._manifest.tensors
         boxes = [tensors[item.storage_index.fqn].boxes[item.storage_index.index or 0] for item in plan.items]
-        for item, box in sorted(zip(plan.items, boxes, strict=True), key=lambda pair: (pair[1].file, pair[1].offset)):
+        bytes_of = [item.lengths.numel() * BYTES[tensors[item.storage_index.fqn].dtype] for item in plan.items]
+        self._account.expect(sum(bytes_of))
+        in_order = sorted(
+            zip(plan.items, boxes, bytes_of, strict=True), key=lambda read: (read[1].file, read[1].offset)
+        )
+        file = ""
+        for item, box, size in in_order:
+            if box.file != file:
+                file = box.file
+                self._account.at(file)
             dtype = tensors[item.storage_index.fqn].dtype
             stored = read_tensor(self._checkpoint / box.file, dtype, box.shape, box.offset)
             for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 stored = stored.narrow(dim, start, length)
             planner.resolve_tensor(item).copy_(stored)
+            self._account.add(size)
+        self._account.waits("all read")
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -344,7 +344,8 @@ class Checkpoint(Section):
     keep_every: Interval = None
     """Checkpoints of steps that are multiples of this stay as well; null or 0 keeps none for its step."""
     keep_best: NonNegativeInt = 0
-    """How many checkpoints of the lowest validation loss stay as well, of those that an evaluation came with."""
+    """How many checkpoints of the lowest validation loss stay as well, of those that an evaluation came with; of each
+    held-out text, if that has changed in the course of the run: losses on two texts do not compare."""
     asynchronous: bool = True
     """Train on while a checkpoint is being written: training stands still for the copy to host memory only, which takes
     about 12 bytes per parameter, divided by the ranks."""

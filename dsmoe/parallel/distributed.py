@@ -185,28 +185,29 @@ def _switch_off_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def on_first_rank(action: Callable[[], T]) -> T:
+def on_first_rank(action: Callable[[], T], what: str = "") -> T:
     """Let rank 0 do `action` while the others wait, and give every rank its result, or raise its error on every rank.
 
-    The others wait without a timeout: what only one rank does (tokenising) may take longer than a collective may.
-    The result and the error must be picklable. The error says of itself that all ranks have it: `is_shared(error)`.
+    The others wait without a timeout: what only one rank does (tokenising) may take longer than a collective may. Name
+    `what` it does, if that may take long: then the log says so every minute. The result and the error must be
+    picklable. The error says of itself that all ranks have it: `is_shared(error)`.
 
     Raises:
         LostRanksError: rank 0 has ended (`dsmoe.parallel.waiting`).
     """
-    outcome = while_others_wait([0], lambda: _outcome_of(action)) or [None, None]
+    outcome = while_others_wait([0], lambda: _outcome_of(action), what) or [None, None]
     torch.distributed.broadcast_object_list(outcome, src=0)
     return cast(T, _result_of([outcome])[0])
 
 
-def on_first_of_hosts(action: Callable[[], object]) -> None:
+def on_first_of_hosts(action: Callable[[], object], what: str = "") -> None:
     """Let the first rank of every host do `action` while the others wait, or raise the first error on every rank.
 
-    Without a timeout, as in `on_first_rank`.
+    Without a timeout, and with `what`, as in `on_first_rank`.
     """
     local_ranks: list[int] = [0] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(local_ranks, int(os.environ.get("LOCAL_RANK", "0")))
-    _on_ranks([rank for rank, local in enumerate(local_ranks) if local == 0], action)
+    _on_ranks([rank for rank, local in enumerate(local_ranks) if local == 0], action, what)
 
 
 def on_every_rank(action: Callable[[], T]) -> list[T]:
@@ -215,12 +216,12 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
     A rank that fails alone would leave the others waiting in the next collective. Without a timeout, as in
     `on_first_rank`: one of them may read from a slower disk.
     """
-    return _on_ranks(range(torch.distributed.get_world_size()), action)
+    return _on_ranks(range(torch.distributed.get_world_size()), action, "")
 
 
-def _on_ranks(workers: Collection[int], action: Callable[[], T]) -> list[Any]:
+def _on_ranks(workers: Collection[int], action: Callable[[], T], what: str) -> list[Any]:
     """What `action` has returned on every rank, None where it was not done."""
-    outcome = while_others_wait(workers, lambda: _outcome_of(action)) or [None, None]
+    outcome = while_others_wait(workers, lambda: _outcome_of(action), what) or [None, None]
     outcomes: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(outcomes, outcome)
     return _result_of(outcomes)

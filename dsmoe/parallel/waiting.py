@@ -10,55 +10,55 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from dsmoe.parallel.jobs import Job
 from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.watch import Note, Watch, process_watch
+from dsmoe.parallel.watch import Watch, process_watch
 
 T = TypeVar("T")
 
-WORD_SECONDS = 60.0
-"""How often rank 0 says for whom it waits, and what those do."""
 LOOK_SECONDS = 0.5
 """How often a rank that waits looks whether there is still something to wait for."""
-SHOWN_RANKS = 8
 WAITING = "waiting for the work of other ranks"
 WORKING = "work that other ranks wait for"
 
 
-def while_others_wait(workers: Collection[int], action: Callable[[], T]) -> T | None:
+def while_others_wait(workers: Collection[int], action: Callable[[], T], what: str = "") -> T | None:
     """Let every rank of `workers` do `action`; returns on all ranks when all of them have. Collective.
 
     Args:
         workers: ranks, the same on every rank.
         action: must not raise. What it logs for `dsmoe` is what this rank does, where others ask.
+        what: what it does, for people: the log says every minute how far the workers are (`dsmoe.parallel.jobs`).
 
     Returns:
         What `action` has returned here; None on a rank that only waits.
 
     Raises:
-        LostRanksError: a rank has failed, rank 0 has ended, or a worker has given no sign of life for the watch's
-            timeout.
+        LostRanksError: a rank has failed, or rank 0 has ended; with `what`, a worker gives no sign of life.
     """
     watch = process_watch()
     watch.note(WAITING)
-    result = None
-    if watch.rank in workers:
-        with _shown(watch):
-            result = action()
-    if watch.world_size > 1:
-        _wait(watch, workers)
+    with Job("waiting", what, ends_with_rank=True, watch=watch) if what else nullcontext() as job:
+        result = None
+        if watch.rank in workers:
+            with _shown(watch, job):
+                result = action()
+        if job:
+            job.waits(WAITING)
+        if watch.world_size > 1:
+            _wait(watch, workers, job)
     return result
 
 
-def _wait(watch: Watch, workers: Collection[int]) -> None:
+def _wait(watch: Watch, workers: Collection[int], job: Job | None) -> None:
     number = watch.count_wait()
     if workers == [0] and watch.rank == 0:
         watch.store.set(_key(number, "done"), "")
@@ -76,7 +76,6 @@ def _wait(watch: Watch, workers: Collection[int]) -> None:
         ready.set()
 
     threading.Thread(target=meet, daemon=True, name="dsmoe waiting").start()
-    words = _Words(watch, workers) if watch.rank == 0 else None
     with _asked_to_end() as asked:
         while not ready.wait(LOOK_SECONDS):
             if watch.first_failed not in (None, watch.rank):
@@ -85,11 +84,11 @@ def _wait(watch: Watch, workers: Collection[int]) -> None:
                 watch.look_at_store()
             if watch.has_lost_first():
                 raise LostRanksError("it is waited for")
+            if job and job.lost:
+                raise job.lost
             if asked.is_set():
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
-            if words:
-                words.say()
     if errors:
         raise errors[0]
 
@@ -110,65 +109,33 @@ def _wait_for_key(store: dist.Store, key: str) -> None:
                 return
 
 
-class _Words:
-    """What rank 0 says now and then of those that still work, and that it gives up those who are silent for long."""
-
-    def __init__(self, watch: Watch, workers: Collection[int]) -> None:
-        self._watch, self._workers = watch, [rank for rank in workers if rank != watch.rank]
-        self._begun = self._said = time.monotonic()
-        self._heard: dict[int, tuple[int, float]] = {}
-
-    def say(self) -> None:
-        """Say it, if it is time to.
-
-        Raises:
-            LostRanksError: a worker is silent for longer than the watch's timeout.
-        """
-        now = time.monotonic()
-        if now - self._said < WORD_SECONDS:
-            return
-        self._said = now
-        notes = self._watch.notes_of(self._workers)
-        still = {rank: note for rank, note in notes.items() if note.doing != WAITING}
-        for rank, note in still.items():
-            if self._heard.get(rank, (None, now))[0] != note.beat:
-                self._heard[rank] = (note.beat, now)
-        shown = [self._line(rank, note, now) for rank, note in list(still.items())[:SHOWN_RANKS]]
-        more = f", and for {len(still) - SHOWN_RANKS} more" if len(still) > SHOWN_RANKS else ""
-        if shown:
-            print(f"waiting for {now - self._begun:.0f} s, for {'; '.join(shown)}{more}", flush=True)
-        for rank in still:
-            if now - self._heard[rank][1] > self._watch.timeout.total_seconds():
-                raise LostRanksError(f"rank {rank} gives no sign of life")
-
-    def _line(self, rank: int, note: Note, now: float) -> str:
-        silent = now - self._heard[rank][1]
-        sign = f", no sign of life for {silent:.0f} s" if silent else ""
-        return f"rank {rank} on {note.host} ({note.doing}{sign})"
-
-
 class _Shown(logging.Handler):
     """Makes of what is logged what a rank is doing."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, job: Job | None) -> None:
         super().__init__(logging.INFO)
-        self._watch = watch
+        self._watch, self._job = watch, job
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._watch.say(record.getMessage())
+        text = record.getMessage()
+        self._watch.say(text)
+        if self._job:
+            self._job.at(text)
 
 
 @contextmanager
-def _shown(watch: Watch) -> Iterator[None]:
+def _shown(watch: Watch, job: Job | None) -> Iterator[None]:
     """Let the others see what `dsmoe` logs here, which is on the console for rank 0 alone; they see INFO as well."""
     package = logging.getLogger("dsmoe")
-    shown, quiet = _Shown(watch), [(handler, handler.level) for handler in package.handlers]
+    shown, quiet = _Shown(watch, job), [(handler, handler.level) for handler in package.handlers]
     level = package.level
     for handler, _ in quiet:
         handler.setLevel(max(handler.level, level))
     package.setLevel(min(level or logging.WARNING, logging.INFO))
     package.addHandler(shown)
     watch.say(WORKING)
+    if job:
+        job.at("working on it")
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank does: its host, how many notes it has made, the step, what, and whether it has failed."""
+    """What a rank does: its host, how many notes it has made, the step, what, whether it has failed, and its jobs."""
 
     host: str
     beat: int = 0
@@ -67,6 +67,8 @@ class Note:
     step: int = 0
     doing: str = "starting"
     failed: bool = False
+    jobs: dict[str, list[Any]] | None = None
+    """By kind, the accounts of `dsmoe.parallel.jobs`."""
 
     @property
     def place(self) -> str:
@@ -93,6 +95,8 @@ class Watch:
         self._doing: tuple[int, int, str, float] = (0, 0, "starting", time.monotonic())
         self.reports: Reporter | None = None
         """Told when another rank has failed, or any was asked for reports."""
+        self.jobs: dict[str, Any] = {}
+        """By kind, the `Job` of `dsmoe.parallel.jobs` whose account is published."""
         self._asked, self._answered = False, 0
         self.timeout = timedelta(minutes=30)
         """How long this rank waits for others before it calls them missing."""
@@ -283,7 +287,8 @@ class Watch:
     def _publish(self) -> None:
         with self._publishing:
             now, _ = self.now()
-            self._now = replace(now, beat=now.beat + 1)
+            jobs = {kind: job.account() for kind, job in list(self.jobs.items())}
+            self._now = replace(now, beat=now.beat + 1, jobs=jobs)
             self._beats.set(_key(self.rank), json.dumps(asdict(self._now)))
 
 

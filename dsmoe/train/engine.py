@@ -122,8 +122,8 @@ def prepare_once(config: Config) -> list[PreparedSource]:
     with a limit. That rank also looks whether the files are what was written (`prepare`'s `check`); the others check
     what they read.
     """
-    on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)))
-    on_first_of_hosts(lambda: len(prepare(config, VERIFIED_AT_START)))
+    on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data")
+    on_first_of_hosts(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data of each host")
     return prepare(config, check=0)
 
 

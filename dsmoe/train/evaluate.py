@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmoe.data import PreparedSource, ValidationLoader, bigram_nats
+from dsmoe.parallel.jobs import Job
+from dsmoe.parallel.watch import note
 
 
 @dataclass(frozen=True)
@@ -22,22 +24,31 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, held_out: Sequence[HeldOut], device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, held_out: Sequence[HeldOut], device: torch.device, what: str = "evaluating"
+) -> dict[str, float]:
     """Mean loss and bits per byte of each source and of all together; collective over all ranks.
 
     `eval/loss` is the summed cross entropy in nats over the number of tokens; bits per byte are the same sum in bits
-    over the bytes of text that those tokens stand for, so that tokenizers can be compared.
+    over the bytes of text that those tokens stand for, so that tokenizers can be compared. If it takes a minute, the
+    log says so, and calls it `what`.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(held_out), 2, dtype=torch.float64, device=device)
-    for row, part in zip(sums, held_out, strict=True):
-        for tokens, weight in part.loader:
-            losses_BS = model(tokens.to(device))
-            row[0] += (losses_BS.double().sum(dim=1) * weight.to(device)).sum()
-            row[1] += weight.to(device).sum() * losses_BS.shape[1]
-    model.train(was_training)
-    dist.all_reduce(sums)
+    with Job("evaluation", what) as job:
+        job.expect(sum(len(part.loader) for part in held_out), "batches")
+        for row, part in zip(sums, held_out, strict=True):
+            job.at(part.source.name)
+            for tokens, weight in part.loader:
+                note("evaluation")  # a dense model has nothing else to note, and the watch ends what stands still
+                losses_BS = model(tokens.to(device))
+                row[0] += (losses_BS.double().sum(dim=1) * weight.to(device)).sum()
+                row[1] += weight.to(device).sum() * losses_BS.shape[1]
+                job.add(1)
+        model.train(was_training)
+        job.waits("all evaluated")
+        dist.all_reduce(sums)
     return _metrics([part.source for part in held_out], sums.tolist())
 
 

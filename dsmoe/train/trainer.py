@@ -145,11 +145,14 @@ class Trainer:
             # The sender of a signal waits half a minute or so: that is for saving.
             if last or (not stop and train.eval_every and self.step_index % train.eval_every == 0):
                 self.evaluate()
-            is_due = is_due or bool(save_every and self.step_index % save_every == 0)
+            is_due_now = bool(save_every and self.step_index % save_every == 0)
+            is_due = is_due or is_due_now
             # While gradients are not finite nothing is learnt, and soon nothing good would be left to go back to.
             if last or stop or (is_due and self._skipped_in_a_row == 0):
                 self.save()
                 is_due = False
+            elif is_due_now:
+                self.checkpoints.put_off(self.step_index)
         self.signals.finish()
         process_watch().note(SAVING)
         self.checkpoints.finish(self.signals.told, is_stopping=stop)
@@ -209,7 +212,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Held-out losses of every source, written down."""
         process_watch().note("evaluation")
-        metrics = evaluate(self.model, self.held_out, self.rank.device)
+        what = f"the evaluation after step {self.step_index}"
+        metrics = evaluate(self.model, self.held_out, self.rank.device, what)
         self._validation_loss, self._validated_step = metrics["eval/loss"], self.step_index
         self._write(metrics)
         each = "  ".join(f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.sources)
@@ -226,6 +230,8 @@ class Trainer:
     def save(self) -> Path:
         """Save a checkpoint of this step, or begin to; `checkpoints.flush` waits for its end.
 
+        While steps are skipped it removes no earlier one: this one may be of a state from which none is taken any more.
+
         Raises:
             TrainingDivergedError: the loss of this step or the state is not finite: it would take the place of a good
                 checkpoint, and nothing can go on from it.
@@ -240,7 +246,8 @@ class Trainer:
             )
         is_known = self._validated_step == self.step_index and math.isfinite(self._validation_loss)
         loss = self._validation_loss if is_known else None
-        path = self.checkpoints.save(self.step_index, self.step_index * self.batch.tokens_per_step, loss)
+        tokens, tidies = self.step_index * self.batch.tokens_per_step, self._skipped_in_a_row == 0
+        path = self.checkpoints.save(self.step_index, tokens, loss, tidies=tidies)
         self.meter.restart_clock()
         self.meter.add_stall(time.perf_counter() - begun)
         return path

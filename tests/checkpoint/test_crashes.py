@@ -80,13 +80,27 @@ def test_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
 
 
-def test_a_loss_on_another_text_is_not_the_best(tmp_path: Path) -> None:
-    run_ranks(1, save_three, tmp_path)  # the validation loss is the step
-    manifest = Manifest.read(tmp_path / "step_00000001")
-    other = replace(manifest, facts=replace(manifest.facts, held_out="of another amount"))
-    (tmp_path / "step_00000001" / "manifest.json").write_text(other.text(), encoding="utf-8")
-    remove_old(tmp_path, CheckpointSection(keep=1, keep_best=1))
-    assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+def save_texts(folder: Path, evaluated: list[tuple[str, float | None]]) -> None:
+    """A checkpoint for each (text, loss)."""
+    for step, (text, loss) in enumerate(evaluated, 1):
+        save_small(folder, step, keep=99)
+        manifest = Manifest.read(folder / f"step_{step:08d}")
+        other = replace(manifest, facts=replace(manifest.facts, held_out=text, validation_loss=loss))
+        (folder / f"step_{step:08d}" / "manifest.json").write_text(other.text(), encoding="utf-8")
+
+
+TEXTS: list[tuple[str, float | None]] = [("a", 1.0), ("a", 3.0), ("b", 9.0), ("b", 7.0), ("b", 8.0), ("c", None)]
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "kept"), [(0, [6]), (1, [1, 4, 6]), (2, [1, 2, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])]
+)
+def test_the_best_of_each_text_stays_and_losses_of_two_texts_are_not_compared(
+    keep_best: int, kept: list[int], tmp_path: Path
+) -> None:
+    run_ranks(1, save_texts, tmp_path, TEXTS)
+    remove_old(tmp_path, CheckpointSection(keep=1, keep_best=keep_best))
+    assert [path.name for path in all_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in kept]
 
 
 def test_killed_at_random_instants_a_run_of_two_ranks_goes_on_as_undisturbed(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from dsmoe.checkpoint import checkpoints as saving
 from dsmoe.checkpoint import files, removal
 from dsmoe.checkpoint.checkpoints import SaveError
 from dsmoe.checkpoint.folder import all_checkpoints, look, verify
-from dsmoe.checkpoint.manifest import DamagedError, Manifest, UnreadableError
+from dsmoe.checkpoint.manifest import Manifest, UnreadableError
 from dsmoe.checkpoint.removal import remove_old, set_aside
+from dsmoe.cli import main
 from dsmoe.config.schema import Checkpoint as CheckpointSection
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
@@ -37,14 +38,23 @@ def full_folder(path: Path) -> Path:
     return path
 
 
+def own_folder(path: Path) -> Path:
+    """As a save leaves it that was killed, on a system that looks into folders."""
+    path.mkdir()
+    for name in ("manifest.json", "rank_00000_000.safetensors", "rank_100000_000.safetensors", ".DS_Store"):
+        (path / name).write_text("ours", encoding="utf-8")
+    return path
+
+
 def link_to_elsewhere(path: Path) -> None:
     path.symlink_to(full_folder(path.parent.parent / "elsewhere"))
 
 
 LEFT = {
-    "a partial save": (OURS, full_folder, False),
-    "another partial save": (".step_00000003.0123abcd.partial", full_folder, False),
-    "what a removal has left": (".step_00000001.removed", full_folder, False),
+    "a partial save": (OURS, own_folder, False),
+    "another partial save": (".step_00000003.0123abcd.partial", own_folder, False),
+    "what a removal has left": (".step_00000001.removed", own_folder, False),
+    "a partial save with something in it": (OURS, full_folder, True),
     "a link that was a checkpoint's": (".step_00000001.removed", link_to_elsewhere, False),
     "a link to nothing": (OURS, lambda path: path.symlink_to("nowhere"), False),
     "a file of our name": (OURS, Path.touch, True),
@@ -90,7 +100,7 @@ def immutable(tmp_path: Path) -> Iterator[Any]:
     made: list[Path] = []
 
     def make(path: Path) -> None:
-        full_folder(path)
+        own_folder(path)
         made.append(path)
         if subprocess.run(["chattr", "-R", "+i", str(path)], check=False, capture_output=True).returncode:
             pytest.skip("this file system has no immutable files")
@@ -108,7 +118,7 @@ def test_what_cannot_be_removed_is_said_once_and_worked_around(name: str, immuta
     (said,) = [line for line in logged if "cannot remove" in line]
     assert name in said
     assert "Operation not permitted" in said
-    assert (tmp_path / name / "inner" / "data").exists()
+    assert (tmp_path / name / "manifest.json").exists()
 
 
 def test_a_checkpoint_that_cannot_be_moved_leaves_its_step_another_name(immutable: Any, tmp_path: Path) -> None:
@@ -192,11 +202,11 @@ def test_what_cannot_be_read_now_is_not_damaged_and_not_removed(
     number: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_ranks(1, save_four, tmp_path)
-    method, of = ("read_text", "step_00000003/manifest.json") if place == "manifest" else ("iterdir", "step_00000003")
+    method, of = ("read_text", "step_00000003/manifest.json") if place == "manifest" else ("stat", "000.safetensors")
     operation = getattr(Path, method)
 
     def failing(path: Path, *arguments: Any, **options: Any) -> Any:
-        if str(path).endswith(of):
+        if str(path).endswith(of) and path.parent.name == "step_00000003":
             raise OSError(number, os.strerror(number), str(path))
         return operation(path, *arguments, **options)
 
@@ -247,16 +257,66 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monk
         all_checkpoints(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "dropped", [".manifest.json.swp", "manifest.json~", ".nfs0123", ".DS_Store", "._manifest.json"]
-)
-def test_what_editors_and_systems_drop_does_not_damage_a_checkpoint(dropped: str, tmp_path: Path) -> None:
+OTHERS_IN = [
+    *(".manifest.json.swp", "manifest.json~", ".nfs0123", ".DS_Store", "._manifest.json", "README.md", "notes"),
+    *("rank_00000_000 (1).safetensors", "rank_00000_000.safetensors.orig", "manifest (copy).json"),
+    *("model.pt", "rank_00000_001.safetensors", os.fsdecode(b"\xff\n")),
+]
+"""The last but one could be a file of ours, and is not of this checkpoint."""
+
+
+def put(kind: str, path: Path) -> None:
+    """Something that the manifest does not list."""
+    if kind == "notes":
+        full_folder(path)
+    elif kind == "model.pt":
+        path.symlink_to("nowhere")
+    else:
+        path.write_text("somebody's", encoding="utf-8")
+
+
+def test_what_the_manifest_does_not_list_does_not_damage_a_checkpoint_and_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_ranks(1, save_four, tmp_path)
-    (tmp_path / "step_00000004" / dropped).write_text("an editor's", encoding="utf-8")
-    verify(tmp_path / "step_00000004")
-    (tmp_path / "step_00000004" / "notes.txt").write_text("somebody's", encoding="utf-8")
-    with pytest.raises(DamagedError, match="something else has put it there"):
-        verify(tmp_path / "step_00000004")
+    for kind in OTHERS_IN:
+        checkpoint = Path(shutil.copytree(tmp_path / "step_00000004", tmp_path / "copies" / "step_00000004"))
+        put(kind, checkpoint / kind)
+        assert verify(checkpoint).facts.step == 4
+        found = look(checkpoint.parent)
+        assert list(found.whole) == [checkpoint]
+        assert not found.passed_over
+        assert main(["checkpoint", "verify", str(checkpoint)]) == 0
+        assert capsys.readouterr().out.endswith(f"that the checkpoint does not list, not read: {kind!r}\n")
+        assert main(["checkpoint", "show", str(checkpoint)]) == 0
+        assert repr(kind) in capsys.readouterr().out
+        shutil.rmtree(checkpoint.parent)
+    assert main(["checkpoint", "show", str(tmp_path / "step_00000003")]) == 0
+    assert "not read" not in capsys.readouterr().out
+
+
+NOT_KEPT = (".DS_Store", "._manifest.json", "rank_00000_001.safetensors")
+"""A system's own, and a name of ours."""
+
+
+def save_over_others(folder: Path) -> list[str]:
+    """Saves of which each removes an older one, with things of somebody in the first two."""
+    logged = logged_from_now()
+    for step in range(1, 7):
+        save_small(folder, step)
+        for kind in {1: OTHERS_IN, 2: NOT_KEPT}.get(step, ()):
+            put(kind, folder / f"step_{step:08d}" / kind)
+    return logged
+
+
+def test_a_checkpoint_goes_and_what_others_have_in_it_stays(tmp_path: Path) -> None:
+    (logged,) = run_ranks(1, save_over_others, tmp_path)
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step_00000005", "step_00000006"]
+    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert left.name == ".step_00000001.removed"
+    assert {path.name for path in left.iterdir()} == set(OTHERS_IN) - set(NOT_KEPT), "what was ours is gone"
+    (said,) = [line for line in logged if "cannot remove" in line]
+    assert f"cannot remove {left} (it has something that is not dsmoe's: '.manifest.json.swp', '.nfs0123'" in said
 
 
 def save_with_losses(folder: Path, losses: list[float]) -> None:
@@ -276,7 +336,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
 def test_an_earlier_one_that_was_set_aside_is_in_nobodys_way(immutable: Any, tmp_path: Path) -> None:
     full_folder(tmp_path / "step_00000001")
     full_folder(tmp_path / "step_00000002")
-    full_folder(tmp_path / "step_00000001.damaged")
+    own_folder(tmp_path / "step_00000001.damaged")
     immutable(tmp_path / "step_00000002.damaged")
     first, second = set_aside([tmp_path / "step_00000001", tmp_path / "step_00000002"])
     assert first == tmp_path / "step_00000001.damaged"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from dsmoe.checkpoint.fragments import inner_optimizer
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
-from tests.checkpoint.runs import folder_of, layout_config, tensors_of
+from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, tensors_of
 from tests.train.layouts import make_trainer
 from tests.train.test_run import launch, pretrain, refused, write_config
 
@@ -219,9 +221,9 @@ def test_a_finite_state_from_which_every_step_is_skipped_is_no_checkpoint_to_go_
     assert "continuing from runs/small/checkpoints/step_00000003" in onward.out
 
 
-def skip_and_save(config: Config, skipped: list[int]) -> None:
-    """A run whose gradients are not finite in some steps."""
-    trainer = make_trainer(config)
+def skip_and_save(config: Config, skipped: list[int], stopped_after: int = 0) -> list[str]:
+    """A run whose gradients are not finite in some steps, and that a signal may stop; what it says."""
+    trainer, logged = make_trainer(config), logged_from_now()
     step = trainer.step
 
     def some_skipped() -> Any:
@@ -231,10 +233,13 @@ def skip_and_save(config: Config, skipped: list[int]) -> None:
         norm = step()
         if hook:
             hook.remove()
+        if trainer.step_index == stopped_after:
+            os.kill(os.getpid(), signal.SIGTERM)
         return norm
 
     trainer.step = some_skipped  # type: ignore[method-assign]
     trainer.run()
+    return logged
 
 
 def test_steps_that_are_skipped_push_no_good_checkpoint_out(tmp_path: Path) -> None:
@@ -243,3 +248,39 @@ def test_steps_that_are_skipped_push_no_good_checkpoint_out(tmp_path: Path) -> N
     run_ranks(1, skip_and_save, config, [2, 6, 7])
     names = [path.name for path in all_checkpoints(folder_of(config))]
     assert names == [f"step_0000000{step}" for step in (3, 4, 8, 9)], "put off to the next step that is taken"
+
+
+def test_saves_that_are_put_off_are_said_and_after_several_loudly(tmp_path: Path) -> None:
+    checkpoint = {"every": 2, "keep": 9, "asynchronous": False}
+    options: dict[str, Any] = {"train": {"steps": 14}, "checkpoint": checkpoint}
+    config = layout_config(tmp_path, 2, observe={"log_every": 50}, **options)
+    logged, other = run_ranks(2, skip_and_save, config, [4, *range(6, 11), 14])
+    said = [line for line in logged if "put off" in line]
+    reason = "is put off, because steps are skipped (gradients are not finite), until one is taken"
+    assert said[0] == f"the save after step 4 {reason}; the last checkpoint is of step 2"
+    assert said[1] == f"the save after step 6 {reason}; the last checkpoint is of step 5"
+    assert len(said) == 4
+    for step, saves, line in ((8, 2, said[2]), (10, 3, said[3])):
+        assert line.startswith(f"the save after step {step} {reason}; the last checkpoint is of step 5. NO NEW CHECK")
+        assert "NO NEW CHECKPOINT SINCE STEP 5 (20" in line
+        assert f"): {saves} saves in a row put off while steps were skipped, and what was trained since then" in line
+    assert not [line for line in other if "put off" in line]
+    assert [path.name for path in all_checkpoints(folder_of(config))][-2:] == ["step_00000012", "step_00000014"]
+
+
+@pytest.mark.parametrize("stopped_after", [0, 5], ids=["the last step", "a signal"])
+def test_an_end_while_steps_are_skipped_is_saved_and_pushes_no_good_checkpoint_out(
+    stopped_after: int, tmp_path: Path
+) -> None:
+    last = 8 if stopped_after else 6
+    options: dict[str, Any] = {"train": {"steps": last}, "checkpoint": {"every": 1, "keep": 2}}
+    config = layout_config(tmp_path, observe={"log_every": 50}, **options)
+    run_ranks(1, skip_and_save, config, [4, 5, 6, 7, 8], stopped_after)
+    names = [path.name for path in all_checkpoints(folder_of(config))]
+    assert names == ["step_00000002", "step_00000003", "step_00000006"], (
+        "one more than keep, for as long as it may be bad"
+    )
+    newest = verify(folder_of(config) / "step_00000006").facts
+    assert newest.skipped_steps == 3
+    before, after = (tensors_of(folder_of(config) / name) for name in names[1:])
+    assert all(torch.equal(after[key], x) for key, x in before.items() if key.startswith(("model/", "exp_avg")))

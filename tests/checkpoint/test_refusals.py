@@ -95,16 +95,21 @@ def test_a_malicious_pickle_is_not_executed_wherever_it_is(checkpoint: Path, tmp
     pickle.loads(bomb)
     assert mark.exists(), "the bomb works"
     mark.unlink()
-    for name in ("rank_00002.pt", ".metadata", "rank_00000_000.safetensors", "manifest.json"):
+    for name in ("rank_00002.pt", ".metadata", "model.pt"):
+        (checkpoint / name).write_bytes(bomb)
+    verify(checkpoint)
+    assert run_ranks(1, refusal, layout_config(tmp_path), checkpoint) == ["resumed"], "what is not listed is not read"
+    assert not mark.exists()
+    for name in ("rank_00000_000.safetensors", "manifest.json"):
         path = checkpoint / name
-        content = path.read_bytes() if path.exists() else None
+        content = path.read_bytes()
         path.write_bytes(bomb)
         with pytest.raises(DamagedError, match=re.escape(str(path))):
             verify(checkpoint)
         (message,) = run_ranks(1, refusal, layout_config(tmp_path), checkpoint)
         assert str(path) in message
         assert not mark.exists()
-        path.unlink() if content is None else path.write_bytes(content)
+        path.write_bytes(content)
 
 
 def test_a_manifest_that_agrees_with_itself_is_still_checked(checkpoint: Path) -> None:

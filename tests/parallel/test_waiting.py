@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import time
 from contextlib import suppress
@@ -16,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
-from dsmoe.parallel import waiting, watch
+from dsmoe.parallel import jobs, waiting, watch
 from dsmoe.parallel.distributed import on_every_rank, on_first_of_hosts, on_first_rank, set_timeout_everywhere
 from dsmoe.parallel.local import RanksFailedError, run_ranks
 from dsmoe.parallel.lost import LostRanksError
@@ -27,10 +28,13 @@ def on_two_hosts(folder: Path) -> tuple[str, float]:
     """Ranks 0 and 2 are the first of their hosts; rank 2's work takes longer than a collective may."""
     rank = dist.get_rank()
     os.environ["LOCAL_RANK"] = str(rank % 2)
-    os.dup2(os.open(folder / f"{rank}.out", os.O_CREAT | os.O_WRONLY), 1)
+    said = logging.FileHandler(folder / f"{rank}.out", encoding="utf-8")
+    logging.getLogger("dsmoe").addHandler(said)  # as a run has its console
+    logging.getLogger("dsmoe").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     set_timeout_everywhere(timedelta(seconds=2))
     process_watch().timeout = timedelta(seconds=60)  # it lives, and its beats say so
-    waiting.WORD_SECONDS = 1.0  # type: ignore[misc]
+    jobs.WORD_SECONDS, jobs.LOOK_SECONDS = 1.0, 0.2  # type: ignore[misc]
+    watch.BEAT_SECONDS = 0.2  # type: ignore[misc]
 
     def work() -> None:
         (folder / f"worked {rank}").touch()
@@ -40,7 +44,7 @@ def on_two_hosts(folder: Path) -> tuple[str, float]:
                 time.sleep(0.4)
 
     begun = time.monotonic()
-    on_first_of_hosts(work)
+    on_first_of_hosts(work, "preparing the data of each host")
     dist.barrier()
     return process_watch().now()[0].doing, time.monotonic() - begun
 
@@ -51,8 +55,8 @@ def test_a_slow_host_is_waited_for_and_seen(tmp_path: Path) -> None:
     assert all(doing == waiting.WAITING and seconds > 3.5 for doing, seconds in results)
     lines = (tmp_path / "0.out").read_text(encoding="utf-8").splitlines()
     assert len(lines) >= 2
-    assert all(line.startswith("waiting for ") and "for rank 2 on " in line for line in lines)
-    assert "(tokenising: " in lines[-1]
+    assert all(line.startswith("preparing the data of each host has taken ") for line in lines), lines
+    assert re.search(r"s so far\. rank 2 on \S+: tokenising: \d of 10; ranks 0-1, 3 on ", lines[-1])
     assert [(tmp_path / f"{rank}.out").read_text(encoding="utf-8") for rank in (1, 2, 3)] == [""] * 3
 
 
@@ -91,23 +95,32 @@ def test_nobody_waits_for_a_rank_that_has_failed() -> None:
 
 def give_up_a_silent_one() -> str:
     watch.BEAT_SECONDS = 0.1  # type: ignore[misc]
-    waiting.WORD_SECONDS = 0.5  # type: ignore[misc]
-    own = process_watch()
-    own.timeout = timedelta(seconds=1.5)
-    if dist.get_rank() == 1:
-        own.note("reading a checkpoint")
-        time.sleep(0.5)
-        own.stop()  # no more beats, as of a process that is stopped
-        time.sleep(6)
+    jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS = 1.0, 0.2, 1.0  # type: ignore[misc]
+    jobs.GRACE_SECONDS = 0.5  # type: ignore[misc]
+    rank = dist.get_rank()
+
+    def work() -> None:
+        if rank == 1:
+            time.sleep(1)
+            process_watch().stop()  # no more beats, as of a process that is stopped
+            time.sleep(8)
+            raise SystemExit  # rank 0 is in no collective any more
+
+    os.environ["LOCAL_RANK"] = "0"
+    if rank == 1:
+        with suppress(SystemExit):
+            on_first_of_hosts(work, "preparing")
         return ""
     with pytest.raises(LostRanksError) as error:
-        on_every_rank(lambda: None)
+        on_first_of_hosts(work, "preparing")
     return str(error.value)
 
 
 def test_a_silent_rank_is_given_up() -> None:
     first, _ = run_ranks(2, give_up_a_silent_one)
-    assert first == "rank 1 gives no sign of life"
+    assert re.match(
+        r"preparing: rank 1 on \S+ is gone, with no sign of life for 1 s; last heard of: working on it", first
+    )
 
 
 def test_who_speaks_for_a_host_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,248 @@
+"""Storage that hangs, or a rank that is gone, while checkpoints are written or read: real ranks say which and where."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dsmoe.checkpoint import files, removal, storage
+from dsmoe.checkpoint.folder import all_checkpoints, verify
+from dsmoe.config.schema import Config
+from dsmoe.parallel import jobs, watch
+from dsmoe.parallel.local import run_ranks
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import Watch, process_watch
+from tests.checkpoint.runs import folder_of, layout_config, logged_from_now
+from tests.ports import free_port
+from tests.train.layouts import make_trainer
+from tests.train.test_run import write_config
+
+HOST = os.uname().nodename
+
+
+def shorten_minutes(log_seconds: float = 30.0) -> None:
+    """Let rank 0 have `log_seconds` more than a minute to speak, before others do: a busy machine is no silent rank."""
+    watch.BEAT_SECONDS = 0.1
+    jobs.GRACE_SECONDS, jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS = 0.5, 0.6, 0.1, 6.0
+    jobs.LOG_SECONDS = log_seconds
+
+
+def until(is_so: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def lines_of(logged: list[str]) -> list[str]:
+    return [line for line in logged if " s so far. " in line]
+
+
+HANGS: dict[str, tuple[Any, str]] = {
+    "a write": (files, "_write"),
+    "the manifest": (storage, "write_synced"),
+    "removing what is left": (storage, "remove_leftovers"),
+    "removing an old one": (removal, "_remove_folder"),
+    "a read": (storage, "read_tensor"),
+    "a checksum": (hashlib, "file_digest"),
+}
+
+
+def hang(what: str, hanging: bool, release: Path) -> None:
+    """Let an operation wait until a file is there, if it is to hang on this rank."""
+    owner, name = HANGS[what]
+    operation = getattr(owner, name)
+
+    def wait(*arguments: Any, **options: Any) -> Any:
+        if what == "a write" and hanging:
+            arguments[-1](1000)  # it has begun
+        while hanging and not release.exists():
+            time.sleep(0.02)
+        return operation(*arguments, **options)
+
+    setattr(owner, name, wait)
+
+
+def save_while_it_hangs(config: Config, what: str, hanging_rank: int, release: Path) -> list[str]:
+    """Saves, of which the second hangs until rank 0 has said so twice."""
+    shorten_minutes()
+    trainer, logged = make_trainer(config), logged_from_now()
+    trainer.step()
+    trainer.save()
+    trainer.checkpoints.flush()
+    assert lines_of(logged) == []
+    trainer.step()
+    is_first = trainer.rank.rank == 0
+    hang(what, trainer.rank.rank == hanging_rank, release)
+    if is_first:
+        threading.Thread(
+            target=lambda: until(lambda: len(lines_of(logged)) >= 2) or release.touch(), daemon=True
+        ).start()
+    trainer.save()
+    trainer.checkpoints.finish()
+    return lines_of(logged)
+
+
+@pytest.mark.parametrize(
+    ("what", "hanging_rank", "is_asynchronous", "said"),
+    [
+        ("a write", 1, True, f"rank 1 on {HOST}: 0.00 of 0."),
+        ("a write", 0, False, f"rank 0 on {HOST}: 0.00 of 0."),
+        ("a write", 1, False, f"rank 1 on {HOST}: 0.00 of 0."),
+        ("the manifest", 0, True, f"rank 0 on {HOST}: writing manifest.json"),
+        ("removing what is left", 0, False, f"rank 0 on {HOST}: removing what earlier saves have left"),
+        ("removing an old one", 0, True, f"rank 0 on {HOST}: removing older checkpoints"),
+    ],
+)
+def test_a_save_that_hangs_is_said_with_the_rank_the_file_and_the_bytes(
+    what: str, hanging_rank: int, is_asynchronous: bool, said: str, tmp_path: Path
+) -> None:
+    config = layout_config(tmp_path, 2, checkpoint={"asynchronous": is_asynchronous, "keep": 1})
+    results = run_ranks(2, save_while_it_hangs, config, what, hanging_rank, tmp_path / "release")
+    other = 1 - hanging_rank
+    for line in results[0]:
+        assert line.startswith("saving step_00000002 has taken ")
+        assert said in line
+        if what == "a write":
+            assert f" MB, at rank_{hanging_rank:05d}_000.safetensors" in line
+            assert f"rank {other} on {HOST}: all written" in line
+    assert len(results[0]) >= 2
+    assert results[1] == [], "rank 0 has said it"
+    assert [path.name for path in all_checkpoints(folder_of(config))] == ["step_00000002"]
+    verify(folder_of(config) / "step_00000002")
+
+
+def load_while_it_hangs(config: Config, what: str, release: Path) -> list[str]:
+    shorten_minutes()
+    trainer, logged = make_trainer(config), logged_from_now()
+    trainer.step()
+    trainer.save()
+    trainer.checkpoints.flush()
+    hang(what, trainer.rank.rank == 1, release)
+    if trainer.rank.rank == 0:
+        threading.Thread(target=lambda: until(lambda: lines_of(logged)) or release.touch(), daemon=True).start()
+    trainer.resume(folder_of(config) / "step_00000001")
+    return lines_of(logged)
+
+
+@pytest.mark.parametrize(("what", "doing"), [("a read", "loading"), ("a checksum", "verifying")])
+def test_a_load_that_hangs_is_said_with_the_rank_and_the_file(what: str, doing: str, tmp_path: Path) -> None:
+    config = layout_config(tmp_path, 2)
+    first, _ = run_ranks(2, load_while_it_hangs, config, what, tmp_path / "release")
+    assert first[0].startswith(f"{doing} step_00000001 has taken ")
+    assert f"rank 1 on {HOST}: 0.00 of 0." in first[0]
+    assert "_000.safetensors" in first[0]
+    assert f"rank 0 on {HOST}: all {'read' if doing == 'loading' else 'verified'}" in first[0]
+
+
+def freeze_between_beats(now: Watch) -> None:
+    """Stop this process, but not while it has the lock of the store, which is a file here."""
+    jobs._Looking._look = lambda *_: None  # type: ignore[method-assign]
+    time.sleep(1.0)  # until the others know where it is, and a look that had begun is over
+    publish = now._publish
+
+    def stop() -> None:
+        now._publish = publish  # type: ignore[method-assign]
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    now._publish = stop  # type: ignore[method-assign]
+    until(lambda: now._publish is publish or now._publish == publish)
+
+
+def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
+    """One rank stops as a whole, as on a host that has lost its network; the other goes on when it has been told so."""
+    shorten_minutes(1.0)
+    trainer, logged = make_trainer(config), logged_from_now()
+    numbers: list[Any] = [None, None]
+    dist.all_gather_object(numbers, os.getpid())
+    write = files._write
+
+    def freeze(*arguments: Any) -> str:
+        if trainer.rank.rank == frozen_rank:
+            freeze_between_beats(process_watch())
+        return write(*arguments)
+
+    files._write = freeze
+    trainer.step()
+    begun, error = time.monotonic(), None
+    try:
+        trainer.save()
+        trainer.checkpoints.finish()
+    except LostRanksError as lost:
+        error = str(lost)
+    seconds = time.monotonic() - begun
+    if trainer.rank.rank != frozen_rank:
+        os.kill(numbers[frozen_rank], signal.SIGCONT)
+    return {"error": error, "seconds": seconds, "logged": logged}
+
+
+@pytest.mark.parametrize(("frozen_rank", "is_asynchronous"), [(1, True), (0, False), (1, False)])
+def test_a_rank_that_is_gone_ends_the_save_and_is_named(
+    frozen_rank: int, is_asynchronous: bool, tmp_path: Path
+) -> None:
+    config = layout_config(tmp_path, 2, checkpoint={"asynchronous": is_asynchronous})
+    other = run_ranks(2, freeze_while_saving, config, frozen_rank)[1 - frozen_rank]
+    file = f"rank_{frozen_rank:05d}_000.safetensors"
+    assert other["error"].startswith(
+        f"saving step_00000001: rank {frozen_rank} on {HOST} is gone, with no sign of life"
+    )
+    assert f"MB, at {file}" in other["error"]
+    assert other["seconds"] < 60, "not two hours"
+    assert other["error"] in other["logged"]
+    assert any(f"rank {frozen_rank} on {HOST}: no sign of life for " in line for line in lines_of(other["logged"]))
+
+
+FREEZES = """
+import os, signal, sys, time
+from dsmoe.checkpoint import files
+from dsmoe.parallel import jobs, watch
+from dsmoe.train import run
+watch.BEAT_SECONDS = 0.1
+watch.STORE_SECONDS = jobs.STORE_SECONDS = 2.0
+jobs.GRACE_SECONDS, jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS, jobs.LOG_SECONDS = 0.5, 1.0, 0.2, 8.0, 1.0
+write = files._write
+def freeze(*arguments):
+    if os.environ["RANK"] == sys.argv.pop():
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return write(*arguments)
+files._write = freeze
+os._exit(run.main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_by_itself_when_rank_0_stands_still_in_a_save_and_the_store_of_all_with_it(tmp_path: Path) -> None:
+    """In real processes."""
+    checkpoint = {"every": 1, "asynchronous": False}
+    config = write_config(tmp_path, ranks=2, runs_dir="runs", train={"steps": 3}, checkpoint=checkpoint)
+    (tmp_path / "freezes.py").write_text(FREEZES, encoding="utf-8")
+    world = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = free_port()
+    command = [sys.executable, "freezes.py", "--config", str(config), "0"]
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**world, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        output = (tmp_path / f"output_{rank}").open("wb")
+        ranks.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output))
+    try:
+        assert ranks[1].wait(150) == 1
+    finally:
+        ranks[0].kill()
+    text = (tmp_path / "output_1").read_text(encoding="utf-8")
+    gone = f"rank 0's host does not answer at 127.0.0.1:{world['MASTER_PORT']}, where the ranks meet, for "
+    assert re.search(rf"saving step_00000001 has taken \d+ s so far. {re.escape(gone)}", text)
+    assert f"saving step_00000001: {gone}" in text
+    assert "Traceback" not in text

@@ -1,0 +1,195 @@
+"""A job that takes long is talked about: by rank 0, or else by others; and a rank that is gone is named."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch.distributed as dist
+
+from dsmoe.parallel import jobs, watch
+from dsmoe.parallel.jobs import OVER, WAITING, WORKING, Job, places
+from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.watch import Note, Watch
+
+
+@pytest.fixture
+def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Watch]]:
+    """Four ranks of one store, in this process, in which a minute takes a moment."""
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.02)
+    for name, seconds in {
+        "GRACE_SECONDS": 0.2,
+        "WORD_SECONDS": 0.3,
+        "LOOK_SECONDS": 0.05,
+        "GONE_SECONDS": 1.0,
+        "LOG_SECONDS": 0.2,
+        "STORE_SECONDS": 0.2,
+    }.items():
+        monkeypatch.setattr(jobs, name, seconds)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    store = dist.HashStore()
+    ranks = [Watch(store, rank, 4) for rank in range(4)]
+    yield ranks
+    for each in ranks:
+        each.stop()
+
+
+def until(is_so: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def begun(watches: list[Watch], **options: bool) -> list[Job]:
+    """A save in which rank 2 writes, rank 3 has not begun, and the others have written."""
+    started = [Job("save", "saving step_00000100", watch=each, **options).__enter__() for each in watches[:3]]
+    for job in started[:2]:
+        job.expect(5_000_000_000)
+        job.waits("all written")
+    started[2].expect(4_500_000_000)
+    started[2].at("rank_00002_000.safetensors")
+    started[2].add(1_200_000_000)
+    watches[3].note("forward pass", step=101)
+    return started
+
+
+def end(started: list[Job]) -> None:
+    for job in started:
+        job.__exit__(None, None, None)
+
+
+def test_rank_0_says_every_minute_who_has_done_what(watches: list[Watch], caplog: pytest.LogCaptureFixture) -> None:
+    started = begun(watches)
+    until(lambda: len(caplog.records) >= 3)
+    host = watches[0].now()[0].host
+    for record in caplog.records[:3]:
+        line = record.getMessage()
+        assert line.startswith("saving step_00000100 has taken ")
+        assert f"rank 2 on {host}: 1.20 of 4.50 GB, at rank_00002_000.safetensors" in line
+        assert f"ranks 0-1 on {host}: all written" in line
+        assert f"rank 3 on {host}: not begun (step 101, forward pass)" in line
+    assert "without a move for 1 s" in caplog.records[2].getMessage() or len(caplog.records) < 4
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}, "rank 1 and 3 leave it to rank 0"
+    end(started)
+    count = len(caplog.records)
+    time.sleep(0.8)
+    assert len(caplog.records) <= count + 1, "no more when it has ended"
+
+
+def test_nothing_is_said_or_read_of_a_short_job(
+    watches: list[Watch], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "WORD_SECONDS", 60.0)
+    monkeypatch.setattr(jobs._Looking, "_read", lambda *_: pytest.fail("reads"))
+    started = begun(watches)
+    time.sleep(0.3)
+    end(started)
+    assert not caplog.records
+
+
+def test_where_rank_0s_log_hangs_rank_1_says_it(watches: list[Watch], caplog: pytest.LogCaptureFixture) -> None:
+    may_log, hanging = threading.Event(), logging.Handler()
+
+    def emit(record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            may_log.wait(30)
+
+    hanging.emit = emit  # type: ignore[method-assign]
+    hanging.createLock = lambda: None  # type: ignore[method-assign]  # that of rank 1 is in another process
+    hanging.lock = None
+    logging.getLogger("dsmoe").addHandler(hanging)
+    try:
+        started = begun(watches)
+        until(lambda: any(record.levelno == logging.ERROR for record in caplog.records))
+        (line, *_) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert "rank 2 on " in line
+        assert "1.20 of 4.50 GB" in line
+        end(started)
+    finally:
+        may_log.set()
+        logging.getLogger("dsmoe").removeHandler(hanging)
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_a_rank_without_beats_is_named_and_ends_the_job(
+    gone: int, watches: list[Watch], caplog: pytest.LogCaptureFixture
+) -> None:
+    started = begun(watches, ends_with_rank=True)
+    time.sleep(0.2)
+    watches[gone].stop()
+    if gone == 0:
+        started[0].ended.set()  # its threads stand still
+    looking = started[1 if gone == 0 else 0]
+    until(lambda: looking.lost)
+    assert isinstance(looking.lost, LostRanksError)
+    place = "all written" if gone == 0 else "1.20 of 4.50 GB, at rank_00002_000.safetensors"
+    assert f"saving step_00000100: rank {gone} on " in str(looking.lost)
+    assert f" is gone, with no sign of life for 1 s; last heard of: {place}" in str(looking.lost)
+    assert str(looking.lost) in caplog.text
+    end(started)
+
+
+def test_a_rank_that_is_only_silent_before_it_begins_ends_nothing(watches: list[Watch]) -> None:
+    started = begun(watches, ends_with_rank=True)
+    watches[3].stop()
+    time.sleep(2.0)
+    assert started[0].lost is None
+    end(started)
+
+
+def test_a_process_that_stood_still_itself_blames_nobody(watches: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job("save", "saving", ends_with_rank=True, watch=watches[0])
+    looking = jobs._Looking(job, watches[0])
+    started = begun(watches)
+    time.sleep(0.2)
+    looking._look(range(4))
+    before = {rank: note.beat for rank, note in looking._notes.items()}
+    for each in watches[1:]:
+        each.stop()  # as if they had had no store to tell
+    looking._look(range(4))
+    time.sleep(2.0)  # longer than GONE_SECONDS, and without a look
+    looking._look(range(4))
+    assert looking._lost() is None
+    assert all(looking._notes[rank].beat >= before[rank] for rank in before)
+    end(started)
+
+
+def test_a_store_that_does_not_answer_is_said_and_ends_the_job(
+    watches: list[Watch], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = begun(watches, ends_with_rank=True)
+    started[0].ended.set()
+    monkeypatch.setattr(jobs._Looking, "_read", lambda *_: time.sleep(60))
+    until(lambda: started[1].lost)
+    assert "rank 0's host does not answer at " in str(started[1].lost)
+    lines = [record.getMessage() for record in caplog.records if "has taken" in record.getMessage()]
+    assert all("all written" in line for line in lines if "does not answer" in line), "what it knows of itself"
+    end(started)
+
+
+def test_the_line_of_thousands_of_ranks_is_one_that_people_read(watches: list[Watch]) -> None:
+    job = Job("save", "saving", watch=watches[0])
+    accounts = {
+        rank: [1, WORKING, f"{rank % 7}.00 of 9.00 GB, at rank_{rank:05d}_000.safetensors", float(rank == 4000) * 50]
+        for rank in range(4096)
+    }
+    accounts |= {rank: [1, WAITING, "all written", 0.0] for rank in range(0, 4000, 2)}
+    accounts |= {rank: [1, OVER, "done", 0.0] for rank in range(8)}
+    notes = {rank: Note(f"host{rank // 8}", jobs={"save": account}) for rank, account in accounts.items()}
+    line = places(job, notes, dict.fromkeys(range(800, 816), 30.0))
+    assert line.startswith("ranks 800-815 on host100, host101: no sign of life for 30 s; rank 4000 on host500: 3.00 of")
+    assert "ranks 0-7 on host0: done" in line
+    assert " more hosts: working as well; " in line
+    assert line.index("working as well") < line.index("all written") < line.index("done")
+    assert "1,988 ranks from 8 to 3998 on host1, host2, host3 and " in line
+    assert len(line) < 1500
+
+
+def test_a_number_of_batches_and_of_bytes_is_written_for_people() -> None:
+    assert jobs._amount(3, 1200, "batches") == "3 of 1,200 batches"
+    assert jobs._amount(1_234_567, 9_000_000, "") == "1.23 of 9.00 MB"
+    assert jobs._amount(1_200_000_000, 4_500_000_000, "") == "1.20 of 4.50 GB"
