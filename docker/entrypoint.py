@@ -2,7 +2,8 @@
 
 Which ranks it starts, by what it sees in the environment:
 
-    RANK and WORLD_SIZE, or srun's step    this process is one rank, that another launcher has started
+    RANK and WORLD_SIZE, srun's step,      this process is one rank, that another launcher has started
+    or mpirun's variables
     NODE_RANK, or JOB_COMPLETION_INDEX     one rank per device of this node, of NNODES nodes; the first is MASTER_ADDR
     none of them                           one rank per device of this machine, which is the only one
 
@@ -26,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from dsmoe.config import Config, UserError, load_config
+from dsmoe.launch.launchers import find_task
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 STOPPED = 75
@@ -37,6 +39,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT)
 """What is handed on. A terminal that has gone (SIGHUP) is SIGTERM to the ranks."""
 GRACE_SECONDS = 30.0
 """How long the other ranks may take to say what they saw, after one has failed."""
+
+
+def _is_rank_of_another() -> bool:
+    """Whether another launcher has started this process as one of several."""
+    if any(keys <= os.environ.keys() for keys in RANKS_OF_OTHERS):
+        return True
+    try:
+        task = find_task(os.environ)
+    except UserError:
+        return True  # the program says what is wrong with the launcher's variables
+    return task is not None and task.size > 1
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
     command = [sys.executable, str(script), *rest]
-    if any(keys <= os.environ.keys() for keys in RANKS_OF_OTHERS):
+    if _is_rank_of_another():
         _become(command)
     try:
         ranks = environments(_config(rest), os.environ)

@@ -9,7 +9,10 @@ import torch
 if not torch.cuda.is_available():  # then Triton's kernels run in its interpreter, chosen before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-_LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_")
+_LAUNCHERS = (
+    *("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "MV2_", "PALS_", "FLUX_", "JSM_"),
+    *("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_"),
+)
 _SETTINGS = ("HF_", "HUGGINGFACE_", "DSMOE_", "DEEPSPEED_", "GLOO_", "NCCL_", "TORCH_", "TENSORBOARD_")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 

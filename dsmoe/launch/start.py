@@ -183,7 +183,8 @@ def _join() -> UserError | None:
     """Read what the launcher says; returns what is wrong with it, which is said unless the arguments are wrong, too."""
     try:
         join_launcher()
-        if "RANK" in os.environ:
+        # Ranks that have met already, through a file, have port 0 (`run_ranks`); joining refuses it to all others.
+        if "RANK" in os.environ and os.environ.get("MASTER_PORT") != "0":
             check_meeting()
     except UserError as error:
         return error

@@ -121,7 +121,13 @@ def test_a_node_that_is_not_told_which(environment: dict[str, str], message: str
 
 
 @pytest.mark.parametrize(
-    "launcher", [{"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}]
+    "launcher",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+        {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+        {"OMPI_COMM_WORLD_RANK": "1"},  # half of it, of which the program says what is missing
+    ],
 )
 def test_another_launchers_rank_takes_the_place_of_the_entry_point(launcher: dict[str, str], image: Path) -> None:
     process = start(image, "pretrain", "--config", "config.yaml", **launcher)

@@ -150,7 +150,7 @@ def test_a_hostfile_that_is_there_is_used(tmp_path: Path) -> None:
     written = job(f"cluster.hostfile={there}")
     assert set(written.files) == {"deepspeed_env"}
     assert f"deepspeed --hostfile {there} launch/pretrain.py" in written.command
-    assert written.warning == ""
+    assert "placeholders" not in written.warning
 
 
 EIGHT = "".join(f"n{number} slots=8\n" for number in range(8))
