@@ -116,6 +116,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of each run")
     parser.add_argument("--seed", type=int, default=5)
     options = parser.parse_args()
+    from tests.conftest import forget_settings  # not above: every rank imports this module
+
+    forget_settings()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DSMOE_TESTS_CORPUS"] = folder  # which pytest gives
         counts = disturb_runs(Path(folder), options.kills, options.per_run, options.steps, options.seed)
