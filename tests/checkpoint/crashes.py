@@ -52,8 +52,8 @@ class Counts:
     """Times that a prepared source was compared with the undisturbed one's after a kill."""
     orphans: int = 0
     """Ranks whose launcher was killed."""
-    orphans_that_ended: int = 0
-    """Of these, by themselves and within the time that they were given."""
+    outlived: Counter[str] = field(default_factory=Counter)
+    """By phase, those of these that did not end by themselves within the time that they were given."""
     most_checkpoints: int = 0
     """That were there at once: old ones go when a save has come to its end."""
     most_leftovers: int = 0
@@ -74,6 +74,7 @@ class Counts:
         sums = "".join(f"{sum(self.kills[phase, name] for phase in PHASES):>15}" for name in who)
         lines.append(f"{'':10}{sums}{self.kills.total():>8}")
         others = {name: value for name, value in vars(self).items() if name != "kills"}
+        others["outlived"] = dict(self.outlived)
         return "\n".join([*lines, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in others.items())])
 
 

@@ -29,7 +29,7 @@ LARGE = {
 """20 MB of state, so that a save takes a while."""
 SOURCES, DOCUMENTS = ("first", "second"), 40_000
 """Text whose preparation takes about a second."""
-ORPHAN_SECONDS = 15.0
+ORPHAN_SECONDS = 30.0
 """For which ranks whose launcher was killed are looked at, before they are killed as well."""
 TRIES = 200
 """Instants at which to look for a phase that lasts for milliseconds."""
@@ -153,7 +153,7 @@ class Run:
         if who == "the launcher":
             started.kill(started.launchers())
             started.go_on()
-            self._look_at_orphans(started.ranks)
+            self._look_at_orphans(started.ranks, phase)
         elif who == "one rank":
             victim = instants.choice(started.ranks)
             started.kill([victim])
@@ -164,12 +164,12 @@ class Run:
         wait_for(lambda: not any(map(is_alive, started.ranks)), started.said)
         self.counts.steps_lost += max(before - self._newest_step(), 0)
 
-    def _look_at_orphans(self, ranks: list[psutil.Process]) -> None:
+    def _look_at_orphans(self, ranks: list[psutil.Process], phase: str) -> None:
         deadline = time.monotonic() + ORPHAN_SECONDS
         while any(map(is_alive, ranks)) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.counts.orphans += len(ranks)
-        self.counts.orphans_that_ended += sum(not is_alive(rank) for rank in ranks)
+        self.counts.outlived[phase] += sum(map(is_alive, ranks))
 
     def _end(self, started: Started) -> None:
         """Wait for the end of the run, which must be a good one."""
