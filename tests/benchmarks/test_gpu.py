@@ -138,7 +138,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytes
     hangs, fine = found["stages"]
     assert (code, hangs["word"], fine["word"]) == (1, "out of time", "done")
     assert hangs["rows"] == [GOOD]
-    assert "its time was up after 8 s" in hangs["why"]
+    assert re.search(r"its time was up after [1-8] s", hangs["why"]), "half of what was left when it began"
     (log,) = (path.read_text(encoding="utf-8") for path in tmp_path.glob("*/hangs.log"))
     assert "faults.py" in log, "where it hung"
     assert not orphans()
