@@ -18,13 +18,13 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    _forget_settings()
+    forget_settings()
     folder = tempfile.TemporaryDirectory(prefix="dsmoe_tests_")
     os.environ["DSMOE_TESTS_CORPUS"] = folder.name  # for small_config, also where ranks call it
     config.add_cleanup(folder.cleanup)
 
 
-def _forget_settings() -> None:
+def forget_settings() -> None:
     """Test the same in a job of a cluster, behind a proxy or with a cache elsewhere as on a bare machine."""
     for name in list(os.environ):
         if name.startswith((*_LAUNCHERS, *_SETTINGS)) or name.lower() in _PROXIES:

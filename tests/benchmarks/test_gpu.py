@@ -138,7 +138,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytes
     hangs, fine = found["stages"]
     assert (code, hangs["word"], fine["word"]) == (1, "out of time", "done")
     assert hangs["rows"] == [GOOD]
-    assert "its time was up after 8 s" in hangs["why"]
+    assert re.search(r"its time was up after [1-8] s", hangs["why"]), "half of what was left when it began"
     (log,) = (path.read_text(encoding="utf-8") for path in tmp_path.glob("*/hangs.log"))
     assert "faults.py" in log, "where it hung"
     assert not orphans()
@@ -179,8 +179,14 @@ def begin(folder: Path, *faults: str) -> subprocess.Popen[str]:
 
 
 def orphans() -> list[psutil.Process]:
-    """What the stage that hangs has started in a session of its own."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "signal.SIG_IGN); time.sleep(600)" in str(p.info)]
+    """What the stage that hangs has started in a session of its own, here and not in another run of these tests."""
+    own = ("DSMOE_TESTS_CORPUS", os.environ["DSMOE_TESTS_CORPUS"])
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if "signal.SIG_IGN); time.sleep(600)" in str(process.info["cmdline"])
+        and own in (process.info["environ"] or {}).items()
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -269,13 +275,17 @@ def test_stages_get_commands_that_their_programs_understand(
         ([], "torch sees no CUDA device here; `--device cpu --tiny` rehearses without one"),
     ],
 )
-def test_wrong_input_is_one_clear_error(arguments: list[str], message: str) -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    program = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_input_is_one_clear_error(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    try:
+        code = command.main(arguments)
+    except SystemExit as end:  # argparse's
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_outcomes_say_what_is_missing() -> None:

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
 from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, tensors_of
+from tests.train.forked import Outcome, start_on_ranks
 from tests.train.layouts import make_trainer
-from tests.train.test_run import launch, pretrain, refused, write_config
+from tests.train.test_run import pretrain, refused, write_config
 
 LAYOUTS = {
     "one rank": {"ranks": 1, "zero": 0},
@@ -175,17 +175,18 @@ os._exit(run.main())
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_a_diverged_run_advises_works(ranks: int, tmp_path: Path) -> None:
-    """In real processes: it saves every step, and looks at the loss after the last one only."""
+    """It saves every step, and looks at the loss after the last one only."""
     options = {"train": {"steps": 9}, "checkpoint": {"every": 1, "keep": 3}, "observe": {"log_every": 50}}
     config = write_config(tmp_path, ranks=ranks, runs_dir="runs", **options)
     script = tmp_path / "diverges.py"
     script.write_text(DIVERGES, encoding="utf-8")
-    program = [str(script), "--config", str(config)]
-    start = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    first = launch(tmp_path, *start, *program)
+
+    def start(*added: str) -> Outcome:
+        return start_on_ranks(ranks, tmp_path, "--config", str(config), *added, script=script)
+
+    first = start()
     assert first.code == 1, first.err
     folder = tmp_path / "runs" / "small" / "checkpoints"
     assert [path.name for path in all_checkpoints(folder)] == ["step_00000003", "step_00000004", "step_00000005"]
@@ -195,11 +196,11 @@ def test_what_a_diverged_run_advises_works(ranks: int, tmp_path: Path) -> None:
         re.findall(r"in a folder of its own: (name=\S+ checkpoint\.resume=\S+ optimizer\.lr=\S+)", first.err)
     )
     if ranks == 1:
-        earlier = launch(tmp_path, *start, *program, *shlex.split(further))
+        earlier = start(*shlex.split(further))
         assert earlier.code == 0, earlier.err
         assert "continuing from runs/small/checkpoints/step_00000003" in earlier.out
         assert "run small-2 in" in earlier.out
-    onward = launch(tmp_path, *start, *program, *shlex.split(advice))
+    onward = start(*shlex.split(advice))
     assert onward.code == 0, onward.err
     assert "changed since the run was last started: optimizer.lr, 0.003 -> 0.0015" in onward.out
     assert "continuing from runs/small/checkpoints/step_00000005" in onward.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -13,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 import dsmoe
-from dsmoe.config import UserError
+from dsmoe.config import UserError, load_config
 from dsmoe.config.schema import Config
 from dsmoe.interop.tokenizer import byte_tokenizer_json
 from dsmoe.model import build_model
 from dsmoe.parallel import Groups
+from dsmoe.parallel.claims import SHOWN_CLAIMS, deviation, digest, explain
 from dsmoe.parallel.local import CONTEXT, run_ranks
 from dsmoe.plan import Topology
 from dsmoe.train.alike import claims_of_run
@@ -36,10 +38,13 @@ OTHERS = {
     "data.sources.0.text_field=body": 'data.sources.0.text_field: "text" on rank 0; "body" on rank 1',
     "data.validation_fraction=0.1": "data.validation_fraction: 0.05 on rank 0; 0.1 on rank 1",
     "train.precision=bf16": 'train.precision: "fp32" on rank 0; "bf16" on rank 1',
-    "moe.num_expert=4": "on rank 1: moe.num_expert: unknown key",
-    "cluster.devices_per_node=3": "on rank 1: train.micro_batch_size * train.sequence_length (3 * 1 * 32 = 96)",
 }
-"""An override that only rank 1 has, and what is to be said of it; `on rank 1` with the host's name in between."""
+"""An override that only rank 1 has, and what is to be said of it, each host's name left out."""
+REFUSED = {
+    "moe.num_expert=4": "moe.num_expert: unknown key",
+    "cluster.devices_per_node=3": "train.micro_batch_size * train.sequence_length (3 * 1 * 32 = 96)",
+}
+"""The same, of what is no config at all."""
 
 
 def _rank(folder: str, rank: int, port: str, arguments: list[str], streams: str, node: str) -> None:
@@ -79,31 +84,57 @@ def two_ranks(folders: list[Path], first: list[str], second: list[str], node: st
         return [Outcome(process.exitcode or 0, *text) for process, text in zip(ranks, texts, strict=True)]
 
 
+def write_two_ranks(folder: Path) -> list[str]:
+    """The arguments of a run of two ranks."""
+    return ["--config", str(write_config(folder, ranks=2, expert=2, train={"steps": 2}, runs_dir="runs"))]
+
+
+def without_host(said: str) -> str:
+    return re.sub(r" \([^ ()]+\)$", "", said, flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("override", OTHERS)
-def test_another_config_on_one_rank(override: str, tmp_path: Path) -> None:
-    config = write_config(tmp_path, ranks=2, expert=2, train={"steps": 2}, runs_dir="runs")
-    given = ["--config", str(config)]
-    first, second = two_ranks([tmp_path] * 2, given, [*given, override])
+def test_every_key_is_compared(override: str, tmp_path: Path) -> None:
+    _, path = write_two_ranks(tmp_path)
+    first, other = claims_of_run(load_config(path)), claims_of_run(load_config(path, [override]))
+    assert digest(first) != digest(other)
+    said = without_host(explain(first, [deviation(1, other, first)], 1, 2))
+    assert said.splitlines()[1:] == [f"  - {OTHERS[override]}"]
+
+
+def assert_refused(outcomes: list[Outcome], folder: Path) -> None:
+    """At once, and by one of the ranks."""
+    first, second = outcomes
     assert (first.code, second.code) == (2, 2)
-    said = first.err
-    for host in {line.split(" (")[-1].rstrip(")") for line in said.splitlines() if " (" in line}:
-        said = said.replace(f" ({host})", "")
-    expected = OTHERS[override]
-    if expected.startswith("on rank 1: "):
-        assert "1 rank of 2 cannot start:" in said
-        assert expected.removeprefix("on rank 1: ") in said
-        assert "rank 1 on " in said
-    else:
-        assert "1 rank of 2 would not train what rank 0 does" in said
-        assert expected in said
     assert "Traceback" not in first.err + second.err
     assert "error" not in second.err, "once for all"
-    assert not (tmp_path / "runs").exists()
+    assert not (folder / "runs").exists()
+
+
+def test_another_config_on_one_rank(tmp_path: Path) -> None:
+    given = write_two_ranks(tmp_path)
+    overrides = list(OTHERS)[:SHOWN_CLAIMS]
+    outcomes = two_ranks([tmp_path] * 2, given, [*given, *overrides])
+    assert_refused(outcomes, tmp_path)
+    said = without_host(outcomes[0].err)
+    assert "1 rank of 2 would not train what rank 0 does" in said
+    for override in overrides:
+        assert OTHERS[override] in said
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_no_config_on_one_rank(override: str, tmp_path: Path) -> None:
+    given = write_two_ranks(tmp_path)
+    outcomes = two_ranks([tmp_path] * 2, given, [*given, override])
+    assert_refused(outcomes, tmp_path)
+    said = outcomes[0].err
+    assert "1 rank of 2 cannot start:" in said
+    assert REFUSED[override] in said
+    assert "rank 1 on " in said
 
 
 def test_other_code_on_one_rank(tmp_path: Path) -> None:
-    config = write_config(tmp_path, ranks=2, expert=2, train={"steps": 2}, runs_dir="runs")
-    given = ["--config", str(config), "cluster.nodes=2", "cluster.devices_per_node=1"]
+    given = [*write_two_ranks(tmp_path), "cluster.nodes=2", "cluster.devices_per_node=1"]
     first, second = two_ranks([tmp_path] * 2, given, given, node="edited")
     assert (first.code, second.code) == (2, 2)
     assert "dsmoe's source: source of rank 0 on rank 0; source of rank 1 on rank 1" in first.err
@@ -122,7 +153,6 @@ def test_another_corpus_or_cache_on_one_node(what: str, tmp_path: Path) -> None:
     for node in nodes:
         shutil.copy(tmp_path / "config.yaml", node)
     if what == "cache":  # of another text whose file looked the same
-        from dsmoe.config import load_config
         from dsmoe.data import prepare
 
         for node, word in zip(nodes, ("one", "two"), strict=True):

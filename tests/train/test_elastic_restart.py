@@ -15,11 +15,13 @@ import psutil
 import pytest
 
 from dsmoe.config import dump_config
+from tests.ports import free_port
+from tests.train.forked import start_on_ranks
 from tests.train.layouts import small_config
 
 REPOSITORY = Path(__file__).parents[2]
 PRETRAIN = str(REPOSITORY / "launch" / "pretrain.py")
-STEPS = 80
+STEPS = 40
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -44,19 +46,11 @@ def losses(folder: Path) -> list[float]:
     return [loss for _, loss in sorted(by_step.items())]
 
 
-def train(folder: Path, ranks: int, steps: int) -> subprocess.CompletedProcess[str]:
-    command = ["torchrun", "--standalone", f"--nproc-per-node={ranks}", PRETRAIN, "--config"]
-    done = subprocess.run(
-        [*command, str(write_config(folder, steps))],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def train(folder: Path, ranks: int, steps: int) -> str:
+    """What a start on so many ranks prints."""
+    done = start_on_ranks(ranks, folder, "--config", str(write_config(folder, steps)))
+    assert done.code == 0, done.out + done.err
+    return done.out
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +60,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(folder)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_on_more_and_on_fewer_ranks(undisturbed: list[float], tmp_path: Path) -> None:
     adjusted = [
         "elastic: cluster.nodes 2 -> 1; parallel.expert 4 -> 2",
@@ -74,14 +67,14 @@ def test_a_run_goes_on_on_more_and_on_fewer_ranks(undisturbed: list[float], tmp_
         "elastic: cluster.nodes 2 -> 1; cluster.devices_per_node 2 -> 1; parallel.expert 4 -> 1",
     ]
     for ranks, steps, said in zip((2, 4, 1), (2, 4, 6), adjusted, strict=True):
-        assert said in train(tmp_path, ranks, steps).stdout
+        assert said in train(tmp_path, ranks, steps)
     assert losses(tmp_path) == pytest.approx(undisturbed[:6], rel=1e-5)
 
 
 @contextmanager
-def agent(folder: Path, config: Path, number: int) -> Iterator[subprocess.Popen[bytes]]:
+def agent(folder: Path, config: Path, number: int, port: str) -> Iterator[subprocess.Popen[bytes]]:
     """A node's torchrun, with one rank; 1 or 2 nodes may be there."""
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29823", "--rdzv-id=elastic"]
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic"]
     # The node where the ranks meet has to stay: a scheduler's requeue is for that one.
     wait = [f"--rdzv-conf=is_host={number == 0},last_call_timeout=3,join_timeout=120"]
     command = ["torchrun", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", *rendezvous, *wait]
@@ -112,7 +105,8 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 def test_torchrun_goes_on_without_a_node_that_has_gone(undisturbed: list[float], tmp_path: Path) -> None:
     config = write_config(tmp_path, STEPS)
     saved = tmp_path / "runs" / "small" / "checkpoints" / "step_00000010"
-    with agent(tmp_path, config, 0) as stays, agent(tmp_path, config, 1) as goes:
+    port = free_port()
+    with agent(tmp_path, config, 0, port) as stays, agent(tmp_path, config, 1, port) as goes:
         deadline = time.monotonic() + 120
         while not saved.exists():
             assert time.monotonic() < deadline, (tmp_path / "agent_0.log").read_text(encoding="utf-8")

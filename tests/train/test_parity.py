@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from dsmoe.cli import main
 from dsmoe.train.compare import TOLERANCES, Training, difference
+from tests.train.forked import start_on_ranks
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
 
@@ -32,21 +30,14 @@ def test_layouts_of_one_model_are_the_same_and_another_model_is_told(capsys: pyt
     assert "DIFFERENT: loss, gradient norm, held-out loss, weight " in different
 
 
-def test_under_a_launcher_the_first_layout_is_what_the_others_are_compared_with() -> None:
-    command = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "dsmoe", "parity", TINY, "--steps=2"]
+def test_under_a_launcher_the_first_layout_is_what_the_others_are_compared_with(tmp_path: Path) -> None:
+    script = tmp_path / "dsmoe"
+    script.write_text("from dsmoe.cli import main\nraise SystemExit(main())\n", encoding="utf-8")
     layouts = ["tp=2,ep=2", "ep=2,zero=0", "ep=1,zero=2"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}  # else DeepSpeed warns on stdout
-    done = subprocess.run(
-        [*command, "--layouts", *layouts],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr
-    _, _, _, *rows, _, _, last = done.stdout.splitlines()
+    arguments = ["parity", TINY, "--steps=2", "--layouts", *layouts]
+    done = start_on_ranks(2, tmp_path, *arguments, script=script, DS_ACCELERATOR="cpu")  # else it warns on stdout
+    assert done.code == 0, done.err
+    _, _, _, *rows, _, _, last = done.out.splitlines()
     assert last.startswith("nothing was compared with one rank")
     assert [row.split()[0] for row in rows] == layouts
     assert [row.split()[-1] for row in rows] == ["reference", "same", "same"]

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,6 +24,7 @@ from dsmoe.parallel.distributed import DeviceError, HostError
 from dsmoe.parallel.local import CONTEXT
 from dsmoe.train.run import explain_end
 from tests.ports import free_port
+from tests.train.forked import Outcome, start_on_ranks
 from tests.train.layouts import small_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,21 +56,17 @@ PROMISED = {
 }
 
 
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
 def _main_in_child(folder: str, arguments: list[str], streams: str) -> None:
     os.chdir(folder)
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{streams}/{name}", os.O_CREAT | os.O_WRONLY), descriptor)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
+    from dsmoe.checkpoint import checkpoints
+    from dsmoe.train import folder as run_folders
     from dsmoe.train.run import main
 
+    checkpoints.LOOKS = run_folders.LOOKS = (0.05, 0.2)  # the pauses before a damaged file is read again
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -473,7 +469,7 @@ def test_nodes_that_do_not_share_the_run_folder_are_told_at_once(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_hanging_rank_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
-    cluster = {"collective_timeout_seconds": 10}
+    cluster = {"collective_timeout_seconds": 6}
     config = write_config(tmp_path, ranks=2, expert=2, cluster=cluster, runs_dir="runs")
     script = tmp_path / "hangs.py"
     script.write_text(
@@ -488,11 +484,10 @@ def test_a_hanging_rank_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
         "os._exit(run.main())\n",
         encoding="utf-8",
     )
-    command = ("deepspeed", "--num_gpus", "2", "--master_port", free_port(), str(script), "--config", str(config))
-    outcome = launch(tmp_path, *command, timeout=150)  # subprocess.TimeoutExpired is the failure
+    outcome = start_on_ranks(2, tmp_path, "--config", str(config), script=script)  # fails where it does not end
     assert outcome.code == 1
     everything = outcome.out + outcome.err
-    assert "10000ms" in everything
+    assert "6000ms" in everything
     assert everything.count("a collective failed at step 3, layer blocks.1.ffn, exchange of rows") == 1
     assert re.search(r"rank 1 on \S+ is missing: alive, but still at step 2, reducing metrics", everything)
     assert "Traceback" not in everything

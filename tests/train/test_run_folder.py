@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from dsmoe.train.summary import summary
 from tests.checkpoint.crashes import figures
 from tests.checkpoint.runs import layout_config
 from tests.checkpoint.test_crashes import save_small
-from tests.train.test_run import Outcome, launch, pretrain, refused, write_config
+from tests.train.forked import Outcome, start_on_ranks
+from tests.train.test_run import pretrain, refused, write_config
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_what_another_run_did_while_the_data_were_prepared_is_seen(work: Path) -
     checkpoints = work / "runs" / "small" / "checkpoints"
     (checkpoints / "step_00000004").rename(work / "newer")
     (work / "meanwhile.py").write_text(MEANWHILE, encoding="utf-8")
-    outcome = launch(work, sys.executable, "meanwhile.py", "--config", "config.yaml", "train.steps=5")
+    outcome = start_on_ranks(1, work, "--config", "config.yaml", "train.steps=5", script=work / "meanwhile.py")
     assert outcome.code == 0, outcome.err
     assert "continuing from runs/small/checkpoints/step_00000004" in outcome.out
     assert "passed over" not in outcome.out
@@ -355,7 +355,7 @@ def test_reports_that_are_removed_while_it_trains_do_not_end_a_run(tmp_path: Pat
     options = {"train": {"steps": 5}, "checkpoint": {"every": 2}, "observe": {"tensorboard": True}}
     write_config(tmp_path, runs_dir="runs", **options)
     (tmp_path / "losing.py").write_text(LOSING, encoding="utf-8")
-    outcome = launch(tmp_path, sys.executable, "losing.py", "--config", "config.yaml")
+    outcome = start_on_ranks(1, tmp_path, "--config", "config.yaml", script=tmp_path / "losing.py")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "runs" / "small"
     verify(run / "checkpoints" / "step_00000005")
@@ -444,7 +444,7 @@ def test_what_one_changes_after_a_divergence_may_change(
     assert beginning.notes[0].endswith(f"-> {value}")
 
 
-# ---- the last save, in real processes
+# ---- the last save
 
 FULL = """
 import errno, os, sys
@@ -464,14 +464,11 @@ os._exit(run.main())
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "number", "often", "code"),
     [(1, errno.ENOSPC, 99, 1), (1, errno.EACCES, 99, 2), (1, errno.EIO, 2, 0), (2, errno.ENOSPC, 2, 0)],
 )
-def test_how_a_run_ends_whose_last_save_fails(
-    ranks: int, number: int, often: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_a_run_ends_whose_last_save_fails(ranks: int, number: int, often: int, code: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"train": {"steps": 4}, "checkpoint": {"every": 1, "keep": 2}}
     write_config(tmp_path, ranks=ranks, runs_dir="runs", **options)
     (tmp_path / "full.py").write_text(FULL, encoding="utf-8")
@@ -479,10 +476,8 @@ def test_how_a_run_ends_whose_last_save_fails(
     folder.mkdir(parents=True)
     (folder / ".step_00000002.removed").symlink_to(tmp_path)
     (folder / ".step_00000003.partial.swp").touch()
-    monkeypatch.setenv("FULL_RANK", str(ranks - 1))
-    program = ["full.py", str(number), str(often), "--config", "config.yaml"]
-    start = ["torchrun", "--standalone", "--nproc-per-node", "2"] if ranks > 1 else [sys.executable]
-    outcome = launch(tmp_path, *start, *program)
+    arguments = [str(number), str(often), "--config", "config.yaml"]
+    outcome = start_on_ranks(ranks, tmp_path, *arguments, script=tmp_path / "full.py", FULL_RANK=str(ranks - 1))
     assert outcome.code == code, outcome.err
     assert "the last save is tried again in 0 s" in outcome.out
     last = 3 if code else 4
