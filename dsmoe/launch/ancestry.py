@@ -78,6 +78,10 @@ class Process:
         return state in "ZX" or started != self.started
 
 
+_GONE_BEFORE = Process(0, "", ("before this rank began",))
+"""A launcher of which nothing is left to see; no process has this number."""
+
+
 def watch_launcher() -> None:
     """Send SIGTERM to this process when what has launched it has gone; to be called as early as possible."""
     launchers = launchers_of(os.environ)
@@ -102,6 +106,8 @@ def launchers_of(environment: Mapping[str, str]) -> list[Process]:
     rest = ancestors[len(scripts) :]
     if not rest or not (by_agent or rest[0].program in _DAEMONS):
         return []
+    if by_agent and _is_init(rest[0]):
+        return [_GONE_BEFORE]
     launchers = [*scripts, rest[0]]
     for above in rest[1:]:
         if not _has_launched(above, launchers[-1]):
@@ -125,6 +131,11 @@ def _outlive(launchers: list[Process]) -> None:
     else:
         time.sleep(2 * LOOK_SECONDS)  # all ranks stop when one does, and that one is to have said why
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_init(process: Process) -> bool:
+    """Whether it is what ranks are left to when their agent has ended: both agents are Python, also as a first process."""
+    return process.number == 1 and not Path(process.command[0]).name.startswith("python")
 
 
 def _has_launched(above: Process, below: Process) -> bool:

@@ -279,3 +279,21 @@ def test_a_rank_that_waits_for_others_ends_with_its_launcher(program: str, tmp_p
             with suppress(ProcessLookupError):
                 os.kill(ranks[0], signal.SIGKILL)
     assert said.splitlines()[-1].endswith("its ranks are told to stop (SIGTERM)"), said
+
+
+@pytest.mark.parametrize(
+    ("first", "variables", "gone"),
+    [
+        ("/sbin/init", TORCHRUN, True),
+        ("/usr/bin/tini", DEEPSPEED, True),
+        ("/usr/bin/python3.11", TORCHRUN, False),  # torchrun is the first process of a container
+        ("/sbin/init", OTHER, False),
+        ("/sbin/init", ALONE, False),
+    ],
+)
+def test_an_agent_that_had_gone_before_its_rank_began(
+    first: str, variables: dict[str, str], gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ancestry, "_ancestors", lambda _: iter([Process(1, "5", (first, "torchrun"))]))
+    monkeypatch.setattr(ancestry, "_was_told", lambda *_: False)
+    assert any(process.has_gone() for process in ancestry.launchers_of(variables) if process.number == 0) is gone
