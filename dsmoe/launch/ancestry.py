@@ -134,7 +134,7 @@ def _outlive(launchers: list[Process]) -> None:
 
 
 def _is_init(process: Process) -> bool:
-    """Whether it is what ranks are left to when their agent has ended: both agents are Python, also as a first process."""
+    """Whether it is what ranks are left to when their agent has ended; both agents are Python, if one is process 1."""
     return process.number == 1 and not Path(process.command[0]).name.startswith("python")
 
 
