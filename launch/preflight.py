@@ -9,14 +9,15 @@ import os
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from dsmoe.launch.ancestry import watch_launcher
-from dsmoe.launch.start import begin, end_process, preflight_program
+from dsmoe.launch.start import begin, end_process, interruptible, preflight_program
 
 if __name__ == "__main__":
     watch_launcher()
-    start = begin(preflight_program())
-    code = start.ended()
-    if code is None:
-        from dsmoe.preflight.run import main  # which imports torch
+    with interruptible():
+        start = begin(preflight_program())
+        code = start.ended()
+        if code is None:
+            from dsmoe.preflight.run import main  # which imports torch
 
-        code = main(start)
+            code = main(start)
     end_process(code)

@@ -57,7 +57,7 @@ def test_streams_decide_nothing(how: str, unbuffered: str, tmp_path: Path) -> No
 
 def test_a_command_whose_output_is_the_point_says_that_it_did_not_fit(tmp_path: Path) -> None:
     done = shell(tmp_path, "python -m dsmoe config schema >/dev/full")
-    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
 
 
 def test_a_reader_that_has_seen_enough_hears_of_no_error(tmp_path: Path) -> None:

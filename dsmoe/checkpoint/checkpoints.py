@@ -301,7 +301,7 @@ class Checkpoints:
 
     def _checked(self, checkpoint: Path) -> Manifest:
         """The manifest, when all ranks together have found every file to be what was written."""
-        with Job("verification", f"verifying {checkpoint.name}") as job:
+        with Job("verification", f"verifying {checkpoint.name}", ends_with_rank=True) as job:
 
             def look() -> Manifest:
                 job.at(f"reading {MANIFEST}")
@@ -313,19 +313,19 @@ class Checkpoints:
                 check_surely(checkpoint, manifest, mine, Reading(job.at, job.add))
                 job.waits("all verified")
 
-            manifest = on_first_rank(look)
-            on_every_rank(check)
+            manifest = on_first_rank(look, job)
+            on_every_rank(check, job)
             return manifest
 
     def _read(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...]) -> None:
         """Fill the parts; each tensor of these kinds must be wanted by some rank, and each that is wanted be there."""
-        with Job("load", f"loading {checkpoint.name}") as job:
+        with Job("load", f"loading {checkpoint.name}", ends_with_rank=True) as job:
             self._fill(checkpoint, manifest, parts, kinds, job)
 
     def _fill(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...], job: Job) -> None:
         here = {part.key: part.shape for part in parts if part.key.partition("/")[0] in kinds}
         wanted: dict[str, tuple[int, ...]] = {}
-        for shapes in on_every_rank(lambda: here):
+        for shapes in on_every_rank(lambda: here, job):
             wanted |= shapes
         refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
         mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
@@ -335,7 +335,7 @@ class Checkpoints:
             check_headers(checkpoint, manifest, mine)
             job.waits("headers read")
 
-        on_every_rank(check)
+        on_every_rank(check, job)
         dcp.load(
             by_key(parts),
             storage_reader=FolderReader(checkpoint, manifest, job),
@@ -345,7 +345,7 @@ class Checkpoints:
         checked = [(part.key, part.here) for part in parts if part.here.is_floating_point()]
         bad = not_finite(checked, self._engine.device).tolist()
         here_bad = next((key for (key, _), is_bad in zip(checked, bad, strict=True) if is_bad), None)
-        first = next((key for key in on_every_rank(lambda: here_bad) if key is not None), None)
+        first = next((key for key in on_every_rank(lambda: here_bad, job) if key is not None), None)
         if first is not None:
             raise NotFiniteError(f"{checkpoint} has a state that is not finite ({first} has NaN or infinite elements)")
 
@@ -369,6 +369,7 @@ class Checkpoints:
         """Write, with the other ranks, and then remove what is to be kept no more. Where that fails, say so."""
         with job:
             if self._is_written(writer) and dist.get_rank() == 0 and self._tidies:
+                job.ends_with_rank = False  # it is saved, and the others may be at their end
                 job.at("removing older checkpoints")
                 try:
                     remove_old(self.folder, self._config.checkpoint, writer.final)

@@ -41,6 +41,7 @@ _LAUNCH = "deepspeed.launcher.launch"
 _DAEMONS = {
     *("mpirun", "mpiexec", "orterun", "prterun", "orted", "prted", "prte"),  # Open MPI's
     *("mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy", "pmi_proxy"),  # MPICH's and Intel's
+    *("palsd", "mpispawn", "flux-shell", "jsmd"),  # of PALS, MVAPICH2, Flux and jsrun
     *("slurmstepd", "entrypoint.py"),  # Slurm's, and the one of docker/
 }
 

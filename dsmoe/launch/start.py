@@ -13,8 +13,8 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,11 +23,14 @@ from dsmoe.config.errors import HostError, UserError, exit_code_of
 from dsmoe.config.load import load_config
 from dsmoe.config.schema import Config
 from dsmoe.console import finish_streams, steady_streams
+from dsmoe.launch.ancestry import watch_launcher
 from dsmoe.launch.launchers import LauncherError
-from dsmoe.launch.world import check_meeting, for_this_world, is_speaker, join_launcher
+from dsmoe.launch.world import check_meeting, for_this_world, is_speaker, join_launcher, launcher_has_store
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 STAY_SECONDS = 3.0
 """How long rank 0, which has said what is wrong, stays for the others to hear that; torch takes longer to import."""
 LINGER_SECONDS = 5.0
@@ -124,7 +127,9 @@ def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
 
 
 def begin_with(path: str, overrides: Sequence[str]) -> Start:
-    """The same, where the arguments have been read."""
+    """The same for a command that has read its arguments, and for which nobody has begun to watch the launcher."""
+    steady_streams()
+    watch_launcher()
     options = argparse.Namespace()
     try:
         wrong_launcher = _join()
@@ -154,6 +159,18 @@ def preflight_program() -> Parser:
     parser = program("preflight.py", "Check every node and link before a long job.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers (in the run's folder)")
     return parser
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End with 130 and one line, for all ranks, at Ctrl-C (SIGINT) where nothing else is done about it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_speaker():
+            print("stopped by SIGINT, at once", file=sys.stderr, flush=True)
+        finish_streams()
+        os._exit(INTERRUPTED)
 
 
 def end_process(code: int) -> NoReturn:
@@ -211,7 +228,7 @@ def _word(text: str) -> bytes:
 def _stay_for_others(word: bytes) -> None:
     """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
     size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1" or not size.isdecimal() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if size == "1" or not size.isdecimal() or launcher_has_store():
         return
     deadline = time.monotonic() + STAY_SECONDS
     family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}

@@ -181,6 +181,11 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
         )
 
 
+def launcher_has_store(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the store in which ranks meet is in torchrun's agent on rank 0's host, and not in rank 0's process."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # as torch decides it
+
+
 def check_meeting(environment: Mapping[str, str] = os.environ) -> None:
     """Check that several ranks know where they meet.
 

@@ -20,6 +20,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.parallel.groups import ExpertGroup
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.watch import BEAT_SECONDS, Watch, process_watch
+from dsmoe.plan.text import rank_names
 
 POLL_SECONDS = 0.005
 
@@ -70,8 +71,11 @@ def _agree(watch: Watch, group: ExpertGroup, intent: str, num_tokens: int, numbe
             intents.update({r: (doing, None) for r, doing in silent.items() if not watch.store.check([keys[r]])})
         said = {rank: watch.store.get(keys[rank]) for rank in waiting if watch.store.check([keys[rank]])}
         intents.update({rank: tuple(json.loads(text)) for rank, text in said.items()})
+        if watch.first_failed not in (None, watch.rank):
+            raise LostRanksError(f"rank {watch.first_failed} has failed")
         if time.monotonic() > deadline:
-            raise LostRanksError(f"ranks {waiting} have not come to {intent} within {watch.timeout}")
+            seconds = watch.timeout.total_seconds()
+            raise LostRanksError(f"{rank_names(waiting)} have not come to {intent} within {seconds:.0f} s")
         time.sleep(POLL_SECONDS)
     if len({what for what, _ in intents.values()}) > 1:
         raise DisagreementError(_explain(intents))

@@ -24,6 +24,7 @@ from dsmoe.launch.world import check_meeting, join_launcher, launched_world
 from dsmoe.parallel.claims import Claims
 from dsmoe.parallel.devices import DeviceError as DeviceError
 from dsmoe.parallel.devices import describe_device, take_device
+from dsmoe.parallel.jobs import Job
 from dsmoe.parallel.lost import LostRanksError, first_line
 from dsmoe.parallel.roll import call_roll
 from dsmoe.parallel.waiting import while_others_wait
@@ -97,7 +98,8 @@ def join_processes(
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             raise _rendezvous_problem(error) from error
-        process_watch().timeout = timeout
+        if torch.distributed.is_initialized():
+            process_watch().timeout = timeout
     where = torch.device("cuda", index) if device == "cuda" else torch.device("cpu")
     return Rank(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), where)
 
@@ -185,22 +187,22 @@ def _switch_off_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def on_first_rank(action: Callable[[], T], what: str = "") -> T:
+def on_first_rank(action: Callable[[], T], what: str | Job = "work of rank 0") -> T:
     """Let rank 0 do `action` while the others wait, and give every rank its result, or raise its error on every rank.
 
-    The others wait without a timeout: what only one rank does (tokenising) may take longer than a collective may. Name
-    `what` it does, if that may take long: then the log says so every minute. The result and the error must be
-    picklable. The error says of itself that all ranks have it: `is_shared(error)`.
+    The others wait without a timeout: what only one rank does (tokenising) may take longer than a collective may. The
+    log says every minute `what` it is, or the job of which this is a part. The result and the error must be picklable.
+    The error says of itself that all ranks have it: `is_shared(error)`.
 
     Raises:
-        LostRanksError: rank 0 has ended (`dsmoe.parallel.waiting`).
+        LostRanksError: rank 0 has ended, or gives no sign of life (`dsmoe.parallel.waiting`).
     """
     outcome = while_others_wait([0], lambda: _outcome_of(action), what) or [None, None]
     torch.distributed.broadcast_object_list(outcome, src=0)
     return cast(T, _result_of([outcome])[0])
 
 
-def on_first_of_hosts(action: Callable[[], object], what: str = "") -> None:
+def on_first_of_hosts(action: Callable[[], object], what: str) -> None:
     """Let the first rank of every host do `action` while the others wait, or raise the first error on every rank.
 
     Without a timeout, and with `what`, as in `on_first_rank`.
@@ -210,16 +212,16 @@ def on_first_of_hosts(action: Callable[[], object], what: str = "") -> None:
     _on_ranks([rank for rank, local in enumerate(local_ranks) if local == 0], action, what)
 
 
-def on_every_rank(action: Callable[[], T]) -> list[T]:
+def on_every_rank(action: Callable[[], T], what: str | Job = "work of every rank") -> list[T]:
     """Let every rank do `action`, and give all of them all results by rank, or raise the first rank's error on all.
 
-    A rank that fails alone would leave the others waiting in the next collective. Without a timeout, as in
-    `on_first_rank`: one of them may read from a slower disk.
+    A rank that fails alone would leave the others waiting in the next collective. Without a timeout, and with `what`,
+    as in `on_first_rank`: one of them may read from a slower disk.
     """
-    return _on_ranks(range(torch.distributed.get_world_size()), action, "")
+    return _on_ranks(range(torch.distributed.get_world_size()), action, what)
 
 
-def _on_ranks(workers: Collection[int], action: Callable[[], T], what: str) -> list[Any]:
+def _on_ranks(workers: Collection[int], action: Callable[[], T], what: str | Job) -> list[Any]:
     """What `action` has returned on every rank, None where it was not done."""
     outcome = while_others_wait(workers, lambda: _outcome_of(action), what) or [None, None]
     outcomes: list[Any] = [None] * torch.distributed.get_world_size()

@@ -9,7 +9,6 @@ anything of a job that ends before.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -21,8 +20,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.watch import GRACE_SECONDS, STORE_SECONDS, Note, Watch, _key, process_watch, within
+from dsmoe.parallel.watch import GRACE_SECONDS, STORE_SECONDS, Note, Watch, notes_in, process_watch, within
 from dsmoe.plan.text import rank_names
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ class Job(Account):
         """This rank's part is over; its account says so until the next job of this kind."""
         self._set(OVER, "done")
         self.ended.set()
+        if self.ends_with_rank:  # nobody is to take this rank, which may end now, for one that is gone
+            within(STORE_SECONDS, self._watch._publish)
 
     def account(self) -> list[Any]:
         """What the others are told: the job's number, and `text`."""
@@ -149,7 +151,8 @@ class _Looking:
             else:
                 self._look([0])
                 patience = WORD_SECONDS + 2 * LOOK_SECONDS + LOG_SECONDS
-                if time.monotonic() - self._heard_at > patience:
+                # Hosts are many, and each of them would read the notes of all ranks.
+                if time.monotonic() - self._heard_at > patience and time.monotonic() >= self._next_word:
                     self._look(range(self._watch.world_size))
                     self._speak_if_due()
             if self._job.ends_with_rank and (lost := self._lost()) is not None:
@@ -183,11 +186,7 @@ class _Looking:
             self._store = self._watch.store.clone()
         store, spoken = self._store, self._spoken
         heard = store.get(spoken).decode() if store.check([spoken]) else ""
-        keys = {rank: _key(rank) for rank in ranks}
-        if not store.check(list(keys.values())):  # some rank has not published yet
-            keys = {rank: key for rank, key in keys.items() if store.check([key])}
-        texts = store.multi_get(list(keys.values())) if keys else []
-        return {rank: Note(**json.loads(text)) for rank, text in zip(keys, texts, strict=True)}, heard
+        return notes_in(store, ranks), heard
 
     def _speak_if_due(self) -> None:
         """Log a line if it is time to, and let the others know that this was possible."""
@@ -225,7 +224,8 @@ class _Looking:
         """For how long other ranks have given no sign of life, of those whose beats do not go on."""
         silences = {rank: self._seen[rank] - since for rank, since in self._beaten.items()}
         silences.pop(self._watch.rank, None)
-        return {rank: seconds for rank, seconds in silences.items() if seconds > GRACE_SECONDS}
+        silent = {rank: seconds for rank, seconds in silences.items() if seconds > GRACE_SECONDS}
+        return {r: seconds for r, seconds in silent.items() if _account(self._notes[r], self._job)[1] != OVER}
 
     def _silent_store(self) -> float:
         return time.monotonic() - self._answered
@@ -237,7 +237,9 @@ class _Looking:
 
     def _lost(self) -> str | None:
         """Why the job will not come to an end, if a rank that had begun it is gone."""
-        if self._silent_store() > GONE_SECONDS:
+        # A store in a launcher goes with the launcher, and rank 0 has its own: neither tells of a rank.
+        of_rank_0 = self._watch.rank > 0 and not launcher_has_store()
+        if of_rank_0 and self._silent_store() > GONE_SECONDS:
             return f"{self._job.what}: {self._no_store()}: it has ended, or is cut off from here"
         gone = {
             rank: self._notes[rank]

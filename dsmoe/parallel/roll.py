@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
+from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.claims import (
     ASKED_RANKS,
     Claims,
@@ -63,11 +64,17 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, 
     if world == 1:
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # As torch decides it; under torchrun the agent has the store. This process' next store there is the same one.
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and not launcher_has_store()  # this process' next store there is the same one
     if not serves:
         _reach(address, port, timeout)
-    store = dist.TCPStore(address, port, world, serves, timeout, wait_for_workers=False, multi_tenant=True)
+
+    def meet() -> dist.TCPStore:
+        return dist.TCPStore(address, port, world, serves, timeout, wait_for_workers=False, multi_tenant=True)
+
+    # A store in a process that is stopped may be connected to, and never answers.
+    store = meet() if serves else within(timeout.total_seconds(), meet)
+    if store is None:
+        raise LostRanksError(f"rank 0 {meeting_place() or 'does not answer'} at {address}:{port}, where the ranks meet")
     _servers.append(store)
     keys = [_key(place) for place in range(world)]
     store.set(keys[rank], f"{digest(claims)}\n{device}")

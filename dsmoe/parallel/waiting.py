@@ -10,9 +10,9 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from types import FrameType
 from typing import TypeVar
 
@@ -30,35 +30,37 @@ WAITING = "waiting for the work of other ranks"
 WORKING = "work that other ranks wait for"
 
 
-def while_others_wait(workers: Collection[int], action: Callable[[], T], what: str = "") -> T | None:
+def while_others_wait(workers: Collection[int], action: Callable[[], T], what: str | Job) -> T | None:
     """Let every rank of `workers` do `action`; returns on all ranks when all of them have. Collective.
 
     Args:
         workers: ranks, the same on every rank.
         action: must not raise. What it logs for `dsmoe` is what this rank does, where others ask.
-        what: what it does, for people: the log says every minute how far the workers are (`dsmoe.parallel.jobs`).
+        what: what it does, for people: the log says every minute how far the workers are (`dsmoe.parallel.jobs`). Or
+            the job of which this is a part.
 
     Returns:
         What `action` has returned here; None on a rank that only waits.
 
     Raises:
-        LostRanksError: a rank has failed, or rank 0 has ended; with `what`, a worker gives no sign of life.
+        LostRanksError: a rank has failed, rank 0 has ended, or a worker gives no sign of life.
     """
     watch = process_watch()
     watch.note(WAITING)
-    with Job("waiting", what, ends_with_rank=True, watch=watch) if what else nullcontext() as job:
+    if watch.world_size == 1:
+        return action()
+    job = what if isinstance(what, Job) else None
+    with nullcontext(job) if job else Job("waiting", str(what), ends_with_rank=True, watch=watch) as job:
         result = None
         if watch.rank in workers:
-            with _shown(watch, job):
+            with _shown(watch, job, says=not isinstance(what, Job)):
                 result = action()
-        if job:
-            job.waits(WAITING)
-        if watch.world_size > 1:
-            _wait(watch, workers, job)
+        job.waits(WAITING)
+        _wait(watch, workers, job)
     return result
 
 
-def _wait(watch: Watch, workers: Collection[int], job: Job | None) -> None:
+def _wait(watch: Watch, workers: Collection[int], job: Job) -> None:
     number = watch.count_wait()
     if workers == [0] and watch.rank == 0:
         watch.store.set(_key(number, "done"), "")
@@ -83,8 +85,8 @@ def _wait(watch: Watch, workers: Collection[int], job: Job | None) -> None:
             if asked.is_set():  # by a launcher: because rank 0 has ended?
                 watch.look_at_store()
             if watch.has_lost_first():
-                raise LostRanksError("it is waited for")
-            if job and job.lost:
+                raise LostRanksError("rank 0 does not come")
+            if job.lost:
                 raise job.lost
             if asked.is_set():
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -98,15 +100,10 @@ def _key(number: int, what: str) -> str:
 
 
 def _wait_for_key(store: dist.Store, key: str) -> None:
-    while True:
-        try:
-            store.wait([key], timedelta(seconds=1))  # in between, others of this process may ask the store
-            return
-        except dist.DistNetworkError:
-            raise
-        except RuntimeError:  # not there yet: each kind of store has its own error for that
-            if store.check([key]):  # raises where the store has gone
-                return
+    pause = 0.01  # short waits end at once, and of long ones the store of thousands of ranks hears twice a second
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)
 
 
 class _Shown(logging.Handler):
@@ -124,17 +121,17 @@ class _Shown(logging.Handler):
 
 
 @contextmanager
-def _shown(watch: Watch, job: Job | None) -> Iterator[None]:
+def _shown(watch: Watch, job: Job, says: bool) -> Iterator[None]:
     """Let the others see what `dsmoe` logs here, which is on the console for rank 0 alone; they see INFO as well."""
     package = logging.getLogger("dsmoe")
-    shown, quiet = _Shown(watch, job), [(handler, handler.level) for handler in package.handlers]
+    shown, quiet = _Shown(watch, job if says else None), [(handler, handler.level) for handler in package.handlers]
     level = package.level
     for handler, _ in quiet:
         handler.setLevel(max(handler.level, level))
     package.setLevel(min(level or logging.WARNING, logging.INFO))
     package.addHandler(shown)
     watch.say(WORKING)
-    if job:
+    if says:
         job.at("working on it")
     try:
         yield

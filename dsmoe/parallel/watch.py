@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError, first_line, is_lost
 
 T = TypeVar("T")
@@ -37,6 +38,8 @@ FAILED = "dsmoe/failed"
 """The key of the first rank that failed."""
 ASKED = "dsmoe/asked"
 """The key of how often a rank was asked for reports."""
+SHOWN = 8
+"""The most ranks of a host, hosts and places that a message names."""
 SAVING = "saving a checkpoint"
 """A note that is not timed: how long it takes depends on the storage."""
 
@@ -149,7 +152,7 @@ class Watch:
     def has_lost_first(self) -> bool:
         """Whether rank 0 will not come any more: it has ended, with the store, or is silent for longer than allowed."""
         silent = self.rank > 0 and time.monotonic() - self._heard > self.timeout.total_seconds()
-        return self._store_has_ended or silent
+        return (self._store_has_ended and not launcher_has_store()) or silent
 
     def look_at_store(self) -> None:
         """Learn now whether the store has ended."""
@@ -161,18 +164,20 @@ class Watch:
         return self._doing[0]
 
     def stop(self) -> None:
-        """Publish no more."""
+        """Publish a last time what this rank has done, and no more."""
         self._stopped.set()
         self._thread.join(STORE_SECONDS)
+        if not self._thread.is_alive():
+            within(STORE_SECONDS, self._publish)
 
     def notes_of(self, ranks: Iterable[int]) -> dict[int, Note]:
         """What the ranks have last published; those that never have are left out."""
-        keys = {rank: _key(rank) for rank in ranks}
-        return {r: Note(**json.loads(self.store.get(key))) for r, key in keys.items() if self.store.check([key])}
+        return notes_in(self.store, ranks)
 
     def speaker(self) -> int | None:
         """Tell the others that this rank has failed, and learn which was the first to do so; None if none can say."""
-        self._now = replace(self._now, failed=True)
+        with self._publishing:
+            self._now = replace(self._now, failed=True)
 
         def ask() -> int:
             self._publish()
@@ -209,7 +214,7 @@ class Watch:
         while self._store_answers and time.monotonic() < deadline:
             if within(STORE_SECONDS, lambda: self.store.check(["dsmoe/told"])) is not False:
                 return  # told, or the store has gone with rank 0
-            time.sleep(0.2)
+            time.sleep(1)
 
     def _missing(self, here: Note) -> str:
         """Which of the others are gone, or the furthest behind."""
@@ -230,7 +235,7 @@ class Watch:
 
     def _without_store(self, here: Note) -> str:
         """What is known of rank 0 where the store, which it or its launcher has, does not answer."""
-        state, serves_itself = meeting_place(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        state, serves_itself = meeting_place(), not launcher_has_store()
         address = f"at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where the ranks meet"
         first = here if self.rank == 0 else self._first
         who = f"rank 0 on {first.host}" if serves_itself else f"the launcher on rank 0's host ({first.host})"
@@ -271,7 +276,7 @@ class Watch:
                 last, since = notes, time.monotonic()
             elif stood > self.timeout.total_seconds() + BEAT_SECONDS:
                 return action(LostRanksError(f"nothing has gone on for {self.timeout.total_seconds():.0f} s"))
-            elif self._store_has_ended and stood > GRACE_SECONDS:
+            elif self._store_has_ended and not launcher_has_store() and stood > GRACE_SECONDS:
                 return action(LostRanksError("nothing goes on, and the store has ended"))
 
     def _hand_on_questions(self) -> None:
@@ -338,6 +343,15 @@ def stop_watching() -> None:
     _watches.clear()
 
 
+def notes_in(store: dist.Store, ranks: Iterable[int]) -> dict[int, Note]:
+    """What the ranks have last published in `store`, in two questions, unless some never have."""
+    keys = {rank: _key(rank) for rank in ranks}
+    if keys and not store.check(list(keys.values())):
+        keys = {rank: key for rank, key in keys.items() if store.check([key])}
+    texts = store.multi_get(list(keys.values())) if keys else []
+    return {rank: Note(**json.loads(text)) for rank, text in zip(keys, texts, strict=True)}
+
+
 def _key(rank: int) -> str:
     return f"dsmoe/watch/{rank}"
 
@@ -347,12 +361,20 @@ def _who(notes: Mapping[int, Note]) -> str:
     hosts: dict[str, list[int]] = {}
     for rank, note in sorted(notes.items()):
         hosts.setdefault(note.host, []).append(rank)
-    parts = [f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))} on {host}" for host, r in hosts.items()]
+    parts = [f"{_few(ranks, 'rank')} on {host}" for host, ranks in list(hosts.items())[:SHOWN]]
+    if len(hosts) > SHOWN:
+        parts.append(f"ranks on {len(hosts) - SHOWN:,} more hosts")
     return f"{' and '.join(parts)} {'is' if len(notes) == 1 else 'are'}"
 
 
+def _few(ranks: list[int], name: str) -> str:
+    more = f" and {len(ranks) - SHOWN:,} more" if len(ranks) > SHOWN else ""
+    return f"{name}{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:SHOWN]))}{more}"
+
+
 def _places(notes: Mapping[int, Note]) -> str:
-    return "; ".join(dict.fromkeys(note.place for _, note in sorted(notes.items())))
+    places = list(dict.fromkeys(note.place for _, note in sorted(notes.items())))
+    return "; ".join([*places[:SHOWN], *(["..."] if len(places) > SHOWN else [])])
 
 
 def within(seconds: float, action: Callable[[], T]) -> T | None:

@@ -6,7 +6,6 @@ input is wrong.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,7 +16,6 @@ from dsmoe.launch.start import Start, begin, begin_with, end_process, preflight_
 from dsmoe.launch.world import for_this_world
 from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed, set_timeout_everywhere
-from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.watch import process_watch
 from dsmoe.plan import resolve_device
 from dsmoe.preflight.judge import Verdict
@@ -25,7 +23,7 @@ from dsmoe.preflight.report import text, write_json
 from dsmoe.preflight.results import RankReport
 from dsmoe.preflight.stages import Preflight
 from dsmoe.train.folder import run_folder
-from dsmoe.train.run import ended_by, explain_end
+from dsmoe.train.run import end_stalled, ended_by
 
 __all__ = ["end_process", "main", "preflight"]
 
@@ -67,7 +65,7 @@ def _check(given: Config, output: Path | None) -> int:
     timeout = timedelta(seconds=min(TIMEOUT_SECONDS, config.cluster.collective_timeout_seconds))
     set_timeout_everywhere(timeout)
     if not on_cpu:
-        process_watch().end_stalls(_end_stalled)
+        process_watch().end_stalls(end_stalled)
     checks = Preflight(config, rank, run_folder(config), timeout)
     checks.run()
 
@@ -82,9 +80,3 @@ def _check(given: Config, output: Path | None) -> int:
         return verdict.exit_code
 
     return checks.end(conclude)
-
-
-def _end_stalled(error: LostRanksError) -> None:
-    """End this process from a thread, because the main one waits for a device that waits for ever."""
-    explain_end(error, str(error))
-    os._exit(1)

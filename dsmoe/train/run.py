@@ -115,7 +115,7 @@ def pretrain(given: Config) -> bool:
     sources = prepare_once(config)
     check_alike(claims_of_data(sources))
     beginning, token = on_first_rank(lambda: make_run_folder(given, sources), f"looking at {folder}")
-    on_every_rank(lambda: check_shared(folder, token))
+    on_every_rank(lambda: check_shared(folder, token), f"looking at {folder}")
     reports = Reports(on_first_rank(lambda: make_folder(folder / FAILURES)), process_watch())
     reports.listen()
     ranks = on_every_rank(of_this_rank)
@@ -131,7 +131,7 @@ def pretrain(given: Config) -> bool:
     trainer = Trainer(config, groups, rank, folder / "checkpoints")
     resumed = _begin(trainer, beginning)
     if rank.device.type == "cuda":
-        process_watch().end_stalls(_end_stalled)
+        process_watch().end_stalls(end_stalled)
     trainer.sinks = _sinks(config, folder, trainer.step_index if resumed else -1) if rank.is_first else []
     try:
         finished = _train_and_tell(trainer, folder)
@@ -215,7 +215,8 @@ def _train_and_tell(trainer: Trainer, folder: Path) -> bool:
     bigram = on_first_rank(
         lambda: _report(
             "bigram model", lambda: evaluate_bigram_model(trainer.held_out, trainer.config.model.vocab_size)
-        )
+        ),
+        "counting the pairs of tokens of a bigram model",
     )
     if bigram:
         reached = bigram[BITS_PER_BYTE]
@@ -264,7 +265,7 @@ def _handler(handler: logging.Handler) -> logging.Handler:
     return handler
 
 
-def _end_stalled(error: LostRanksError) -> None:
+def end_stalled(error: LostRanksError) -> None:
     """End this process from a thread, because the main one waits for a device that waits for ever."""
     explain_end(error, str(error))
     os._exit(1)
@@ -310,7 +311,7 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
 
     A wrong config is wrong everywhere, and rank 0 says so. What is wrong on a rank alone is told to rank 0, which waits
     for all, and says it. Where rank 0 does not answer, the first rank of a host says what is wrong there, and one rank
-    of each that rank 0 is missing. Of other errors, only a rank that is still there after the launcher would have ended
+    of each what is wrong everywhere, or that rank 0 is missing. Of other errors, only a rank that is still there after the launcher would have ended
     it for rank 0's sake has its own.
     """
     if rank > 0:
@@ -322,8 +323,7 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
             time.sleep(LINGER_SECONDS)
         of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
         of_host = isinstance(error, HostError) and first_of_host
-        without_first = isinstance(error, LostRanksError) and not is_shared(error) and speaks_for_host()
-        if is_shared(error) or not (of_host or of_rank or without_first):
+        if is_shared(error) or not (of_host or of_rank or (not isinstance(error, HostError) and speaks_for_host())):
             return
         text = f"[rank {rank} on {platform.node()}] {text}"
     print(text.rstrip(), file=sys.stderr, flush=True)

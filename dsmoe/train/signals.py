@@ -29,6 +29,8 @@ class StopSignals:
         self._group = dist.new_group(backend="gloo", timeout=timeout, group_desc="signals")
         self._world = dist.get_world_size()
         self._told: signal.Signals | None = None
+        self._ends = False
+        """Whether the run ends already: a launcher may send its signal to ranks that have stopped for another's."""
         self._asked = torch.zeros(1, dtype=torch.int32)
         self._answer: dist.Work | None = None
 
@@ -53,7 +55,8 @@ class StopSignals:
         here = self._world - dist.get_rank() if self._told is not None else 0
         self._asked = torch.tensor([here], dtype=torch.int32)
         self._answer = dist.all_reduce(self._asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return first < self._world
+        self._ends = first < self._world
+        return self._ends
 
     def told(self) -> bool:
         """Whether this rank has been told to stop."""
@@ -61,6 +64,7 @@ class StopSignals:
 
     def finish(self) -> None:
         """Let the last question be answered, so that no rank leaves while another asks."""
+        self._ends = True
         if self._answer is not None:
             self._answer.wait()
             self._answer = None
@@ -68,4 +72,5 @@ class StopSignals:
     def _take_note(self, number: int, _: FrameType | None) -> None:
         self._told = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        logger.warning("%s: saving a checkpoint after one of the next steps, then stopping", self._told.name)
+        if not self._ends:
+            logger.warning("%s: saving a checkpoint after one of the next steps, then stopping", self._told.name)

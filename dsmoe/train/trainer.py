@@ -199,6 +199,7 @@ class Trainer:
         logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
         only_skips = self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
         if not math.isfinite(metrics["train/loss"]) or only_skips:
+            process_watch().note(SAVING)
             self.checkpoints.wait()
             if only_skips:
                 self._set_dead_end_aside()

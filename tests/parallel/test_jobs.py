@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def test_rank_0_says_every_minute_who_has_done_what(watches: list[Watch], caplog
         assert f"rank 2 on {host}: 1.20 of 4.50 GB, at rank_00002_000.safetensors" in line
         assert f"ranks 0-1 on {host}: all written" in line
         assert f"rank 3 on {host}: not begun (step 101, forward pass)" in line
-    assert "without a move for 1 s" in caplog.records[2].getMessage() or len(caplog.records) < 4
+    assert re.search(r"without a move for \d s", caplog.records[-1].getMessage())
     assert {record.levelno for record in caplog.records} == {logging.WARNING}, "rank 1 and 3 leave it to rank 0"
     end(started)
     count = len(caplog.records)
