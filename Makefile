@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/tiny_cpu.yaml
 CLUSTER ?= cluster
 # At once, by `make test`; each needs 2 GB of memory and its own core.
-WORKERS ?= 2
+WORKERS ?= 1
 # DeepSpeed's own, 29500, may be taken by another run on this machine.
 FREE_PORT = $$($(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
@@ -25,7 +25,7 @@ train: $(VENV)/.installed
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 --master_port $(FREE_PORT) launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not (cluster or containers or layouts or mutations or fuzz)" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),--numprocesses $(WORKERS) --dist worksteal) -m "not (cluster or containers or layouts or mutations or fuzz)" $(ARGS)
 
 test-cluster: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(CLUSTER)" -rs $(ARGS)

@@ -55,7 +55,8 @@ def while_others_wait(workers: Collection[int], action: Callable[[], T], what: s
         if watch.rank in workers:
             with _shown(watch, job, says=not isinstance(what, Job)):
                 result = action()
-        job.waits(WAITING)
+        if not isinstance(what, Job):
+            job.waits(WAITING)
         _wait(watch, workers, job)
     return result
 

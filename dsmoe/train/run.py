@@ -311,8 +311,8 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
 
     A wrong config is wrong everywhere, and rank 0 says so. What is wrong on a rank alone is told to rank 0, which waits
     for all, and says it. Where rank 0 does not answer, the first rank of a host says what is wrong there, and one rank
-    of each what is wrong everywhere, or that rank 0 is missing. Of other errors, only a rank that is still there after the launcher would have ended
-    it for rank 0's sake has its own.
+    of each what is wrong everywhere, or that rank 0 is missing. Of other errors, only a rank that is still there after
+    the launcher would have ended it for rank 0's sake has its own.
     """
     if rank > 0:
         reason = text.removeprefix("error: ").rstrip()

@@ -161,6 +161,7 @@ def test_a_folder_that_is_not_shared_is_told(tmp_path: Path) -> None:
     path = write_config(tmp_path, 2, 2, parallel={"expert": 2})
     assert run_ranks(4, check_elsewhere, path, folders) == [1] * 4
     texts = [finding["text"] for finding in results(folders[0])["findings"] if finding["serious"]]
+    texts = [text for text in texts if "run folder" in text or "has written there" in text]  # not of a busy machine
     assert len(texts) == 2
     assert "what node 1 has written there; runs_dir must be on storage that all nodes share" in texts[0]
 

@@ -27,8 +27,10 @@ from tests.train.test_run import REPOSITORY, _main_in_child, pretrain, write_con
 PRETRAIN = REPOSITORY / "launch" / "pretrain.py"
 
 
-def signalled(config: Config, number: int, rank: int, step: int) -> dict[str, Any]:
+def signalled(config: Config, number: int, rank: int, step: int, ignored: bool = False) -> dict[str, Any]:
     """Train, until this rank is told to stop before a step of its own."""
+    if number == signal.SIGHUP and not ignored:
+        signal.signal(number, signal.SIG_DFL)  # the tests may have been started under nohup
     trainer = make_trainer(config)
     take_step = trainer.step
 
@@ -53,7 +55,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(number: int, tmp_pat
 
 def under_nohup(config: Config) -> dict[str, Any]:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    return signalled(config, int(signal.SIGHUP), 0, 3)
+    return signalled(config, int(signal.SIGHUP), 0, 3, ignored=True)
 
 
 def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path) -> None:
@@ -92,6 +94,7 @@ def test_the_command_ends_with_75_and_goes_on_when_it_is_run_again(tmp_path: Pat
 def _on_terminal(terminal: str, folder: str, arguments: list[str]) -> None:
     """launch/pretrain.py as the first process of a terminal's session."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     descriptor = os.open(terminal, os.O_RDWR)
     for stream in range(3):
         os.dup2(descriptor, stream)
