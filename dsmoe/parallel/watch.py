@@ -109,7 +109,7 @@ class Watch:
         """The rank that has failed first, as far as this one has heard."""
         self._waits = 0
         self._first, self._heard = Note("an unknown host"), time.monotonic()
-        self._store_has_ended = False
+        self._failed = self._store_has_ended = False
         self._store_answers = True
         self._publishing = threading.Lock()
         self._stopped = threading.Event()
@@ -134,7 +134,8 @@ class Watch:
     def now(self) -> tuple[Note, float]:
         """The last note, and how many seconds ago it was made."""
         notes, step, doing, since = self._doing
-        return replace(self._now, notes=notes, step=step, doing=doing), time.monotonic() - since
+        note = replace(self._now, notes=notes, step=step, doing=doing, failed=self._failed)
+        return note, time.monotonic() - since
 
     def ask_for_reports(self) -> None:
         """Let all other ranks write reports, within two beats."""
@@ -176,8 +177,7 @@ class Watch:
 
     def speaker(self) -> int | None:
         """Tell the others that this rank has failed, and learn which was the first to do so; None if none can say."""
-        with self._publishing:
-            self._now = replace(self._now, failed=True)
+        self._failed = True
 
         def ask() -> int:
             self._publish()
