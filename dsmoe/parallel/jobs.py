@@ -156,8 +156,8 @@ class _Looking:
                     self._look(range(self._watch.world_size))
                     self._speak_if_due()
             if self._job.ends_with_rank and (lost := self._lost()) is not None:
+                self._log(lost)  # before the main thread ends the run for it
                 self._job.lost = LostRanksError(lost)
-                self._log(lost)
                 return
 
     def _look(self, ranks: Sequence[int]) -> None:

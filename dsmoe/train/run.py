@@ -323,7 +323,11 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
             time.sleep(LINGER_SECONDS)
         of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
         of_host = isinstance(error, HostError) and first_of_host
-        if is_shared(error) or not (of_host or of_rank or (not isinstance(error, HostError) and speaks_for_host())):
+        is_voice = not (is_shared(error) or of_rank or isinstance(error, HostError)) and speaks_for_host()
+        if is_shared(error) or not (of_host or of_rank or is_voice):
             return
-        text = f"[rank {rank} on {platform.node()}] {text}"
+        print(f"[rank {rank} on {platform.node()}] {text.rstrip()}", file=sys.stderr, flush=True)
+        if is_voice:  # while this process is there, nobody else speaks for its host
+            time.sleep(LINGER_SECONDS)
+        return
     print(text.rstrip(), file=sys.stderr, flush=True)

@@ -67,7 +67,7 @@ def _rank(folder: Path, rank: int, port: str, phase: str, number: int) -> None:
     watch.BEAT_SECONDS = 0.3  # type: ignore[misc]
     watch.STORE_SECONDS = roll.STORE_SECONDS = 2.0  # type: ignore[misc]
     watch.GRACE_SECONDS = run.GRACE_SECONDS = 1.0  # type: ignore[misc]
-    run.LINGER_SECONDS = 3.0  # type: ignore[misc]
+    run.LINGER_SECONDS = 8.0  # type: ignore[misc]
     if rank == 0:
         PHASES[phase](lambda: os.kill(os.getpid(), number))
     code = run.main(["--config", "config.yaml"])

@@ -380,7 +380,7 @@ def shared_error() -> Exception:
     [
         (0, 0, UserError("bad"), 0, "bad\n"),
         (0, 0, shared_error(), 0, "bad\n"),
-        (1, 1, UserError("bad"), 1, "[rank 1 on {host}] bad\n"),  # rank 0, which has it as well, is not reached
+        (1, 1, UserError("bad"), 2, "[rank 1 on {host}] bad\n"),  # rank 0, which has it as well, is not reached
         (8, 0, shared_error(), 1, ""),
         (8, 0, HostError("bad"), 0, "[rank 8 on {host}] bad\n"),
         (3, 3, HostError("bad"), 1, ""),  # the host's first rank says it
