@@ -71,8 +71,7 @@ def _agree(watch: Watch, group: ExpertGroup, intent: str, num_tokens: int, numbe
             intents.update({r: (doing, None) for r, doing in silent.items() if not watch.store.check([keys[r]])})
         said = {rank: watch.store.get(keys[rank]) for rank in waiting if watch.store.check([keys[rank]])}
         intents.update({rank: tuple(json.loads(text)) for rank, text in said.items()})
-        if watch.first_failed not in (None, watch.rank):
-            raise LostRanksError(f"rank {watch.first_failed} has failed")
+        watch.check_others()
         if time.monotonic() > deadline:
             seconds = watch.timeout.total_seconds()
             raise LostRanksError(f"{rank_names(waiting)} have not come to {intent} within {seconds:.0f} s")

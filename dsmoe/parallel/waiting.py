@@ -81,8 +81,7 @@ def _wait(watch: Watch, workers: Collection[int], job: Job) -> None:
     threading.Thread(target=meet, daemon=True, name="dsmoe waiting").start()
     with _asked_to_end() as asked:
         while not ready.wait(LOOK_SECONDS):
-            if watch.first_failed not in (None, watch.rank):
-                raise LostRanksError(f"rank {watch.first_failed} has failed")
+            watch.check_others()
             if asked.is_set():  # by a launcher: because rank 0 has ended?
                 watch.look_at_store()
             if watch.has_lost_first():

@@ -155,6 +155,11 @@ class Watch:
         silent = self.rank > 0 and time.monotonic() - self._heard > self.timeout.total_seconds()
         return (self._store_has_ended and not launcher_has_store()) or silent
 
+    def check_others(self) -> None:
+        """Raise LostRanksError if another rank has failed: who waits for it, or for those that do, waits in vain."""
+        if self.first_failed not in (None, self.rank):
+            raise LostRanksError(f"rank {self.first_failed} has failed")
+
     def look_at_store(self) -> None:
         """Learn now whether the store has ended."""
         self._store_has_ended = meeting_place() is ENDED

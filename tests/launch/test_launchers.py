@@ -11,6 +11,7 @@ import pytest
 
 from dsmoe.launch.launchers import LAUNCHERS, LauncherError, launcher_port
 from dsmoe.launch.world import World, check_meeting, is_speaker, join_launcher, launched_world
+from tests.launch.processes import run_side_by_side
 from tests.launch.test_world import ALLOCATION, BATCH, TORCHRUN, config, step
 
 WHERE = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -310,16 +311,6 @@ def test_processes_join_each_other(name: str, tmp_path: Path) -> None:
     """Two processes with no more than such a launcher's variables."""
     kept = {"PATH", "PYTHONPATH", "HOME", "DS_ACCELERATOR", "OMP_NUM_THREADS"}
     base = {key: value for key, value in os.environ.items() if key in kept}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, name],
-            env={**base, **others(rank, 2, 2)[name]},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    environments = [{**base, **others(rank, 2, 2)[name]} for rank in range(2)]
+    codes, texts = run_side_by_side([[sys.executable, "-c", RANK, name]] * 2, environments, tmp_path)
+    assert codes == [0, 0], texts

@@ -17,6 +17,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.launch import start
 from dsmoe.launch.start import Start, begin_with
 from tests.config.recipes import VALID
+from tests.launch.processes import run_side_by_side
 from tests.launch.test_launchers import mpich, openmpi, without
 from tests.launch.test_world import step
 from tests.ports import free_port
@@ -210,20 +211,11 @@ def test_a_rank_whose_own_config_is_wrong_tells_rank_0(tmp_path: Path) -> None:
 
     config = write_config(tmp_path, ranks=2, expert=2, train={"steps": 2}, runs_dir="runs")
     port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, PRETRAIN, "--config", str(config), *(["moe.num_expert=4"] if rank else [])],
-            cwd=tmp_path,
-            env={**os.environ, **torchs(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-        )
-        for rank in range(2)
-    ]
-    texts = [process.communicate(timeout=200)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2], texts
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port}
+    command = [sys.executable, str(PRETRAIN), "--config", str(config)]
+    environments = [{**os.environ, **torchs(rank), **world} for rank in range(2)]
+    codes, texts = run_side_by_side([command, [*command, "moe.num_expert=4"]], environments, tmp_path)
+    assert codes == [2, 2], texts
     assert "error: 1 rank of 2 cannot start:\n  - rank 1 on " in texts[0]
     assert ": moe.num_expert: unknown key" in texts[0]
     assert "moe.num_expert" not in texts[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dsmoe.config import Config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Cluster
 from dsmoe.launch.world import World, join_launcher, launched_world
+from tests.launch.processes import run_side_by_side
 
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_SIZE": "2", "CROSS_RANK": "1"}
 TORCHRUN = {
@@ -201,16 +201,7 @@ def test_tasks_join_each_other(tmp_path: Path) -> None:
     """Two processes with no more than Slurm's variables, on the interface that the config names."""
     kept = {"PATH", "PYTHONPATH", "HOME", "DS_ACCELERATOR"}
     base = {name: value for name, value in os.environ.items() if name in kept}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            env={**base, **step(rank, nodes=1), "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    here = {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    environments = [{**base, **step(rank, nodes=1), **here} for rank in range(2)]
+    codes, texts = run_side_by_side([[sys.executable, "-c", RANK]] * 2, environments, tmp_path)
+    assert codes == [0, 0], texts
