@@ -69,6 +69,18 @@ def remove(path: Path) -> None:
             )
 
 
+def is_others(path: Path) -> bool:
+    """Whether somebody else has put this there: no folder, a link, or a folder with files of which none is dsmoe's."""
+    if path.is_symlink() or not path.is_dir():
+        return True
+    names = os.listdir(path)
+    return bool(names) and len(_of_others(names)) == len(names)
+
+
+def _of_others(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not (is_own_file(name) or _OF_SYSTEMS.fullmatch(name))]
+
+
 def _remove_folder(path: Path) -> None:
     """Remove all that is ours and can be removed, and raise the first error of the rest.
 
@@ -78,7 +90,7 @@ def _remove_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         names = sorted(os.listdir(folder))
-        others = [name for name in names if not (is_own_file(name) or _OF_SYSTEMS.fullmatch(name))]
+        others = _of_others(names)
         for name in sorted(set(names) - set(others)):
             try:
                 os.unlink(name, dir_fd=folder)
@@ -118,7 +130,7 @@ def set_aside(checkpoints: Iterable[Path]) -> list[Path]:
 def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> list[Path]:
     """Remove the checkpoints that nothing in `options` keeps, and return them. Call it when a newer one is safe.
 
-    Stays, besides: what cannot be read now, and links, which somebody has put there.
+    Stays, besides: what cannot be read now, and what `is_others`.
 
     Args:
         folder: where they are.
@@ -135,7 +147,7 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
     removed = [
         checkpoint
         for checkpoint in (*found.whole, *found.damaged)
-        if checkpoint not in kept and not (every and step_of(checkpoint) % every == 0) and not checkpoint.is_symlink()
+        if checkpoint not in kept and not (every and step_of(checkpoint) % every == 0) and not is_others(checkpoint)
     ]
     for checkpoint in sorted(removed, key=step_of):
         # Under a name that nothing takes for a checkpoint: removing takes time, and may be interrupted.

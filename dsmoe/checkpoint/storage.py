@@ -33,7 +33,7 @@ from dsmoe.checkpoint.files import DTYPES, NAMES, Item, read_tensor, write_items
 from dsmoe.checkpoint.folder import spare_name
 from dsmoe.checkpoint.headers import BYTES
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor, box_name
-from dsmoe.checkpoint.removal import discard, hidden_name, remove, remove_leftovers
+from dsmoe.checkpoint.removal import discard, hidden_name, is_others, remove, remove_leftovers
 from dsmoe.durable import sync_folder, write_synced
 from dsmoe.parallel.jobs import Account
 
@@ -133,15 +133,17 @@ class FolderWriter(StorageWriter):
         self._account.waits("all written")
 
     def _make_way(self) -> Path | None:
-        """Move aside what has the name already, and return where to; if that cannot be done, take another name."""
-        replaced = hidden_name(self.final, "replaced")
+        """Move aside what has the name already, and return where to; if that may not be, take another name."""
         try:
-            return self.final.rename(replaced)
+            if not is_others(self.final):
+                return self.final.rename(hidden_name(self.final, "replaced"))
+            why = "no save of dsmoe's has made it"
         except OSError as error:
-            spare = spare_name(self.final)
-            logger.warning("cannot replace %s (%s); saving %s beside it", self.final, error.strerror, spare.name)
-            self.final = spare
-            return None
+            why = error.strerror or str(error)
+        spare = spare_name(self.final)
+        logger.warning("%s stays as it is (%s); saving %s beside it", self.final, why, spare.name)
+        self.final = spare
+        return None
 
     def discard(self) -> None:
         """Remove what a failed save has written."""

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,6 @@ LEFT = {
     "somebody's copy": (".step_00000003.partial copy", full_folder, True),
     "a name that is no text": (os.fsdecode(b".step_\xff\n.partial"), full_folder, True),
     "a pipe": (".step_00000003.removed", os.mkfifo, True),
-    "a file with the checkpoint's name": ("step_00000003", Path.touch, False),
-    "a link to nothing with its name": ("step_00000003", lambda path: path.symlink_to("nowhere"), False),
-    "a link with its name": ("step_00000003", link_to_elsewhere, False),
 }
 
 
@@ -88,8 +85,7 @@ def test_nothing_in_the_folder_is_in_the_way(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in all_checkpoints(folder)] == ["step_00000003", "step_00000004"]
     for checkpoint in all_checkpoints(folder):
         verify(checkpoint)
-    if name != "step_00000003":
-        assert os.path.lexists(folder / name) == stays
+    assert os.path.lexists(folder / name) == stays
     if (tmp_path / "elsewhere").exists():
         assert (tmp_path / "elsewhere" / "inner" / "data").exists(), "what a link points to is not ours"
 
@@ -127,6 +123,29 @@ def test_a_checkpoint_that_cannot_be_moved_leaves_its_step_another_name(immutabl
     assert any("saving step_000000003 beside it" in line for line in logged)
     assert [path.name for path in look(tmp_path).whole] == ["step_00000004", "step_000000003"]
     assert verify(tmp_path / "step_000000003").facts.step == 3
+
+
+TAKEN: dict[str, Callable[[Path], object]] = {
+    "a file": Path.touch,
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link": link_to_elsewhere,
+    "a folder": full_folder,
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_what_somebody_has_put_where_a_checkpoint_goes_stays_there(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    taken = folder / "step_00000003"
+    TAKEN[kind](taken)
+    before = taken.lstat().st_ino
+    (logged,) = run_ranks(1, save_two_more, folder)
+    assert taken.lstat().st_ino == before
+    assert any("saving step_000000003 beside it" in line and str(taken) in line for line in logged)
+    assert verify(folder / "step_000000003").facts.step == 3
+    assert not list(folder.glob(".step_*"))
+    assert sorted(path.name for path in look(folder).whole) == ["step_000000003", "step_00000004"]
 
 
 def save_where_nothing_is_removed(folder: Path, number: int) -> list[str]:
