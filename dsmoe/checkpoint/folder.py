@@ -108,11 +108,6 @@ def check_surely(checkpoint: Path, manifest: Manifest, names: list[str], reading
     return check_contents(checkpoint, manifest, names, reading)
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that has all of its files; `verify` or loading it tells whether they are undamaged."""
-    return next(iter(candidates(folder)[0]), None)
-
-
 def candidates(folder: Path) -> tuple[list[Path], list[str]]:
     """The checkpoints that have all of their files, newest first, and why others were passed over."""
     found = look(folder)

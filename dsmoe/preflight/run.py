@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from dsmoe.config.schema import Config
-from dsmoe.launch.start import Start, begin, begin_with, end_process, preflight_program
+from dsmoe.launch.start import Start, begin, preflight_program
 from dsmoe.launch.world import for_this_world
 from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed, set_timeout_everywhere
@@ -25,8 +25,6 @@ from dsmoe.preflight.stages import Preflight
 from dsmoe.train.folder import run_folder
 from dsmoe.train.run import end_stalled, ended_by
 
-__all__ = ["end_process", "main", "preflight"]
-
 TIMEOUT_SECONDS = 60
 """The longest that anything waits for other ranks; `cluster.collective_timeout_seconds` where that is less."""
 JOIN_SECONDS = 300
@@ -38,11 +36,6 @@ def main(arguments: Sequence[str] | Start | None = None) -> int:
     """Check the cluster for what the command line, or launch/preflight.py, has read; returns the exit code."""
     start = arguments if isinstance(arguments, Start) else begin(preflight_program(), arguments)
     return check_cluster(start, getattr(start.options, "json", None))
-
-
-def preflight(path: str, overrides: Sequence[str], output: Path | None) -> int:
-    """The same, where the arguments have been read."""
-    return check_cluster(begin_with(path, overrides), output)
 
 
 def check_cluster(start: Start, output: Path | None) -> int:

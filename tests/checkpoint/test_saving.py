@@ -16,7 +16,7 @@ import torch
 
 from dsmoe.checkpoint import files, storage
 from dsmoe.checkpoint.checkpoints import SaveError
-from dsmoe.checkpoint.folder import candidates, find_checkpoint, verify
+from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.config import dump_config
 from dsmoe.config.schema import Config
@@ -36,8 +36,9 @@ def test_a_partial_checkpoint_does_not_exist(tmp_path: Path) -> None:
     (tmp_path / ".step_00000007.partial").mkdir()
     (tmp_path / "step_00000005").mkdir()
     (tmp_path / "step_notes").mkdir()
-    assert find_checkpoint(tmp_path) is None
-    assert candidates(tmp_path)[1] == [
+    found, passed_over = candidates(tmp_path)
+    assert not found
+    assert passed_over == [
         f"{tmp_path}/step_00000005 is not a whole checkpoint: {tmp_path}/step_00000005/manifest.json is missing"
     ]
 
@@ -85,12 +86,12 @@ def save_with_slow_disk(config: Config) -> dict[str, Any]:
     weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.save()
     trainer.step()  # the disk has not moved
-    nothing_yet = find_checkpoint(folder_of(config))
+    nothing_yet = candidates(folder_of(config))[0]
     threading.Timer(1.0, may_write.set).start()
     begun = time.perf_counter()
     trainer.save()
     waited = time.perf_counter() - begun
-    first_is_there = find_checkpoint(folder_of(config))
+    first_is_there = candidates(folder_of(config))[0]
     trainer.checkpoints.flush()
     return {"weights": weights, "nothing_yet": nothing_yet, "waited": waited, "first": first_is_there}
 
@@ -98,9 +99,9 @@ def save_with_slow_disk(config: Config) -> dict[str, Any]:
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits(tmp_path: Path) -> None:
     config = layout_config(tmp_path)
     (result,) = run_ranks(1, save_with_slow_disk, config)
-    assert result["nothing_yet"] is None
+    assert result["nothing_yet"] == []
     assert result["waited"] > 0.8
-    assert result["first"] == folder_of(config) / "step_00000001"
+    assert result["first"] == [folder_of(config) / "step_00000001"]
     saved = tensors_of(folder_of(config) / "step_00000001")
     for name, weight in result["weights"].items():
         assert torch.equal(saved[f"model/{name}"], weight), "the state of when it was saved"

@@ -39,7 +39,7 @@ def check(path: Path, overrides: list[str] | None = None) -> int:
     with (path.parent / f"stderr_{dist.get_rank()}").open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     run.leave_processes = lambda: None  # run_ranks does
-    return run.preflight(str(path), overrides or [], None)
+    return run.main(["--config", str(path), *(overrides or [])])
 
 
 def stderr(folder: Path) -> str:

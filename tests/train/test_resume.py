@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.folder import find_checkpoint
+from dsmoe.checkpoint.folder import candidates
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import Trainer
@@ -32,8 +32,7 @@ def own_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def train_and_save(config: Config, steps: int) -> dict[str, Any]:
     """`steps` more steps, from the newest checkpoint if there is one, and a checkpoint at the end."""
     trainer = make_trainer(config)
-    newest = find_checkpoint(Path(config.runs_dir) / "checkpoints")
-    if newest:
+    for newest in candidates(Path(config.runs_dir) / "checkpoints")[0][:1]:
         trainer.resume(newest)
     norms, factors = [], []
     for _ in range(steps):
@@ -130,8 +129,7 @@ def test_what_every_token_passes_is_saved_with_its_optimizer_state(dense: dict[s
 def skip_a_step(config: Config, skipped: int, until: int) -> dict[str, Any]:
     """Train with an infinite gradient in step `skipped`, from the newest checkpoint if there is one."""
     trainer = make_trainer(config)
-    newest = find_checkpoint(Path(config.runs_dir) / "checkpoints")
-    if newest:
+    for newest in candidates(Path(config.runs_dir) / "checkpoints")[0][:1]:
         trainer.resume(newest)
     rates = []
     while trainer.step_index < until:
