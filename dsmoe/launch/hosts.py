@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.config.yaml_text import show_value
 from dsmoe.launch.job import Job, Request
 from dsmoe.launch.nodelist import expand
 from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
@@ -20,7 +22,9 @@ from dsmoe.plan.text import quantity
 from dsmoe.plan.topology import Topology
 
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
-_LINE = re.compile(r"([^\s-]\S*)\s+slots=(\d+)(?:\s.*)?")
+_LINE = re.compile(r"([^\s-]\S*)\s+slots=([0-9]{1,9})(?:\s.*)?")
+_MOST_BYTES = 1 << 24
+"""More than the hosts of any cluster need."""
 
 _OF_HOST = ("HOME", "HOSTNAME", "LOGNAME", "PATH", "PWD", "SHELL", "USER")
 """Variables that every host sets by itself."""
@@ -147,20 +151,32 @@ def _has_mark(name: str) -> bool:
         return False  # reading it says what is wrong
 
 
-def _read_hostfile(config: Config, name: str) -> list[str]:
-    """Read a hostfile as DeepSpeed does, and check that it has the config's nodes and devices."""
+def _lines(name: str) -> list[str]:
+    """A hostfile's lines; they end where a file's do, and not at everything that is like the end of a line."""
+    what = f"cluster.hostfile ({name})"
     try:
-        lines = [line.strip() for line in Path(name).read_text("utf-8-sig").splitlines()]
+        if os.path.exists(name) and not Path(name).is_file():  # reading a pipe may wait for ever
+            raise UserError(f"{what} is not a file")
+        with Path(name).open("rb") as stream:
+            data = stream.read(_MOST_BYTES + 1)
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"cluster.hostfile ({name}) cannot be read: {reason}") from None
+        raise UserError(f"{what} cannot be read: {reason}") from None
+    if len(data) > _MOST_BYTES:
+        raise UserError(f"{what} has more than {_MOST_BYTES:,} bytes: it is no hostfile")
+    return [line.strip() for line in io.StringIO(text, newline=None)]
+
+
+def _read_hostfile(config: Config, name: str) -> list[str]:
+    """Read a hostfile as DeepSpeed does, and check that it has the config's nodes and devices."""
     slots: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(name), 1):
         if not line or line.startswith("#"):
             continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise UserError(f"{name}:{number}: expected `HOST slots=DEVICES`, got {line!r}")
+            raise UserError(f"{name}:{number}: expected `HOST slots=DEVICES`, got {show_value(line)}")
         if match[1] in slots:
             raise UserError(f"{name}:{number}: {match[1]} is named a second time; every host is one node")
         slots[host_name(match[1], f"{name}:{number}")] = int(match[2])

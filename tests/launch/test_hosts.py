@@ -165,7 +165,22 @@ WRONG = {
         "'n[1-' is not a list of hosts; such lists are written n1,n2 or n[01-03,07],m2",
     ),
     "no file": ("cluster.hostfile=nope", "cluster.hostfile (nope) cannot be read: No such file or directory"),
-    "a line of another kind": (EIGHT + "n9\n", "{file}:9: expected `HOST slots=DEVICES`, got 'n9'"),
+    "a line of another kind": (EIGHT + "n9\n", '{file}:9: expected `HOST slots=DEVICES`, got "n9"'),
+    "two hosts in what only looks like two lines": (
+        EIGHT.replace("n2 slots=8\n", "n2 slots=8\u2028"),
+        "cluster.hostfile ({file}) has 7 hosts and cluster.nodes is 8; set cluster.nodes=7, or have 8 lines in the "
+        "file",
+    ),
+    "more devices than digits that Python reads": (
+        f"n0 slots={'9' * 5000}\n",
+        f'{{file}}:1: expected `HOST slots=DEVICES`, got "n0 slots={"9" * 47}...',
+    ),
+    "a device without an end": ("cluster.hostfile=/dev/zero", "cluster.hostfile (/dev/zero) is not a file"),
+    "a folder": ("cluster.hostfile=/dev", "cluster.hostfile (/dev) is not a file"),
+    "much too long": (
+        "#" * (2**24 + 1),
+        "cluster.hostfile ({file}) has more than 16,777,216 bytes: it is no hostfile",
+    ),
     "a line twice": (EIGHT + "n0 slots=8\n", "{file}:9: n0 is named a second time; every host is one node"),
     "few lines": (
         "n0 slots=8\n",
