@@ -196,6 +196,7 @@ def _show(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     from dsmoe.config.inputs import input_problems
     from dsmoe.data.check import check_sources
+    from dsmoe.launch.hosts import host_problems
 
     notes: list[str] = []
 
@@ -204,7 +205,7 @@ def _check(arguments: argparse.Namespace) -> None:
         notes.extend(found.notes)
         return found.problems
 
-    config = load_config(arguments.config, arguments.overrides, input_problems, look)
+    config = load_config(arguments.config, arguments.overrides, input_problems, host_problems, look)
     resolve_device(config.cluster.device)
     batch = Batch.from_config(config)  # lays out the topology, too
     print(f"{arguments.config}: ok")

@@ -10,7 +10,8 @@ from codecs import BOM_UTF8
 from collections import Counter
 from pathlib import Path
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import show_value
 from dsmoe.launch.job import Job, Request
@@ -75,15 +76,11 @@ def job(request: Request) -> Job:
         UserError: the config's hosts are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
     """
     cluster = request.config.cluster
-    if cluster.hostfile is not None and cluster.hosts is not None:
-        raise UserError("cluster.hosts and cluster.hostfile both say which hosts there are; set one of them to null")
+    named = hosts_of(request.config)
     path, is_ours = request.path_of(HOSTFILE), True
     if cluster.hostfile is not None and not _has_mark(cluster.hostfile):
         is_ours = False
         path = shell_word(path_argument(cluster.hostfile), "cluster.hostfile")
-    named = (
-        named_hosts(request.config) if cluster.hostfile is None else _read_hostfile(request.config, cluster.hostfile)
-    )
     names = named or _placeholders(request.config)
     commands = _commands(request, path, names[0])
     files = {ENVIRONMENT: _environment(request)} if cluster.nodes > 1 else {}
@@ -121,6 +118,32 @@ def _pasted_with_a_space(request: Request) -> list[str]:
     ]
 
 
+def host_problems(config: Config) -> list[Problem]:
+    """What is wrong with the hosts that a config names, for `dsmoe config check`, which finds a missing file itself."""
+    hostfile = None
+    try:
+        hostfile = config.cluster.hostfile
+        if hostfile is None or os.access(hostfile, os.R_OK):
+            hosts_of(config)
+    except UnsoundError:
+        pass  # the section itself is wrong
+    except UserError as error:
+        return [("cluster.hosts" if hostfile is None else "cluster.hostfile", str(error))]
+    return []
+
+
+def hosts_of(config: Config) -> list[str]:
+    """The hosts that `cluster.hosts` or `cluster.hostfile` names; empty where neither is set.
+
+    Raises:
+        UserError: they are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
+    """
+    cluster = config.cluster
+    if cluster.hostfile is not None and cluster.hosts is not None:
+        raise UserError("cluster.hosts and cluster.hostfile both say which hosts there are; set one of them to null")
+    return named_hosts(config) if cluster.hostfile is None else _read_hostfile(config, cluster.hostfile)
+
+
 def named_hosts(config: Config) -> list[str]:
     """The hosts of `cluster.hosts`, if it is set.
 
@@ -130,7 +153,10 @@ def named_hosts(config: Config) -> list[str]:
     cluster = config.cluster
     if cluster.hosts is None:
         return []
-    names = expand(cluster.hosts)
+    try:
+        names = expand(cluster.hosts)
+    except UserError as error:
+        raise UserError(f"cluster.hosts: {error}") from None
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"cluster.hosts names {', '.join(twice)} more than once; every host is one node")

@@ -162,7 +162,7 @@ WRONG = {
     "a host twice": ("cluster.hosts=n[1-7],n3", "cluster.hosts names n3 more than once; every host is one node"),
     "no list": (
         "cluster.hosts=n[1-",
-        "'n[1-' is not a list of hosts; such lists are written n1,n2 or n[01-03,07],m2",
+        "cluster.hosts: 'n[1-' is not a list of hosts; such lists are written n1,n2 or n[01-03,07],m2",
     ),
     "no file": ("cluster.hostfile=nope", "cluster.hostfile (nope) cannot be read: No such file or directory"),
     "a line of another kind": (EIGHT + "n9\n", '{file}:9: expected `HOST slots=DEVICES`, got "n9"'),
@@ -205,6 +205,9 @@ def test_hosts_that_cannot_run_it_are_refused(case: str, tmp_path: Path, capsys:
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {message.format(file=file)}\n")
     assert not (tmp_path / "out").exists()
+    if case != "no file":  # of which the check says where it was looked for
+        assert cli.main(["config", "check", MIXTRAL, wrong]) == 2
+        assert message.format(file=file) in capsys.readouterr().err
 
 
 def test_both_kinds_of_names_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
