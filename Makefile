@@ -13,6 +13,8 @@ CONFIG ?= configs/tiny_cpu.yaml
 CLUSTER ?= cluster
 # At once, by `make test`; each needs 2 GB of memory and its own core.
 WORKERS ?= 1
+# torch reads files of its own in the encoding of the locale, and they are UTF-8.
+export PYTHONUTF8 := 1
 # DeepSpeed's own, 29500, may be taken by another run on this machine.
 FREE_PORT = $$($(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
