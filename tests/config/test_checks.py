@@ -443,6 +443,16 @@ def test_split_is_for_hub_data_sets(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("weight", ["1e-300", "1e-20"])
+def test_a_weight_too_small_for_any_sample_is_refused(weight: str, tmp_path: Path) -> None:
+    first, second = "data.sources.0.weight=1e30", f"data.sources.1.weight={weight}"
+    assert check(tmp_path, first, second) == [
+        f"data.sources.1.weight ({float(weight):g}) is {float(weight) / 1e30:.1g} of all weights (1e+30), of which no "
+        "run would see a sequence; leave the source out, or give it a larger weight"
+    ]
+    load(tmp_path, "data.sources.0.weight=1000", "data.sources.1.weight=1e-10")
+
+
 def test_source_names_are_unique(tmp_path: Path) -> None:
     assert check(tmp_path, "data.sources.1.name=plays") == [
         'data.sources.1.name ("plays") is taken by an earlier source; give it another name'
