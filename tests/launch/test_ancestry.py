@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from dsmoe.launch import ancestry
 from dsmoe.launch.ancestry import Process
 from tests.ports import free_port
 from tests.train.test_run import write_config
+from tests.waiting import until
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -212,6 +215,16 @@ def test_a_process_that_has_stopped_is_there_and_a_zombie_has_gone() -> None:
             assert time.monotonic() < deadline
         assert Path(f"/proc/{child.pid}").exists(), "nobody has waited for it"
     assert process.has_gone()
+
+
+def test_a_name_with_brackets_is_one_name(tmp_path: Path) -> None:
+    program = tmp_path / "a) Z 1 (b"
+    shutil.copy(str(shutil.which("sleep")), program)
+    with subprocess.Popen([str(program), "600"]) as child:
+        until(lambda: Path(f"/proc/{child.pid}/comm").read_text(encoding="utf-8") == f"{program.name}\n")
+        process, parent = islice(ancestry._ancestors(child.pid), 2)
+        assert (process.has_gone(), parent.number) == (False, os.getpid())
+        child.kill()
 
 
 def test_a_number_that_was_given_to_another_process_is_not_taken_for_it() -> None:
