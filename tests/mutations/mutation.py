@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WRONG = r"^E +(AssertionError|assert |Failed: DID NOT RAISE)"
+WRONG = r"^E +(AssertionError|assert |Failed: DID NOT RAISE|ValueError: (not enough|too many) values to unpack)"
 """An assertion failed, in the test or on one of its ranks: it came to a wrong result, and did not crash or hang; or
 what should have been refused was not."""
+REFUSED = r"^E +dsmoe\.\S+Error: "
+"""What is right was refused."""
 WAITS = r"did not end within|[Tt]imed out|[Tt]imeout"
 """The same where what a mistake does is to let something wait for ever, or not to wait: only time shows that."""
 

@@ -90,6 +90,28 @@ MUTATIONS = [
         caught_by=f"{JOBS}test_a_process_that_stood_still_itself_blames_nobody",
     ),
     Mutation(
+        "a process that stood still itself ends a load",
+        "dsmoe/parallel/jobs.py",
+        old="            self._missed = None\n        elif self._missed is None:",
+        new="            pass\n        elif self._missed is None:",
+        caught_by=f"{JOBS}test_a_rank_that_does_not_look_on_learns_of_rank_0_unless_it_stood_still_itself",
+    ),
+    Mutation(
+        "a load waits on for a rank that is gone",
+        "dsmoe/parallel/jobs.py",
+        old="        if (lost := job.gone()) is not None:\n            raise lost\n",
+        new="",
+        caught_by=f"{JOBS}test_what_waits_without_a_limit_ends_when_a_rank_is_gone",
+        shown_by=WAITS,
+    ),
+    Mutation(
+        "an error of a load is swallowed by its thread",
+        "dsmoe/parallel/jobs.py",
+        old="    if errors:\n        raise errors[0]\n",
+        new="    if errors:\n        return None  # type: ignore[return-value]\n",
+        caught_by=f"{JOBS}test_what_waits_without_a_limit_ends_when_a_rank_is_gone",
+    ),
+    Mutation(
         "every host speaks beside rank 0",
         "dsmoe/parallel/jobs.py",
         old="if time.monotonic() - self._heard_at > patience and time",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutations.mutation import Mutation
+from tests.mutations.mutation import REFUSED, Mutation
 
 START = "tests/launch/test_start.py::"
 ANCESTRY = "tests/launch/test_ancestry.py::"
@@ -129,6 +129,7 @@ MUTATIONS = [
         old='    return "SLURM_JOB_ID" in environment and not any(',
         new='    return "SLURM_JOB_ID" not in environment and not any(',
         caught_by=f"{LAUNCHERS}test_launchers_in_launchers[srun --mpi=pmi2]",
+        shown_by=REFUSED,
     ),
     Mutation(
         "an attempt of a job has the port of the one before",
@@ -163,7 +164,8 @@ MUTATIONS = [
         "dsmoe/launch/world.py",
         old='int(environment["SLURM_NODEID"]) * per_node\n',
         new='int(environment["SLURM_LOCALID"]) * per_node\n',
-        caught_by=f"{WORLD}test_tasks_in_another_order_are_refused_by_every_rank[0]",
+        caught_by=f"{WORLD}test_every_task_of_srun_is_a_rank",
+        shown_by=REFUSED,
     ),
     # Standard streams.
     Mutation(
@@ -214,7 +216,7 @@ MUTATIONS = [
         "dsmoe/launch/quoting.py",
         old="|[|&;<>(){{}}\\\"']",
         new="|[|&<>(){{}}\\\"']",
-        caught_by=f"{QUOTING}test_text_in_an_override",
+        caught_by=f"{QUOTING}test_every_sign_that_is_not_refused_reaches_the_hosts_as_it_is",
     ),
     Mutation(
         "a host's name is checked at its beginning",

@@ -8,11 +8,13 @@ OVERLAP = "tests/data/test_overlap.py::"
 DAMAGE = "tests/data/test_damage.py::"
 CACHE = "tests/data/test_cache.py::"
 FAULTS = "tests/checkpoint/test_faults.py::"
-SAVING = "tests/checkpoint/test_saving.py::"
 IDENTITY = "tests/train/test_identity.py::"
 CHANGED = "tests/train/test_changed.py::"
 DURABLE = "tests/test_durable.py::"
 METER = "tests/observe/test_meter.py::"
+ON_DISK = (
+    "tests/checkpoint/test_crashes.py::test_everything_is_on_the_disk_before_it_has_its_name_and_before_the_old_ones_go"
+)
 FLOPS = "tests/plan/test_flops.py::"
 
 MUTATIONS = [
@@ -43,7 +45,7 @@ MUTATIONS = [
         "dsmoe/data/sequences.py",
         old="-(-(begin - length) // length)",
         new="-(-(begin - length + 1) // length)",
-        caught_by="tests/data/test_sequences.py::test_no_sequence_touches_what_is_left_out_and_no_other_is_missing",
+        caught_by="tests/data/test_loader.py::test_text_that_is_left_out_is_never_read",
     ),
     Mutation(
         "the samples of a light source are counted by rounding",
@@ -123,21 +125,21 @@ MUTATIONS = [
         "dsmoe/checkpoint/files.py",
         old="        os.fsync(stream.fileno())\n",
         new="",
-        caught_by=f"{SAVING}test_everything_is_on_the_disk_before_it_has_its_name",
+        caught_by=ON_DISK,
     ),
     Mutation(
         "a checkpoint has its name before those of its files are on the disk",
         "dsmoe/checkpoint/storage.py",
         old="        sync_folder(self._partial)\n",
         new="",
-        caught_by=f"{SAVING}test_everything_is_on_the_disk_before_it_has_its_name",
+        caught_by=ON_DISK,
     ),
     Mutation(
         "the name of a checkpoint is not on the disk when older ones are removed",
         "dsmoe/checkpoint/storage.py",
         old="        sync_folder(self.final.parent)\n",
         new="",
-        caught_by=f"{SAVING}test_everything_is_on_the_disk_before_it_has_its_name",
+        caught_by=ON_DISK,
     ),
     Mutation(
         "every rank checks the files of the first",

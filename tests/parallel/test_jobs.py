@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from dsmoe.parallel import jobs, watch
-from dsmoe.parallel.jobs import OVER, WAITING, WORKING, Job, places
+from dsmoe.parallel.jobs import OVER, WAITING, WORKING, Job, places, while_ranks_live
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.watch import Note, Watch
 from tests.waiting import until
@@ -233,6 +234,43 @@ def test_a_process_that_stood_still_itself_blames_nobody(watches: list[Watch], c
     assert looking._lost() is None
     assert all(looking._notes[rank].beat >= before[rank] for rank in before)
     end(started)
+
+
+def test_a_rank_that_does_not_look_on_learns_of_rank_0_unless_it_stood_still_itself(
+    watches: list[Watch], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = [True]
+    monkeypatch.setattr(watches[3], "has_lost_first", lambda: missing[0])
+    job = Job("load", "loading step_00000100", watch=watches[3])
+    assert job.gone() is None
+    clock.now += 0.15
+    assert job.gone() is None
+    missing[0] = False  # it has heard of rank 0 again
+    assert job.gone() is None
+    missing[0] = True
+    clock.now += 10
+    assert job.gone() is None
+    clock.now += 0.3
+    assert str(job.gone()) == "loading step_00000100: rank 0 does not come"
+
+
+def test_what_waits_without_a_limit_ends_when_a_rank_is_gone(watches: list[Watch]) -> None:
+    job, for_ever = Job("load", "loading", watch=watches[3]), threading.Event()
+    assert while_ranks_live(job, lambda: threading.current_thread().name) == "dsmoe load"
+    with pytest.raises(CheckpointException):
+        while_ranks_live(job, lambda: raise_(CheckpointException("load", {})))
+
+    def wait() -> None:
+        job.lost = LostRanksError("rank 2 is gone")
+        for_ever.wait(100)
+
+    with pytest.raises(LostRanksError, match="rank 2 is gone"):
+        while_ranks_live(job, wait)
+    for_ever.set()
+
+
+def raise_(error: BaseException) -> None:
+    raise error
 
 
 def test_a_store_that_does_not_answer_is_said_and_ends_the_job(
