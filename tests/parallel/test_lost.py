@@ -61,7 +61,9 @@ def test_the_errors_of_a_store_and_our_own_are() -> None:
 
 def lose_a_rank() -> list[tuple[bool, str]]:
     """By rank 0, what each collective raises once rank 1 has come too late for one."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))  # its own: the others of the test go on
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))  # its own: the others of the test go on
+    dist.barrier(group)  # they have met in it
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
     x, found = torch.ones(4), []
     if dist.get_rank() == 0:
         for action in (

@@ -43,7 +43,10 @@ def on_two_hosts(folder: Path) -> str:
         (folder / f"worked {rank}").touch()
         if rank == 2:
             begun, first = time.monotonic(), folder / "0.out"
-            while time.monotonic() < begun + 5 or first.read_text(encoding="utf-8").count("tokenising: ") < 2:
+            least, most = begun + 5, begun + 60
+            while time.monotonic() < least or (
+                time.monotonic() < most and first.read_text(encoding="utf-8").count("tokenising: ") < 2
+            ):
                 logging.getLogger("dsmoe.data").info("tokenising: %.0f of many", time.monotonic() - begun)
                 time.sleep(0.2)
             (folder / "done").touch()
