@@ -65,6 +65,7 @@ LEFT = {
     "NFS' own": (".nfs00000000abcd0123", Path.touch, True),
     "somebody's folder": (".step_notes", full_folder, True),
     "somebody's copy": (".step_00000003.partial copy", full_folder, True),
+    "somebody's copy of ours": (".step_00000003.partial.bak", own_folder, True),
     "a name that is no text": (os.fsdecode(b".step_\xff\n.partial"), full_folder, True),
     "a pipe": (".step_00000003.removed", os.mkfifo, True),
     "a file with the checkpoint's name": ("step_00000003", Path.touch, False),

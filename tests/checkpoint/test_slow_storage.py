@@ -147,15 +147,14 @@ def test_a_load_that_hangs_is_said_with_the_rank_and_the_file(what: str, doing: 
     assert any(all(part in line for part in wanted) for line in first), first
 
 
-def freeze_between_beats(now: Watch) -> None:
-    """Stop this process, but not while it has the lock of the store, which is a file here."""
-    jobs._Looking._look = lambda *_: None  # type: ignore[method-assign]
-    time.sleep(1.0)  # until the others know where it is, and a look that had begun is over
+def freeze_between_beats(now: Watch, reading: threading.Lock) -> None:
+    """Stop this process, but not while one of its threads has the lock of the store, which is a file here."""
     publish = now._publish
 
     def stop() -> None:
         now._publish = publish  # type: ignore[method-assign]
-        os.kill(os.getpid(), signal.SIGSTOP)
+        with now._publishing, reading:
+            os.kill(os.getpid(), signal.SIGSTOP)
         now.jobs["save"].lost = LostRanksError("the other has given up")  # type: ignore[attr-defined]
 
     now._publish = stop  # type: ignore[method-assign]
@@ -168,14 +167,18 @@ def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
     trainer, logged = make_trainer(config), logged_from_now()
     numbers: list[Any] = [None, None]
     dist.all_gather_object(numbers, os.getpid())
-    write = files._write
+    write, read, reading = files._write, jobs._Looking._read, threading.Lock()
 
     def freeze(*arguments: Any) -> str:
         if trainer.rank.rank == frozen_rank:
-            freeze_between_beats(process_watch())
+            freeze_between_beats(process_watch(), reading)
         return write(*arguments)
 
-    files._write = freeze
+    def read_alone(*arguments: Any) -> Any:
+        with reading:
+            return read(*arguments)
+
+    files._write, jobs._Looking._read = freeze, read_alone  # type: ignore[method-assign]
     trainer.step()
     error = None
     try:

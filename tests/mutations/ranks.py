@@ -66,7 +66,7 @@ MUTATIONS = [
         old="                self._log(lost)  # before the main thread ends the run for it\n"
         "                self._job.lost = LostRanksError(lost)\n",
         new="                self._job.lost = LostRanksError(lost)\n                self._log(lost)\n",
-        caught_by=f"{JOBS}test_a_rank_without_beats_is_named_and_ends_the_job[2]",
+        caught_by=f"{JOBS}test_a_rank_that_is_lost_is_in_the_log_before_the_run_ends_for_it",
     ),
     Mutation(
         "a rank that has not begun a job is gone from it",
@@ -102,7 +102,6 @@ MUTATIONS = [
         old="        if (lost := job.gone()) is not None:\n            raise lost\n",
         new="",
         caught_by=f"{JOBS}test_what_waits_without_a_limit_ends_when_a_rank_is_gone",
-        shown_by=WAITS,
     ),
     Mutation(
         "an error of a load is swallowed by its thread",

@@ -154,14 +154,14 @@ MUTATIONS = [
         "dsmoe/checkpoint/checkpoints.py",
         old="        mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]\n\n",
         new="        mine = sorted(manifest.files)[:: dist.get_world_size()]\n\n",
-        caught_by="tests/checkpoint/test_refusals.py::test_tensors_that_are_exchanged_in_the_manifest_are_not_loaded",
+        caught_by="tests/checkpoint/test_refusals.py::test_tensors_that_are_exchanged_in_the_manifest_are_not_loaded[1]",
     ),
     Mutation(
         "folders whose names begin like ours are removed",
         "dsmoe/checkpoint/removal.py",
         old="if _LEFTOVER.fullmatch(entry.name)]",
         new="if _LEFTOVER.match(entry.name)]",
-        caught_by=f"{FAULTS}test_nothing_in_the_folder_is_in_the_way[somebody's copy]",
+        caught_by=f"{FAULTS}test_nothing_in_the_folder_is_in_the_way[somebody's copy of ours]",
     ),
     Mutation(
         "losses of different texts compete to be the best",

@@ -262,7 +262,7 @@ def test_what_waits_without_a_limit_ends_when_a_rank_is_gone(watches: list[Watch
 
     def wait() -> None:
         job.lost = LostRanksError("rank 2 is gone")
-        for_ever.wait(100)
+        for_ever.wait(20)
 
     with pytest.raises(LostRanksError, match="rank 2 is gone"):
         while_ranks_live(job, wait)

@@ -49,8 +49,13 @@ class Download:
         raise RuntimeError("the download of shard 3 timed out")
 
 
+def patiently_wait() -> None:
+    raise RuntimeError("patiently_wait() timed out")
+
+
 def test_neither_are_other_things_that_are_waited_for() -> None:
     assert not is_lost(caught(lambda: Download().wait()))
+    assert not is_lost(caught(patiently_wait))
 
 
 def test_the_errors_of_a_store_and_our_own_are() -> None:
