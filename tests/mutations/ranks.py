@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutations.mutation import WAITS, Mutation
+from tests.mutations.mutation import REFUSED, WAITS, Mutation
 
 WAITING = "tests/parallel/test_waiting.py::"
 JOBS = "tests/parallel/test_jobs.py::"
@@ -346,6 +346,7 @@ MUTATIONS = [
         old="return 0 if torch.cuda.device_count() == 1 else local_rank",
         new="return local_rank",
         caught_by=f"{DEVICES}test_joining_binds_the_group_to_the_device_that_the_rank_drives[1]",
+        shown_by=REFUSED,
     ),
     Mutation(
         "the first device that a rank does not see is thought to be there",
