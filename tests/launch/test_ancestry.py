@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,18 @@ def test_one_rank_of_a_host_says_so_and_sigterm_ends_those_that_do_not_train_yet
         assert chain.end() == ("", "")
 
 
+@contextmanager
+def sleeping(program: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the test, however that ends."""
+    with subprocess.Popen([program, "600"]) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
 def test_a_process_that_has_stopped_is_there_and_a_zombie_has_gone() -> None:
-    with subprocess.Popen(["sleep", "600"]) as child:
+    with sleeping("sleep") as child:
         process = next(ancestry._ancestors(child.pid))
         assert process.command == ("sleep", "600")
         os.kill(child.pid, signal.SIGSTOP)
@@ -220,11 +230,10 @@ def test_a_process_that_has_stopped_is_there_and_a_zombie_has_gone() -> None:
 def test_a_name_with_brackets_is_one_name(tmp_path: Path) -> None:
     program = tmp_path / "a) Z 1 (b"
     shutil.copy(str(shutil.which("sleep")), program)
-    with subprocess.Popen([str(program), "600"]) as child:
+    with sleeping(str(program)) as child:
         until(lambda: Path(f"/proc/{child.pid}/comm").read_text(encoding="utf-8") == f"{program.name}\n")
         process, parent = islice(ancestry._ancestors(child.pid), 2)
         assert (process.has_gone(), parent.number) == (False, os.getpid())
-        child.kill()
 
 
 def test_a_number_that_was_given_to_another_process_is_not_taken_for_it() -> None:
