@@ -296,7 +296,7 @@ def test_a_rank_that_waits_for_others_ends_with_its_launcher(program: str, tmp_p
             time.sleep(0.01)
         launcher.kill()
         try:
-            _, said = launcher.communicate(timeout=30)  # until nobody has its standard error
+            _, said = launcher.communicate(timeout=150)  # until nobody has its standard error
         finally:
             with suppress(ProcessLookupError):
                 os.kill(ranks[0], signal.SIGKILL)
