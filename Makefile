@@ -1,7 +1,7 @@
 # `make train`: train a small MoE model in a few minutes.  `make check`, `make test`, `make test-cluster`: what CI runs.
 # `make test-containers`: build the image and train in two containers (root, buildah, podman; minutes).
 # `make test-fuzz`: damaged files of every kind, by the ten thousand (docs/reliability.md).
-# `make test-mutations`: does a test see every mistake of tests/mutations/mutations.py?
+# `make test-mutations`: does a test see every mistake of tests/mutations? (half an hour; ARGS="-k 'a load'")
 # `make gpu`: prove dsmoe on this machine's CUDA devices and measure it, in nine minutes (docs/gpu.md); ARGS="--minutes 6".
 # Needs Python 3.11 or newer, git and a C compiler's headers for nothing but some packages' installation.
 
@@ -40,7 +40,7 @@ test-fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz --timeout 1800 $(ARGS)
 
 test-mutations: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations --durations=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations --durations=0 $(ARGS)
 
 # Installs nothing: a machine with devices is rented by the minute, and may reach no registry.
 gpu:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ from dsmoe.config.schema import Config
 from dsmoe.parallel.boxes import Placement
 from dsmoe.parallel.distributed import on_every_rank, on_first_rank
 from dsmoe.parallel.draw import seed_of
-from dsmoe.parallel.jobs import Job
+from dsmoe.parallel.jobs import Job, while_ranks_live
 from dsmoe.parallel.lost import LostRanksError, is_lost
 
 if TYPE_CHECKING:
@@ -152,8 +153,9 @@ class Checkpoints:
         """Wait until the last save has come to an end, well or not, or will not; but no longer than `seconds`."""
         begun = time.monotonic()
         while self._thread is not None and self._thread.is_alive():
-            if self._job is not None and self._job.lost is not None:
-                self._failure = self._job.lost  # the thread waits for the rank that is gone, and is left alone
+            lost = None if self._job is None else self._job.gone()
+            if lost is not None:
+                self._failure = lost  # the thread waits for the rank that is gone, and is left alone
                 return
             if seconds is not None and time.monotonic() - begun > seconds:
                 return
@@ -336,12 +338,9 @@ class Checkpoints:
             job.waits("headers read")
 
         on_every_rank(check, job)
-        dcp.load(
-            by_key(parts),
-            storage_reader=FolderReader(checkpoint, manifest, job),
-            planner=PartsLoadPlanner(),
-            process_group=self._group,
-        )
+        reader, planner = FolderReader(checkpoint, manifest, job), PartsLoadPlanner()
+        read = partial(dcp.load, by_key(parts), storage_reader=reader, planner=planner, process_group=self._group)
+        while_ranks_live(job, read)
         checked = [(part.key, part.here) for part in parts if part.here.is_floating_point()]
         bad = not_finite(checked, self._engine.device).tolist()
         here_bad = next((key for (key, _), is_bad in zip(checked, bad, strict=True) if is_bad), None)

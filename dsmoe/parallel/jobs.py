@@ -13,10 +13,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -24,6 +24,8 @@ from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.watch import GRACE_SECONDS, STORE_SECONDS, Note, Watch, notes_in, process_watch, within
 from dsmoe.plan.text import rank_names
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,8 @@ class Job(Account):
         self.lost: LostRanksError | None = None
         """Which rank is gone, while others wait for it in this job; set on ranks that look on."""
         self.ended = threading.Event()
+        self._missed: float | None = None
+        """Since when rank 0 is known to be missing."""
         self._watch = watch or process_watch()
         self.number = self._watch.jobs[kind].number + 1 if kind in self._watch.jobs else 1
 
@@ -118,9 +122,48 @@ class Job(Account):
         if self.ends_with_rank:  # nobody is to take this rank, which may end now, for one that is gone
             within(STORE_SECONDS, self._watch._publish)
 
+    def gone(self) -> LostRanksError | None:
+        """Which rank is gone, so that this job has no end; for ranks that wait in it, which ask now and then.
+
+        Ranks that do not look on themselves learn of rank 0 alone, and later: as `Watch.has_lost_first` says, and for
+        `GRACE_SECONDS`, since a process that stood still itself has yet to hear of the others.
+        """
+        if not self._watch.has_lost_first():
+            self._missed = None
+        elif self._missed is None:
+            self._missed = time.monotonic()
+        elif self.lost is None and time.monotonic() - self._missed > GRACE_SECONDS:
+            self.lost = LostRanksError(f"{self.what}: rank 0 does not come")
+        return self.lost
+
     def account(self) -> list[Any]:
         """What the others are told: the job's number, and `text`."""
         return [self.number, *self.text()]
+
+
+def while_ranks_live(job: Job, action: Callable[[], T]) -> T:
+    """Do what waits for other ranks without a limit in a thread; returns what it does, and raises what it raises.
+
+    Raises:
+        LostRanksError: a rank is gone, by `Job.gone`; the thread is left alone.
+    """
+    results, errors = list[T](), list[BaseException]()
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=act, daemon=True, name=f"dsmoe {job.kind}")
+    thread.start()
+    while thread.is_alive():
+        if (lost := job.gone()) is not None:
+            raise lost
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 class _Looking:

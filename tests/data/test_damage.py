@@ -270,6 +270,22 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(
     assert list(Path(config.data.cache_dir).iterdir()) == []
 
 
+def test_the_first_token_beyond_the_vocabulary_is_refused(config: Config) -> None:
+    """Of a cache that is sealed, as another tokenizer of the same digest would have made it."""
+    (first, *_) = prepare(config)
+
+    def change(largest: int) -> None:
+        reseal(first.folder / "train.bin", lambda content: content.update(max_token=largest))
+
+    change(ByteTokenizer.vocab_size - 1)
+    prepare(config)
+    change(ByteTokenizer.vocab_size)
+    with pytest.raises(
+        stored.DamagedCacheError, match=r"meta.json: tokens up to 257 as <u2, and the tokenizer has 257"
+    ):
+        prepare(config)
+
+
 def test_a_cache_of_the_old_format_is_made_anew_and_said(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     old = Path(config.data.cache_dir) / "a-0123456789abcdef"
     old.mkdir(parents=True)

@@ -243,6 +243,7 @@ REFUSED = [
     ("LOCAL_RANK of another host", {**FEW, "LOCAL_RANK": "0"}, "RANK is 1, LOCAL_RANK is 0 and LOCAL_WORLD_SIZE is 4"),
     ("no address", without(FEW, "MASTER_ADDR"), "RANK is 1 of 4, and MASTER_ADDR must say where rank 0 is"),
     ("no port", {**FEW, "MASTER_PORT": "0"}, "MASTER_PORT is 0, and ports are from 1 to 65535"),
+    ("a port beyond the last", {**FEW, "MASTER_PORT": "65536"}, "MASTER_PORT is 65536, and ports are from 1 to 65535"),
     ("a port that is none", {**FEW, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
 ]
 

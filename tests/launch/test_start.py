@@ -6,16 +6,16 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import HostError, UserError
 from dsmoe.launch import start
-from dsmoe.launch.start import Start, begin_with
+from dsmoe.launch.start import Start, begin_with, load_on_host
 from tests.config.recipes import VALID
 from tests.launch.processes import run_side_by_side
 from tests.launch.test_launchers import mpich, openmpi, without
@@ -146,21 +146,22 @@ def test_a_launcher_that_says_half_is_one_message(folder: Path) -> None:
 
 @contextmanager
 def listening(word: bytes | None) -> Iterator[str]:
-    """Rank 0's port: it says the word, or waits to be asked as torch's store does."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    """Rank 0's port: it says the word, or waits to be asked as torch's store does. Who is not asked fails the test."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        server.settimeout(60)
 
         def serve() -> None:
             connection, _ = server.accept()
             with connection:
+                connection.settimeout(60)
                 if word is None:
                     connection.recv(1)
                 else:
                     connection.sendall(word)
 
-        thread = threading.Thread(target=serve)
-        thread.start()
+        served = pool.submit(serve)
         yield str(server.getsockname()[1])
-        thread.join()
+        served.result()
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,28 @@ def test_a_rank_that_is_told_nowhere_leaves_the_word_to_rank_0(
     monkeypatch.setenv("RANK", "1")
     assert Start(start.argparse.Namespace(), None, UserError("srun has dealt the tasks out")).ended() == 2
     assert (slept, capsys.readouterr().err) == ([start.LINGER_SECONDS], "")
+
+
+def test_a_file_that_is_wrong_is_for_a_person_and_one_that_is_missing_perhaps_of_this_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong.yaml").write_text("name: 3\n", encoding="utf-8")
+    for rank, name, kind in ((1, "wrong", UserError), (1, "none", HostError), (0, "none", UserError)):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(UserError) as error:
+            load_on_host(str(tmp_path / f"{name}.yaml"), [])
+        assert type(error.value) is HostError if kind is HostError else not isinstance(error.value, HostError)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_is_one_line_and_130(rank: str) -> None:
+    program = "from dsmoe.launch.start import interruptible\nwith interruptible():\n    raise KeyboardInterrupt"
+    environment = {**os.environ, "RANK": rank}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
+    assert done.returncode == 130
+    assert done.stderr == ("stopped by SIGINT, at once\n" if rank == "0" else "")
 
 
 @pytest.mark.slow

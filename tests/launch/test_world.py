@@ -11,7 +11,7 @@ import pytest
 from dsmoe.config import Config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Cluster
-from dsmoe.launch.world import World, join_launcher, launched_world
+from dsmoe.launch.world import World, join_launcher, launched_world, launcher_has_store
 from tests.launch.processes import run_side_by_side
 
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_SIZE": "2", "CROSS_RANK": "1"}
@@ -135,6 +135,16 @@ def test_nodes_with_unequal_numbers_of_tasks_are_refused() -> None:
 )
 def test_every_launcher_is_known_with_its_world(environment: dict[str, str], world: World) -> None:
     assert launched_world(environment) == world
+
+
+@pytest.mark.parametrize("value", ["True", "False", "1", "", None])
+def test_where_the_store_is_is_decided_as_torch_does(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.rendezvous import _torchelastic_use_agent_store
+
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", value)
+    assert launcher_has_store() is _torchelastic_use_agent_store() is (value == "True")
 
 
 def config(nodes: int, devices: int) -> Config:
