@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 Problem = tuple[str, str]
 """The dotted key that a problem is about, for its place in the file, and the message."""
@@ -58,9 +60,18 @@ def system_error(message: str, error: OSError) -> UserError:
 
 
 def describe(error: OSError) -> str:
-    """`/data/a.txt: No space left on device`, or what there is of it."""
+    """`/data/a.txt: No space left on device`, or what there is of it; both names where a file was to get another."""
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename is not None else reason
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names)}: {reason}" if names else reason
+
+
+def located(error: OSError) -> str:
+    """The same, and the line of dsmoe that met it, for whoever has no traceback: `... (dsmoe/durable.py:52)`."""
+    package = Path(__file__).parents[1]
+    lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [f"{file.relative_to(package.parent)}:{line}" for file, line in lines if file.is_relative_to(package)]
+    return f"{describe(error)} ({own[-1]})" if own else describe(error)
 
 
 class ConfigError(UserError):

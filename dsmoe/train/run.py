@@ -29,7 +29,8 @@ from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import HostError, UserError, describe, exit_code_of
 from dsmoe.config.schema import Config
-from dsmoe.launch.start import LINGER_SECONDS, Start, begin, pretrain_program
+from dsmoe.launch.start import Start, begin, pretrain_program
+from dsmoe.launch.voice import LINGER_SECONDS, speaks_for_host
 from dsmoe.launch.world import for_this_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
@@ -37,7 +38,6 @@ from dsmoe.parallel.claims import check_alike
 from dsmoe.parallel.distributed import DeviceError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.roll import report_at_roll
-from dsmoe.parallel.voice import speaks_for_host
 from dsmoe.parallel.watch import GRACE_SECONDS, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments
@@ -73,6 +73,8 @@ STOPPED = 75
 def main(arguments: Sequence[str] | Start | None = None) -> int:
     """Train what the command line describes, or what launch/pretrain.py has read of it; returns the exit code."""
     start = arguments if isinstance(arguments, Start) else begin(pretrain_program(), arguments)
+    if not isinstance(arguments, Start) and (code := start.ended()) is not None:
+        return code
     # Until there are reports, the stacks go to standard error, and the run goes on.
     faulthandler.register(signal.SIGQUIT)
     try:
