@@ -47,6 +47,8 @@ from dsmoe.parallel.distributed import on_every_rank, on_first_rank
 from dsmoe.parallel.draw import seed_of
 from dsmoe.parallel.jobs import Job
 from dsmoe.parallel.lost import LostRanksError, is_lost
+from dsmoe.parallel.waiting import while_watched
+from dsmoe.parallel.watch import note
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -87,7 +89,9 @@ class Checkpoints:
         # Of its own: a save must neither wait for training's collectives nor mix with them.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc="checkpoints")
         self._state = EngineState(engine, placements)
-        self._owned: set[NamedBox] = own_share(self._state.boxes(), self._group)
+        boxes = self._state.boxes()
+        with Job("sharing", "agreeing which rank saves what", ends_with_rank=True) as job:
+            self._owned: set[NamedBox] = while_watched(lambda: own_share(boxes, self._group), job)
         self._buffer = HostBuffer(engine.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._job: Job | None = None
@@ -209,30 +213,31 @@ class Checkpoints:
         worth = STOPPING_SECONDS if is_stopping else min(max(time.time() - self._misses.since, least), most)
         while isinstance(self._failure, SaveError) and self._failure.is_of_disk:
             left = worth - (time.monotonic() - begun)
-            if self._any_rank(left < pause):
-                break
-            if dist.get_rank() == 0:
-                logger.error("the last save is tried again in %.0f s, and for %.0f s at most", pause, left)
-            if self._pause(pause, is_told, is_stopping):
-                is_stopping, begun, worth = True, time.monotonic(), STOPPING_SECONDS
+            with Job("last save", "trying the last save again", ends_with_rank=True) as job:
+                if self._any_rank(left < pause, job):
+                    break
+                if dist.get_rank() == 0:
+                    logger.error("the last save is tried again in %.0f s, and for %.0f s at most", pause, left)
+                if self._pause(pause, is_told, is_stopping, job):
+                    is_stopping, begun, worth = True, time.monotonic(), STOPPING_SECONDS
             self._start(self.folder / checkpoint_name(self._facts.step))
             self.wait()
             pause = min(2 * pause, PAUSES[1])
         self.flush()
 
-    def _pause(self, seconds: float, is_told: Callable[[], bool], is_stopping: bool) -> bool:
+    def _pause(self, seconds: float, is_told: Callable[[], bool], is_stopping: bool, job: Job) -> bool:
         """Wait, on all ranks alike; True as soon as a rank is told to stop, unless that is what the run does."""
         end = time.monotonic() + seconds
-        while not self._any_rank(time.monotonic() >= end):
-            if not is_stopping and self._any_rank(is_told()):
+        while not self._any_rank(time.monotonic() >= end, job):
+            if not is_stopping and self._any_rank(is_told(), job):
                 return True
             time.sleep(min(0.5, seconds))
         return False
 
-    def _any_rank(self, here: bool) -> bool:
+    def _any_rank(self, is_so: bool, job: Job) -> bool:
         """Whether it is so on any rank, as all agree; no save may be under way."""
-        flag = torch.tensor(int(here))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        flag = torch.tensor(int(is_so))
+        while_watched(lambda: dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group), job)
         return bool(flag)
 
     def load(self, checkpoint: Path) -> Facts:
@@ -336,11 +341,16 @@ class Checkpoints:
             job.waits("headers read")
 
         on_every_rank(check, job)
-        dcp.load(
-            by_key(parts),
-            storage_reader=FolderReader(checkpoint, manifest, job),
-            planner=PartsLoadPlanner(),
-            process_group=self._group,
+        wanted_parts = by_key(parts)
+        note(job.what)
+        while_watched(
+            lambda: dcp.load(
+                wanted_parts,
+                storage_reader=FolderReader(checkpoint, manifest, job),
+                planner=PartsLoadPlanner(),
+                process_group=self._group,
+            ),
+            job,
         )
         checked = [(part.key, part.here) for part in parts if part.here.is_floating_point()]
         bad = not_finite(checked, self._engine.device).tolist()

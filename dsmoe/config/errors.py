@@ -68,10 +68,30 @@ def describe(error: OSError) -> str:
 
 def located(error: OSError) -> str:
     """The same, and the line of dsmoe that met it, for whoever has no traceback: `... (dsmoe/durable.py:52)`."""
+    place = getattr(error, "place", None) or _place(error)
+    return f"{describe(error)} ({place})" if place else describe(error)
+
+
+def keep_place(error: Exception, where: str) -> None:
+    """Let the error have with it where it was raised, before it is sent to other processes, which loses its traceback.
+
+    Args:
+        error: is changed: `located` and a printed traceback have it.
+        where: in which process.
+    """
+    if isinstance(error, UserError):
+        return
+    if place := _place(error):
+        error.place = f"{place}, {where}"  # type: ignore[attr-defined]
+    error.add_note(f"raised {where}:\n{''.join(traceback.format_tb(error.__traceback__)).rstrip()}")
+
+
+def _place(error: BaseException) -> str | None:
+    """The last line of dsmoe on the way to where it was raised."""
     package = Path(__file__).parents[1]
     lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
     own = [f"{file.relative_to(package.parent)}:{line}" for file, line in lines if file.is_relative_to(package)]
-    return f"{describe(error)} ({own[-1]})" if own else describe(error)
+    return own[-1] if own else None
 
 
 class ConfigError(UserError):

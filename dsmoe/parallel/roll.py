@@ -30,11 +30,12 @@ from dsmoe.parallel.claims import (
 )
 from dsmoe.parallel.devices import shared_devices
 from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.silence import Silence
 from dsmoe.parallel.watch import STORE_SECONDS, meeting_place, within
+from dsmoe.plan.text import rank_names, ranks_on_hosts
 
 WORD_SECONDS = 20.0
 """After how long a rank first says for whom it waits; each time twice as long passes before it says so again."""
-SHOWN_NODES = 8
 HEARD_SECONDS = 5.0
 """How long rank 0, which may have the store, stays for the others to read why all of them end."""
 REACH_SECONDS = 10.0
@@ -213,21 +214,17 @@ def _await_all(store: dist.Store, keys: list[str], devices_per_node: int | None,
 
 
 def _absent(missing: list[int], world: int, devices_per_node: int | None) -> str:
-    kind, places = "rank", missing
-    if devices_per_node is not None:
-        kind, places = "of node", sorted({place // devices_per_node for place in missing})
-    more = "" if len(places) <= SHOWN_NODES else ", ..."
-    return f"{len(missing)} of {world} ranks, {kind} {', '.join(map(str, places[:SHOWN_NODES]))}{more} (from 0)"
+    nodes = {place: f"node {place // devices_per_node}" for place in missing} if devices_per_node else None
+    return f"{len(missing)} of {world} ranks ({ranks_on_hosts(nodes) if nodes else rank_names(missing)}, from 0)"
 
 
 def _moments(timeout: timedelta) -> Iterator[bool]:
     """Moments to look again until the time is up, at least one; True when it is time to say so: after 20, 60, 140 s."""
-    begun, next_word = time.monotonic(), WORD_SECONDS
-    waited = 0.0
-    while waited <= timeout.total_seconds():
-        is_time_to_speak = waited > next_word
+    waited, next_word = Silence(2 * STORE_SECONDS), WORD_SECONDS
+    while waited.seconds <= timeout.total_seconds():
+        is_time_to_speak = waited.seconds > next_word
         if is_time_to_speak:
             next_word = 2 * next_word + WORD_SECONDS
         yield is_time_to_speak
         time.sleep(0.1)
-        waited = time.monotonic() - begun
+        waited.look()

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from dsmoe.checkpoint.folder import all_checkpoints
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config.deepspeed import to_deepspeed
-from dsmoe.config.errors import HostError, UserError, describe, exit_code_of
+from dsmoe.config.errors import HostError, UserError, describe, exit_code_of, located
 from dsmoe.config.schema import Config
 from dsmoe.launch.start import Start, begin, pretrain_program
 from dsmoe.launch.voice import LINGER_SECONDS, speaks_for_host
@@ -92,8 +92,8 @@ def ended_by(error: Exception) -> int:
     """
     if isinstance(error, (UserError, LostRanksError, TrainingDivergedError)):
         text = f"error: {error}"
-    elif isinstance(error, OSError):  # the traceback is in the run's failures
-        text = f"error: {describe(error)}"
+    elif isinstance(error, OSError):  # where there is a run folder, the traceback is in its failures
+        text = f"error: {located(error)}"
     else:
         text = "".join(traceback.format_exception(error))
     explain_end(error, text)
@@ -283,6 +283,8 @@ def explain_end(error: Exception, text: str) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     if not dist.is_initialized() or is_shared(error):
+        if dist.is_initialized() and (reports := process_watch().reports) and not isinstance(error, UserError):
+            reports.of_failure("all ranks have failed alike", error)
         _explain_alone(rank, error, text)
         return
     # A launcher that has seen another rank end asks this one to: not before it has said why.
@@ -298,13 +300,13 @@ def explain_end(error: Exception, text: str) -> None:
         print(explanation, file=sys.stderr, flush=True)
         if watch.reports:
             print(watch.reports.gather(explanation), file=sys.stderr, flush=True)
-        watch.tell()
+        watch.say_explained()
         if speaker is None:  # while this process is there, nobody else speaks for its host
             time.sleep(LINGER_SECONDS)
         return
     if speaker is not None:
         print(f"[rank {rank}] stopped because rank {speaker} did", file=sys.stderr, flush=True)
-    watch.wait_until_told(LINGER_SECONDS + GRACE_SECONDS)
+    watch.wait_until_explained(LINGER_SECONDS + GRACE_SECONDS)
     time.sleep(LINGER_SECONDS)
 
 
