@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.silence import Silence
-from dsmoe.parallel.watch import GRACE_SECONDS, STORE_SECONDS, Note, Watch, notes_in, process_watch, within
+from dsmoe.parallel.silence import Silence, within
+from dsmoe.parallel.watch import GRACE_SECONDS, STORE_SECONDS, Note, Watch, notes_in, process_watch
 from dsmoe.plan.text import ranks_on_hosts
 
 logger = logging.getLogger(__name__)

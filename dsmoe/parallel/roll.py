@@ -30,8 +30,8 @@ from dsmoe.parallel.claims import (
 )
 from dsmoe.parallel.devices import shared_devices
 from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.silence import Silence
-from dsmoe.parallel.watch import STORE_SECONDS, meeting_place, within
+from dsmoe.parallel.silence import Silence, within
+from dsmoe.parallel.watch import STORE_SECONDS, meeting_place
 from dsmoe.plan.text import rank_names, ranks_on_hosts
 
 WORD_SECONDS = 20.0

@@ -1,8 +1,13 @@
-"""For how long something has given no sign of life, as far as this process has watched."""
+"""For how long others have been silent, as far as this process has watched; and what may never come to an end."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Silence:
@@ -27,3 +32,19 @@ class Silence:
         self.seconds = 0.0 if is_sign else self.seconds + min(now - self._looked, self._most)
         self._looked = now
         return self.seconds
+
+
+def within(seconds: float, action: Callable[[], T]) -> T | None:
+    """What `action` returns, or None where it fails or takes longer: a store on a host that is cut off may never."""
+    result: list[Any] = [None]
+
+    def act() -> None:
+        try:
+            result[0] = action()
+        except Exception:
+            result[0] = None
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result[0]

@@ -19,16 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError, first_line, is_lost
-from dsmoe.parallel.silence import Silence
+from dsmoe.parallel.silence import Silence, within
 from dsmoe.plan.text import ranks_on_hosts
-
-T = TypeVar("T")
 
 BEAT_SECONDS = 2.0
 GRACE_SECONDS = 3 * BEAT_SECONDS
@@ -392,19 +390,3 @@ def _are(notes: Mapping[int, Note]) -> str:
 def _places(notes: Mapping[int, Note]) -> str:
     places = list(dict.fromkeys(note.place for _, note in sorted(notes.items())))
     return "; ".join([*places[:SHOWN], *(["..."] if len(places) > SHOWN else [])])
-
-
-def within(seconds: float, action: Callable[[], T]) -> T | None:
-    """What `action` returns, or None where it fails or takes longer: a store on a host that is cut off may never."""
-    result: list[Any] = [None]
-
-    def act() -> None:
-        try:
-            result[0] = action()
-        except Exception:
-            result[0] = None
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return result[0]

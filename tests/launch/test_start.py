@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dsmoe import cli
 from dsmoe.config.errors import UserError
 from dsmoe.launch import start, voice
 from dsmoe.launch.start import Start, begin_with
@@ -184,6 +185,18 @@ def test_both_errors_are_said_in_order(
     assert printed.format(host=start.platform.node()) in said
     assert len(said) < 1000
     assert slept == [voice.LINGER_SECONDS]
+
+
+@pytest.mark.parametrize("arguments", [["parity", "confg.yaml", "--layouts", "dp=2"], ["preflight", "confg.yaml"]])
+def test_every_command_of_several_ranks_watches_its_launcher(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    watched: list[bool] = []
+    monkeypatch.setattr(start, "watch_launcher", lambda: watched.append(True))
+    monkeypatch.setattr(cli, "end_process", lambda code: None)
+    cli.main(arguments)
+    assert watched == [True]
 
 
 FAILS = """
