@@ -19,9 +19,9 @@ from dsmoe.config.errors import Problem, describe, exit_code_of, located
 from dsmoe.config.show import json_schema
 from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
+from dsmoe.launch.speaker import print_for_host
 from dsmoe.launch.start import INTERRUPTED, Parser, UsageError, begin_with, end_process, wrong_arguments
 from dsmoe.launch.variables import whole_number
-from dsmoe.launch.voice import print_for_host
 from dsmoe.plan import Batch, Plan, headline, resolve_device
 from dsmoe.plan.comparison import parse_layout
 

@@ -24,8 +24,8 @@ from dsmoe.config.load import load_config
 from dsmoe.config.schema import Config
 from dsmoe.console import finish_streams, steady_streams
 from dsmoe.launch.ancestry import watch_launcher
+from dsmoe.launch.speaker import LINGER_SECONDS, print_for_host
 from dsmoe.launch.variables import LauncherError
-from dsmoe.launch.voice import LINGER_SECONDS, print_for_host
 from dsmoe.launch.world import check_meeting, for_this_world, is_speaker, join_launcher, launcher_has_store
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
@@ -83,8 +83,8 @@ class Start:
         """Say what is wrong, if this rank is to; the exit code. None where torch is needed: to train, or to tell it.
 
         Rank 0 speaks. Another rank whose error rank 0 has as well has no more to say. If rank 0 has another one, or
-        nobody can be told, it speaks for itself; else rank 0 is about to train, and waits for this rank's word. Where
-        the launcher's variables are wrong, ranks do not know of each other, and one of each host speaks.
+        nobody can be told, it speaks for itself; else rank 0 is about to train, and waits for this rank. Where the
+        launcher's variables are wrong, ranks do not know of each other, and one of each host speaks.
         """
         if self.launcher_error is not None:
             errors = [error for error in (self.error, self.launcher_error) if error is not None]
@@ -95,18 +95,18 @@ class Start:
         text, code = _text(self.error), exit_code_of(self.error)
         if is_speaker():
             print(text, file=sys.stderr, flush=True)
-            _stay_for_others(_word(text) + bytes([code]))
+            _stay_for_others(_answer(text) + bytes([code]))
             return code
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             time.sleep(LINGER_SECONDS)
             return code
-        heard = _word_of_rank_0()
-        if heard is None:
+        answer = _answer_of_rank_0()
+        if answer is None:
             return None
-        if heard[:-1] != _word(text):
+        if answer[:-1] != _answer(text):
             self._say_alone(text)
             return code
-        return heard[-1]
+        return answer[-1]
 
     def _say_alone(self, text: str) -> None:
         rank = os.environ.get("RANK", "?")
@@ -253,12 +253,12 @@ def _text(error: UserError) -> str:
     return f"{error.usage}{error}" if isinstance(error, UsageError) else f"error: {error}"
 
 
-def _word(text: str) -> bytes:
+def _answer(text: str) -> bytes:
     """What rank 0 sends to a rank that asks: that it has ended, and by which error."""
     return b"dsmoe: " + hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-def _stay_for_others(word: bytes) -> None:
+def _stay_for_others(answer: bytes) -> None:
     """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1" or not size.isdecimal() or launcher_has_store():
@@ -272,10 +272,10 @@ def _stay_for_others(word: bytes) -> None:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 connection, _ = server.accept()
                 with connection, suppress(OSError):
-                    connection.sendall(word)
+                    connection.sendall(answer)
 
 
-def _word_of_rank_0() -> bytes | None:
+def _answer_of_rank_0() -> bytes | None:
     """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or ended long ago."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     deadline = time.monotonic() + STAY_SECONDS
@@ -285,6 +285,6 @@ def _word_of_rank_0() -> bytes | None:
             with suppress(TimeoutError):  # torch's store waits to be asked
                 while more := connection.recv(64):
                     received += more
-            return received if received.startswith(b"dsmoe: ") and len(received) == len(_word("")) + 1 else None
+            return received if received.startswith(b"dsmoe: ") and len(received) == len(_answer("")) + 1 else None
         time.sleep(0.05)
     return None

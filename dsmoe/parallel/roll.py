@@ -90,7 +90,7 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, 
         return
     # Rank 0 speaks first, and by name. Where its process is stopped, not even the end of the time is heard of.
     seconds = (timeout + timedelta(seconds=2 * STORE_SECONDS)).total_seconds()
-    verdict = within(seconds, lambda: [_hear(store, rank, claims)])
+    verdict = within(seconds, lambda: [_learn_verdict(store, rank, claims)])
     if verdict is None:
         state = meeting_place() or "does not answer"
         raise LostRanksError(f"rank 0, which says when all ranks have come, {state} at {address}:{port}")
@@ -98,7 +98,7 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, 
         raise DifferentRanksError(*verdict[0])
 
 
-def _hear(store: dist.Store, rank: int, claims: Claims) -> tuple[str, int] | None:
+def _learn_verdict(store: dist.Store, rank: int, claims: Claims) -> tuple[str, int] | None:
     """Hear of rank 0 that all have come and have the same, which is None, or why all ranks end, and the exit code."""
     store.wait([_key("all")], timedelta(days=1))
     asked = json.loads(store.get(_key("all")))
@@ -159,7 +159,7 @@ def _judge(store: dist.Store, text: str, exit_code: int, others: int) -> None:
     """Say why all ranks end, and stay until the others have heard it."""
     store.set(_key("verdict"), json.dumps([text, exit_code]))
     deadline = time.monotonic() + HEARD_SECONDS
-    while store.add(_key("heard"), 0) < others and time.monotonic() < deadline:
+    while store.add(_key("read"), 0) < others and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -167,7 +167,7 @@ def _verdict(store: dist.Store) -> tuple[str, int]:
     """What rank 0 says of all of them, and the exit code."""
     store.wait([_key("verdict")], timedelta(seconds=REPORT_SECONDS))
     text, exit_code = json.loads(store.get(_key("verdict")))
-    store.add(_key("heard"), 1)
+    store.add(_key("read"), 1)
     return text, exit_code
 
 

@@ -29,8 +29,8 @@ from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import HostError, UserError, describe, exit_code_of, located
 from dsmoe.config.schema import Config
+from dsmoe.launch.speaker import LINGER_SECONDS, speaks_for_host
 from dsmoe.launch.start import Start, begin, pretrain_program
-from dsmoe.launch.voice import LINGER_SECONDS, speaks_for_host
 from dsmoe.launch.world import for_this_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
@@ -327,11 +327,11 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
             time.sleep(LINGER_SECONDS)
         of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
         of_host = isinstance(error, HostError) and first_of_host
-        is_voice = not (is_shared(error) or of_rank or isinstance(error, HostError)) and speaks_for_host()
-        if is_shared(error) or not (of_host or of_rank or is_voice):
+        speaks = not (is_shared(error) or of_rank or isinstance(error, HostError)) and speaks_for_host()
+        if is_shared(error) or not (of_host or of_rank or speaks):
             return
         print(f"[rank {rank} on {platform.node()}] {text.rstrip()}", file=sys.stderr, flush=True)
-        if is_voice:  # while this process is there, nobody else speaks for its host
+        if speaks:  # while this process is there, nobody else speaks for its host
             time.sleep(LINGER_SECONDS)
         return
     print(text.rstrip(), file=sys.stderr, flush=True)

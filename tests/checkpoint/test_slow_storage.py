@@ -173,6 +173,17 @@ def freeze_between_beats(now: Watch, kind: str = "save") -> None:
     until(lambda: now._publish is publish or now._publish == publish)
 
 
+def wake(process: int) -> None:
+    """Let a process go on, also one that on a busy machine only now comes to where it stops."""
+
+    def go_on() -> None:
+        while True:
+            os.kill(process, signal.SIGCONT)
+            time.sleep(0.5)
+
+    threading.Thread(target=go_on, daemon=True).start()
+
+
 def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
     """One rank stops as a whole, as on a host that has lost its network; the other goes on when it has been told so."""
     shorten_minutes(1.0)
@@ -196,7 +207,7 @@ def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
         error = str(lost)
     seconds = time.monotonic() - begun
     if trainer.rank.rank != frozen_rank:
-        os.kill(numbers[frozen_rank], signal.SIGCONT)
+        wake(numbers[frozen_rank])
     return {"error": error, "seconds": seconds, "logged": logged}
 
 
@@ -240,7 +251,7 @@ def freeze_while_loading(config: Config, frozen_rank: int) -> dict[str, Any]:
         error = str(lost)
     seconds = time.monotonic() - begun
     if trainer.rank.rank != frozen_rank:
-        os.kill(numbers[frozen_rank], signal.SIGCONT)
+        wake(numbers[frozen_rank])
     return {"error": error, "seconds": seconds, "logged": logged}
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from dsmoe import cli
 from dsmoe.config.errors import UserError
-from dsmoe.launch import start, voice
+from dsmoe.launch import speaker, start
 from dsmoe.launch.start import Start, begin_with
 from tests.config.recipes import VALID
 from tests.launch.processes import run_side_by_side
@@ -176,15 +176,15 @@ def test_both_errors_are_said_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     slept: list[float] = []
-    monkeypatch.setattr(voice.time, "sleep", slept.append)
-    monkeypatch.setattr(voice, "speaks_for_host", lambda _: True)
+    monkeypatch.setattr(speaker.time, "sleep", slept.append)
+    monkeypatch.setattr(speaker, "speaks_for_host", lambda _: True)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert begin_with("confg.yaml", []).ended() == 2
     said = capsys.readouterr().err
     assert printed.format(host=start.platform.node()) in said
     assert len(said) < 1000
-    assert slept == [voice.LINGER_SECONDS]
+    assert slept == [speaker.LINGER_SECONDS]
 
 
 @pytest.mark.parametrize("arguments", [["parity", "confg.yaml", "--layouts", "dp=2"], ["preflight", "confg.yaml"]])
@@ -252,8 +252,8 @@ def listening(word: bytes | None) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("word", "ended", "said"),
     [
-        (start._word("error: no such file: confg.yaml") + b"\2", 2, ""),
-        (start._word("error: another") + b"\2", 1, "[rank 1 on {host}] error: no such file: confg.yaml\n"),
+        (start._answer("error: no such file: confg.yaml") + b"\2", 2, ""),
+        (start._answer("error: another") + b"\2", 1, "[rank 1 on {host}] error: no such file: confg.yaml\n"),
         (None, None, ""),  # rank 0 is about to train: it is told through torch
     ],
     ids=["the same error", "another error", "none"],

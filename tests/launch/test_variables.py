@@ -16,8 +16,8 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Cluster
 from dsmoe.launch import attempts
 from dsmoe.launch.launchers import LAUNCHERS, WITHOUT_SIZE, first_rank_known
+from dsmoe.launch.speaker import speaks_for_host
 from dsmoe.launch.variables import LauncherError, check_address, is_whole_number, whole_number
-from dsmoe.launch.voice import speaks_for_host
 from dsmoe.launch.world import check_meeting, is_speaker, join_launcher, launched_world
 from tests.launch.test_launchers import others
 from tests.launch.test_world import DEEPSPEED, TORCHRUN, step
@@ -186,6 +186,6 @@ def test_whether_a_job_is_queued_again_needs_no_right_variables(
 
 @pytest.mark.parametrize("value", ["abc", "\udcff", "x" * 5000])
 def test_who_speaks_is_known_whatever_the_variables_say(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmoe.launch.voice._held", [])
+    monkeypatch.setattr("dsmoe.launch.speaker._held", [])
     monkeypatch.setenv("RANK", value)
     assert speaks_for_host(os.environ)

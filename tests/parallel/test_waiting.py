@@ -201,7 +201,7 @@ def test_who_speaks_for_a_host_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     together = context.Barrier(4)
 
     def ask() -> None:
-        from dsmoe.launch.voice import speaks_for_host
+        from dsmoe.launch.speaker import speaks_for_host
 
         answers.put((speaks_for_host(), speaks_for_host()))
         together.wait(20)

@@ -34,7 +34,7 @@ def speaks_for_host(environment: Mapping[str, str] = os.environ) -> bool:
     name = hashlib.sha256(f"{os.getuid()}/{_run_of(environment)}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        bound.bind(f"\0dsmoe/voice/{name}")
+        bound.bind(f"\0dsmoe/speaker/{name}")
     except OSError:
         bound.close()
         return False
