@@ -207,7 +207,7 @@ def _await_all(store: dist.Store, keys: list[str], devices_per_node: int | None,
         if is_time_to_speak:
             print(f"waiting for {who}", flush=True)
     raise LostRanksError(
-        f"{who}, have not come within {timeout.total_seconds():.0f} s to {os.environ['MASTER_ADDR']}:"
+        f"{who} have not come within {timeout.total_seconds():.0f} s to {os.environ['MASTER_ADDR']}:"
         f"{os.environ['MASTER_PORT']}, where the ranks meet; is that address reached from there, and has the launcher "
         f"started them?"
     )

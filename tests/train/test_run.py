@@ -368,7 +368,7 @@ def test_a_rank_that_waits_for_others_says_for_whom_and_writes_its_stacks_on_sig
         assert process.wait(60) == 1
     text = (tmp_path / "log").read_text(encoding="utf-8")
     assert "in _await_all" in text
-    assert "error: 1 of 2 ranks, of node 0 (from 0), have not come within 10 s to 127.0.0.1:" in text
+    assert "error: 1 of 2 ranks (rank 1 on node 0, from 0) have not come within 10 s to 127.0.0.1:" in text
     assert "Traceback" not in text
 
 
