@@ -9,19 +9,19 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
-from dsmoe.config.errors import Problem, describe, exit_code_of
+from dsmoe.config.errors import Problem, describe, exit_code_of, located
 from dsmoe.config.show import json_schema
 from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
-from dsmoe.launch.start import INTERRUPTED, Parser, Start, UsageError, begin_with, end_process
-from dsmoe.launch.world import is_speaker, join_launcher
+from dsmoe.launch.speaker import print_for_host
+from dsmoe.launch.start import INTERRUPTED, Parser, UsageError, begin_with, end_process, wrong_arguments
+from dsmoe.launch.variables import whole_number
 from dsmoe.plan import Batch, Plan, headline, resolve_device
 from dsmoe.plan.comparison import parse_layout
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except UsageError as error:
-        sys.exit(_tell(Start(argparse.Namespace(), None, error)))
+        sys.exit(_say_wrong_arguments(error))
     if rest:
         arguments.overrides += rest
     try:
@@ -60,13 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish_streams()
         return 1
     except UserError as error:
-        if is_speaker():  # under a launcher every rank has the same input
-            print(f"error: {error}", file=sys.stderr)
+        print_for_host(f"error: {error}")  # under a launcher every rank of a host has the same input
         return exit_code_of(error)
     except OSError as error:
         is_of_output = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        what = "standard output: " if is_of_output else ""
-        print(f"error: {what}{describe(error)}", file=sys.stderr)
+        print_for_host(f"error: standard output: {describe(error)}" if is_of_output else f"error: {located(error)}")
         finish_streams()
         return exit_code_of(error)
 
@@ -264,15 +262,21 @@ def _say(notes: Sequence[str]) -> None:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    join_launcher()
-    _load(arguments)  # before torch is imported
-    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
-    for layout in arguments.layouts:
-        parse_layout(layout, launched)
-    from dsmoe.train.parity import parity
+    def check(_: Config) -> None:
+        launched = whole_number(os.environ, "WORLD_SIZE") if "RANK" in os.environ else None
+        for layout in arguments.layouts:
+            parse_layout(layout, launched)
 
-    options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
-    return 0 if parity(arguments.config, arguments.overrides, arguments.layouts, **options) else 1
+    start = begin_with(arguments.config, arguments.overrides, check)
+    code = start.ended()
+    if code is None:
+        from dsmoe.train.parity import check_parity
+
+        options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
+        code = check_parity(arguments.config, arguments.overrides, arguments.layouts, **options)
+    if "RANK" in os.environ:
+        end_process(code)
+    return code
 
 
 def _preflight(arguments: argparse.Namespace) -> None:
@@ -285,16 +289,13 @@ def _preflight(arguments: argparse.Namespace) -> None:
     end_process(code)
 
 
-def _tell(start: Start) -> int:
+def _say_wrong_arguments(error: UsageError) -> int:
     """Say what is wrong with the arguments, on one of the ranks; returns the exit code."""
-    with suppress(UserError):
-        join_launcher()
-    code = start.ended()
-    if code is None:
+    code = wrong_arguments(error).ended()
+    if code is None:  # rank 0 has other arguments, and waits for this rank
         from dsmoe.train.run import ended_by
 
-        assert start.error is not None
-        code = ended_by(start.error)
+        code = ended_by(error)
     return code
 
 

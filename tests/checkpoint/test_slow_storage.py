@@ -147,7 +147,7 @@ def test_a_load_that_hangs_is_said_with_the_rank_and_the_file(what: str, doing: 
     assert any(all(part in line for part in wanted) for line in first), first
 
 
-def freeze_between_beats(now: Watch, reading: threading.Lock) -> None:
+def freeze_between_beats(now: Watch, reading: threading.Lock, kind: str = "save") -> None:
     """Stop this process, but not while one of its threads has the lock of the store, which is a file here."""
     publish = now._publish
 
@@ -155,10 +155,33 @@ def freeze_between_beats(now: Watch, reading: threading.Lock) -> None:
         now._publish = publish  # type: ignore[method-assign]
         with now._publishing, reading:
             os.kill(os.getpid(), signal.SIGSTOP)
-        now.jobs["save"].lost = LostRanksError("the other has given up")  # type: ignore[attr-defined]
+        now.jobs[kind].lost = LostRanksError("the other has given up")  # type: ignore[attr-defined]
 
     now._publish = stop  # type: ignore[method-assign]
     until(lambda: now._publish is publish or now._publish == publish)
+
+
+def wake(process: int) -> None:
+    """Let a process go on, also one that on a busy machine only now comes to where it stops."""
+
+    def go_on() -> None:
+        while True:
+            os.kill(process, signal.SIGCONT)
+            time.sleep(0.5)
+
+    threading.Thread(target=go_on, daemon=True).start()
+
+
+def lock_reading() -> threading.Lock:
+    """A lock that this process has while it reads the store."""
+    read, reading = jobs._Looking._read, threading.Lock()
+
+    def read_alone(*arguments: Any) -> Any:
+        with reading:
+            return read(*arguments)
+
+    jobs._Looking._read = read_alone  # type: ignore[method-assign]
+    return reading
 
 
 def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
@@ -167,18 +190,14 @@ def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
     trainer, logged = make_trainer(config), logged_from_now()
     numbers: list[Any] = [None, None]
     dist.all_gather_object(numbers, os.getpid())
-    write, read, reading = files._write, jobs._Looking._read, threading.Lock()
+    write, reading = files._write, lock_reading()
 
     def freeze(*arguments: Any) -> str:
         if trainer.rank.rank == frozen_rank:
             freeze_between_beats(process_watch(), reading)
         return write(*arguments)
 
-    def read_alone(*arguments: Any) -> Any:
-        with reading:
-            return read(*arguments)
-
-    files._write, jobs._Looking._read = freeze, read_alone  # type: ignore[method-assign]
+    files._write = freeze
     trainer.step()
     error = None
     try:
@@ -187,7 +206,7 @@ def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
     except LostRanksError as lost:
         error = str(lost)
     if trainer.rank.rank != frozen_rank:
-        os.kill(numbers[frozen_rank], signal.SIGCONT)
+        wake(numbers[frozen_rank])
     return {"error": error, "logged": logged}
 
 
@@ -204,6 +223,43 @@ def test_a_rank_that_is_gone_ends_the_save_and_is_named(
     assert f"MB, at {file}" in other["error"] or "waiting to begin" in other["error"]  # what the last beat said
     assert other["error"] in other["logged"]
     assert any(f"rank {frozen_rank} on {HOST}: no sign of life for " in line for line in lines_of(other["logged"]))
+
+
+def freeze_while_loading(config: Config, frozen_rank: int) -> dict[str, Any]:
+    shorten_minutes(1.0)
+    trainer, logged = make_trainer(config), logged_from_now()
+    numbers: list[Any] = [None, None]
+    dist.all_gather_object(numbers, os.getpid())
+    trainer.step()
+    trainer.save()
+    trainer.checkpoints.finish()
+    read, reading = storage.read_tensor, lock_reading()
+
+    def freeze(*arguments: Any) -> Any:
+        if trainer.rank.rank == frozen_rank and threading.current_thread().name == "dsmoe waiting":
+            storage.read_tensor = read
+            freeze_between_beats(process_watch(), reading, "load")
+        return read(*arguments)
+
+    storage.read_tensor = freeze
+    error = None
+    try:
+        trainer.resume(folder_of(config) / "step_00000001")
+    except LostRanksError as lost:
+        error = str(lost)
+    if trainer.rank.rank != frozen_rank:
+        wake(numbers[frozen_rank])
+    return {"error": error, "logged": logged}
+
+
+@pytest.mark.parametrize("frozen_rank", [1, 0])
+def test_a_rank_that_is_gone_ends_a_load_and_is_named(frozen_rank: int, tmp_path: Path) -> None:
+    config = layout_config(tmp_path, 2)
+    other = run_ranks(2, freeze_while_loading, config, frozen_rank)[1 - frozen_rank]
+    assert other["error"].startswith(
+        f"loading step_00000001: rank {frozen_rank} on {HOST} is gone, with no sign of life"
+    )
+    assert other["error"] in other["logged"]
 
 
 FREEZES = """
@@ -244,7 +300,8 @@ def test_a_run_ends_by_itself_when_rank_0_stands_still_in_a_save_and_the_store_o
     finally:
         ranks[0].kill()
     text = (tmp_path / "output_1").read_text(encoding="utf-8")
-    gone = f"rank 0's host does not answer at 127.0.0.1:{world['MASTER_PORT']}, where the ranks meet, for "
-    assert re.search(rf"saving step_00000001 has taken \d+ s so far. {re.escape(gone)}", text)
+    address = f"127.0.0.1:{world['MASTER_PORT']}, where the ranks meet; last heard of rank 0, "
+    gone = f"rank 0 on {HOST} is stopped or hangs: somebody listens, and does not answer, at {address}"
+    assert re.search(rf"saving step_00000001 has taken \d+ s so far. {re.escape(gone)}\d+ s ago", text)
     assert f"saving step_00000001: {gone}" in text
     assert "Traceback" not in text

@@ -111,7 +111,7 @@ def test_one_node_of_several(node: dict[str, str], tmp_path: Path) -> None:
         ({}, r"one of 2 nodes.*NODE_RANK \(0 to 1.*MASTER_ADDR"),
         ({"NODE_RANK": "1"}, "MASTER_ADDR"),
         ({"NODE_RANK": "2", "MASTER_ADDR": "a"}, r"NODE_RANK \(2\) must be below the number of nodes"),
-        ({"NODE_RANK": "one", "MASTER_ADDR": "a"}, "NODE_RANK must be a whole number, not 'one'"),
+        ({"NODE_RANK": "one", "MASTER_ADDR": "a"}, "NODE_RANK is 'one', and is to be a whole number"),
     ],
 )
 def test_a_node_that_is_not_told_which(environment: dict[str, str], message: str, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ class Chain:
             _write(folder / "deepspeed" / f"{name}.py", "" if name.endswith("__init__") else LINK)
         links: list[tuple[list[str], dict[str, str]]] = [(command, {}) for command in commands]
         links.append(([*PYTHON, "-c", RANK], variables))
-        known = {name: value for name, value in os.environ.items() if name not in {*ancestry._TOLD, "LOCAL_RANK"}}
+        known = {name: value for name, value in os.environ.items() if name not in {*ancestry._OF_RANK, "LOCAL_RANK"}}
         environment = {
             **known,
             "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
@@ -317,5 +317,5 @@ def test_an_agent_that_had_gone_before_its_rank_began(
     first: str, variables: dict[str, str], gone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ancestry, "_ancestors", lambda _: iter([Process(1, "5", (first, "torchrun"))]))
-    monkeypatch.setattr(ancestry, "_was_told", lambda *_: False)
+    monkeypatch.setattr(ancestry, "_has_variables", lambda *_: False)
     assert any(process.has_gone() for process in ancestry.launchers_of(variables) if process.number == 0) is gone

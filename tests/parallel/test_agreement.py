@@ -88,4 +88,4 @@ def test_a_shape_that_is_new_to_one_rank_only_does_not_hang() -> None:
     message = run_ranks(3, meet_a_shape_alone, timeout=60)[2]
     _, first, second = message.splitlines()
     assert first.startswith("  rank 2: layer 1, exchange of rows of 4 x")
-    assert second.startswith("  ranks 0, 1: layer 1, exchange of rows of 8 x")
+    assert second.startswith("  ranks 0-1: layer 1, exchange of rows of 8 x")

@@ -64,10 +64,10 @@ def test_what_differs_is_named_with_both_values_and_the_ranks(tmp_path: Path) ->
         == [
             "2 4 ranks of 5 would not train what rank 0 does; "
             "give every host the same config, data, packages and dsmoe:\n"
-            f"  - optimizer.lr: 0.001 on rank 0; 0.01 on ranks 1-3 ({HOST})\n"
-            f"  - torch: 2.13.0 on rank 0; 2.11.0 on rank 3 ({HOST})\n"
-            f"  - train.seed: 0 on rank 0; nothing on rank 4 ({HOST})\n"
-            f"  - numpy: nothing on rank 0; 2.4.0 on rank 4 ({HOST})"
+            f"  - optimizer.lr: 0.001 on rank 0; 0.01 on ranks 1-3 on {HOST}\n"
+            f"  - torch: 2.13.0 on rank 0; 2.11.0 on rank 3 on {HOST}\n"
+            f"  - train.seed: 0 on rank 0; nothing on rank 4 on {HOST}\n"
+            f"  - numpy: nothing on rank 0; 2.4.0 on rank 4 on {HOST}"
         ]
         * 5
     )
@@ -108,7 +108,7 @@ def test_ranks_that_have_joined_compare_as_well() -> None:
     assert run_ranks(2, compared, [{"web": "5 tokens"}, {"web": "5 tokens"}]) == ["alike"] * 2
     first, second = run_ranks(2, compared, [{"web": "5 tokens"}, {"web": "6 tokens"}])
     assert first == second
-    assert f"web: 5 tokens on rank 0; 6 tokens on rank 1 ({HOST})" in first
+    assert f"web: 5 tokens on rank 0; 6 tokens on rank 1 on {HOST}" in first
 
 
 def test_a_text_about_thousands_of_ranks_and_keys_stays_short() -> None:

@@ -74,8 +74,8 @@ def test_all_who_come_join(tmp_path: Path) -> None:
 
 def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
     (result, heard), (said, _) = results_of([0, 1], 1.5, tmp_path)
-    missing = "2 of 4 ranks, of node 1 (from 0)"
-    assert result.startswith(f"LostRanksError: {missing}, have not come within 2 s to 127.0.0.1:")
+    missing = "2 of 4 ranks (ranks 2-3 on node 1, from 0)"
+    assert result.startswith(f"LostRanksError: {missing} have not come within 2 s to 127.0.0.1:")
     assert heard == result.replace("LostRanksError", "DifferentRanksError"), "the others end as rank 0 does, in silence"
     assert set(said.splitlines()) == {f"waiting for {missing}"}
 

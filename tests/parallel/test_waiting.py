@@ -8,21 +8,28 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
-from dsmoe.parallel import jobs, waiting, watch
+from dsmoe.parallel import Groups, jobs, waiting, watch
+from dsmoe.parallel.agreement import agree
 from dsmoe.parallel.distributed import on_every_rank, on_first_of_hosts, on_first_rank, set_timeout_everywhere
+from dsmoe.parallel.jobs import Job
 from dsmoe.parallel.local import RanksFailedError, run_ranks
 from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.voice import speaks_for_host
+from dsmoe.parallel.waiting import while_watched
 from dsmoe.parallel.watch import process_watch
+from dsmoe.plan import Topology
+from dsmoe.preflight import meeting
 from tests.waiting import until
 
 
@@ -130,7 +137,72 @@ def give_up_a_silent_one() -> str:
 
 def test_a_silent_rank_is_given_up() -> None:
     first, _ = run_ranks(2, give_up_a_silent_one)
-    assert re.match(r"preparing: rank 1 on \S+ is gone, with no sign of life for 1 s; last heard of: ", first)
+    assert re.match(r"preparing: rank 1 on \S+ is gone, with no sign of life for \d+ s; last heard of: ", first)
+
+
+def wait_in_vain(what: str) -> tuple[str, float]:
+    """Rank 0 fails, or is silent, or rank 1 is, while rank 1 or 0 waits in what would last for hours."""
+    watch.BEAT_SECONDS = 0.1  # type: ignore[misc]
+    jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS = 1.0, 0.2, 1.0  # type: ignore[misc]
+    jobs.GRACE_SECONDS = 0.5  # type: ignore[misc]
+    rank, own = dist.get_rank(), process_watch()
+    own.timeout = timedelta(seconds=2)
+    with Job("long", "a long job", ends_with_rank=True) as job:
+        time.sleep(0.5)
+        if rank == (1 if what == "rank 1 is silent" else 0):
+            own.stop() if "silent" in what else own.speaker()
+            time.sleep(10)
+            return "", 0.0
+        begun = time.monotonic()
+        with pytest.raises(LostRanksError) as error:
+            while_watched(lambda: time.sleep(7200), job if what == "rank 1 is silent" else None)
+        return str(error.value), time.monotonic() - begun
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("rank 0 has failed", "rank 0 has failed"),
+        ("rank 0 is silent", r"rank 0 has given no sign of life for \d+ s"),
+        ("rank 1 is silent", r"a long job: rank 1 on \S+ is gone, with no sign of life for \d+ s; last heard of: "),
+    ],
+)
+def test_a_collective_that_would_wait_for_hours_is_left_when_a_rank_is_gone(what: str, message: str) -> None:
+    text, seconds = max(run_ranks(2, wait_in_vain, what))
+    assert re.match(message, text)
+    assert seconds < 30
+
+
+def meet_at_a_store_that_hangs(what: str) -> str:
+    """As one does in a process that is stopped."""
+    watch.BEAT_SECONDS = 0.1  # type: ignore[misc]
+    own = process_watch()
+    own.timeout = timedelta(seconds=2)
+    group = replace(Groups(Topology(1, 2, expert=2)).expert_group(), label="layer 1")
+    time.sleep(1)
+    if dist.get_rank() == 0:
+        own.stop()
+        time.sleep(8)
+        return ""
+
+    class Hangs:
+        def __getattr__(self, name: str) -> object:
+            return lambda *_: time.sleep(7200)
+
+    own.store = Hangs()  # type: ignore[assignment]
+    waits: dict[str, Callable[[], object]] = {
+        "an exchange": lambda: agree(group, torch.zeros(3, 8), 6, "not padded"),
+        "a check of the cluster": lambda: meeting._wait(own.store, ["anything"], timedelta(seconds=2)),
+    }
+    with pytest.raises(LostRanksError) as error:
+        waits[what]()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", ["an exchange", "a check of the cluster"])
+def test_a_store_that_never_answers_is_not_waited_for(what: str) -> None:
+    _, text = run_ranks(2, meet_at_a_store_that_hangs, what)
+    assert re.fullmatch(r"rank 0 has given no sign of life for \d+ s", text)
 
 
 def voices(environments: list[dict[str, str]]) -> list[tuple[bool, bool]]:
@@ -139,6 +211,8 @@ def voices(environments: list[dict[str, str]]) -> list[tuple[bool, bool]]:
     answers, together = context.SimpleQueue(), context.Barrier(len(environments))
 
     def ask(environment: dict[str, str]) -> None:
+        from dsmoe.launch.speaker import speaks_for_host
+
         answers.put((speaks_for_host(environment), speaks_for_host(environment)))
         together.wait(120)
 

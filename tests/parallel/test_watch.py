@@ -41,6 +41,13 @@ def test_a_rank_without_beats_is_gone(watches: list[Watch]) -> None:
     assert "last heard of: step 7, layer 0, exchange (Connection closed by peer [10.0.0.2]:3456)" in text
 
 
+def test_the_silence_that_is_said_was_measured(watches: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    watches[2].stop()
+    monkeypatch.setattr(module, "BEAT_SECONDS", 8.0)  # looked at every two seconds
+    assert "rank 2 on " in (text := str(watches[0].explain(RESET)))
+    assert "with no sign of life for 2 s" in text, "and not 0.3, which is the least"
+
+
 def test_the_furthest_behind_of_the_living_is_missing(watches: list[Watch]) -> None:
     for rank, notes in enumerate((3, 1, 2, 3)):
         for number in range(notes):
@@ -66,8 +73,8 @@ def test_a_failed_rank_that_waits_for_the_speaker_is_not_gone(watches: list[Watc
 def test_the_first_to_fail_speaks_and_the_others_know_it(watches: list[Watch]) -> None:
     assert watches[1].speaker() == 1
     assert watches[2].speaker() == 1
-    watches[1].tell()
-    watches[2].wait_until_told(1000)  # which it does not
+    watches[1].say_explained()
+    watches[2].wait_until_explained(1000)  # which it does not
 
 
 def test_the_speaker_is_known_without_the_store(watches: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
