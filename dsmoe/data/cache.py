@@ -34,8 +34,7 @@ from dsmoe.data.meta import (
 from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_documents
 from dsmoe.data.packing import Packed, Progress, copy_documents, document_hash, pack
 from dsmoe.data.partial import in_the_making
-from dsmoe.data.prepared import PreparedSource
-from dsmoe.data.sequences import Sequences
+from dsmoe.data.prepared import PreparedSource, too_short
 from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
 from dsmoe.data.stored import (
     DamagedCacheError,
@@ -102,7 +101,7 @@ def prepare(config: Config, check: int | None = None) -> list[PreparedSource]:
             if check != 0:
                 verify_files([(source, meta) for source, meta, _ in found], check)
         prepared = _without_held_out([source for source, _, _ in found], [split for _, _, split in found], check != 0)
-    problems = [problem for source in prepared for problem in _too_short(source, config)]
+    problems = [problem for source in prepared for problem in too_short(source, config)]
     if problems:
         raise UserError("\n".join(problems))
     return prepared
@@ -151,7 +150,8 @@ def _prepare_source(
 ) -> tuple[PreparedSource, Meta, Split]:
     if not place.folder.exists():
         _build(place, source, tokenizer, data)
-    return open_folder(place.folder, source, tokenizer, data, place.recipe)
+    prepared, meta, split = open_folder(place.folder, source, tokenizer, data, place.recipe)
+    return replace(prepared, lay=place.lay), meta, split
 
 
 def _build(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -> None:
@@ -193,32 +193,32 @@ def _same_text(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -
 
     Names, sizes and times may be those of other text in another place: all of it is read and compared.
     """
-    known: dict[str, tuple[Path, Meta]] = {}
-    for folder, recipe in folders_alike(source, place):
-        try:
-            prepared, meta, _ = open_folder(folder, source, tokenizer, data, recipe)
-            if meta.origin is None:
-                why = "an earlier version of dsmoe made it, without a checksum of its text to compare"
-                logger.info("%s: %s may be of the same text, and is not used: %s", source.name, folder, why)
-            elif meta.origin.blake2b not in known:
-                verify_files([(prepared, meta)], None)
-                known[meta.origin.blake2b] = folder, meta
-        except (DamagedCacheError, OSError) as error:
-            logger.warning("%s may be of the text of %s, and is not used: %s", folder, source.name, error)
+    known: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for folder, own, digest in folders_alike(source, place):
+        if digest:
+            known.setdefault(digest, []).append((folder, own))
+        else:
+            why = "an earlier version of dsmoe made it, without a checksum of its text to compare"
+            logger.info("%s: %s may be of the same text, and is not used: %s", source.name, folder, why)
     if not known:
         return None
-    folders = " and ".join(str(folder) for folder, _ in known.values())
+    folders = " or ".join(str(made[0][0]) for made in known.values())
     logger.info("%s: reading its files, to see whether their text is that of %s", source.name, folders)
-    digest, progress = TextDigest(), Progress(source.name)
-    for text in digest.passing(documents(source, place.folder.parent)):
-        progress.add(len(text))
+    text, progress = TextDigest(), Progress(source.name)
+    for document in text.passing(documents(source, place.folder.parent)):
+        progress.add(len(document))
         progress.report()
-    found = known.get(digest.hexdigest())
-    is_it = (
-        f"is not that of {folders}" if found is None else f"is that of {found[0]}, and its tokens are taken from there"
-    )
-    logger.info("%s: its text %s", source.name, is_it)
-    return found
+    for folder, own in known.get(text.hexdigest(), []):
+        try:
+            prepared, meta, _ = open_folder(folder, source, tokenizer, data, own)
+            verify_files([(prepared, meta)], None)
+        except (DamagedCacheError, OSError) as error:
+            logger.warning("%s is of the text of %s, and is not used: %s", folder, source.name, error)
+            continue
+        logger.info("%s: its text is that of %s, and its tokens are taken from there", source.name, folder)
+        return folder, meta
+    logger.info("%s: its text is to be tokenized", source.name)
+    return None
 
 
 def _take(folder: Path, meta: Meta, partial: Path, source: Source, recipe: dict[str, Any]) -> None:
@@ -372,29 +372,3 @@ def _state(path: Path) -> tuple[int, ...]:
     """What changes when a file or its checksums are written."""
     status = [file.stat() for file in (path, sums_path(path))]
     return tuple(number for s in status for number in (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
-
-
-def _too_short(source: PreparedSource, config: Config) -> list[str]:
-    length = config.train.sequence_length
-    problems = []
-    for part, tokens, fix in (
-        ("training", source.train_tokens, "give it more text, or lower train.sequence_length"),
-        (
-            "validation",
-            source.validation_tokens,
-            "give it more text or more than one distinct document, raise data.validation_fraction, "
-            "or lower train.sequence_length",
-        ),
-    ):
-        if tokens < length + 1:
-            problems.append(
-                f"data.sources[{source.name}]: the {part} part has {tokens} tokens, but train.sequence_length "
-                f"({length}) + 1 = {length + 1} are needed; {fix}"
-            )
-    if not problems and not len(Sequences(source.train_tokens, length, source.left_out)):
-        problems.append(
-            f"data.sources[{source.name}]: other sources hold out all of its {source.train_tokens} training tokens, "
-            f"in whole sequences of train.sequence_length ({length}); its text is in another source already: leave it "
-            f"out, or set another data.seed"
-        )
-    return problems

@@ -26,7 +26,7 @@ from dsmoe.data.loader import train_sequences
 from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
 from dsmoe.train.changed import Order, changed_order, changed_rate, saved_tokenizer
-from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer
+from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer, with_places
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[
         check_order(beginning, config, sources)
         remove_leftovers(folder)
         contents = Contents.of_run(config, sources, _resumed(config))
-        write_whole(folder / "config.yaml", dump_config(config))
+        write_whole(folder / "config.yaml", dump_config(with_places(config, sources)))
         contents.write(folder)
         write_whole(folder / TOKEN, token)
     except OSError as error:
