@@ -18,37 +18,70 @@ from dsmoe.train.changed import rate_when_longer
 from dsmoe.train.folder import free_name
 
 BITS_PER_BYTE = "eval/bits_per_byte"
+HELD_OUT = "eval/held_out"
+"""What an evaluation has read of each source (`text_of`); lines of earlier versions do not say it."""
 
 
-def summary(folder: Path, bigram: Mapping[str, float] | None, config: Config) -> str:
+def summary(
+    folder: Path, bigram: Mapping[str, float] | None, config: Config, held_out: Mapping[str, str] | None = None
+) -> str:
     """The table of bits per byte at the start, at the end and of the bigram model, and commands to go on with.
+
+    Evaluations of other text than the last one's are left out, and said: losses of two texts do not compare.
 
     Args:
         folder: the run folder; its `metrics.jsonl` has the evaluations. What is missing or damaged there is left out.
         bigram: the bigram model's metrics, under the same names; None where there are none.
         config: the run's.
+        held_out: of which text the bigram model's are; None where that of the last evaluation is meant.
     """
     evaluations = list(_evaluations(folder / "metrics.jsonl"))
-    table = _table(evaluations[0], evaluations[-1], bigram or {}) if evaluations else []
+    table = _table(evaluations, bigram or {}, held_out) if evaluations else []
     return "\n".join([*table, *([""] if table else []), "what to run next", *_next_steps(folder, config)])
 
 
-def _table(first: Mapping[str, Any], last: Mapping[str, Any], bigram: Mapping[str, float]) -> list[str]:
+def _table(
+    evaluations: list[dict[str, Any]], bigram: Mapping[str, float], held_out: Mapping[str, str] | None
+) -> list[str]:
+    last = evaluations[-1]
+    text = last.get(HELD_OUT)
+    first = next(evaluation for evaluation in evaluations if evaluation.get(HELD_OUT) == text)
+    others = [evaluation for evaluation in evaluations if evaluation.get(HELD_OUT) != text]
+    ends = {f"step {evaluation['step']}": evaluation for evaluation in (first, last)}
+    notes = [f"left out, as of other text: {_steps(others)} ({_differences(others[-1], text)})"] if others else []
+    if held_out is not None and text != held_out:
+        bigram = {}
+        notes.append(f"no bigram model: it is of the text of this start, and step {last['step']} is not")
+    columns = {**ends, "bigram model": bigram}
     keys = [key for key in last if key.endswith("/bits_per_byte")]
     names = {key: key.removeprefix("eval/").removesuffix("/bits_per_byte") for key in keys}
     names[BITS_PER_BYTE] = "all"
     width = max(len(name) for name in [*names.values(), "source"])
-    start, end = f"step {first['step']}", f"step {last['step']}"
     table = [
         "held-out bits per byte (lower is better)",
-        f"  {'source':<{width}}  {start:>12}  {end:>12}  {'bigram model':>12}",
-        *(f"  {names[k]:<{width}}  {_number(first, k)}  {_number(last, k)}  {_number(bigram, k)}" for k in keys),
+        f"  {'source':<{width}}{''.join(f'  {column:>12}' for column in columns)}",
+        *(f"  {names[k]:<{width}}{''.join(f'  {_number(c, k)}' for c in columns.values())}" for k in keys),
+        *notes,
     ]
     if BITS_PER_BYTE in bigram:
         gained = bigram[BITS_PER_BYTE] - last[BITS_PER_BYTE]
         verdict = f"{abs(gained):.2f} bits per byte {'better' if gained > 0 else 'worse'} than the bigram model"
         table.append(f"the model is {verdict} on text that neither has seen")
     return table
+
+
+def _steps(evaluations: list[dict[str, Any]]) -> str:
+    steps = [evaluation["step"] for evaluation in evaluations]
+    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} evaluations of steps {min(steps)} to {max(steps)}"
+
+
+def _differences(evaluation: Mapping[str, Any], text: Any) -> str:
+    """Of which text an evaluation was, where that was not `text`."""
+    there, here = (value if isinstance(value, dict) else {} for value in (evaluation.get(HELD_OUT), text))
+    if not (there and here):
+        return "not every one says of which"
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"{name}: {there.get(name, 'nothing')} -> {here.get(name, 'nothing')}" for name in names)
 
 
 def _evaluations(path: Path) -> Iterator[dict[str, Any]]:
