@@ -17,13 +17,15 @@ from typing import Any
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
 from dsmoe.config.errors import Problem, describe, exit_code_of
+from dsmoe.config.load import Look
 from dsmoe.config.show import json_schema
 from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
 from dsmoe.launch.start import INTERRUPTED, Parser, Start, UsageError, begin_with, end_process
 from dsmoe.launch.world import is_speaker, join_launcher
-from dsmoe.plan import Batch, Plan, headline, resolve_device
+from dsmoe.plan import Batch, Plan, headline
 from dsmoe.plan.comparison import parse_layout
+from dsmoe.plan.devices import device_problems
 
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
 # that needs more imports it when it runs.
@@ -185,8 +187,8 @@ def _takes_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(arguments: argparse.Namespace) -> Config:
-    return load_config(arguments.config, arguments.overrides)
+def _load(arguments: argparse.Namespace, *looks: Look) -> Config:
+    return load_config(arguments.config, arguments.overrides, *looks)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -204,8 +206,7 @@ def _check(arguments: argparse.Namespace) -> None:
         notes.extend(found.notes)
         return found.problems
 
-    config = load_config(arguments.config, arguments.overrides, input_problems, look)
-    resolve_device(config.cluster.device)
+    config = load_config(arguments.config, arguments.overrides, input_problems, look, device_problems)
     batch = Batch.from_config(config)  # lays out the topology, too
     print(f"{arguments.config}: ok")
     print(headline(config, batch.topology))
@@ -214,8 +215,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    config = _load(arguments)
-    resolve_device(config.cluster.device)
+    config = _load(arguments, device_problems)
     plan = Plan.from_config(config)
     notes = _notes_on_sources(config)
     print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
@@ -223,8 +223,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> None:
-    config = _load(arguments)
-    resolve_device(config.cluster.device)
+    config = _load(arguments, device_problems)
     topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
     notes = _notes_on_sources(config)
     folder = arguments.out or default_folder(config)

@@ -20,14 +20,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsmoe.config.errors import HostError, UserError, exit_code_of
-from dsmoe.config.load import load_config
+from dsmoe.config.load import Look, load_config
 from dsmoe.config.schema import Config
 from dsmoe.console import finish_streams, steady_streams
 from dsmoe.launch.ancestry import watch_launcher
 from dsmoe.launch.launchers import LauncherError
-from dsmoe.launch.world import check_meeting, for_this_world, is_speaker, join_launcher, launcher_has_store
+from dsmoe.launch.world import (
+    check_meeting,
+    for_this_world,
+    is_speaker,
+    join_launcher,
+    launcher_has_store,
+    world_problems,
+)
 from dsmoe.plan.batch import Batch
-from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.devices import device_problems
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -181,15 +188,15 @@ def end_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def load_on_host(path: str, overrides: Sequence[str]) -> Config:
+def load_on_host(path: str, overrides: Sequence[str], *looks: Look) -> Config:
     """The config that a launcher has named to every host.
 
     Raises:
-        UserError: it is wrong.
+        UserError: it is wrong, or the `looks` have found something.
         HostError: this host, which is not rank 0's, has not the file.
     """
     try:
-        return load_config(path, overrides)
+        return load_config(path, overrides, *looks)
     except UserError as error:
         if Path(path).exists() or is_speaker():
             raise
@@ -209,10 +216,8 @@ def _join() -> UserError | None:
 
 
 def _checked(path: str, overrides: Sequence[str]) -> Config:
-    given = load_on_host(path, overrides)
-    config = for_this_world(given)
-    resolve_device(config.cluster.device)
-    Batch.from_config(config)  # lays out the topology, too
+    given = load_on_host(path, overrides, world_problems, device_problems)
+    Batch.from_config(for_this_world(given))  # lays out the topology, too
     return given
 
 
