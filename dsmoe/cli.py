@@ -24,7 +24,7 @@ from dsmoe.launch.job import Request, default_folder
 from dsmoe.launch.start import INTERRUPTED, Parser, Start, UsageError, begin_with, end_process
 from dsmoe.launch.world import is_speaker, join_launcher
 from dsmoe.plan import Batch, Plan, headline
-from dsmoe.plan.comparison import parse_layout
+from dsmoe.plan.comparison import parse_layouts
 from dsmoe.plan.devices import device_problems
 
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
@@ -265,8 +265,7 @@ def _parity(arguments: argparse.Namespace) -> int:
     join_launcher()
     _load(arguments)  # before torch is imported
     launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
-    for layout in arguments.layouts:
-        parse_layout(layout, launched)
+    parse_layouts(arguments.layouts, launched)
     from dsmoe.train.parity import parity
 
     options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
