@@ -72,15 +72,11 @@ def test_a_layout_that_cannot_be_is_one_message(layout: str, message: str, capsy
 
 def test_all_layouts_that_cannot_be_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["parity", TINY, "--layouts", "foo=2", "tp=x", "ep=2"]) == 2
-    assert [line.split(": ")[-2] for line in capsys.readouterr().err.splitlines()] == [
-        "layout 'foo=2'",
-        "layout 'tp=x'",
-    ]
-    assert main(["parity", TINY, "--layouts", "ep=3", "ep=2", "tp=3"]) == 2
     said = capsys.readouterr().err
-    assert "layout 'ep=3': " in said
-    assert "layout 'tp=3': " in said
-    assert "layout 'ep=2': " not in said
+    assert ["layout 'foo=2'" in said, "layout 'tp=x'" in said, said.count("\n")] == [True, True, 2]
+    assert main(["parity", TINY, "--layouts", "ep=3", "ep=2", "ep=5"]) == 2
+    said = capsys.readouterr().err
+    assert ["layout 'ep=3': " in said, "layout 'ep=5': " in said, "layout 'ep=2': " in said] == [True, True, False]
 
 
 def training(weight: float = 1.0, apart: float = 0.0, norm: float = 2.0) -> Training:
