@@ -21,6 +21,7 @@ from dsmoe.config.load import Look
 from dsmoe.config.show import json_schema
 from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
+from dsmoe.launch.programs import activation
 from dsmoe.launch.start import INTERRUPTED, Parser, Start, UsageError, begin_with, end_process
 from dsmoe.launch.world import is_speaker, join_launcher
 from dsmoe.plan import Batch, Plan, headline
@@ -240,6 +241,8 @@ def _launch(arguments: argparse.Namespace) -> None:
     if job.warning:
         print(f"\n{job.warning}")
     _say(notes)
+    if arguments.renderer == "hosts" and (first := activation("deepspeed")) is not None:
+        print(f"\nthis shell does not find deepspeed by its name; type first:\n{first}")
     print(f"\nto start it, type in this folder:\n{job.command}")
 
 

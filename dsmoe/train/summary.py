@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from dsmoe.checkpoint.folder import candidates
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Request
+from dsmoe.launch.programs import typed
+from dsmoe.launch.quoting import path_argument, shell_word
 from dsmoe.launch.world import SRUN, launched_world
 from dsmoe.plan.batch import Batch
 from dsmoe.train.changed import rate_when_longer
@@ -105,14 +108,18 @@ def _next_steps(folder: Path, config: Config) -> list[str]:
     file, train = folder / "config.yaml", config.train
     longer = f"train.steps={2 * train.steps}" if train.steps else f"train.tokens={2 * (train.tokens or 0)}"
     program = Request(config, str(file), (longer,)).program()
-    onward = f"deepspeed --num_gpus {config.cluster.devices_per_node} {program}"
+    accelerator = os.environ.get("DS_ACCELERATOR")  # without it DeepSpeed takes what it finds
+    here = f"DS_ACCELERATOR={shell_word(accelerator, 'DS_ACCELERATOR')} " if accelerator else ""
+    onward = f"{here}{typed('deepspeed')} --num_gpus {config.cluster.devices_per_node} {program}"
+    path = shell_word(path_argument(str(file)), "runs_dir")
     if config.cluster.nodes > 1:
         way = "--slurm" if launched_world().launcher == SRUN else "--hostfile"
-        onward = f"dsmoe launch {file} {longer} {way}"
+        onward = f"{typed('dsmoe')} launch {path} {longer} {way}"
     jump = rate_when_longer(config, 2 * Batch.from_config(config).steps)
+    events = shell_word(path_argument(str(folder / "tensorboard")), "runs_dir")
     commands = {
-        f"tensorboard --logdir {folder / 'tensorboard'}": "loss, load balance, dropped tokens, throughput",
-        f"dsmoe config show {file}": "every setting of this run",
+        f"{typed('tensorboard')} --logdir {events}": "loss, load balance, dropped tokens, throughput",
+        f"{typed('dsmoe')} config show {path}": "every setting of this run",
         onward: f"train on from here: {jump}, and the start says what to write instead"
         if jump
         else "train on from here",
