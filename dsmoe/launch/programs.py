@@ -39,4 +39,5 @@ def _is_found(own: Path) -> bool:
 def _from_here(path: Path) -> str:
     """From the working directory where it is below that, else from the root."""
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    text = str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    return text if "/" in text else f"./{text}"
