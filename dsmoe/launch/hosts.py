@@ -18,8 +18,9 @@ from dsmoe.launch.job import Job, Request
 from dsmoe.launch.nodelist import expand
 from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
 from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.elastic import settings_for
 from dsmoe.plan.report import headline
-from dsmoe.plan.text import quantity
+from dsmoe.plan.text import first_and_last, quantity
 from dsmoe.plan.topology import Topology
 
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
@@ -128,7 +129,8 @@ def host_problems(config: Config) -> list[Problem]:
     except UnsoundError:
         pass  # the section itself is wrong
     except UserError as error:
-        return [("cluster.hosts" if hostfile is None else "cluster.hostfile", str(error))]
+        key = "cluster.hosts" if hostfile is None else "cluster.hostfile"
+        return [(key, line) for line in str(error).splitlines()]
     return []
 
 
@@ -158,14 +160,23 @@ def named_hosts(config: Config) -> list[str]:
     except UserError as error:
         raise UserError(f"cluster.hosts: {error}") from None
     twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"cluster.hosts names {', '.join(twice)} more than once; every host is one node")
-    if len(names) != cluster.nodes:
-        raise UserError(
-            f"cluster.hosts names {quantity(len(names), 'host')} and cluster.nodes is {cluster.nodes}; "
-            f"set cluster.nodes={len(names)}, or name {cluster.nodes}"
+    problems = [f"cluster.hosts names {', '.join(twice)} more than once; every host is one node"] if twice else []
+    if len(set(names)) != cluster.nodes and (not twice or len(names) != cluster.nodes):
+        problems.append(
+            f"cluster.hosts names {quantity(len(set(names)), 'host')} and cluster.nodes is {cluster.nodes}; "
+            f"{_with_nodes(config, len(set(names)))}, or name {cluster.nodes}"
         )
+    if problems:
+        raise UserError("\n".join(problems))
     return names
+
+
+def _with_nodes(config: Config, nodes: int) -> str:
+    """What sets the config to another number of nodes so that it passes the checks, or what keeps it from that."""
+    settings, others = settings_for(config, nodes, config.cluster.devices_per_node)
+    if others:
+        return f"{quantity(nodes, 'node')} cannot train it as it is ({'; '.join(others)})"
+    return f"set {' '.join(setting for setting in settings if not setting.startswith('cluster.devices_per_node='))}"
 
 
 def _has_mark(name: str) -> bool:
@@ -197,27 +208,37 @@ def _lines(name: str) -> list[str]:
 def _read_hostfile(config: Config, name: str) -> list[str]:
     """Read a hostfile as DeepSpeed does, and check that it has the config's nodes and devices."""
     slots: dict[str, int] = {}
+    problems: list[str] = []
     for number, line in enumerate(_lines(name), 1):
         if not line or line.startswith("#"):
             continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise UserError(f"{name}:{number}: expected `HOST slots=DEVICES`, got {show_value(line)}")
-        if match[1] in slots:
-            raise UserError(f"{name}:{number}: {match[1]} is named a second time; every host is one node")
-        slots[host_name(match[1], f"{name}:{number}")] = int(match[2])
+            problems.append(f"{name}:{number}: expected `HOST slots=DEVICES`, got {show_value(line)}")
+        elif match[1] in slots:
+            problems.append(f"{name}:{number}: {match[1]} is named a second time; every host is one node")
+        else:
+            slots[match[1]] = int(match[2])
+            try:
+                host_name(match[1], f"{name}:{number}")
+            except UserError as error:
+                problems.append(str(error))
     nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
-    if len(slots) != nodes:
-        raise UserError(
+    if len(slots) != nodes and not problems:
+        ways = [_with_nodes(config, len(slots))] if slots else []
+        ways.append(f"have {quantity(nodes, 'line')} in the file")
+        problems.append(
             f"cluster.hostfile ({name}) has {quantity(len(slots), 'host')} and cluster.nodes is {nodes}; "
-            f"set cluster.nodes={len(slots)}, or have {quantity(nodes, 'line')} in the file"
+            f"{', or '.join(ways)}"
         )
     others = [f"{host} slots={count}" for host, count in slots.items() if count != devices]
     if others:
-        raise UserError(
-            f"cluster.hostfile ({name}): {', '.join(others)}, and cluster.devices_per_node is {devices}; every "
-            f"node has equally many: write slots={devices}, or set cluster.devices_per_node"
+        problems.append(
+            f"cluster.hostfile ({name}): {', '.join(first_and_last(others))}, and cluster.devices_per_node is "
+            f"{devices}; every node has equally many: write slots={devices}, or set cluster.devices_per_node"
         )
+    if problems:
+        raise UserError("\n".join(first_and_last(problems)))
     return list(slots)
 
 

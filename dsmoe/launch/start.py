@@ -20,15 +20,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsmoe.config.errors import HostError, UserError, exit_code_of
-from dsmoe.config.load import load_config
+from dsmoe.config.load import Look, load_config
 from dsmoe.config.schema import Config
 from dsmoe.console import finish_streams, steady_streams
 from dsmoe.launch.ancestry import watch_launcher
 from dsmoe.launch.speaker import LINGER_SECONDS, print_for_host
 from dsmoe.launch.variables import LauncherError
-from dsmoe.launch.world import check_meeting, for_this_world, is_speaker, join_launcher, launcher_has_store
+from dsmoe.launch.world import (
+    check_meeting,
+    for_this_world,
+    is_speaker,
+    join_launcher,
+    launcher_has_store,
+    world_problems,
+)
 from dsmoe.plan.batch import Batch
-from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.devices import device_problems
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -124,36 +131,25 @@ def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
         options = parser.parse_intermixed_args(arguments)
     except UsageError as error:
         return _started(argparse.Namespace(), None, error, launcher_error)
-    return _check(options, options.config, options.overrides, check_world, launcher_error)
+    return _check(options, options.config, options.overrides, None, launcher_error)
 
 
-def begin_with(path: str, overrides: Sequence[str], check: Callable[[Config], None] | None = None) -> Start:
+def begin_with(path: str, overrides: Sequence[str], check: Callable[[Config], object] | None = None) -> Start:
     """The same for a command that has read its arguments, and for which nobody has begun to watch the launcher.
 
     Args:
         path: the config's.
         overrides: settings over it.
-        check: what else has to be right; raises UserError. By default, `check_world`.
+        check: what has to be right besides; raises UserError. By default, that it is a config of these ranks.
     """
     steady_streams()
     watch_launcher()
-    return _check(argparse.Namespace(), path, overrides, check or check_world, _join())
+    return _check(argparse.Namespace(), path, overrides, check, _join())
 
 
 def wrong_arguments(error: UsageError) -> Start:
     """The same for a command whose arguments cannot be read."""
     return _started(argparse.Namespace(), None, error, _join())
-
-
-def check_world(given: Config) -> None:
-    """Check that the config is one of the ranks that the launcher has started.
-
-    Raises:
-        UserError: it is not.
-    """
-    config = for_this_world(given)
-    resolve_device(config.cluster.device)
-    Batch.from_config(config)  # lays out the topology, too
 
 
 def program(name: str, description: str) -> Parser:
@@ -197,15 +193,15 @@ def end_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def load_on_host(path: str, overrides: Sequence[str]) -> Config:
+def load_on_host(path: str, overrides: Sequence[str], *looks: Look) -> Config:
     """The config that a launcher has named to every host.
 
     Raises:
-        UserError: it is wrong.
+        UserError: it is wrong, or the `looks` have found something.
         HostError: this host, which is not rank 0's, has not the file.
     """
     try:
-        return load_config(path, overrides)
+        return load_config(path, overrides, *looks)
     except UserError as error:
         if Path(path).exists() or is_speaker():
             raise
@@ -228,17 +224,22 @@ def _check(
     options: argparse.Namespace,
     path: str,
     overrides: Sequence[str],
-    check: Callable[[Config], None],
+    check: Callable[[Config], object] | None,
     launcher_error: UserError | None,
 ) -> Start:
-    """Load the config; check it where it is known which ranks there are."""
+    """Load the config; check it where it is known which ranks there are, by default that it is one of these."""
+    looks = (world_problems, device_problems) if check is None and launcher_error is None else ()
     try:
-        given = load_on_host(path, overrides)
+        given = load_on_host(path, overrides, *looks)
         if launcher_error is None:
-            check(given)
+            (check or _lay_out)(given)
     except UserError as error:
         return _started(options, None, error, launcher_error)
     return _started(options, given, None, launcher_error)
+
+
+def _lay_out(given: Config) -> None:
+    Batch.from_config(for_this_world(given))  # lays out the topology, too
 
 
 def _started(

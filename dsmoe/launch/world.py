@@ -13,7 +13,8 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config
 from dsmoe.launch.launchers import (
     FIRST_PORT,
@@ -34,7 +35,7 @@ from dsmoe.launch.variables import (
     shown,
     whole_number,
 )
-from dsmoe.plan.elastic import fit_to_world
+from dsmoe.plan.elastic import fit_to_world, has_layout, is_sound, settings_for
 from dsmoe.plan.text import quantity
 
 ALONE, DEEPSPEED, TORCHRUN, SRUN, OTHER = "python alone", "deepspeed", "torchrun", "srun", "the launcher"
@@ -55,21 +56,28 @@ class World:
         per_node = self.devices_per_node or (self.size if self.size % devices_per_node else devices_per_node)
         return self.size // per_node, per_node
 
-    def check(self, config: Config) -> None:
-        """Check that these are the ranks that the config describes.
+    def problem(self, config: Config) -> str | None:
+        """Why these are not the ranks that the config describes, how to start those, and how to train on these.
 
-        Raises:
-            UserError: they are not; says how to start those, and how to train on these.
+        None where they are. Of a config some of whose keys are wrong, what else would be wrong on these is not known.
         """
         nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
         started = self.shape(devices)
         if started == (nodes, devices):
-            return
-        raise UserError(
+            return None
+        problem = (
             f"{self.launcher} started {_ranks(*started)}, but cluster.nodes x cluster.devices_per_node is "
-            f"{_ranks(nodes, devices)}; start those with {self._start(nodes, devices)}, or train on what was started "
-            f"with cluster.nodes={started[0]} cluster.devices_per_node={started[1]}, or cluster.elastic=true"
+            f"{_ranks(nodes, devices)}; start those with {self._start(nodes, devices)}"
         )
+        with suppress(UnsoundError):
+            settings, others = settings_for(config, *started)
+            if others:
+                takes = f"it takes {' '.join(settings)}, and this has to change as well: {'; '.join(others)}"
+                return f"{problem}. What was started cannot train this config: {takes}"
+            elastic = ", or cluster.elastic=true" if has_layout(config) else ""
+            rest = "" if is_sound(config) else "when the rest is mended, "
+            return f"{problem}, or {rest}train on what was started with {' '.join(settings)}{elastic}"
+        return problem
 
     def _start(self, nodes: int, devices: int) -> str:
         """The command that starts so many ranks by the same launcher."""
@@ -96,8 +104,27 @@ def for_this_world(config: Config) -> Config:
     world = launched_world()
     if config.cluster.elastic:
         return fit_to_world(config, *world.shape(config.cluster.devices_per_node))
-    world.check(config)
+    problem = world.problem(config)
+    if problem is not None:
+        raise UserError(problem)
     return config
+
+
+def world_problems(config: Config) -> list[Problem]:
+    """What `for_this_world` would say, for `load_config`, of a config that may have keys that are wrong.
+
+    Raises:
+        LauncherError: what the launcher says cannot be, which other ranks may not have.
+    """
+    try:
+        for_this_world(config)
+    except UnsoundError:
+        return []
+    except LauncherError:
+        raise
+    except UserError as error:
+        return [("cluster.nodes", str(error))]
+    return []
 
 
 def launched_world(environment: Mapping[str, str] = os.environ) -> World:

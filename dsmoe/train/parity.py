@@ -26,10 +26,11 @@ from dsmoe.parallel.watch import process_watch
 from dsmoe.plan.comparison import (
     ONE_RANK,
     Layout,
+    all_of,
     as_overrides,
     changes,
     comparable,
-    parse_layout,
+    parse_layouts,
     shrunk,
 )
 from dsmoe.plan.devices import resolve_device
@@ -111,13 +112,12 @@ def _compare(
 ) -> bool:
     launched = "RANK" in os.environ
     world_size = whole_number(os.environ, "WORLD_SIZE") if launched else None
-    parsed = [parse_layout(text, world_size) for text in (layouts if launched else [ONE_RANK, *layouts])]
+    parsed = parse_layouts(layouts if launched else [ONE_RANK, *layouts], world_size)
     comparison = Comparison(path, overrides, parsed, steps, precision, full)
     with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as folder:
         (Path(folder) / "sums.txt").write_text(TEXT, encoding="utf-8")
-        configs = [comparison.config(layout, Path(folder)) for layout in parsed]
-        for layout, config in zip(parsed, configs, strict=True):
-            _refuse_what_depends_on_slices(config, layout)
+        configs = all_of(parsed, lambda layout: comparison.config(layout, Path(folder)))
+        all_of(zip(parsed, configs, strict=True), lambda both: _refuse_what_depends_on_slices(both[1], both[0]))
         return (_under_launcher if launched else _on_this_machine)(comparison, configs)
 
 

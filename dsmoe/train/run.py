@@ -229,7 +229,9 @@ def _train_and_tell(trainer: Trainer, folder: Path) -> bool:
     if not finished:
         logger.info("stopped after step %d; run the same command again to go on", trainer.step_index)
     elif trainer.rank.is_first:
-        logger.info("%s", _report("summary", lambda: summary(folder, bigram, trainer.config)) or "done")
+        logger.info(
+            "%s", _report("summary", lambda: summary(folder, bigram, trainer.config, trainer.held_out_text)) or "done"
+        )
     return finished
 
 

@@ -42,10 +42,14 @@ def test_a_config_made_in_python_is_checked_as_well(tmp_path: Path) -> None:
 WORLD = "the number of devices (2 nodes x 4 = 8)"
 
 
-def test_tensor_must_divide_the_devices_and_the_batch_is_not_judged_then(tmp_path: Path) -> None:
+def test_tensor_must_divide_the_devices_and_of_the_batch_is_said_what_is_known_then(tmp_path: Path) -> None:
     overrides = "model.num_heads=6", "model.head_dim=16", "model.vocab_size=258", "train.sequence_length=240"
+    tensor = f"parallel.tensor (3) must divide {WORLD}; nearest: 2 or 4"
+    assert check(tmp_path, "parallel.tensor=3", "train.batch_tokens=960", *overrides) == [tensor]
     assert check(tmp_path, "parallel.tensor=3", "train.batch_tokens=1000", *overrides) == [
-        f"parallel.tensor (3) must divide {WORLD}; nearest: 2 or 4",
+        tensor,
+        "train.batch_tokens (1000) must be a multiple of train.micro_batch_size * train.sequence_length (2 * 240 = "
+        "480), whatever the number of data ranks becomes; nearest: 960 or 1440",
     ]
 
 

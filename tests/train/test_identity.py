@@ -117,9 +117,17 @@ def test_a_run_goes_on_from_elsewhere_and_not_with_another_tokenizer(project: Pa
     linked = ["--config", "link/conf/config.yaml", "runs_dir=link/runs", "data.cache_dir=link/cache"]
     assert "continuing from" in pretrain(project.parent, *linked, "train.steps=4").out
     moved = project.rename(project.with_name("moved"))
-    shutil.rmtree(moved / "cache")
+    text = (moved / "conf/web.txt").read_bytes()
+    (moved / "conf/web.txt").unlink()
+    lost = pretrain(moved, "--config", "conf/config.yaml", "train.steps=5")
+    assert "continuing from" in lost.out, lost.err
+    assert f"which was made of what was there, when that was {project}/conf/web.txt" in lost.out
+    lost = pretrain(moved, "--config", "runs/small/config.yaml", "train.steps=5")  # which says where the text lay
+    assert lost.code == 0, lost.err
+    (moved / "conf/web.txt").write_bytes(text)
     onward = pretrain(moved, "--config", "conf/config.yaml", "train.steps=5")
-    assert "continuing from" in onward.out, onward.err
+    assert "and its tokens are taken from there" in onward.out, onward.err
+    assert "continuing from" in onward.out
     # Another run goes on from this one, and is started again from another folder: with the same checkpoint, that is.
     second = ["name=second", "checkpoint.every=1"]
     first = pretrain(moved, "--config", "conf/config.yaml", *second, "checkpoint.resume=runs/small", "train.steps=7")
