@@ -103,10 +103,9 @@ def test_what_was_loaded_is_readable_when_dumped(tmp_path: Path) -> None:
     "text",
     [
         sources(4_000, "{{name: s{0}, path: p{0}}}"),
-        VALID + "deepspeed: {aio: " + "{a: " * 20 + "[" + "1," * 9_000 + "]" + "}" * 21,
-        VALID + "deepspeed:\n  aio: [&a " + "x" * 20_000 + ", *a" * 15 + "]\n",
+        VALID + "deepspeed:\n  comms_logger:\n    prof_ops: [&a " + "x" * 20_000 + ", *a" * 15 + "]\n",
     ],
-    ids=["many sources", "indented values", "long aliases"],
+    ids=["many sources", "long aliases"],
 )
 def test_what_would_be_too_long_with_its_defaults_is_refused_with_a_way_out(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
@@ -120,8 +119,6 @@ def test_an_override_of_too_many_levels_is_refused(tmp_path: Path) -> None:
     for levels in (51, 5_000):
         with pytest.raises(ConfigError, match="no key has so many parts"):
             load_config(write(tmp_path, VALID), [f"deepspeed{'.a' * levels}=1"])
-    with pytest.raises(ConfigError, match="levels deep"):
-        load_config(write(tmp_path, VALID), [f"deepspeed.aio{'.a' * 40}={'[' * 40}{']' * 40}"])
 
 
 def leaves(schema: dict, definitions: dict, path: str = "") -> list[str]:  # type: ignore[type-arg]
