@@ -157,11 +157,11 @@ class _Reader:
         included = _included(entry, path, self.problems)
         if len(self.problems) > before:
             return None
-        if any(included.resolve() == file.resolve() for file in chain):
+        if any(os.path.realpath(included) == os.path.realpath(file) for file in chain):
             cycle = " -> ".join(map(str, (*chain, included)))
             self.problems.append(f"include: a file must not include itself: {cycle} ({entry.where})")
             return None
-        if included.exists() and not included.is_file() and not included.is_dir():
+        if os.path.exists(included) and not os.path.isfile(included) and not os.path.isdir(included):
             self.problems.append(f"include: {included} is not a file ({entry.where})")
             return None
         return self.read(included, chain, f" (included at {entry.where})")
@@ -211,8 +211,11 @@ def _include_entries(include: Node, problems: list[str]) -> list[Node] | None:
 
 def _included(entry: Node, path: Path, problems: list[str]) -> Path:
     name = expand_path("include", entry.value, entry.where, problems)
-    beside, beside_target = (Path(os.path.normpath(file.parent / name)) for file in (path, path.resolve()))
-    return beside if beside.exists() or not beside_target.exists() else beside_target
+    # Not Path.resolve and Path.exists, which raise for links that go round, long names and folders without permission:
+    # reading the file says what is wrong.
+    folders = (path.parent, os.path.dirname(os.path.realpath(path)))
+    beside, beside_target = (Path(os.path.normpath(os.path.join(folder, name))) for folder in folders)
+    return beside if os.path.exists(beside) or not os.path.exists(beside_target) else beside_target
 
 
 def _merge(base: Node, top: Node) -> Node:

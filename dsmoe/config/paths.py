@@ -132,7 +132,7 @@ def _beside(path: str, where: str) -> str:
     Where that file is a link, beside what it leads to as well.
     """
     file = Path(where.rpartition(":")[0])
-    for folder in (file.parent, file.resolve().parent):
+    for folder in (file.parent, Path(os.path.realpath(file)).parent):
         beside = path if folder == Path() else os.path.normpath(folder / path)
         if os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside))):
             return beside

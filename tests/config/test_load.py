@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsmoe.config import Config, ConfigError, UserError, dump_config, load_config
 from dsmoe.config.load import included_files
+from dsmoe.config.paths import resolve_paths
 from dsmoe.config.yaml_text import Node, parse_yaml, plain, write_yaml
 
 from .recipes import VALID, load, problems, problems_of, problems_with, write
@@ -327,6 +328,33 @@ def test_every_include_is_read_before_giving_up(tmp_path: Path) -> None:
 def test_include_that_names_no_file(tmp_path: Path, value: str, got: str) -> None:
     path = write(tmp_path, f"name: a\ninclude: {value}\n")
     assert problems_of(path) == [f"include: expected a file name or a list of file names, got {got} (x.yaml:2)"]
+
+
+def test_links_that_go_round_are_named_where_they_are_included(tmp_path: Path) -> None:
+    (tmp_path / "self.yaml").symlink_to("self.yaml")
+    (tmp_path / "a.yaml").symlink_to("b.yaml")
+    (tmp_path / "b.yaml").symlink_to("a.yaml")
+    (tmp_path / "folder").symlink_to("folder")
+    path = write(tmp_path, "include: [self.yaml, a.yaml, folder/c.yaml]\n")
+    reason = "Too many levels of symbolic links (included at x.yaml:1)"
+    names = ("self.yaml", "a.yaml", "folder/c.yaml")
+    assert problems_of(path) == [f"cannot be read: {name}: {reason}" for name in names]
+
+
+def test_what_was_loaded_through_a_link_that_goes_round_now_is_no_traceback(tmp_path: Path) -> None:
+    """The place of a path is the file that says it, which may have been replaced since it was read."""
+    (tmp_path / "x.yaml").symlink_to("x.yaml")
+    tree = parse_yaml("data: {tokenizer: tokens.json}", lambda line: f"{tmp_path}/x.yaml:{line}", [])
+    assert tree is not None
+    problems: list[str] = []
+    resolve_paths(tree, problems)
+    assert problems == []
+
+
+def test_an_include_whose_name_no_file_can_have_is_named_with_its_place(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, f"include: {'a' * 300}\n"))
+    assert problem.startswith("cannot be read: aaa")
+    assert problem.endswith("File name too long (included at x.yaml:1)")
 
 
 # Overrides
