@@ -37,6 +37,8 @@ Width = Annotated[int, Field(ge=1, le=2**24), BeforeValidator(_whole_number)]
 Length = Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole_number)]
 Layers = Annotated[int, Field(ge=1, le=10_000), BeforeValidator(_whole_number)]
 Devices = Annotated[int, Field(ge=1, le=2**20), BeforeValidator(_whole_number)]
+Timeout = Annotated[int, Field(ge=1, le=10**6), BeforeValidator(_whole_number)]
+"""Seconds: eleven days, of which the milliseconds fit the 32 bits that torch's store and gloo count them in."""
 PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -81,7 +83,7 @@ class Cluster(Section):
     elastic: bool = False
     """Train on whatever devices the launcher has started: `parallel.expert` and the micro-batch follow, the batch
     stays. Else a world of another size is refused."""
-    collective_timeout_seconds: PositiveInt = 1800
+    collective_timeout_seconds: Timeout = 1800
     """How long a collective may wait, in every process group, before the run is stopped."""
     intra_node_gbps: PositiveFloat | None = None
     """What a device can send to another of its node, in GB/s one way; null promises nothing. `dsmoe preflight` measures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from dsmoe.config import ConfigError, UserError, dump_config, load_config
 from dsmoe.config.schema import Config
 from dsmoe.plan import Batch, Plan
 
-from .recipes import VALID, write
+from .recipes import VALID, problems_of, write
 
 COMMANDS = (["config", "check"], ["config", "show"], ["plan"], ["launch", "--docker", "--dry-run"])
 
@@ -137,6 +138,16 @@ def leaves(schema: dict, definitions: dict, path: str = "") -> list[str]:  # typ
 
 SCHEMA = Config.model_json_schema()
 NUMBERS = leaves(SCHEMA, SCHEMA["$defs"])
+
+
+def test_a_timeout_fits_what_counts_it(tmp_path: Path) -> None:
+    """In milliseconds, torch's store and gloo have 32 bits for it; timedelta has more, and an end as well."""
+    (problem,) = problems_of(write(tmp_path, VALID), "cluster.collective_timeout_seconds=1e18")
+    assert problem.startswith(
+        "cluster.collective_timeout_seconds: expected a whole number >= 1 and <= 1e+06, got 1e+18"
+    )
+    config = load_config(write(tmp_path, VALID), ["cluster.collective_timeout_seconds=1e6"])
+    assert timedelta(seconds=config.cluster.collective_timeout_seconds) < timedelta(milliseconds=2**31)
 
 
 @pytest.mark.parametrize("value", ["1e18", "1e300", "99999999999999999999999", "65537", "1e-300", "-1", "0"])
