@@ -110,6 +110,8 @@ class _Explainer:
     def mismatch(self, path: Path, schema: Schema) -> str:
         value = plain(lookup(self.tree, path))
         expected = self.describe(schema)
+        if isinstance(value, str) and len(value) > schema.get("maxLength", len(value)):
+            expected = f"text of at most {schema['maxLength']} characters, and there are {len(value):,}"
         if isinstance(value, int | float) and (most := _exceeded(schema, value)) is not None:
             expected += f" and <= {most:g}" if " >" in expected else f" <= {most:g}"
         if isinstance(value, float) and not math.isfinite(value):

@@ -12,6 +12,7 @@ from dsmoe.config import Config, ConfigError, UserError, dump_config, load_confi
 from dsmoe.config.load import included_files
 from dsmoe.config.paths import resolve_paths
 from dsmoe.config.yaml_text import Node, parse_yaml, plain, write_yaml
+from dsmoe.data import prepare
 
 from .recipes import VALID, load, problems, problems_of, problems_with, write
 
@@ -355,6 +356,24 @@ def test_an_include_whose_name_no_file_can_have_is_named_with_its_place(tmp_path
     (problem,) = problems_of(write(tmp_path, f"include: {'a' * 300}\n"))
     assert problem.startswith("cannot be read: aaa")
     assert problem.endswith("File name too long (included at x.yaml:1)")
+
+
+@pytest.mark.parametrize("key", ["name", "data.sources.1.name"])
+def test_a_name_is_short_enough_for_the_folders_that_have_it(tmp_path: Path, key: str) -> None:
+    load(tmp_path, f"{key}={'n' * 128}")
+    for length in (129, 255, 300):
+        (problem,) = problems_of(write(tmp_path, VALID), f"{key}={'n' * length}")
+        start = f'{key}: expected text of at most 128 characters, and there are {length}, got "nnn'
+        assert problem.startswith(start)
+
+
+def test_the_longest_name_has_room_in_a_cache(tmp_path: Path) -> None:
+    name, text = "n" * 128, tmp_path / "corpus.txt"
+    text.write_text("some words\n" * 1_000)
+    sources = f"data.sources=[{{name: {name}, path: {text}}}]"
+    config = load(tmp_path, sources, f"data.cache_dir={tmp_path / 'cache'}", "train.sequence_length=16")
+    (source,) = prepare(config)
+    assert source.name == name
 
 
 # Overrides
