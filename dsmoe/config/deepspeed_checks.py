@@ -6,12 +6,12 @@ DeepSpeed would ignore some of them without a word, and end every rank with a tr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, Kind
 from dsmoe.config.errors import Problem
+from dsmoe.config.nearest import closest_key
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import show_value
 
@@ -30,8 +30,8 @@ def _below(section: str, given: dict[str, Any], free: dict[str, Any]) -> Iterato
         elif name in free:
             yield from _value(key, value, free[name])
         else:
-            guess = get_close_matches(name, free, 1)
-            remedy = f"did you mean '{guess[0]}'?" if guess else f"the keys are {', '.join(free)}"
+            guess = closest_key(name, free)
+            remedy = f"did you mean '{guess}'?" if guess else f"the keys are {', '.join(free)}"
             yield f"deepspeed.{key}", f"deepspeed.{key}: unknown to DeepSpeed; {remedy}"
 
 
