@@ -12,7 +12,7 @@ from pathlib import Path
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Job, Request
-from dsmoe.launch.nodelist import expand
+from dsmoe.launch.nodelist import MOST_HOSTS, expand
 from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.report import headline
@@ -165,6 +165,13 @@ def _read_hostfile(config: Config, name: str) -> list[str]:
             raise UserError(f"{name}:{number}: {match[1]} is named a second time; every host is one node")
         slots[host_name(match[1], f"{name}:{number}")] = int(match[2])
     nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
+    if not slots:
+        raise UserError(
+            f"cluster.hostfile ({name}) names no host; have {quantity(nodes, 'line')} `HOST slots={devices}` in the "
+            "file, or set cluster.hostfile=null"
+        )
+    if len(slots) > MOST_HOSTS:
+        raise UserError(f"cluster.hostfile ({name}) has more than {MOST_HOSTS:,} hosts; is it the right file?")
     if len(slots) != nodes:
         raise UserError(
             f"cluster.hostfile ({name}) has {quantity(len(slots), 'host')} and cluster.nodes is {nodes}; "

@@ -140,6 +140,36 @@ SCHEMA = Config.model_json_schema()
 NUMBERS = leaves(SCHEMA, SCHEMA["$defs"])
 
 
+TEXTS = (
+    *("cluster.interface", "cluster.hosts", "cluster.hostfile", "cluster.device", "data.tokenizer", "data.cache_dir"),
+    *("data.end_of_document", "data.sources.0.path", "data.sources.0.hub", "data.sources.0.split", "runs_dir"),
+    *("data.sources.0.text_field", "data.sources.0.name", "name", "checkpoint.resume", "checkpoint.weights_from"),
+)
+
+
+def test_no_key_takes_an_empty_text(tmp_path: Path) -> None:
+    """As `$NAME` leaves one where NAME is set to nothing: an empty path is the working directory."""
+    found = {key.removesuffix(".") for key in texts(SCHEMA, "")}
+    assert found == {re.sub(r"\.0\.", ".", key) for key in TEXTS}
+    for key in TEXTS:
+        problems = problems_of(write(tmp_path, VALID), f"{key}=''")
+        assert problems[0].startswith(f"{key}: expected "), problems
+        assert 'got ""' in problems[0]
+
+
+def texts(schema: dict, path: str) -> list[str]:  # type: ignore[type-arg]
+    """The dotted keys of all free texts in the schema."""
+    found = []
+    for name, child in schema.get("properties", {}).items():
+        for option in (child, *child.get("anyOf", []), child.get("items", {})):
+            reference = option.get("$ref", "").rpartition("/")[2]
+            if reference:
+                found += texts(SCHEMA["$defs"][reference], f"{path}{name}.")
+            elif option.get("type") == "string" and "enum" not in option:
+                found.append(f"{path}{name}")
+    return found
+
+
 def test_a_timeout_fits_what_counts_it(tmp_path: Path) -> None:
     """In milliseconds, torch's store and gloo have 32 bits for it; timedelta has more, and an end as well."""
     (problem,) = problems_of(write(tmp_path, VALID), "cluster.collective_timeout_seconds=1e18")

@@ -585,7 +585,8 @@ def test_wrong_override(tmp_path: Path, override: str, problem: str) -> None:
         (("name: tiny", "name: tiny\ndeepspeed: [a]"), 'deepspeed: expected a mapping, got ["a"] (x.yaml:2)'),
         (
             ("nodes: 2", "nodes: 2\n  device: 80"),
-            "cluster.device: expected text, a mapping {memory_gib, peak_tflops} or null, got 80 (x.yaml:4)",
+            "cluster.device: expected text that is not empty, a mapping {memory_gib, peak_tflops} or null, got 80 "
+            "(x.yaml:4)",
         ),
         (
             ("nodes: 2", "nodes: 2\n  device: {memory_gib: 80}"),

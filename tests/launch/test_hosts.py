@@ -167,6 +167,15 @@ WRONG = {
     "no file": ("cluster.hostfile=nope", "cluster.hostfile (nope) cannot be read: No such file or directory"),
     "a line of another kind": (EIGHT + "n9\n", "{file}:9: expected `HOST slots=DEVICES`, got 'n9'"),
     "a line twice": (EIGHT + "n0 slots=8\n", "{file}:9: n0 is named a second time; every host is one node"),
+    "no line": (
+        "# to be filled in\n\n",
+        "cluster.hostfile ({file}) names no host; have 8 lines `HOST slots=8` in the file, or set "
+        "cluster.hostfile=null",
+    ),
+    "far too many lines": (
+        "".join(f"n{number} slots=8\n" for number in range(100_001)),
+        "cluster.hostfile ({file}) has more than 100,000 hosts; is it the right file?",
+    ),
     "few lines": (
         "n0 slots=8\n",
         "cluster.hostfile ({file}) has 1 host and cluster.nodes is 8; set cluster.nodes=1, or have 8 lines in the file",
