@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from dsmoe.cli import main
 from dsmoe.config import ConfigError, UserError, dump_config, load_config
 from dsmoe.config.schema import Config
+from dsmoe.config.yaml_text import fewest_characters
 from dsmoe.plan import Batch, Plan
 
 from .recipes import VALID, problems_of, write
@@ -114,6 +116,30 @@ def test_what_would_be_too_long_with_its_defaults_is_refused_with_a_way_out(text
     (problem,) = error.value.problems
     assert "no config" in problem
     assert "one source can read many files (path: data/*.jsonl)" in problem
+
+
+def test_the_files_of_a_config_that_is_too_long_are_not_looked_at(tmp_path: Path) -> None:
+    """Thousands of patterns take a second each thousand, before it is said that nobody may have so many."""
+    looked: list[object] = []
+    for count, is_looked_at in ((100, True), (1_900, False), (4_000, False)):
+        text = sources(count, "{{name: s{0}, path: p{0}}}")
+        with suppress(ConfigError):
+            load_config(write(tmp_path, text), [], lambda config: looked.append(config) or [])
+        assert bool(looked) == is_looked_at, count
+        looked.clear()
+
+
+def test_the_fewest_characters_are_never_more_than_are_written(tmp_path: Path) -> None:
+    entry = "{{name: s{0}, path: '/data/{0}: [a]/*.jsonl'}}"
+    for text in (
+        VALID,
+        sources(1, entry),
+        sources(700, entry),
+        sources(30, "{{name: s{0}, path: p, text_field: 'a\\nb'}}"),
+    ):
+        config = load_config(write(tmp_path, text))
+        fewest, written = fewest_characters(config.model_dump()), len(dump_config(config))
+        assert 0.8 * written < fewest <= written
 
 
 def test_an_override_of_too_many_levels_is_refused(tmp_path: Path) -> None:
