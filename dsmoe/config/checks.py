@@ -1,17 +1,15 @@
 """What must hold between keys that are each right by themselves: arithmetic on the config, on any machine.
 
-Every message names the keys, their values and what to do. Here are model, data, optimizer and training; layouts and
-`moe` have files of their own.
+Every message names the keys, their values and what to do. Here are model, data, optimizer and training; layouts,
+`moe` and `deepspeed` have files of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
-from dsmoe.config.deepspeed import FREE_KEYS, FREE_ZERO_KEYS, OWNED_KEYS, REFUSED_KEYS
+from dsmoe.config.deepspeed_checks import deepspeed_problems
 from dsmoe.config.errors import Problem
 from dsmoe.config.layout_checks import LAYOUT_CHECKS, world_size
 from dsmoe.config.moe_checks import MOE_CHECKS
@@ -247,41 +245,6 @@ def _source(key: str, source: Source) -> Iterator[Problem]:
         )
 
 
-def _deepspeed(config: Config) -> Iterator[Problem]:
-    for key, ours in OWNED_KEYS.items():
-        holder: object = config.deepspeed
-        *sections, name = key.split(".")
-        for section in sections:
-            holder = holder.get(section, {}) if isinstance(holder, dict) else {}
-        if isinstance(holder, dict) and name in holder:
-            remedy = f"remove it and use {ours}" if ours else "remove it"
-            yield f"deepspeed.{key}", f"deepspeed.{key} is set by dsmoe; {remedy}"
-    zero = config.deepspeed.get("zero_optimization", {})
-    for key in (*config.deepspeed, *(f"zero_optimization.{name}" for name in (zero if isinstance(zero, dict) else ()))):
-        reason = next((text for pattern, text in REFUSED_KEYS.items() if fnmatchcase(key, pattern)), None)
-        if reason is not None:
-            yield f"deepspeed.{key}", f"deepspeed.{key} cannot be used with dsmoe: {reason}; remove it"
-    if not isinstance(zero, dict):
-        yield "deepspeed.zero_optimization", "deepspeed.zero_optimization must be a mapping, it is merged into ours"
-
-
-def _unknown_to_deepspeed(config: Config) -> Iterator[Problem]:
-    """Find the keys that DeepSpeed ignores without a word, and those of ZeRO for which it ends every rank."""
-    zero = config.deepspeed.get("zero_optimization")
-    for section, prefix, free in (
-        (config.deepspeed, "", FREE_KEYS),
-        (zero if isinstance(zero, dict) else {}, "zero_optimization.", FREE_ZERO_KEYS),
-    ):
-        for name in section:
-            key = f"{prefix}{name}"
-            is_said = key in OWNED_KEYS or any(fnmatchcase(key, pattern) for pattern in REFUSED_KEYS)
-            if name in free or (is_said and "." not in name):
-                continue
-            guess = get_close_matches(name, free, 1)
-            remedy = f"did you mean '{guess[0]}'?" if guess else f"the keys are {', '.join(free)}"
-            yield f"deepspeed.{key}", f"deepspeed.{key}: unknown to DeepSpeed; {remedy}"
-
-
 def _observe(config: Config) -> Iterator[Problem]:
     detail, every = config.observe.layer_detail_every, config.observe.log_every
     if detail is not None and detail % every:
@@ -323,6 +286,5 @@ _CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _evaluation,
     _checkpoint,
     _observe,
-    _deepspeed,
-    _unknown_to_deepspeed,
+    deepspeed_problems,
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from dsmoe.config.schema import Config
@@ -35,6 +38,9 @@ OWNED_KEYS = {
 REDUCE_BUCKET_ELEMENTS = 250_000_000
 """What a reduction bucket of ZeRO holds: in fp32 as many bytes, 1.0 GB, as DeepSpeed's own 5e8 in bf16."""
 
+_MOST_ELEMENTS = 10**11
+"""Of a bucket: 400 GB in fp32, which no device has."""
+
 _MONITORS = (
     "DeepSpeed's monitors see none of dsmoe's metrics, which are in metrics.jsonl and in TensorBoard's files "
     "(observe.tensorboard); `wandb sync --sync-tensorboard` reads the latter"
@@ -44,6 +50,7 @@ _SCALING = "gradients are summed in fp32, which needs no scaling"
 _SAVES = "dsmoe saves by itself, as the checkpoint section says"
 _STAGE_3 = "it belongs to ZeRO-3, which DeepSpeed refuses for experts; parallel.zero_stage is at most 2"
 REFUSED_KEYS = {
+    "aio": "it is for ZeRO-3 with NVMe, and DeepSpeed refuses ZeRO-3 for experts; use optimizer.offload",
     "activation_checkpointing": "DeepSpeed's engine does not read it; use train.recompute",
     "autotuning": "it tries batch sizes, which dsmoe sets; set train.micro_batch_size and parallel yourself",
     "comet": _MONITORS,
@@ -52,6 +59,7 @@ REFUSED_KEYS = {
     "data_efficiency": _LOADER,
     "dataloader_drop_last": _LOADER,
     "datastates_ckpt": _SAVES,
+    "disable_allgather": "DeepSpeed 0.19.8 ignores it",
     "expert_parallel": "use parallel.expert",
     "gradient_allreduce_op": "a step's gradient is the mean over its tokens",
     "gradient_predivide_factor": _SCALING,
@@ -89,6 +97,9 @@ REFUSED_KEYS = {
     "zero_optimization.param_persistence_threshold": _STAGE_3,
     "zero_optimization.pipeline_loading_checkpoint": _SAVES,
     "zero_optimization.prefetch_bucket_size": _STAGE_3,
+    "zero_optimization.round_robin_gradients": (
+        "DeepSpeed 0.19.8 then files the optimizer's state under other weights, and checkpoints would be wrong"
+    ),
     "zero_optimization.save_muon_momentum_buffer_in_memory": _STAGE_3,
     "zero_optimization.stage3_*": _STAGE_3,
     "zero_optimization.sub_group_size": _STAGE_3,
@@ -100,18 +111,87 @@ REFUSED_KEYS = {
 }
 """DeepSpeed's keys, dotted, that dsmoe cannot honour, and why or what to use; `*` stands for any ending."""
 
-FREE_KEYS = (
-    *("aio", "comms_logger", "data_types", "disable_allgather", "disable_python_gc"),
-    *("dump_state", "flops_profiler", "log_level", "memory_breakdown", "timers", "vocabulary_size"),
-    *("wall_clock_breakdown", "zero_optimization"),
-)
-"""The other top-level keys that DeepSpeed 0.19.8 reads; it ignores any further one without a word."""
 
-FREE_ZERO_KEYS = (
-    *("allgather_bucket_size", "ignore_unused_parameters", "overlap_comm", "parameter_alignment", "reduce_bucket_size"),
-    *("round_robin_gradients", "use_multi_rank_bucket_allreduce"),
-)
-"""The other keys of `zero_optimization` that stages 1 and 2 of DeepSpeed 0.19.8 use; it refuses any that it has not."""
+@dataclass(frozen=True)
+class Kind:
+    """The values that DeepSpeed can use for one of its keys: `words` for messages, and which ones they are."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _whole(least: int, most: int = 10**18, multiple: int = 1) -> Kind:
+    words = f"a whole number from {least} to {most:g}" + (f", a multiple of {multiple}" if multiple > 1 else "")
+    return Kind(words, lambda value: _is_number(value) and least <= value <= most and value % multiple == 0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _one_of(*names: str) -> Kind:
+    return Kind(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _are_patterns(value: Any) -> bool:
+    """Whether DeepSpeed can make one regular expression of the list (0.19.8, runtime/keep_in_fp32.py:54)."""
+    if not _is_list_of_text(value):
+        return False
+    try:
+        re.compile("|".join(name.replace("*", ".*") for name in value))
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+_SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+_NUMBER = Kind("a number from 0 to 1e+30", lambda value: _is_number(value) and 0 <= value <= 1e30)
+_FILE = Kind("the name of a file", lambda value: isinstance(value, str) and value != "" and "\0" not in value)
+_TEXTS = Kind("a list of text", _is_list_of_text)
+
+FREE_KEYS: dict[str, Any] = {
+    "comms_logger": {
+        **dict.fromkeys(("debug", "enabled", "prof_all", "verbose"), _SWITCH),
+        "prof_ops": _TEXTS,
+    },
+    "data_types": {
+        "buffer_dtype": _one_of("bf16", "fp16", "fp32"),
+        "keep_in_fp32_modules": Kind(
+            "auto or a list of patterns of names", lambda value: value == "auto" or _are_patterns(value)
+        ),
+    },
+    "disable_python_gc": _SWITCH,
+    "dump_state": _SWITCH,
+    "flops_profiler": {
+        **dict.fromkeys(("detailed", "enabled"), _SWITCH),
+        "module_depth": _whole(-1, 4),  # deeper than the model is, it ends the run; -1 goes as deep as there is
+        "output_file": _FILE,
+        "profile_step": _whole(1),
+        "recompute_fwd_factor": _NUMBER,
+        "top_modules": _whole(1),
+    },
+    "log_level": _one_of("debug", "info", "warning", "error", "critical"),
+    "memory_breakdown": _SWITCH,
+    "timers": {"throughput": dict.fromkeys(("enabled", "synchronized"), _SWITCH)},
+    "vocabulary_size": _whole(1),
+    "wall_clock_breakdown": _SWITCH,
+    "zero_optimization": {
+        "allgather_bucket_size": _whole(2, _MOST_ELEMENTS, multiple=2),
+        "ignore_unused_parameters": _SWITCH,
+        "overlap_comm": _SWITCH,
+        "parameter_alignment": _SWITCH,
+        "reduce_bucket_size": _whole(1, _MOST_ELEMENTS),
+        "use_multi_rank_bucket_allreduce": _SWITCH,
+    },
+}
+"""The other keys that stages 1 and 2 of DeepSpeed 0.19.8 use, and the values that each of them works with.
+
+DeepSpeed ignores most other keys without a word, and looks at few values before it uses them.
+"""
 
 
 def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
@@ -144,7 +224,14 @@ def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
         on_cuda = config.cluster.device != "cpu"
         generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
         generated["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW steps on the host as well
-    return _merge(generated, config.deepspeed)
+    return _merge(generated, _with_whole_numbers(config.deepspeed))
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    """Return the user's section with `1e6`, which YAML reads as a float, as the integer that DeepSpeed wants."""
+    if isinstance(value, dict):
+        return {key: _with_whole_numbers(child) for key, child in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dsmoe.config.nearest import closest_key
 from dsmoe.config.schema import Config
 from dsmoe.config.synonyms import meant_by
 from dsmoe.config.yaml_text import COMMAND_LINE, Node, lookup, plain, show_value
@@ -110,6 +111,8 @@ class _Explainer:
     def mismatch(self, path: Path, schema: Schema) -> str:
         value = plain(lookup(self.tree, path))
         expected = self.describe(schema)
+        if isinstance(value, str) and len(value) > schema.get("maxLength", len(value)):
+            expected = f"text of at most {schema['maxLength']} characters, and there are {len(value):,}"
         if isinstance(value, int | float) and (most := _exceeded(schema, value)) is not None:
             expected += f" and <= {most:g}" if " >" in expected else f" <= {most:g}"
         if isinstance(value, float) and not math.isfinite(value):
@@ -151,7 +154,9 @@ class _Explainer:
         if synonym := meant_by(name):
             return f"unknown key; {synonym}"
         elsewhere = {key: _join(home, key) for home, keys in sections.items() for key in keys}
-        guess = _closest(name, own, 0.8) or elsewhere.get(_closest(name, elsewhere, 0.8)) or _closest(name, own, 0.6)
+        guess = (
+            closest_key(name, own, 0.8) or elsewhere.get(closest_key(name, elsewhere, 0.8)) or closest_key(name, own)
+        )
         if guess:
             return f"unknown key; did you mean '{guess}'?"
         return f"unknown key; the keys here are {', '.join(own)}"

@@ -26,10 +26,12 @@ from dsmoe.config.yaml_text import (
     LESS,
     MOST_CHARACTERS,
     Node,
+    fewest_characters,
     lookup,
     parse_yaml,
     plain,
     show_value,
+    too_long,
 )
 
 _MOST_FILES = 64
@@ -49,9 +51,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), *looks: Look) -
     Raises `ConfigError`, which lists every problem with its key, file and line.
     """
     tree, problems = read_tree(path, overrides)
-    config = _validate(tree, problems, looks)
-    if config is not None and not problems:
-        parse_yaml(dump_config(config), lambda _: f"{path}, written out with its defaults", problems)
+    config = _validate(tree, problems, looks, f"{path}, written out with its defaults")
     if config is None or problems:
         raise ConfigError(problems, str(path))
     return config
@@ -99,17 +99,33 @@ def included_files(path: Path) -> list[tuple[str, Path]]:
     return [found for text, file in files for found in [(text, file), *included_files(file)]]
 
 
-def _validate(tree: Node, problems: list[str], looks: Iterable[Look]) -> Config | None:
-    """Return the config, with what contradicts itself added to `problems`; None where a key is wrong by itself."""
+def _validate(tree: Node, problems: list[str], looks: Iterable[Look], written: str) -> Config | None:
+    """Return the config, with what contradicts itself added to `problems`; None where a key is wrong by itself.
+
+    `written` is the place that messages give for the config as a run's folder will have it, with all defaults. The
+    `looks` come last, and not at all at one that is too long for that: it may name thousands of files.
+    """
     config: Any = None
     try:
         whole = config = Config.model_validate(plain(tree))
     except ValidationError as error:
         problems += explain(error, tree)
         whole, config = None, sound_part(plain(tree), error)
+    if whole is not None and not problems and not _can_be_written(whole, written, problems):
+        looks = ()
     found = cross_field_problems(config) + [problem for look in looks for problem in look(config)]
     problems += [f"{message} ({lookup(tree, key.split('.')).where})" for key, message in found]
     return whole
+
+
+def _can_be_written(config: Config, place: str, problems: list[str]) -> bool:
+    """Whether what a run's folder holds of a config can be read again; else that is a problem."""
+    fewest = fewest_characters(config.model_dump())
+    if fewest > MOST_CHARACTERS:
+        problems.append(f"{too_long(fewest)} ({place})")
+    else:
+        parse_yaml(dump_config(config), lambda _: place, problems)
+    return not problems
 
 
 class _Reader:
@@ -157,11 +173,11 @@ class _Reader:
         included = _included(entry, path, self.problems)
         if len(self.problems) > before:
             return None
-        if any(included.resolve() == file.resolve() for file in chain):
+        if any(os.path.realpath(included) == os.path.realpath(file) for file in chain):
             cycle = " -> ".join(map(str, (*chain, included)))
             self.problems.append(f"include: a file must not include itself: {cycle} ({entry.where})")
             return None
-        if included.exists() and not included.is_file() and not included.is_dir():
+        if os.path.exists(included) and not os.path.isfile(included) and not os.path.isdir(included):
             self.problems.append(f"include: {included} is not a file ({entry.where})")
             return None
         return self.read(included, chain, f" (included at {entry.where})")
@@ -211,8 +227,11 @@ def _include_entries(include: Node, problems: list[str]) -> list[Node] | None:
 
 def _included(entry: Node, path: Path, problems: list[str]) -> Path:
     name = expand_path("include", entry.value, entry.where, problems)
-    beside, beside_target = (Path(os.path.normpath(file.parent / name)) for file in (path, path.resolve()))
-    return beside if beside.exists() or not beside_target.exists() else beside_target
+    # Not Path.resolve and Path.exists, which raise for links that go round, long names and folders without permission:
+    # reading the file says what is wrong.
+    folders = (path.parent, os.path.dirname(os.path.realpath(path)))
+    beside, beside_target = (Path(os.path.normpath(os.path.join(folder, name))) for folder in folders)
+    return beside if os.path.exists(beside) or not os.path.exists(beside_target) else beside_target
 
 
 def _merge(base: Node, top: Node) -> Node:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import SequenceMatcher, get_close_matches
+
+_TYPO = 0.65
+"""How alike a word and its misspelling are at least: `k` and `kk` are (0.67); `min` and `max` (0.33) are not."""
+_MOST_GUESSES = 5
 
 
 def divisors_of(number: int) -> list[int]:
@@ -30,3 +35,24 @@ def nearest_multiples_of(value: int, unit: int) -> str:
     """Name the multiples of `unit` on both sides of `value`."""
     below = value // unit * unit
     return either(n for n in (below, below + unit) if n)
+
+
+def closest_key(name: str, keys: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the key of which `name` is a misspelling, or "".
+
+    Names of several words are alike in most letters where one word is another one and means another thing (`save_every`
+    and `eval_every`), so every word has to be one misspelt. Words that have run together are compared as a whole.
+    """
+    return next((key for key in get_close_matches(name, keys, _MOST_GUESSES, cutoff) if _is_misspelt(name, key)), "")
+
+
+def _is_misspelt(name: str, key: str) -> bool:
+    words, right = name.split("_"), key.split("_")
+    if len(words) != len(right):
+        return _likeness("".join(words), "".join(right)) >= 0.9
+    return all(_likeness(word, other) >= _TYPO for word, other in zip(words, right, strict=True))
+
+
+def _likeness(word: str, other: str) -> float:
+    """From 0 to 1: twice the letters in common, in order, by all letters."""
+    return SequenceMatcher(None, word, other).ratio()

@@ -134,7 +134,7 @@ def _beside(path: str, where: str) -> str:
     Where that file is a link, beside what it leads to as well.
     """
     file = Path(where.rpartition(":")[0])
-    folders = dict.fromkeys((file.parent, file.resolve().parent))
+    folders = dict.fromkeys((file.parent, Path(os.path.realpath(file)).parent))
     places = [path if folder == Path() else os.path.normpath(folder / path) for folder in folders]
     for beside in places:
         if os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside))):

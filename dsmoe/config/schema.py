@@ -34,16 +34,23 @@ Interval = Annotated[
 ]
 NonNegativeInt = Annotated[int, Field(ge=0, le=10**18), BeforeValidator(_whole_number)]
 Width = Annotated[int, Field(ge=1, le=2**24), BeforeValidator(_whole_number)]
-Length = Annotated[int, Field(ge=1, le=2**31), BeforeValidator(_whole_number)]
+MOST_TOKENS = 2**31
+"""Of a vocabulary, and of a sequence."""
+Length = Annotated[int, Field(ge=1, le=MOST_TOKENS), BeforeValidator(_whole_number)]
 Layers = Annotated[int, Field(ge=1, le=10_000), BeforeValidator(_whole_number)]
 Devices = Annotated[int, Field(ge=1, le=2**20), BeforeValidator(_whole_number)]
+Timeout = Annotated[int, Field(ge=1, le=10**6), BeforeValidator(_whole_number)]
+"""Seconds: eleven days, of which the milliseconds fit the 32 bits that torch's store and gloo count them in."""
 PositiveFloat = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Percent = Annotated[float, Field(gt=0, lt=100)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Folder = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
+"""Of a folder, with room for what is put before and behind it: file systems take 255 bytes."""
+Text = Annotated[str, Field(min_length=1)]
+"""Of a path or a name: an empty one, as a variable that is set to nothing leaves, would stand for something else."""
+Folder = Text
 
 
 class Section(BaseModel):
@@ -68,20 +75,20 @@ class Cluster(Section):
     """Machines."""
     devices_per_node: Annotated[int, Field(ge=1, le=1_024), BeforeValidator(_whole_number)] = 1
     """Devices in each machine; one process drives one device."""
-    device: str | Device | None = None
+    device: Text | Device | None = None
     """A name known to `dsmoe.plan.devices` (`cpu` trains over gloo), a description, or null: any CUDA device, without
     MFU."""
-    interface: str | None = None
+    interface: Text | None = None
     """The network interface between nodes (`eth0`, `ib0`), as `ip address` lists it on every one of them; null leaves
     the choice to NCCL and gloo, which are wrong at times where there are several."""
-    hosts: str | None = None
+    hosts: Text | None = None
     """The nodes' names, rank 0's first, for `dsmoe launch --hostfile`: `node[01-08]`, or `alpha,beta`."""
-    hostfile: str | None = None
+    hostfile: Text | None = None
     """Instead of `hosts`: a file that has them already, with `NAME slots=DEVICES` on each line."""
     elastic: bool = False
     """Train on whatever devices the launcher has started: `parallel.expert` and the micro-batch follow, the batch
     stays. Else a world of another size is refused."""
-    collective_timeout_seconds: PositiveInt = 1800
+    collective_timeout_seconds: Timeout = 1800
     """How long a collective may wait, in every process group, before the run is stopped."""
     intra_node_gbps: PositiveFloat | None = None
     """What a device can send to another of its node, in GB/s one way; null promises nothing. `dsmoe preflight` measures
@@ -239,17 +246,17 @@ class Source(Section):
 
     name: Name
     """Label of the source in metrics and in the cache."""
-    path: str | None = None
+    path: Text | None = None
     """A file, a folder, a glob, or `builtin:shakespeare` / `builtin:python`."""
-    hub: str | None = None
+    hub: Text | None = None
     """A data set on the Hugging Face hub, instead of `path`."""
-    split: str = "train"
+    split: Text = "train"
     """The hub data set's split."""
     format: Literal["text", "jsonl", "parquet"] = "text"
     """How the files at `path` are read: `text`, a file is one document; `jsonl`, one JSON object a line, or in a file
     named `.json` also one array of objects; `parquet`, a row is a document. Text and jsonl may be compressed (gz, bz2,
     xz, zst, lz4). Of a folder are read: `.txt`; `.jsonl`, `.ndjson` and `.json`; or `.parquet`."""
-    text_field: str = "text"
+    text_field: Text = "text"
     """The field that holds the text (jsonl, parquet, hub); no other field is looked at."""
     bad_records: Literal["refuse", "skip"] = "refuse"
     """What a record without usable text does (no JSON, no such field, null, not UTF-8; a text file is one record):
@@ -263,9 +270,9 @@ class Data(Section):
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]  # not strict: YAML has lists, no tuples
     """The corpora, mixed by weight."""
-    tokenizer: str = "bytes"
+    tokenizer: Text = "bytes"
     """`bytes` (256 byte values and an end-of-document token), or a `tokenizers` JSON file."""
-    end_of_document: Annotated[str, Field(min_length=1)] | None = None
+    end_of_document: Text | None = None
     """The token of that file that follows every document, as text (`<|im_end|>`); null takes one of the usual names:
     `<|endoftext|>`, `</s>`, `<|end_of_text|>`, `<eos>`."""
     cache_dir: Folder = ".cache/dsmoe"
@@ -349,10 +356,10 @@ class Checkpoint(Section):
     asynchronous: bool = True
     """Train on while a checkpoint is being written: training stands still for the copy to host memory only, which takes
     about 12 bytes per parameter, divided by the ranks."""
-    resume: str = "auto"
+    resume: Text = "auto"
     """`auto` continues the run folder's newest checkpoint if there is one, `always` insists on one, `never` refuses
     a folder that has one; anything else is the path of a checkpoint."""
-    weights_from: str | None = None
+    weights_from: Text | None = None
     """Path of a checkpoint whose weights a run begins with, for fine-tuning: optimizer state, schedule, data and step
     begin anew. A run that has a checkpoint of its own continues that."""
 

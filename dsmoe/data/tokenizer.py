@@ -13,7 +13,7 @@ import numpy as np
 
 from dsmoe.config.end_of_document import candidates, end_token, no_end_token
 from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Config
+from dsmoe.config.schema import MOST_TOKENS, Config
 
 
 class Tokenizer(Protocol):
@@ -53,6 +53,11 @@ def load_tokenizer(config: Config) -> Tokenizer:
         tokenizer: Tokenizer = ByteTokenizer()
     else:
         tokenizer = _file_tokenizer(Path(name).absolute(), end)
+    if tokenizer.vocab_size > MOST_TOKENS:
+        raise UserError(
+            f"data.tokenizer: {name} has a token of the number {tokenizer.vocab_size - 1}, and a model has at most "
+            f"{MOST_TOKENS} tokens; give the file with numbers that count up from 0"
+        )
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of data.tokenizer "

@@ -14,6 +14,8 @@ from dsmoe.config.errors import UserError
 from dsmoe.interop.files import Slot, read_header
 from dsmoe.interop.logits import NO_CODE, import_transformers, refuse_code
 from dsmoe.interop.names import Match
+from dsmoe.interop.sections import architecture_of
+from dsmoe.interop.settings import check_settings
 from dsmoe.interop.tensors import Tensors, Tile, Tiled
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,17 +29,28 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The folder's config with all defaults of its architecture; runs no code of the folder's.
 
     Raises:
-        UserError: it has none that transformers can read.
+        UserError: it has none that can be read, is of another architecture, or has values that cannot be.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a folder of Hugging Face's: there is no {folder / 'config.json'}")
     refuse_code(folder)
-    transformers = import_transformers()
+    given = json.loads((folder / "config.json").read_bytes())
     try:
-        settings: dict[str, Any] = transformers.AutoConfig.from_pretrained(folder, **NO_CODE).to_dict()
+        if given.get("model_type") is not None:  # else transformers goes by the folder's name
+            architecture_of(given)
+        check_settings(given, with_defaults=False)
+        found: dict[str, Any] = _with_defaults(folder)
+        architecture_of(found)
+        return check_settings(found, with_defaults=True)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _with_defaults(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(import_transformers().AutoConfig.from_pretrained(folder, **NO_CODE).to_dict())
     except Exception as error:  # whatever their code makes of it
-        raise UserError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
-    return settings
+        raise UserError(f"transformers cannot read it: {error}") from error
 
 
 def read_slots(folder: Path) -> dict[str, Slot]:

@@ -32,7 +32,7 @@ def architecture_of(settings: Settings) -> Architecture:
         UserError: it is none that we can read.
     """
     name = settings.get("model_type")
-    if name in ARCHITECTURES:
+    if isinstance(name, str) and name in ARCHITECTURES:
         return ARCHITECTURES[name]
     reason = f": {MLA.partition('. ')[0]}" if name in ("deepseek_v2", "deepseek_v3") else ""
     raise UserError(f"model_type {name!r} cannot be read{reason}; these can: {', '.join(ARCHITECTURES)}")

@@ -15,7 +15,7 @@ from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import show_value
 from dsmoe.launch.job import Job, Request
-from dsmoe.launch.nodelist import expand
+from dsmoe.launch.nodelist import MOST_HOSTS, expand
 from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import settings_for
@@ -224,9 +224,15 @@ def _read_hostfile(config: Config, name: str) -> list[str]:
             except UserError as error:
                 problems.append(str(error))
     nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
-    if len(slots) != nodes and not problems:
-        ways = [_with_nodes(config, len(slots))] if slots else []
-        ways.append(f"have {quantity(nodes, 'line')} in the file")
+    if not slots and not problems:
+        problems.append(
+            f"cluster.hostfile ({name}) names no host; have {quantity(nodes, 'line')} `HOST slots={devices}` in the "
+            "file, or set cluster.hostfile=null"
+        )
+    elif len(slots) > MOST_HOSTS:
+        problems.append(f"cluster.hostfile ({name}) has more than {MOST_HOSTS:,} hosts; is it the right file?")
+    elif len(slots) != nodes and not problems:
+        ways = [_with_nodes(config, len(slots)), f"have {quantity(nodes, 'line')} in the file"]
         problems.append(
             f"cluster.hostfile ({name}) has {quantity(len(slots), 'host')} and cluster.nodes is {nodes}; "
             f"{', or '.join(ways)}"

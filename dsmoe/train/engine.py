@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import chain
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -58,10 +59,11 @@ def initialize(
         DifferentRanksError: ranks have other settings, code or data than rank 0.
     """
     check_alike(claims_of_run(config))  # first: a rank with another tokenizer would make a cache of its own
+    batch = Batch.from_config(config)
+    for_deepspeed = accepted_by_deepspeed(config, batch.accumulation_steps)  # before data that take hours are prepared
     sources = prepare_once(config)
     check_alike(claims_of_data(sources))
     loader = TrainLoader(sources, config, groups.coordinate("data"), groups.topology.data)
-    batch = Batch.from_config(config)
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             module.loss_scale = 1.0 / batch.accumulation_steps
@@ -88,7 +90,7 @@ def initialize(
         model=model,
         optimizer=make_optimizer,
         lr_scheduler=lambda inner: LambdaLR(inner, lambda step: learning_rate(options, batch.steps, step) / options.lr),
-        config=to_deepspeed(config, batch.accumulation_steps),
+        config=for_deepspeed,
         mpu=groups.mpu,
         dist_init_required=False,
     )
@@ -102,6 +104,40 @@ def initialize(
     else:
         _take_norms_in_pieces(engine.optimizer)
     return engine, optimizer, loader, scheduler
+
+
+def accepted_by_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
+    """The configuration for `deepspeed.initialize`, which DeepSpeed's own parser has taken.
+
+    Raises:
+        UserError: DeepSpeed refuses something in the `deepspeed` section; with the first key that it refuses by itself.
+    """
+
+    def refusal(section: dict[str, Any]) -> Exception | None:
+        """What DeepSpeed's parser raises, if anything: it has no class of its own for a user's mistakes."""
+        try:
+            DeepSpeedConfig(to_deepspeed(config.model_copy(update={"deepspeed": section}), accumulation_steps))
+        except Exception as error:
+            return error
+        return None
+
+    reason = refusal(config.deepspeed)
+    if reason is None:
+        return to_deepspeed(config, accumulation_steps)
+    if (ours := refusal({})) is not None:
+        raise ours
+    alone = ((f".{key}", refusal(section)) for key, section in _one_by_one(config.deepspeed))
+    key, reason = next(((key, found) for key, found in alone if found is not None), ("", reason))
+    raise UserError(f"deepspeed{key}: DeepSpeed refuses it: {' '.join(str(reason).split())}; change or remove it")
+
+
+def _one_by_one(section: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each key of a section that has no keys below it, dotted, and the section with that alone."""
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from ((f"{name}.{below}", {name: alone}) for below, alone in _one_by_one(value))
+        else:
+            yield name, {name: value}
 
 
 def _device_of_its_own() -> SimpleNamespace | None:

@@ -8,7 +8,7 @@ import pytest
 
 from dsmoe.config import Config
 from dsmoe.config.checks import cross_field_problems
-from dsmoe.config.deepspeed import FREE_KEYS, FREE_ZERO_KEYS, OWNED_KEYS, REFUSED_KEYS
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS
 from dsmoe.config.layout_checks import world_size
 from dsmoe.config.show import flatten
 
@@ -517,7 +517,7 @@ def test_every_key_named_as_a_remedy_exists(tmp_path: Path) -> None:
 
 def test_zero_optimization_is_a_mapping(tmp_path: Path) -> None:
     assert check(tmp_path, "deepspeed.zero_optimization=true") == [
-        "deepspeed.zero_optimization must be a mapping, it is merged into ours"
+        f"deepspeed.zero_optimization: expected a mapping of {', '.join(FREE_KEYS['zero_optimization'])}, got true"
     ]
 
 
@@ -561,15 +561,15 @@ def test_keys_unknown_to_deepspeed_are_refused(tmp_path: Path) -> None:
 def test_keys_below_zero_optimization_that_deepspeed_refuses_are_refused_here(tmp_path: Path) -> None:
     section = "{reduce_bucket_siz: 1, contiguous_gradient: true, stage3_max_live_parameter: 1, super_offload: true}"
     assert check(tmp_path, f"deepspeed.zero_optimization={section}") == [
+        "deepspeed.zero_optimization.reduce_bucket_siz: unknown to DeepSpeed; did you mean 'reduce_bucket_size'?",
+        "deepspeed.zero_optimization.contiguous_gradient: unknown to DeepSpeed; the keys are "
+        + ", ".join(FREE_KEYS["zero_optimization"]),
+    ] + [
         f"deepspeed.zero_optimization.{name} cannot be used with dsmoe: {REFUSED_KEYS[pattern]}; remove it"
         for name, pattern in (
             ("stage3_max_live_parameter", "zero_optimization.stage3_*"),
             ("super_offload", "zero_optimization.super_offload"),
         )
-    ] + [
-        "deepspeed.zero_optimization.reduce_bucket_siz: unknown to DeepSpeed; did you mean 'reduce_bucket_size'?",
-        "deepspeed.zero_optimization.contiguous_gradient: unknown to DeepSpeed; the keys are "
-        + ", ".join(FREE_ZERO_KEYS),
     ]
 
 

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsmoe.config.deepspeed import FREE_KEYS, FREE_ZERO_KEYS, OWNED_KEYS, REFUSED_KEYS, to_deepspeed
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, Kind, to_deepspeed
+from dsmoe.config.deepspeed_checks import deepspeed_problems
+from dsmoe.config.errors import UserError
 
-from .recipes import load
+from .recipes import VALID, load, problems_of, write
+
+FREE_ZERO_KEYS = FREE_KEYS["zero_optimization"]
 
 
 def test_the_generated_config_in_full(tmp_path: Path) -> None:
@@ -53,9 +59,8 @@ def test_nothing_overlaps_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_the_users_keys_are_merged_mapping_by_mapping(tmp_path: Path) -> None:
-    section = (
-        "{zero_optimization: {overlap_comm: false, reduce_bucket_size: 1e6}, wall_clock_breakdown: true, aio: [1]}"
-    )
+    zero = "{overlap_comm: false, reduce_bucket_size: 1e6}"
+    section = f"{{zero_optimization: {zero}, wall_clock_breakdown: true, comms_logger: {{prof_ops: [a]}}}}"
     generated = to_deepspeed(load(tmp_path, f"deepspeed={section}"), 1)
     assert generated["zero_optimization"] == {
         "stage": 1,
@@ -65,13 +70,14 @@ def test_the_users_keys_are_merged_mapping_by_mapping(tmp_path: Path) -> None:
         "reduce_bucket_size": 1e6,
     }
     assert generated["wall_clock_breakdown"] is True
-    assert generated["aio"] == [1]
+    assert generated["comms_logger"] == {"prof_ops": ["a"]}
+    assert isinstance(generated["zero_optimization"]["reduce_bucket_size"], int)  # which DeepSpeed wants
 
 
 def test_the_result_shares_nothing_with_the_config(tmp_path: Path) -> None:
-    config = load(tmp_path, "deepspeed={aio: {b: [1]}}")
-    to_deepspeed(config, 1)["aio"]["b"].append(2)
-    assert config.deepspeed == {"aio": {"b": [1]}}
+    config = load(tmp_path, "deepspeed={comms_logger: {prof_ops: [a]}}")
+    to_deepspeed(config, 1)["comms_logger"]["prof_ops"].append("b")
+    assert config.deepspeed == {"comms_logger": {"prof_ops": ["a"]}}
 
 
 def test_every_generated_key_that_decides_the_training_is_owned(tmp_path: Path) -> None:
@@ -146,3 +152,99 @@ def test_deepspeed_accepts_it(tmp_path: Path) -> None:
     assert (accepted.zero_config.stage, accepted.zero_config.overlap_comm) == (1, True)
     assert (accepted.gradient_clipping, accepted.gradient_accumulation_steps) == (0.5, 3)
     assert accepted.train_batch_size == 2 * 3  # one rank here
+
+
+def entries(free: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of the table, and the kind of each one's values, or the keys below it."""
+    for name, kind in free.items():
+        yield f"{section}{name}", kind
+        if not isinstance(kind, Kind):
+            yield from entries(kind, f"{section}{name}.")
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+VALUES = (
+    *(None, True, False, -5, -1, 0, 1, 2, 5, 7, 1.5, 1e6, 1e12, 10**400, float("nan"), float("inf"), -0.0),
+    *("", "hello", "auto", "maybe", "true", "1", "5e8", "fp32", "int8", "info", "INFO", "nope", "a\0b"),
+    *([], [1], ["all_reduce"], [None], ["*", "("], ["**"], {}, {"x": 1}, {"enabled": "x"}),
+)
+
+
+@pytest.mark.parametrize("key", [key for key, _ in entries(FREE_KEYS)])
+def test_deepspeed_takes_what_the_check_lets_pass_and_the_rest_names_the_key(tmp_path: Path, key: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = load(tmp_path)
+    passed: list[Any] = []
+    for value in VALUES:
+        given = config.model_copy(update={"deepspeed": nested(key, value)})
+        problems = list(deepspeed_problems(given))
+        if not problems:
+            DeepSpeedConfig(to_deepspeed(given, 1))
+            passed.append(value)
+        assert all(place.startswith(f"deepspeed.{key}") for place, _ in problems)
+        if not isinstance(value, dict):
+            assert [message.partition(f"{key}: expected ")[0] for _, message in problems] in ([], ["deepspeed."])
+    assert passed
+    assert None not in passed
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("{zero_optimization: {reduce_bucket_size: hello}}", "zero_optimization.reduce_bucket_size", '"hello"'),
+        ("{zero_optimization: {reduce_bucket_size: 0}}", "zero_optimization.reduce_bucket_size", "0"),
+        ("{zero_optimization: {overlap_comm: maybe}}", "zero_optimization.overlap_comm", '"maybe"'),
+        ("{zero_optimization: {allgather_bucket_size: 5}}", "zero_optimization.allgather_bucket_size", "5"),
+        ("{flops_profiler: null}", "flops_profiler", "null"),
+        ("{comms_logger: {verbose: x}}", "comms_logger.verbose", '"x"'),
+        ("{data_types: 5}", "data_types", "5"),
+        ("{log_level: nope}", "log_level", '"nope"'),
+        ("{timers: {throughput: 3}}", "timers.throughput", "3"),
+    ],
+)
+def test_a_wrong_value_is_a_problem_of_the_config_with_its_place(
+    tmp_path: Path, section: str, key: str, value: str
+) -> None:
+    (problem,) = problems_of(write(tmp_path, VALID + f"deepspeed: {section}\n"))
+    assert problem.startswith(f"deepspeed.{key}: expected ")
+    assert f", got {value}" in problem
+    assert problem.endswith(f"(x.yaml:{VALID.count(chr(10)) + 1})")
+
+
+def test_the_keys_in_deepspeeds_other_sections_are_those_that_it_reads() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    assert set(FREE_KEYS["comms_logger"]) == set(CommsLoggerConfig.model_fields)
+    assert set(FREE_KEYS["flops_profiler"]) == set(vars(DeepSpeedFlopsProfilerConfig({})))
+    assert set(FREE_KEYS["timers"]["throughput"]) == set(DeepSpeedThroughputTimerConfig.model_fields)
+
+
+def test_what_deepspeed_refuses_all_the_same_is_one_error_that_names_the_key(tmp_path: Path) -> None:
+    """As a later DeepSpeed may: what it is given here has passed no check of ours."""
+    from dsmoe.train.engine import accepted_by_deepspeed
+
+    config = load(tmp_path)
+    assert accepted_by_deepspeed(config, 3) == to_deepspeed(config, 3)
+    for section, key in (
+        ({"comms_logger": {"debug": True, "verbose": "x"}, "dump_state": True}, ".comms_logger.verbose"),
+        ({"zero_optimization": {"overlap_comm": False, "reduce_bucket_size": -5}}, ".zero_optimization.reduce_buck"),
+        ({"flops_profiler": None}, ".flops_profiler"),
+        ({"timers": {}, "elasticity": {"a": {"b": 1}}}, ".elasticity.a.b"),
+    ):
+        with pytest.raises(UserError, match=rf"^deepspeed{re.escape(key)}.*: DeepSpeed refuses it: .*remove it$"):
+            accepted_by_deepspeed(config.model_copy(update={"deepspeed": section}), 1)
+
+
+def test_what_dsmoe_itself_has_written_wrong_is_no_mistake_of_the_user(tmp_path: Path) -> None:
+    from dsmoe.train.engine import accepted_by_deepspeed
+
+    with pytest.raises(AssertionError, match="has to be greater than 0"):
+        accepted_by_deepspeed(load(tmp_path, "deepspeed={dump_state: true}"), 0)

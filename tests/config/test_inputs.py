@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 from dsmoe.cli import main
 from dsmoe.config import ConfigError, UserError, dump_config, load_config
 from dsmoe.config.inputs import input_problems
+from dsmoe.config.nearest import closest_key
 from dsmoe.config.schema import Config
+from dsmoe.config.show import flatten
 from dsmoe.config.synonyms import ABSENT, NOTES, SYNONYMS, meant_by
 from dsmoe.data import load_tokenizer
 from dsmoe.data.check import check_sources
@@ -186,6 +189,24 @@ def test_every_synonym_is_of_a_key_and_none_is_a_key(tmp_path: Path) -> None:
         ("model.hidden_dim", "'model.hidden_size'"),
         ("bf16", "'train.precision' (bf16 or fp32)"),
         ("train.num_train_epochs", "'train.tokens' (in tokens, or train.steps"),
+        ("moe.k", "'moe.top_k'"),
+        ("model.dim", "'model.hidden_size'"),
+        ("model.embed_dim", "'model.hidden_size'"),
+        ("n_positions", "'model.max_sequence_length'"),
+        ("model.block_size", "'model.max_sequence_length' (and train.sequence_length"),
+        ("optimizer.max_lr", "'optimizer.lr'"),
+        ("optimizer.wd", "'optimizer.weight_decay'"),
+        ("adam_beta2", "'optimizer.betas' (a list of both)"),
+        ("train.dtype", "'train.precision' (bf16 or fp32)"),
+        ("max_length", "'train.sequence_length'"),
+        ("train.save_every", "'checkpoint.every'"),
+        ("mbs", "'train.micro_batch_size'"),
+        ("train.epochs", "'train.tokens' (in tokens"),
+        ("train.activation_checkpointing", "'train.recompute' (none, selective or full)"),
+        ("data.val_split", "'data.validation_fraction'"),
+        ("data.vocab_file", "'data.tokenizer'"),
+        ("moe.dropless", "'moe.capacity.factor' (null drops none)"),
+        ("moe.num_shared_experts", "'moe.shared_expert_ffn_size' (one expert of the width of all"),
     ],
 )
 def test_names_from_elsewhere_are_understood(key: str, meant: str, tmp_path: Path) -> None:
@@ -199,12 +220,54 @@ def test_names_from_elsewhere_are_understood(key: str, meant: str, tmp_path: Pat
     [
         ("parallel.pipeline_model_parallel_size", "there is no pipeline parallelism; use parallel.expert"),
         ("parallel.pp", "there is no pipeline parallelism; use parallel.expert"),
+        ("parallel.pipeline", "there is no pipeline parallelism; use parallel.expert"),
+        ("parallel.cp", "there is no context parallelism; "),
+        ("parallel.dp", "the data degree follows from cluster and parallel.tensor"),
+        ("train.compile", "no key compiles the model"),
         ("train.fp16", "there is no fp16; train.precision is bf16 or fp32"),
     ],
 )
 def test_of_names_for_which_there_is_nothing_that_is_said(key: str, said: str, tmp_path: Path) -> None:
     (problem,) = problems_of(write(tmp_path, VALID), f"{key}=1")
     assert problem.startswith(f"{key}: unknown key; {said}")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("optimizer.low_lr", "optimizer.max_beta", "train.save_batches"),
+        *("model.mod_size", "model.byte_size", "model.tail_dim", "model.num_layers_dense", "moe.num_zero_experts"),
+        *("data.vocab_dir", "checkpoint.keep_worst", "parallel.zero_phase", "cluster.nodes_per_device"),
+    ],
+)
+def test_another_word_is_no_misspelling(key: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, VALID), f"{key}=1")
+    assert problem.startswith(f"{key}: unknown key; the keys here are ")
+
+
+def misspelt(name: str) -> Iterator[str]:
+    """With a letter missing, twice or changed, two letters exchanged, and the words run together."""
+    for i in range(len(name)):
+        if name[i] != "_" and len(name) > 3:
+            yield from (name[:i] + name[i + 1 :], name[: i + 1] + name[i:])
+            yield name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :]
+    yield name.replace("_", "")
+
+
+def test_misspellings_of_every_key_are_guessed(tmp_path: Path) -> None:
+    guessed = missed = 0
+    paths = list(flatten(load_config(write(tmp_path, VALID)).model_dump()))
+    for path in paths:
+        section, _, name = path.rpartition(".")
+        if name.startswith(("inter_", "intra_")):  # some misspellings of the one are as near to the other
+            continue
+        own = [one.rpartition(".")[2] for one in paths if one.rpartition(".")[0] == section]
+        for wrong in misspelt(name):
+            guess = name if wrong == name else closest_key(wrong, own)
+            assert guess in (name, ""), (wrong, guess)
+            guessed, missed = guessed + (guess == name), missed + (guess == "")
+    assert guessed > 1_000
+    assert missed < 0.1 * guessed
 
 
 # Paths: one rule for all keys.

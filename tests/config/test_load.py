@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from dsmoe.config import Config, ConfigError, UserError, dump_config, load_config
 from dsmoe.config.load import included_files
+from dsmoe.config.paths import resolve_paths
 from dsmoe.config.yaml_text import Node, parse_yaml, plain, write_yaml
+from dsmoe.data import prepare
 
 from .recipes import VALID, load, problems, problems_of, problems_with, write
 
@@ -329,6 +331,51 @@ def test_include_that_names_no_file(tmp_path: Path, value: str, got: str) -> Non
     assert problems_of(path) == [f"include: expected a file name or a list of file names, got {got} (x.yaml:2)"]
 
 
+def test_links_that_go_round_are_named_where_they_are_included(tmp_path: Path) -> None:
+    (tmp_path / "self.yaml").symlink_to("self.yaml")
+    (tmp_path / "a.yaml").symlink_to("b.yaml")
+    (tmp_path / "b.yaml").symlink_to("a.yaml")
+    (tmp_path / "folder").symlink_to("folder")
+    path = write(tmp_path, "include: [self.yaml, a.yaml, folder/c.yaml]\n")
+    reason = "Too many levels of symbolic links (included at x.yaml:1)"
+    names = ("self.yaml", "a.yaml", "folder/c.yaml")
+    assert problems_of(path) == [f"cannot be read: {name}: {reason}" for name in names]
+
+
+def test_what_was_loaded_through_a_link_that_goes_round_now_is_no_traceback(tmp_path: Path) -> None:
+    """The place of a path is the file that says it, which may have been replaced since it was read."""
+    (tmp_path / "x.yaml").symlink_to("x.yaml")
+    tree = parse_yaml("data: {tokenizer: tokens.json}", lambda line: f"{tmp_path}/x.yaml:{line}", [])
+    assert tree is not None
+    problems: list[str] = []
+    resolve_paths(tree, problems)
+    assert problems == []
+
+
+def test_an_include_whose_name_no_file_can_have_is_named_with_its_place(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, f"include: {'a' * 300}\n"))
+    assert problem.startswith("cannot be read: aaa")
+    assert problem.endswith("File name too long (included at x.yaml:1)")
+
+
+@pytest.mark.parametrize("key", ["name", "data.sources.1.name"])
+def test_a_name_is_short_enough_for_the_folders_that_have_it(tmp_path: Path, key: str) -> None:
+    load(tmp_path, f"{key}={'n' * 128}")
+    for length in (129, 255, 300):
+        (problem,) = problems_of(write(tmp_path, VALID), f"{key}={'n' * length}")
+        start = f'{key}: expected text of at most 128 characters, and there are {length}, got "nnn'
+        assert problem.startswith(start)
+
+
+def test_the_longest_name_has_room_in_a_cache(tmp_path: Path) -> None:
+    name, text = "n" * 128, tmp_path / "corpus.txt"
+    text.write_text("some words\n" * 1_000)
+    sources = f"data.sources=[{{name: {name}, path: {text}}}]"
+    config = load(tmp_path, sources, f"data.cache_dir={tmp_path / 'cache'}", "train.sequence_length=16")
+    (source,) = prepare(config)
+    assert source.name == name
+
+
 # Overrides
 
 
@@ -538,7 +585,8 @@ def test_wrong_override(tmp_path: Path, override: str, problem: str) -> None:
         (("name: tiny", "name: tiny\ndeepspeed: [a]"), 'deepspeed: expected a mapping, got ["a"] (x.yaml:2)'),
         (
             ("nodes: 2", "nodes: 2\n  device: 80"),
-            "cluster.device: expected text, a mapping {memory_gib, peak_tflops} or null, got 80 (x.yaml:4)",
+            "cluster.device: expected text that is not empty, a mapping {memory_gib, peak_tflops} or null, got 80 "
+            "(x.yaml:4)",
         ),
         (
             ("nodes: 2", "nodes: 2\n  device: {memory_gib: 80}"),
@@ -650,8 +698,8 @@ def test_the_error_survives_pickling() -> None:
 
 
 def test_the_dump_loads_again_and_has_every_default(tmp_path: Path) -> None:
-    overrides = "cluster.device={memory_gib: 80, peak_tflops: 9e2}", "deepspeed={aio: {b: [1, '1e4', on, 1e-9, null]}}"
-    config = load(tmp_path, *overrides)
+    section = "deepspeed={comms_logger: {prof_ops: ['1', '1e4', on]}, flops_profiler: {recompute_fwd_factor: 1e-9}}"
+    config = load(tmp_path, "cluster.device={memory_gib: 80, peak_tflops: 9e2}", section)
     text = dump_config(config)
     assert load_config(write(tmp_path, text, "dump.yaml")) == config
     assert "drop_policy: probability\n" in text

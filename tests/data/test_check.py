@@ -177,6 +177,18 @@ def test_a_tokenizer_that_cannot_encode_the_text(project: Path, capsys: pytest.C
     assert "tok.json cannot encode the text (WordLevel error: Missing [UNK] token" in capsys.readouterr().err
 
 
+def test_a_token_number_that_no_vocabulary_reaches_is_the_tokenizers_mistake(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (2**31, 2**32 - 1):
+        model = {"type": "WordLevel", "vocab": {"a": 0, "<eos>": 1, "z": number}, "unk_token": "a"}
+        (project / "tok.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+        assert main(["prepare", "config.yaml", "data.tokenizer=tok.json", "data.end_of_document=<eos>"]) == 2
+        error = capsys.readouterr().err
+        assert f"tok.json has a token of the number {number}, and a model has at most 2147483648 tokens" in error
+        assert "set model.vocab_size" not in error
+
+
 def test_of_a_large_folder_the_first_files_are_opened(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(MOST_FILES + 10):
         (project / f"text/{number:04d}.txt.gz").write_bytes(b"")

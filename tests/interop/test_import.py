@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,47 @@ def test_what_we_cannot_compute_is_refused(name: str, changes: dict[str, Any], m
     with pytest.raises(UserError) as error:
         sections_of(transformers.AutoConfig.for_model(name, **settings).to_dict())
     assert message in str(error.value)
+
+
+IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {"num_hidden_layers": 10**9}, "num_hidden_layers (1000000000): "),
+    ("qwen3", {"num_labels": 10**9}, "num_labels (1000000000): "),
+    ("qwen3_moe", {"mlp_only_layers": [10**9]}, "mlp_only_layers.0 (1000000000): "),
+    ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers (3): "),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, 'rope_parameters.rope_theta ("x"): '),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_parameters.rope_theta"),
+    ("llama", {"rope_parameters": 5}, "rope_parameters (5): "),
+    ("llama", {"hidden_size": "32"}, 'hidden_size ("32"): '),
+    ("llama", {"num_attention_heads": 0}, "num_attention_heads (0): "),
+    ("llama", {"tie_word_embeddings": "no"}, 'tie_word_embeddings ("no"): '),
+    ("llama", {"rms_norm_eps": []}, "rms_norm_eps ([]): "),
+    ("llama", {"hidden_act": ["silu"]}, 'hidden_act (["silu"]): '),
+    ("glm4_moe", {"first_k_dense_replace": -1}, "first_k_dense_replace (-1): "),
+    ("glm4_moe", {"routed_scaling_factor": "2.5"}, 'routed_scaling_factor ("2.5"): '),
+    ("llama", {"model_type": ["llama"]}, "model_type ['llama'] cannot be read"),
+    ("llama", {"model_type": "bert", "num_labels": 10**9}, "model_type 'bert' cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), IMPOSSIBLE)
+def test_impossible_values_are_named_before_anything_is_made_of_them(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    settings = {"model_type": name, **COMMON, **THEIRS[name], **changes}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError) as error:
+        fitting_sections(tmp_path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_any_value_of_any_key_is_read_or_refused_without_a_traceback(name: str, tmp_path: Path) -> None:
+    for key in sorted({**COMMON, **THEIRS[name]} | {"rope_theta": 1, "layer_types": 1, "sliding_window": 1}):
+        for value in (None, True, -1, 0, 3, 2.5, 1e18, 10**30, float("nan"), "x", [], ["x"], {}, {"rope_theta": None}):
+            settings = {"model_type": name, **COMMON, **THEIRS[name], key: value}
+            (tmp_path / "config.json").write_text(json.dumps(settings))
+            with suppress(UserError):
+                load_sections(fitting_sections(tmp_path))
 
 
 def test_initial_weights_of_0_are_not_the_loaders_concern() -> None:

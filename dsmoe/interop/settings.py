@@ -1,0 +1,111 @@
+"""The keys of a Hugging Face config that are read here: the kind and the range of each one's value.
+
+They are checked before transformers sees them, which makes a list as long as the number of layers or labels says, and
+again with its defaults in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Devices, Layers, Length, NonNegativeFloat, PositiveFloat, Width
+from dsmoe.config.yaml_text import show_value
+
+_Count = Annotated[int, Field(ge=0, le=65_536)]
+_Layer = Annotated[int, Field(ge=0, le=10_000)]
+
+_COMMON = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act"),
+    *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+)
+_NEEDED = {
+    "mixtral": ("num_local_experts", "num_experts_per_tok"),
+    "qwen3_moe": (
+        *("num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        "decoder_sparse_step",
+    ),
+    "glm4_moe": (
+        *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        *("n_shared_experts", "routed_scaling_factor", "n_group", "topk_group", "first_k_dense_replace"),
+    ),
+}
+"""What must not be null, by architecture, besides what all of them have."""
+
+
+class _Part(BaseModel):
+    """Keys that may be missing or null, among others that are not looked at."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Rotary(_Part):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    rope_type: str | None = None
+    rope_theta: PositiveFloat | None = None
+    partial_rotary_factor: PositiveFloat | None = None
+
+
+class _Settings(_Part):
+    model_type: str | None = None
+    vocab_size: Length | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Width | None = None
+    num_hidden_layers: Layers | None = None
+    num_attention_heads: Width | None = None
+    num_key_value_heads: Width | None = None
+    head_dim: Width | None = None
+    max_position_embeddings: Length | None = None
+    sliding_window: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    rms_norm_eps: PositiveFloat | None = None
+    initializer_range: NonNegativeFloat | None = None
+    rope_theta: PositiveFloat | None = None
+    rope_parameters: _Rotary | None = None
+    rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: PositiveFloat | None = None
+    tie_word_embeddings: bool | None = None
+    hidden_act: str | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    layer_types: Annotated[list[str], Field(max_length=10_000)] | None = None
+    num_local_experts: _Count | None = None
+    num_experts: _Count | None = None
+    n_routed_experts: _Count | None = None
+    n_shared_experts: _Count | None = None
+    num_experts_per_tok: Devices | None = None
+    moe_intermediate_size: Width | None = None
+    decoder_sparse_step: Layers | None = None
+    mlp_only_layers: Annotated[list[_Layer], Field(max_length=10_000)] | None = None
+    first_k_dense_replace: _Layer | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: PositiveFloat | None = None
+    n_group: Devices | None = None
+    topk_group: Devices | None = None
+    use_qk_norm: bool | None = None
+    num_labels: _Count | None = None
+
+
+def check_settings(settings: Mapping[str, Any], with_defaults: bool) -> dict[str, Any]:
+    """Return the settings with numbers as we use them; `with_defaults` says that what is needed is there.
+
+    Raises:
+        UserError: the values of some keys cannot be; with all of them.
+    """
+    try:
+        values = _Settings.model_validate(dict(settings)).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        problems = [f"{'.'.join(map(str, one['loc']))} ({show_value(one['input'])}): {one['msg']}" for one in found]
+        raise UserError("\n  ".join(["not the config of a model:", *problems[:50]])) from None
+    if with_defaults:
+        needed = (*_COMMON, *_NEEDED.get(str(values.get("model_type")), ()))
+        missing = [key for key in needed if values.get(key) is None]
+        rotary = values.get("rope_parameters")
+        missing += ["rope_parameters.rope_theta"] if rotary and rotary.get("rope_theta") is None else []
+        if missing:
+            raise UserError(f"there is no {' and no '.join(missing)}; a model of this type has a value for each")
+    return {**settings, **values}
