@@ -8,7 +8,7 @@ from typing import Any
 
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config.errors import UserError
-from dsmoe.plan.text import table
+from dsmoe.plan.text import quantity, table
 
 Row = tuple[str, str, str]
 """A key, its value in the checkpoint, its value here."""
@@ -33,6 +33,7 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
 
     Raises:
         UserError: it is of another; with a table of what differs.
+        DamagedError: its config is none of dsmoe's, or the optimizer's state is missing.
     """
     try:
         saved, here = identity(manifest.facts.config), identity(config)
@@ -48,6 +49,11 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
     refuse(checkpoint, "another model", rows(saved, here))
     if optimizer is not None:
         refuse(checkpoint, "another optimizer", rows({"optimizer": manifest.facts.optimizer}, {"optimizer": optimizer}))
+        if manifest.facts.schedule_step and not any(key.startswith("step/") for key in manifest.tensors):
+            taken = quantity(manifest.facts.schedule_step, "step")
+            raise DamagedError(
+                f"{checkpoint / MANIFEST} is damaged: {taken} were taken, and there is no state of the optimizer"
+            )
         refuse(
             checkpoint,
             "a run with other steps (for its weights alone: checkpoint.weights_from)",
@@ -82,12 +88,25 @@ def rows(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[Row]:
 
 
 def tensor_rows(manifest: Manifest, wanted: Mapping[str, tuple[int, ...]], kinds: Sequence[str]) -> list[Row]:
-    """The tensors of these kinds that are missing in the checkpoint, are not wanted here, or have another shape."""
-    saved = {key: t.shape for key, t in manifest.tensors.items() if key.partition("/")[0] in kinds}
+    """The tensors that are missing there or have another shape, and those of these kinds that are not wanted here."""
+    tensors = manifest.tensors.items()
+    saved = {key: t.shape for key, t in tensors if key in wanted or key.partition("/")[0] in kinds}
     return rows(
         {key: list(shape) for key, shape in sorted(saved.items())},
         {key: list(shape) for key, shape in sorted(wanted.items())},
     )
+
+
+def check_types(checkpoint: Path, manifest: Manifest, here: Mapping[str, str]) -> None:
+    """Check that tensors have the types that they are read as (`F32`, by key): a copy would convert them in silence.
+
+    Raises:
+        DamagedError: one has another; dsmoe has not written it.
+    """
+    for key, dtype in here.items():
+        saved = manifest.tensors[key].dtype
+        if saved != dtype:
+            raise DamagedError(f"{checkpoint / MANIFEST} is damaged: {key} is {saved}, and is saved as {dtype}")
 
 
 def refuse(checkpoint: Path, what: str, differing: Sequence[Row]) -> None:
