@@ -224,6 +224,8 @@ def _train_and_tell(trainer: Trainer, folder: Path) -> bool:
     if trainer.step_index == 0:
         trainer.evaluate()
     finished = trainer.run()
+    if skipped := trainer.skipped_steps():
+        logger.warning("%s; the learning rate may be too high (optimizer.lr, optimizer.warmup_steps)", skipped)
     if not finished:
         logger.info("stopped after step %d; run the same command again to go on", trainer.step_index)
     elif trainer.rank.is_first:

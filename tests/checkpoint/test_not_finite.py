@@ -222,6 +222,19 @@ def test_a_finite_state_from_which_every_step_is_skipped_is_no_checkpoint_to_go_
     assert "continuing from runs/small/checkpoints/step_00000003" in onward.out
 
 
+@pytest.mark.parametrize("wrong", ["moe.balance.aux_loss=1e30", "model.init_std=1e30", "optimizer.lr=1e30"])
+def test_a_run_that_ends_with_skipped_steps_alone_has_failed(wrong: str, tmp_path: Path) -> None:
+    """It is too short for the twenty skipped steps in a row that end a longer one."""
+    options = {"train": {"steps": 6}, "checkpoint": {"every": 2}}
+    config = str(write_config(tmp_path, runs_dir="runs", **options))
+    outcome = pretrain(tmp_path, "--config", config, wrong, "optimizer.grad_clip=0", "train.steps=4")
+    assert outcome.code == 1, outcome.out
+    assert re.search(r"[34] of 4 steps were skipped, the last [34] in a row, because gradients were", outcome.err)
+    assert "To begin anew with a lower rate, add to the same command: " in outcome.err
+    assert "what to run next" not in outcome.out
+    assert all_checkpoints(tmp_path / "runs" / "small" / "checkpoints") == []
+
+
 def skip_and_save(config: Config, skipped: list[int], stopped_after: int = 0) -> list[str]:
     """A run whose gradients are not finite in some steps, and that a signal may stop; what it says."""
     trainer, logged = make_trainer(config), logged_from_now()
@@ -240,13 +253,14 @@ def skip_and_save(config: Config, skipped: list[int], stopped_after: int = 0) ->
 
     trainer.step = some_skipped  # type: ignore[method-assign]
     trainer.run()
-    return logged
+    return [*logged, trainer.skipped_steps()]
 
 
 def test_steps_that_are_skipped_push_no_good_checkpoint_out(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train": {"steps": 9}, "checkpoint": {"every": 2, "keep": 9}}
     config = layout_config(tmp_path, observe={"log_every": 50}, **options)
-    run_ranks(1, skip_and_save, config, [2, 6, 7])
+    (said,) = run_ranks(1, skip_and_save, config, [2, 6, 7])
+    assert said[-1] == "3 of 9 steps were skipped, because gradients were not finite"
     names = [path.name for path in all_checkpoints(folder_of(config))]
     assert names == [f"step_0000000{step}" for step in (3, 4, 8, 9)], "put off to the next step that is taken"
 
@@ -282,6 +296,6 @@ def test_an_end_while_steps_are_skipped_is_saved_and_pushes_no_good_checkpoint_o
         "one more than keep, for as long as it may be bad"
     )
     newest = verify(folder_of(config) / "step_00000006").facts
-    assert newest.skipped_steps == 3
+    assert (newest.skipped_steps, newest.schedule_step) == (3, 3)
     before, after = (tensors_of(folder_of(config) / name) for name in names[1:])
     assert all(torch.equal(after[key], x) for key, x in before.items() if key.startswith(("model/", "exp_avg")))
