@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from dsmoe.checkpoint.headers import are_sizes
+from dsmoe.config.yaml_text import DEEPEST
+
+_MOST_LEVELS = DEEPEST + 10
+"""How deep facts may be: a config is read as YAML, of at most `DEEPEST` levels. Deeper ones exhaust Python's stack."""
 
 
 class ContradictionError(ValueError):
@@ -41,14 +47,21 @@ class Facts:
 
 
 def facts_of(entry: dict[str, Any]) -> Facts:
-    """The facts, each of its type; a field that this version does not know, or lacks, raises TypeError."""
+    """The facts, each of its type; a field that this version does not know, or lacks, raises TypeError.
+
+    Raises:
+        ContradictionError: no checkpoint of dsmoe's has such facts.
+    """
+    if _is_deeper(entry, _MOST_LEVELS):
+        raise ContradictionError(f"its facts are more than {_MOST_LEVELS} levels deep")
     facts = Facts(**entry)
     counts = {name: getattr(facts, name) for name in ("step", "tokens", "skipped_steps", "schedule_step")}
     wrong = [name for name, value in counts.items() if not are_sizes([value])]
     kinds = {"optimizer": str, "config": dict, "layout": dict, "versions": dict, "corpora": dict}
     kinds |= {"order": dict, "held_out": str}
     wrong += [name for name, kind in kinds.items() if type(getattr(facts, name)) is not kind]
-    if facts.validation_loss is not None and type(facts.validation_loss) not in (int, float):
+    loss = facts.validation_loss
+    if loss is not None and not (type(loss) in (int, float) and math.isfinite(loss) and loss >= 0):
         wrong.append("validation_loss")
     if not wrong and not all(are_sizes(sizes) for sizes in facts.corpora.values()):
         wrong.append("corpora")
@@ -58,4 +71,26 @@ def facts_of(entry: dict[str, Any]) -> Facts:
         wrong.append("config.name")
     if wrong:
         raise ContradictionError(f"its facts have no such value: {', '.join(wrong)}")
+    if contradictions := list(_contradictions(facts)):
+        raise ContradictionError(f"its facts contradict each other: {'; '.join(contradictions)}")
     return facts
+
+
+def _contradictions(facts: Facts) -> Iterator[str]:
+    """Counts that no run has together: each step is taken, which advances the schedule, or skipped."""
+    step, skipped, taken = facts.step, facts.skipped_steps, facts.schedule_step
+    if skipped + taken != step:
+        yield f"schedule_step is {taken} and skipped_steps {skipped}, which make {skipped + taken}, and step is {step}"
+    batch = facts.config["train"].get("batch_tokens")
+    if type(batch) is int and facts.tokens != step * batch:
+        yield f"tokens is {facts.tokens}, and {step} steps of config.train.batch_tokens ({batch}) are {step * batch}"
+
+
+def _is_deeper(value: object, most: int) -> bool:
+    """Whether there are more than `most` levels of mappings and lists."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]
+        if not level:
+            return False
+    return True

@@ -80,6 +80,14 @@ def set_in(*path: Any) -> Callable[[Content], None]:
     return change
 
 
+def nested(levels: int, around: Callable[[Any], Any] = lambda inner: {"a": inner}) -> Any:
+    """Nothing, in so many levels."""
+    value: Any = None
+    for _ in range(levels):
+        value = around(value)
+    return value
+
+
 FIRST = ("tensors", NORM, 2, 0)
 WRONG: dict[str, Callable[[Content], None]] = {
     "another tensor's elements": lambda c: swap(c, 3),
@@ -137,6 +145,15 @@ WRONG: dict[str, Callable[[Content], None]] = {
     "a huge step": set_in("facts", "step", 10**4000),
     "a fraction of a step": set_in("facts", "step", 0.0),
     "another step": set_in("facts", "step", 3),
+    "a step of the schedule too many": set_in("facts", "schedule_step", 3),
+    "more steps skipped than there were": lambda c: c["facts"].update(skipped_steps=99, schedule_step=0),
+    "a skipped step that advanced the schedule": lambda c: c["facts"].update(skipped_steps=0, schedule_step=1),
+    "tokens of no number of steps": set_in("facts", "tokens", 7),
+    "a loss that is no number": set_in("facts", "validation_loss", math.nan),
+    "an infinite loss": set_in("facts", "validation_loss", math.inf),
+    "a negative loss": set_in("facts", "validation_loss", -1.0),
+    "a deep config": lambda c: c["facts"]["config"].update(deepspeed=nested(900)),
+    "a deep list": lambda c: c["facts"].update(order={"texts": nested(100, lambda inner: [inner])}),
     "no tokens": lambda c: c["facts"].pop("tokens"),
     "a loss of text": set_in("facts", "validation_loss", "low"),
     "a config that is a list": set_in("facts", "config", []),

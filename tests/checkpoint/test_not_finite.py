@@ -95,7 +95,7 @@ def save_as_an_older_version_would(config: Config, upto: int, what: str) -> None
         trainer.step()
         if step == upto:
             wreck(trainer, what, math.nan)
-        trainer.checkpoints.save(step, 0)
+        trainer.checkpoints.save(step, step * config.train.batch_tokens)
     trainer.checkpoints.flush()
 
 
