@@ -8,12 +8,13 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsmoe.checkpoint.folder import Found, all_checkpoints, inspect, look, step_of
-from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest, UnreadableError
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
@@ -22,11 +23,11 @@ from dsmoe.config.paths import NO_PATHS
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
 from dsmoe.data import PreparedSource
-from dsmoe.data.loader import train_sequences
 from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
-from dsmoe.train.changed import Order, changed_order, changed_rate, saved_tokenizer
-from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer
+from dsmoe.train.changed import saved_tokenizer
+from dsmoe.train.chosen import check_model, check_order
+from dsmoe.train.identity import RECORD, Contents, Difference, changed_values, differences, of_other_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +100,12 @@ def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[
     folder = run_folder(config)
     token = uuid.uuid4().hex
     try:
+        if not folder.is_dir():  # nothing is made for a run that is refused
+            check_order(check_run_folder(config, sources).checkpoints, config, sources)
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
         beginning = check_run_folder(config, sources)
-        check_order(beginning, config, sources)
+        check_order(beginning.checkpoints, config, sources)
         remove_leftovers(folder)
         contents = Contents.of_run(config, sources, _resumed(config))
         write_whole(folder / "config.yaml", dump_config(config))
@@ -122,7 +125,8 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
     is not given, text in another place is taken for the same.
 
     Raises:
-        UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
+        UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there, or is
+            of another model.
         PassingError: storage does not answer now.
     """
     folder = run_folder(config)
@@ -140,6 +144,12 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
         return contents.is_resumed_again(resumed_before, config.checkpoint.resume, chosen)
 
     beginning = replace(_beginning(config, folder / "checkpoints", found, is_again), notes=tuple(notes))
+    weights = None if beginning.checkpoints else beginning.weights
+    if weights is not None:
+        saved = saved_tokenizer(_chosen("checkpoint.weights_from", weights).facts)
+        told = of_other_tokenizer(config, weights, saved)
+        beginning = replace(beginning, notes=(*beginning.notes, *told))
+    check_model(beginning.checkpoints, weights, config)
     if beginning.checkpoints:
         newest, batch = beginning.checkpoints[0], Batch.from_config(config)
         done = inspect(newest).facts.step
@@ -149,34 +159,14 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
                 f"{newest} is past this config's last step, {batch.steps}; set {longer} or more, or give this run "
                 f"another name (name={free_name(config)})"
             )
-    elif beginning.weights is not None:
-        saved = saved_tokenizer(_chosen("checkpoint.weights_from", beginning.weights).facts)
-        told = of_other_tokenizer(config, beginning.weights, saved)
-        beginning = replace(beginning, notes=(*beginning.notes, *told))
     return beginning
 
 
-def check_order(beginning: Beginning, config: Config, sources: Sequence[PreparedSource]) -> None:
-    """Check that the run reads on where its newest checkpoint stopped; before anything is written.
-
-    Raises:
-        DamagedError: there are checkpoints, and what they record of their runs is not what dsmoe records.
-        UserError: it would read other text, and `data.changed_order` does not accept it.
-    """
-    damage = None
-    for checkpoint in beginning.checkpoints:
-        here = Order.of_run(config, sources, [len(train_sequences(source, config)) for source in sources])
-        try:
-            facts = inspect(checkpoint).facts
-            changed_rate(checkpoint, facts, config)
-            changed_order(checkpoint, facts, config, here)
-            return
-        except UnreadableError:
-            raise
-        except DamagedError as error:  # the run passes it over, as one whose files are damaged, and says so
-            damage = error
-    if damage is not None:
-        raise DamagedError(f"{damage}. Go on from another checkpoint, or move this one away to begin anew")
+def forget_run(folder: Path) -> None:
+    """Remove what says whose run a folder holds: none has begun there, and the next start may be of another config."""
+    for name in ("config.yaml", RECORD):
+        with suppress(OSError):
+            (folder / name).unlink()
 
 
 def check_shared(folder: Path, token: str) -> None:

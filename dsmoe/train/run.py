@@ -50,6 +50,7 @@ from dsmoe.train.folder import (
     Beginning,
     check_shared,
     claim_run_folder,
+    forget_run,
     free_name,
     make_run_folder,
     run_folder,
@@ -114,6 +115,7 @@ def pretrain(given: Config) -> bool:
     on_first_rank(lambda: claim_run_folder(given), f"looking at {folder}")
     sources = prepare_once(config)
     check_alike(claims_of_data(sources))
+    is_new = not os.path.lexists(folder / "config.yaml")
     beginning, token = on_first_rank(lambda: make_run_folder(given, sources), f"looking at {folder}")
     on_every_rank(lambda: check_shared(folder, token), f"looking at {folder}")
     reports = Reports(on_first_rank(lambda: make_folder(folder / FAILURES)), process_watch())
@@ -128,8 +130,13 @@ def pretrain(given: Config) -> bool:
             logger.info("%s", line)
         if adjusted := adjustments(given, config):
             logger.info("elastic: %s", "; ".join(adjusted))
-    trainer = Trainer(config, groups, rank, folder / "checkpoints")
-    resumed = _begin(trainer, beginning)
+    try:
+        trainer = Trainer(config, groups, rank, folder / "checkpoints")
+        resumed = _begin(trainer, beginning)
+    except Exception:
+        if rank.is_first and is_new:
+            forget_run(folder)
+        raise
     if rank.device.type == "cuda":
         process_watch().end_stalls(end_stalled)
     trainer.sinks = _sinks(config, folder, trainer.step_index if resumed else -1) if rank.is_first else []
