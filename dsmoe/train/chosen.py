@@ -8,10 +8,17 @@ from pathlib import Path
 from dsmoe.checkpoint.fit import check_fits
 from dsmoe.checkpoint.folder import inspect
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
+from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
+from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.loader import train_sequences
+from dsmoe.data.problems import shown
 from dsmoe.train.changed import Order, changed_order, changed_rate
+from dsmoe.train.identity import changed_values
+
+_OF_THE_START = ("runs_dir", "data.cache_dir", "checkpoint.resume", "checkpoint.weights_from")
+"""How a run begins and where it writes, which is another run's own."""
 
 
 def check_model(checkpoints: Iterable[Path], weights: Path | None, config: Config) -> None:
@@ -32,6 +39,23 @@ def check_model(checkpoints: Iterable[Path], weights: Path | None, config: Confi
     _check_first(checkpoints, check)
     if weights is not None:
         check_fits(weights, inspect(weights), settings, None)
+
+
+def changed_settings(checkpoint: Path, config: Config) -> list[str]:
+    """A line for each key by which this run differs from the one that saved a checkpoint of another run's folder.
+
+    Paths and the names of the runs are left out: what is at the paths is compared by itself.
+    """
+    saved = {key: value for key, value in flatten(inspect(checkpoint).facts.config).items() if key != "name"}
+    return [
+        f"changed since {checkpoint} was saved: {key}, {_shown(there)} -> {_shown(here)}"
+        for key, there, here in changed_values(saved, config)
+        if key not in _OF_THE_START and not (is_path(key, there) or is_path(key, here))
+    ]
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else shown(str(value))
 
 
 def check_order(checkpoints: Iterable[Path], config: Config, sources: Sequence[PreparedSource]) -> None:

@@ -26,7 +26,7 @@ from dsmoe.data import PreparedSource
 from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
 from dsmoe.train.changed import saved_tokenizer
-from dsmoe.train.chosen import check_model, check_order
+from dsmoe.train.chosen import changed_settings, check_model, check_order
 from dsmoe.train.identity import RECORD, Contents, Difference, changed_values, differences, of_other_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,8 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
     check_model(beginning.checkpoints, weights, config)
     if beginning.checkpoints:
         newest, batch = beginning.checkpoints[0], Batch.from_config(config)
+        if newest not in found.whole:  # another run's
+            beginning = replace(beginning, notes=(*beginning.notes, *changed_settings(newest, config)))
         done = inspect(newest).facts.step
         if done > batch.steps:
             longer = f"train.steps={done}" if config.train.steps else f"train.tokens={done * batch.tokens_per_step}"

@@ -449,6 +449,35 @@ def test_a_start_that_fails_before_its_first_step_binds_the_next_one_to_nothing(
     assert other.code == 0, other.err
 
 
+CHANGED = {
+    "optimizer.betas": ("(0.9, 0.95)", "[0.8, 0.9]"),
+    "optimizer.eps": ("1e-08", "1e-06"),
+    "optimizer.weight_decay": ("0.1", "0.2"),
+    "moe.balance.aux_loss": ("0.02", "0.5"),
+    "moe.router.noise": ("none", "jitter"),
+    "moe.router.force_balanced": ("False", "true"),
+    "moe.capacity.factor": ("null", "2.0"),
+    "train.seed": ("0", "5"),
+    "train.precision": ("fp32", "bf16"),
+}
+
+
+def test_what_differs_from_the_run_whose_checkpoint_is_gone_on_from_is_said(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work)
+    options = ["name=q", "checkpoint.resume=runs/small", "runs_dir=others", "data.cache_dir=other"]
+    newest = "runs/small/checkpoints/step_00000004"
+    assert check_run_folder(load_config("config.yaml", options)).notes == ()
+    changed = [f"{key}={here}" for key, (_, here) in CHANGED.items()]
+    notes = check_run_folder(load_config("config.yaml", [*options, *changed])).notes
+    said = {note.partition(": ")[2].partition(", ")[0]: note for note in notes}
+    assert said.keys() == CHANGED.keys()
+    assert all(note.startswith(f"changed since {newest} was saved: ") for note in notes)
+    assert said["moe.capacity.factor"].endswith(": moe.capacity.factor, null -> 2.0")
+    assert said["optimizer.weight_decay"].endswith(": optimizer.weight_decay, 0.1 -> 0.2")
+
+
 def test_looking_at_checkpoints_changes_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where they are damaged, and where a run is at work."""
     run = work / "runs" / "small"
