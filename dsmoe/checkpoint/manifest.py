@@ -24,6 +24,7 @@ from dsmoe.checkpoint.facts import ContradictionError, Facts, facts_of
 from dsmoe.checkpoint.headers import BYTES, FLOATS, LARGEST, Entry, are_sizes, read_entries
 from dsmoe.config.errors import UserError, exit_code_of
 from dsmoe.config.sealed import is_sealed, sealed_json
+from dsmoe.durable import NotAFileError, check_regular, not_a_file
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
@@ -112,6 +113,7 @@ class Manifest:
         """
         path = checkpoint / MANIFEST
         try:
+            check_regular(path)
             text = path.read_text(encoding="utf-8")
             content = json.loads(text)
             if content.get("format") != FORMAT:
@@ -128,6 +130,8 @@ class Manifest:
             manifest._check()
         except (FileNotFoundError, NotADirectoryError):
             raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} is missing") from None
+        except (NotAFileError, IsADirectoryError) as error:
+            raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} {not_a_file(error)}") from None
         except OSError as error:
             raise UnreadableError.of(path, error) from None
         except ContradictionError as error:
@@ -169,9 +173,12 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
     for name, file in sorted(manifest.files.items()):
         path = checkpoint / name
         try:
+            check_regular(path)
             size = path.stat().st_size
         except (FileNotFoundError, NotADirectoryError):  # a run may be removing it
             raise DamagedError(f"{path} is missing") from None
+        except (NotAFileError, IsADirectoryError) as error:
+            raise DamagedError(f"{path} {not_a_file(error)}") from None
         except OSError as error:
             raise UnreadableError.of(path, error) from None
         if size != file.bytes:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsmoe.config.sealed import is_sealed, sealed_json
 from dsmoe.data.stored import DamagedCacheError, StoredFile
+from dsmoe.durable import NotAFileError, check_regular, not_a_file
 
 META = "meta.json"
 FORMAT_VERSION = 2
@@ -98,6 +99,7 @@ def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
         OSError: it cannot be read.
     """
     try:
+        check_regular(folder / META)
         text = (folder / META).read_text(encoding="utf-8")
         content = json.loads(text)
         if not is_sealed(text, content):
@@ -105,6 +107,8 @@ def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
         meta = Meta.model_validate({key: value for key, value in content.items() if key != "sha256"})
     except FileNotFoundError:
         raise DamagedCacheError(folder, f"{META} is missing") from None
+    except (NotAFileError, IsADirectoryError) as error:
+        raise DamagedCacheError(folder, f"{META} {not_a_file(error)}") from None
     except DamagedCacheError:
         raise
     except ValidationError as error:

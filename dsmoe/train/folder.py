@@ -8,7 +8,6 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
 from dsmoe.train.changed import saved_tokenizer
 from dsmoe.train.chosen import changed_settings, check_model, check_order
-from dsmoe.train.identity import RECORD, Contents, Difference, changed_values, differences, of_other_tokenizer
+from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer
+from dsmoe.train.run_files import LOCK, TOKEN, refuse_special
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ _OTHER_MODEL = ("model.", "moe", "data.tokenizer")
 """Where these differ, a checkpoint is of no use."""
 _OTHER_STEPS = ("train.batch_tokens", "train.sequence_length")
 """Where these differ, a checkpoint's weights may be begun with, and nothing else of it."""
-LOCK, TOKEN = ".lock", ".token"
 LOOKS = (1.0, 4.0)
 """Seconds before each further look at checkpoints that could not be read."""
 _held: dict[Path, Lock] = {}
@@ -130,6 +129,7 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
         PassingError: storage does not answer now.
     """
     folder = run_folder(config)
+    refuse_special(folder)
     found = _look(folder / "checkpoints")
     before, notes = _config_before(folder / "config.yaml", found)
     contents = _contents_before(folder, found)
@@ -162,13 +162,6 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
                 f"another name (name={free_name(config)})"
             )
     return beginning
-
-
-def forget_run(folder: Path) -> None:
-    """Remove what says whose run a folder holds: none has begun there, and the next start may be of another config."""
-    for name in ("config.yaml", RECORD):
-        with suppress(OSError):
-            (folder / name).unlink()
 
 
 def check_shared(folder: Path, token: str) -> None:

@@ -17,7 +17,7 @@ from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
-from dsmoe.durable import write_whole
+from dsmoe.durable import check_regular, write_whole
 
 # What may change when a run goes on: how long, how often, where, and what one changes after a divergence. Everything
 # else is the run's identity; of data.tokenizer and data.sources, the contents are.
@@ -93,6 +93,7 @@ class Contents(_Recorded):
     def read(cls, run: Path) -> Contents:
         """Those that were written in a run's folder; empty ones where they cannot be read: no reason to refuse it."""
         try:
+            check_regular(run / RECORD)
             return cls.model_validate(json.loads((run / RECORD).read_bytes()))
         except (OSError, ValueError, RecursionError):
             return cls()
@@ -115,6 +116,7 @@ def real_path(path: str | None) -> str:
 def manifest_digest(checkpoint: Path) -> str:
     """Names the very checkpoint, wherever its folder is; empty where it cannot be read."""
     try:
+        check_regular(checkpoint / MANIFEST)
         return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
     except OSError:
         return ""

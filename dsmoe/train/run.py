@@ -50,7 +50,6 @@ from dsmoe.train.folder import (
     Beginning,
     check_shared,
     claim_run_folder,
-    forget_run,
     free_name,
     make_run_folder,
     run_folder,
@@ -58,6 +57,7 @@ from dsmoe.train.folder import (
 )
 from dsmoe.train.reports import FOLDER as FAILURES
 from dsmoe.train.reports import Reports, make_folder, record_collectives
+from dsmoe.train.run_files import forget_run
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.folder import verify
+from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.checkpoint.manifest import DamagedError, Manifest, _sealed, tiles
 from dsmoe.cli import main
@@ -24,6 +25,7 @@ from dsmoe.config.schema import Config
 from dsmoe.interop.tensors import checkpoint_tensors
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import Trainer
+from dsmoe.train.folder import check_run_folder
 from tests.checkpoint.runs import layout_config, take_steps
 from tests.interop.models import MIXTRAL, make_config, save
 from tests.train.layouts import make_trainer
@@ -199,6 +201,23 @@ def test_a_number_that_nothing_else_tells_is_sealed(checkpoint: Path) -> None:
     path.write_text(text.replace('"skipped_steps": 0', '"skipped_steps": 1'), encoding="utf-8")
     with pytest.raises(DamagedError, match=r"is damaged: it is not what was written"):
         verify(checkpoint)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["manifest.json", FILE])
+def test_a_pipe_in_a_files_place_is_not_waited_for(
+    name: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint / name
+    path.unlink()
+    os.mkfifo(path)
+    for command in (["show"], ["verify"], ["export", str(tmp_path / "out"), "--no-check"]):
+        assert main(["checkpoint", command[0], str(checkpoint), *command[1:]]) == 2
+        assert f"{path} is a pipe, not a file" in capsys.readouterr().err
+    found, passed_over = candidates(checkpoint.parent)
+    assert (found, len(passed_over)) == ([], 1)
+    with pytest.raises(UserError, match="is a pipe"):
+        check_run_folder(make_config(tmp_path, MIXTRAL, checkpoint={"resume": str(checkpoint)}))
 
 
 def test_a_header_that_says_something_else_than_the_manifest_is_found(checkpoint: Path) -> None:

@@ -97,6 +97,12 @@ def make_a_folder(path: Path, draw: random.Random) -> None:
     path.mkdir()
 
 
+def make_a_pipe(path: Path, draw: random.Random) -> None:
+    """Opened, it would be waited for without end."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a description and seal it again, as one would who means it."""
     content = json.loads((path.parent / META).read_text(encoding="utf-8"))
@@ -140,6 +146,7 @@ WAYS = [
     remove,
     exchange_with_another,
     make_a_folder,
+    make_a_pipe,
     *[lie] * 3,
     other_text,
 ]

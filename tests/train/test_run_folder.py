@@ -261,6 +261,17 @@ def test_without_a_checkpoint_a_damaged_config_is_written_anew(tmp_path: Path) -
     assert load_config(folder / "config.yaml") == config
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.yaml", ".contents.json", "metrics.jsonl", "train.log", "environment.json"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_named(name: str, tmp_path: Path) -> None:
+    config = layout_config(tmp_path)
+    folder = run_folders.run_folder(config)
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=rf"{name} is a pipe, not a file; move it away"):
+        claim_run_folder(config)
+
+
 # ---- reports
 
 
