@@ -8,6 +8,7 @@ from typing import Any
 
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config.errors import UserError
+from dsmoe.config.show import spelled_out
 from dsmoe.plan.text import quantity, table
 
 Row = tuple[str, str, str]
@@ -63,7 +64,8 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides which tensors there are, their shapes and their meaning."""
-    found = {f"model.{key}": value for key, value in config["model"].items() if f"model.{key}" not in _NO_PART}
+    model = spelled_out({f"model.{key}": value for key, value in config["model"].items()})
+    found = {key: value for key, value in model.items() if key not in _NO_PART}
     moe = config.get("moe")
     if moe is None:
         return {**found, "moe": None}

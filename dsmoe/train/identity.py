@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from dsmoe.checkpoint.manifest import MANIFEST
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
+from dsmoe.config.show import flatten, spelled_out
 from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
 from dsmoe.durable import check_regular, write_whole
@@ -166,10 +166,15 @@ def changed_values(before: Mapping[str, Any], config: Config) -> list[Difference
 
 
 def _pairs(before: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
-    """Key by key; where the config before is a checkpoint's, of perhaps another version, those that both have."""
+    """Key by key; where the config before is a checkpoint's, of perhaps another version, those that both have.
+
+    Two values that say the same, as `num_kv_heads: null` and the number of heads, are given as the first.
+    """
+    said, said_here = spelled_out(before), spelled_out(here)
     keys = {**before, **here} if "name" in before else [key for key in before if key in here]
     for key in keys:
-        yield key, before.get(key, ABSENT), here.get(key, ABSENT)
+        there, now = before.get(key, ABSENT), here.get(key, ABSENT)
+        yield key, there, there if said.get(key, ABSENT) == said_here.get(key, ABSENT) else now
 
 
 def _tokenizers(there: Any, now: Any, digest_there: str, digest: str) -> list[Difference]:

@@ -16,6 +16,7 @@ import torch
 from xxhash import xxh3_128
 
 from dsmoe.checkpoint.files import DTYPES, Item, write_items
+from dsmoe.checkpoint.fit import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import DamagedError, _sealed
 from dsmoe.config.errors import UserError
@@ -170,6 +171,21 @@ OTHER = {
     "bias": ({"moe": {**MODEL["moe"], "balance": {}}}, "moe.balance.bias_update_rate is above 0"),
     "dense": ({"moe": None, "model": {**MODEL["model"], "dense_layers": 0}}, "moe.num_experts"),
 }
+
+
+def test_what_null_stands_for_is_the_same_model(saved: Path, tmp_path: Path) -> None:
+    """`MODEL` has 4 heads of 8."""
+    manifest = verify(saved)
+    settings = layout_config(tmp_path, model={**MODEL["model"], "head_dim": 8, "num_kv_heads": 2}).model_dump(
+        mode="json"
+    )
+    check_fits(saved, manifest, settings, None)
+    settings["model"]["num_kv_heads"] = None
+    with pytest.raises(UserError, match=r"model\.num_kv_heads +2 +4"):
+        check_fits(saved, manifest, settings, None)
+    facts = replace(manifest.facts, config=settings)
+    settings = layout_config(tmp_path, model={**MODEL["model"], "num_kv_heads": 4}).model_dump(mode="json")
+    check_fits(saved, replace(manifest, facts=facts), settings, None)
 
 
 def refusals(configs: list[Config], checkpoint: Path) -> list[str]:
