@@ -9,7 +9,7 @@ from typing import Any
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config.errors import UserError
 from dsmoe.config.show import spelled_out
-from dsmoe.plan.text import quantity, table
+from dsmoe.plan.text import quantity, shown, table
 
 Row = tuple[str, str, str]
 """A key, its value in the checkpoint, its value here."""
@@ -42,7 +42,9 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
             {f"train.{key}": c["train"][key] for key in _RUN_KEYS} for c in (manifest.facts.config, config)
         )
     except (KeyError, TypeError) as error:
-        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: its config is none of dsmoe's ({error})") from None
+        raise DamagedError(
+            f"{checkpoint / MANIFEST} is damaged: its config is none of dsmoe's ({shown(str(error))})"
+        ) from None
     if optimizer is None:
         # What balances the experts may begin anew; a bias is part of what the weights compute.
         begins_anew = {"moe.balance.scope is global", "moe.capacity.target_drop_percent is set"}

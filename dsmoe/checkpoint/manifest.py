@@ -25,6 +25,7 @@ from dsmoe.checkpoint.headers import BYTES, FLOATS, LARGEST, Entry, are_sizes, r
 from dsmoe.config.errors import UserError, exit_code_of
 from dsmoe.config.sealed import is_sealed, sealed_json
 from dsmoe.durable import NotAFileError, check_regular, not_a_file
+from dsmoe.plan.text import shown
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
@@ -135,7 +136,7 @@ class Manifest:
         except OSError as error:
             raise UnreadableError.of(path, error) from None
         except ContradictionError as error:
-            raise DamagedError(f"{path} is damaged: {error}") from None
+            raise DamagedError(f"{path} is damaged: {shown(str(error))}") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DamagedError(f"{path} is damaged: it is not what was written") from None
         return manifest
@@ -283,8 +284,8 @@ def _check_header(checkpoint: Path, name: str, expected: dict[str, Entry]) -> No
     for box in sorted(expected.keys() | there.keys()):
         if expected.get(box) != there.get(box):
             raise DamagedError(
-                f"{checkpoint / MANIFEST} is damaged: {box} of {name} is {_described(expected.get(box))} there, and "
-                f"{_described(there.get(box))} in the file's own header"
+                f"{checkpoint / MANIFEST} is damaged: {shown(box)} of {name} is {_described(expected.get(box))} there, "
+                f"and {_described(there.get(box))} in the file's own header"
             )
 
 

@@ -13,7 +13,7 @@ from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.loader import train_sequences
-from dsmoe.data.problems import shown
+from dsmoe.plan.text import shown
 from dsmoe.train.changed import Order, changed_order, changed_rate
 from dsmoe.train.identity import changed_values
 

@@ -24,6 +24,7 @@ from dsmoe.config.show import dump_config, flatten
 from dsmoe.data import PreparedSource
 from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
+from dsmoe.plan.text import shown
 from dsmoe.train.changed import saved_tokenizer
 from dsmoe.train.chosen import changed_settings, check_model, check_order
 from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer
@@ -366,7 +367,7 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
 
 def _of_another_config(config: Config, folder: Path, found: Found, differing: Sequence[Difference]) -> str:
     """What differs, and what works instead: the old values, or a folder of its own with this run's state or without."""
-    text = "; ".join(f"{key} is {there} there and {here} here" for key, there, here in differing)
+    text = shown("; ".join(f"{key} is {there} there and {here} here" for key, there, here in differing))
     keys = [key for key, _, _ in differing]
     newest = next(iter(found.whole), None)
     name = f"name={free_name(config)}"

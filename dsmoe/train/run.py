@@ -42,6 +42,7 @@ from dsmoe.parallel.watch import GRACE_SECONDS, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments
 from dsmoe.plan.report import Plan
+from dsmoe.plan.text import shown
 from dsmoe.train.alike import claims_of_data, claims_of_run
 from dsmoe.train.engine import prepare_once
 from dsmoe.train.environment import of_this_rank, write_environment
@@ -165,7 +166,7 @@ def _report(what: str, make: Callable[[], T]) -> T | None:
 def _begin(trainer: Trainer, beginning: Beginning) -> bool:
     """Go on from the newest undamaged checkpoint, and say why from no newer one; returns whether there was one."""
     for note in beginning.notes:
-        logger.warning("%s", note)
+        logger.warning("%s", shown(note))
     for reason in beginning.passed_over:
         logger.warning("passed over: %s", reason)
     damaged: list[Path] = list(beginning.damaged)

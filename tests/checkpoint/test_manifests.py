@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsmoe.checkpoint.fit import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.checkpoint.manifest import DamagedError, Manifest, _sealed, tiles
@@ -27,7 +28,7 @@ from dsmoe.parallel.local import run_ranks
 from dsmoe.train import Trainer
 from dsmoe.train.folder import check_run_folder
 from tests.checkpoint.runs import layout_config, take_steps
-from tests.interop.models import MIXTRAL, make_config, save
+from tests.interop.models import LLAMA, MIXTRAL, make_config, save
 from tests.train.layouts import make_trainer
 
 Content = dict[str, Any]
@@ -201,6 +202,45 @@ def test_a_number_that_nothing_else_tells_is_sealed(checkpoint: Path) -> None:
     path.write_text(text.replace('"skipped_steps": 0', '"skipped_steps": 1'), encoding="utf-8")
     with pytest.raises(DamagedError, match=r"is damaged: it is not what was written"):
         verify(checkpoint)
+
+
+ESCAPES = "x\x1b[2J\nstep 9, 1 B tokens\r\u2028\x85"
+"""Wipes a terminal, and adds a line."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_in("facts", "config", "name", ESCAPES),
+        set_in("facts", "optimizer", ESCAPES),
+        set_in("facts", "layout", {ESCAPES: ESCAPES}),
+        set_in("facts", "versions", {ESCAPES: ESCAPES}),
+        set_in("facts", "config", "model", "init_std", ESCAPES),
+        set_in("tensors", f"exp_avg/{ESCAPES}", ["F16", [1], []]),
+        set_in("tensors", f"buffer/{ESCAPES}", ["F8", [1], []]),
+        lambda c: c["tensors"].update({f"model/{ESCAPES}": c["tensors"].pop(NORM)}),
+    ],
+)
+def test_what_a_checkpoint_says_commands_no_terminal(
+    change: Callable[[Content], None], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    for changes in (lambda c: None, change):
+        content = content_of(checkpoint)
+        changes(content)
+        seal(checkpoint, content)
+        printed = []
+        for command in (["show", "--tensors"], ["verify"], ["show", "--against", str(checkpoint)]):
+            main(["checkpoint", command[0], str(checkpoint), *command[1:]])
+            out, err = capsys.readouterr()
+            printed += [*out.split("\n"), *err.split("\n")]
+        other = make_config(checkpoint.parent, LLAMA)
+        with pytest.raises(UserError) as error:
+            check_fits(checkpoint, Manifest.read(checkpoint), other.model_dump(mode="json"), None)
+        printed += str(error.value).split("\n")
+        assert all(line.isprintable() for line in printed), printed
+        lines.append(len(printed))
+    assert lines[1] <= lines[0]
 
 
 @pytest.mark.timeout(60)
