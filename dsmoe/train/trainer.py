@@ -75,6 +75,7 @@ class Trainer:
         self._odd_steps = torch.zeros((), dtype=torch.int64, device=rank.device)
         """Of this rank's steps since the last look, those whose loss or gradient norm was not finite."""
         self._looked_at = self._begun_at = 0
+        self._begun_with: Path | None = None
         self._skipped_before = 0
         """Steps that were skipped before this start."""
         self._validation_loss = math.nan
@@ -106,7 +107,7 @@ class Trainer:
         """
         for change in on_first_rank(lambda: self._changes(checkpoint)):
             logger.warning("%s", change)
-        facts = self.checkpoints.load(checkpoint)
+        facts, self._begun_with = self.checkpoints.load(checkpoint), checkpoint
         self.step_index = self._looked_at = self._begun_at = facts.step
         self._skipped_before = facts.skipped_steps
 
@@ -288,7 +289,8 @@ class Trainer:
         """Raise the error that says what was seen, and which command goes on from the last good checkpoint."""
         self.checkpoints.wait()  # every rank is here: the one before is to be there
         raise TrainingDivergedError(
-            f"at step {self.step_index} {what}. {after_divergence(self.config, self.checkpoints.folder)}"
+            f"at step {self.step_index} {what}. "
+            f"{after_divergence(self.config, self.checkpoints.folder, self._begun_with)}"
         )
 
     def _on_device(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from dsmoe.checkpoint.folder import all_checkpoints, verify
 from dsmoe.checkpoint.fragments import inner_optimizer
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
+from dsmoe.train.summary import after_divergence
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
 from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, tensors_of
 from tests.train.forked import Outcome, start_on_ranks
@@ -83,6 +84,7 @@ def test_one_bad_element_on_one_rank_keeps_the_state_from_being_saved(
         for message in messages:
             assert message.startswith("at step 2 the loss, a weight or the optimizer's state is not finite")
             assert f"To go on from {folder_of(config)}/step_00000001, the last good checkpoint" in message
+            assert "This start began with it: should a lower rate end so too, the state in it is at fault" in message
     assert [path.name for path in all_checkpoints(folder_of(config))] == ["step_00000002"]
     state = tensors_of(folder_of(config) / "step_00000002")
     assert all(bool(torch.isfinite(x).all()) for x in state.values() if x.is_floating_point())
@@ -156,6 +158,29 @@ PLAIN: dict[str, Any] = {"model": {}, "optimizer": {}, "train": {"micro_batch_si
 def small_moe() -> dict[str, Any]:
     balance = {"aux_loss": 0.02, "z_loss": 0.001, "scope": "micro_batch", "bias_update_rate": 0.0}
     return {"shared_expert_ffn_size": None, "expert_ffn_size": 24, "router": {}, "balance": balance}
+
+
+def test_the_advice_says_of_a_checkpoint_that_the_start_began_with_it(tmp_path: Path) -> None:
+    config = layout_config(tmp_path)
+    folder = folder_of(config)
+    run_ranks(1, save_steps, config, 2)
+    one, two = (folder / f"step_0000000{step}" for step in (1, 2))
+    assert "began with it" not in after_divergence(config, folder)
+    assert "began with it" not in after_divergence(config, folder, one)
+    advice = after_divergence(config, folder, two)
+    assert f"To go on from {two}, " in advice
+    assert "This start began with it: should a lower rate end so too, the state in it is at fault. From f" in advice
+    assert f"checkpoint.resume={one} " in advice
+    assert f"To begin with {two} again with a lower rate" in after_divergence(config, tmp_path / "none", two)
+    assert "To begin anew with a lower rate" in after_divergence(config, tmp_path / "none")
+
+
+def save_steps(config: Config, steps: int) -> None:
+    trainer = make_trainer(config)
+    for _ in range(steps):
+        trainer.step()
+        trainer.save()
+    trainer.checkpoints.flush()
 
 
 DIVERGES = """
