@@ -209,9 +209,10 @@ class Trainer:
             self.checkpoints.wait()
             if only_skips:
                 self._set_dead_end_aside()
+            skipped = self.skipped_steps() or "no step was skipped"
             self._end_diverged(
-                f"the loss is {metrics['train/loss']:.4g}, the gradient norm {metrics['optim/grad_norm']:.4g}, and the "
-                f"{self.skipped_steps()}"
+                f"the loss is {metrics['train/loss']:.4g}, the gradient norm {metrics['optim/grad_norm']:.4g}, and "
+                f"{skipped}"
             )
         self._odd_steps.zero_()
         self._looked_at = self.step_index

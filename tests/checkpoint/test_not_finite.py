@@ -254,7 +254,7 @@ def test_a_run_that_ends_with_skipped_steps_alone_has_failed(wrong: str, tmp_pat
     config = str(write_config(tmp_path, runs_dir="runs", **options))
     outcome = pretrain(tmp_path, "--config", config, wrong, "optimizer.grad_clip=0", "train.steps=4")
     assert outcome.code == 1, outcome.out
-    assert re.search(r"[34] of 4 steps were skipped, the last [34] in a row, because gradients were", outcome.err)
+    assert re.search(r", and [34] of 4 steps were skipped, the last [34] in a row, because gradients were", outcome.err)
     assert "To begin anew with a lower rate, add to the same command: " in outcome.err
     assert "what to run next" not in outcome.out
     assert all_checkpoints(tmp_path / "runs" / "small" / "checkpoints") == []
