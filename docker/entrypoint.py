@@ -23,11 +23,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from dsmoe.config import Config, UserError, load_config
 from dsmoe.launch.launchers import find_task
+from dsmoe.launch.variables import whole_number
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 STOPPED = 75
@@ -80,7 +82,8 @@ def environments(config: Config, environment: Mapping[str, str]) -> list[dict[st
     Raises:
         UserError: it does not say which node this is, or where the first one is.
     """
-    nodes = _number("NNODES", environment.get("NNODES", str(config.cluster.nodes)))
+    number = partial(whole_number, environment, advice="set NNODES, NODE_RANK and MASTER_ADDR for each container")
+    nodes = number("NNODES") if "NNODES" in environment else config.cluster.nodes
     if not nodes:
         raise UserError("NNODES must be a number of nodes, from 1 on")
     devices = _devices(config)
@@ -95,7 +98,7 @@ def environments(config: Config, environment: Mapping[str, str]) -> list[dict[st
         )
     else:
         address, port = environment["MASTER_ADDR"], environment.get("MASTER_PORT") or "29500"
-        node = _number(name, environment[name])
+        node = number(name)
         if node >= nodes:
             raise UserError(f"{name} ({node}) must be below the number of nodes (cluster.nodes, NNODES: {nodes})")
     shared = {
@@ -178,12 +181,6 @@ def _devices(config: Config) -> int:
     import torch
 
     return torch.cuda.device_count() or config.cluster.devices_per_node
-
-
-def _number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f"{name} must be a whole number, not {text!r}")
-    return int(text)
 
 
 def _free_port() -> str:

@@ -9,21 +9,24 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dsmoe import __version__
 from dsmoe.config import Config, UserError, dump_config, load_config
-from dsmoe.config.errors import Problem, describe, exit_code_of
+from dsmoe.config.errors import Problem, describe, exit_code_of, located
+from dsmoe.config.load import Look
 from dsmoe.config.show import json_schema
 from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.launch.job import Request, default_folder
-from dsmoe.launch.start import INTERRUPTED, Parser, Start, UsageError, begin_with, end_process
-from dsmoe.launch.world import is_speaker, join_launcher
-from dsmoe.plan import Batch, Plan, headline, resolve_device
-from dsmoe.plan.comparison import parse_layout
+from dsmoe.launch.programs import activation
+from dsmoe.launch.speaker import print_for_host
+from dsmoe.launch.start import INTERRUPTED, Parser, UsageError, begin_with, end_process, wrong_arguments
+from dsmoe.launch.variables import whole_number
+from dsmoe.plan import Batch, Plan, headline
+from dsmoe.plan.comparison import parse_layouts
+from dsmoe.plan.devices import device_problems
 
 # Nothing above imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login node. A command
 # that needs more imports it when it runs.
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except UsageError as error:
-        sys.exit(_tell(Start(argparse.Namespace(), None, error)))
+        sys.exit(_say_wrong_arguments(error))
     if rest:
         arguments.overrides += rest
     try:
@@ -60,13 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish_streams()
         return 1
     except UserError as error:
-        if is_speaker():  # under a launcher every rank has the same input
-            print(f"error: {error}", file=sys.stderr)
+        print_for_host(f"error: {error}")  # under a launcher every rank of a host has the same input
         return exit_code_of(error)
     except OSError as error:
         is_of_output = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        what = "standard output: " if is_of_output else ""
-        print(f"error: {what}{describe(error)}", file=sys.stderr)
+        print_for_host(f"error: standard output: {describe(error)}" if is_of_output else f"error: {located(error)}")
         finish_streams()
         return exit_code_of(error)
 
@@ -185,8 +186,8 @@ def _takes_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(arguments: argparse.Namespace) -> Config:
-    return load_config(arguments.config, arguments.overrides)
+def _load(arguments: argparse.Namespace, *looks: Look) -> Config:
+    return load_config(arguments.config, arguments.overrides, *looks)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -196,6 +197,7 @@ def _show(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     from dsmoe.config.inputs import input_problems
     from dsmoe.data.check import check_sources
+    from dsmoe.launch.hosts import host_problems
 
     notes: list[str] = []
 
@@ -204,8 +206,7 @@ def _check(arguments: argparse.Namespace) -> None:
         notes.extend(found.notes)
         return found.problems
 
-    config = load_config(arguments.config, arguments.overrides, input_problems, look)
-    resolve_device(config.cluster.device)
+    config = load_config(arguments.config, arguments.overrides, input_problems, host_problems, look, device_problems)
     batch = Batch.from_config(config)  # lays out the topology, too
     print(f"{arguments.config}: ok")
     print(headline(config, batch.topology))
@@ -214,8 +215,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    config = _load(arguments)
-    resolve_device(config.cluster.device)
+    config = _load(arguments, device_problems)
     plan = Plan.from_config(config)
     notes = _notes_on_sources(config)
     print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
@@ -223,8 +223,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> None:
-    config = _load(arguments)
-    resolve_device(config.cluster.device)
+    config = _load(arguments, device_problems)
     topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
     notes = _notes_on_sources(config)
     folder = arguments.out or default_folder(config)
@@ -241,6 +240,8 @@ def _launch(arguments: argparse.Namespace) -> None:
     if job.warning:
         print(f"\n{job.warning}")
     _say(notes)
+    if arguments.renderer == "hosts" and (first := activation("deepspeed")) is not None:
+        print(f"\nthis shell does not find deepspeed by its name; type first:\n{first}")
     print(f"\nto start it, type in this folder:\n{job.command}")
 
 
@@ -263,15 +264,19 @@ def _say(notes: Sequence[str]) -> None:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    join_launcher()
-    _load(arguments)  # before torch is imported
-    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
-    for layout in arguments.layouts:
-        parse_layout(layout, launched)
-    from dsmoe.train.parity import parity
+    def check(_: Config) -> None:
+        parse_layouts(arguments.layouts, whole_number(os.environ, "WORLD_SIZE") if "RANK" in os.environ else None)
 
-    options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
-    return 0 if parity(arguments.config, arguments.overrides, arguments.layouts, **options) else 1
+    start = begin_with(arguments.config, arguments.overrides, check)
+    code = start.ended()
+    if code is None:
+        from dsmoe.train.parity import check_parity
+
+        options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
+        code = check_parity(arguments.config, arguments.overrides, arguments.layouts, **options)
+    if "RANK" in os.environ:
+        end_process(code)
+    return code
 
 
 def _preflight(arguments: argparse.Namespace) -> None:
@@ -284,16 +289,13 @@ def _preflight(arguments: argparse.Namespace) -> None:
     end_process(code)
 
 
-def _tell(start: Start) -> int:
+def _say_wrong_arguments(error: UsageError) -> int:
     """Say what is wrong with the arguments, on one of the ranks; returns the exit code."""
-    with suppress(UserError):
-        join_launcher()
-    code = start.ended()
-    if code is None:
+    code = wrong_arguments(error).ended()
+    if code is None:  # rank 0 has other arguments, and waits for this rank
         from dsmoe.train.run import ended_by
 
-        assert start.error is not None
-        code = ended_by(start.error)
+        code = ended_by(error)
     return code
 
 

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # then Triton's kernels run in its interprete
 
 _LAUNCHERS = (
     *("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "MV2_", "PALS_", "FLUX_", "JSM_"),
+    *("HOROVOD_", "MPI_RANKID", "MPI_NRANKS", "MPIRUN_", "ALPS_"),
     *("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_"),
 )
 _SETTINGS = ("HF_", "HUGGINGFACE_", "DSMOE_", "DEEPSPEED_", "GLOO_", "NCCL_", "TORCH_", "TENSORBOARD_")

@@ -55,6 +55,13 @@ def test_streams_decide_nothing(how: str, unbuffered: str, tmp_path: Path) -> No
     assert (tmp_path / "precious").read_text(encoding="utf-8") == "kept", "what is printed must not go to files"
 
 
+@pytest.mark.parametrize("into", ["", "| cat", ">file && cat file"])
+def test_what_is_printed_is_there_when_a_process_ends_at_once(into: str, tmp_path: Path) -> None:
+    text = "import os, sys; from dsmoe.console import *; steady_streams(); print('last'); finish_streams(); os._exit(0)"
+    (tmp_path / "program.py").write_text(text, encoding="utf-8")
+    assert shell(tmp_path, f"python program.py {into}").stdout == "last\n"
+
+
 def test_a_command_whose_output_is_the_point_says_that_it_did_not_fit(tmp_path: Path) -> None:
     done = shell(tmp_path, "python -m dsmoe config schema >/dev/full")
     assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")

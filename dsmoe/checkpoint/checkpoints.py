@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
 
 from dsmoe.checkpoint.failures import Misses, NotFiniteError, SaveError
 from dsmoe.checkpoint.files import NAMES
@@ -49,6 +49,8 @@ from dsmoe.parallel.distributed import on_every_rank, on_first_rank
 from dsmoe.parallel.draw import seed_of
 from dsmoe.parallel.jobs import Job
 from dsmoe.parallel.lost import LostRanksError, is_lost
+from dsmoe.parallel.waiting import while_watched
+from dsmoe.parallel.watch import note
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -86,10 +88,12 @@ class Checkpoints:
     ) -> None:
         self.folder = folder
         self._engine, self._config = engine, config
-        # Of its own: a save must neither wait for training's collectives nor mix with them.
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc="checkpoints")
         self._state = EngineState(engine, placements)
-        self._owned: set[NamedBox] = own_share(self._state.boxes(), self._group)
+        # Of its own: a save must neither wait for training's collectives nor mix with them.
+        make_group = partial(dist.new_group, backend="gloo", timeout=PATIENCE, group_desc="checkpoints")
+        with Job("sharing", "agreeing which rank saves what", ends_with_rank=True) as job:
+            self._group = while_watched(make_group, job)
+            self._owned: set[NamedBox] = while_watched(lambda: own_share(self._state.boxes(), self._group), job)
         self._buffer = HostBuffer(engine.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._job: Job | None = None
@@ -146,16 +150,16 @@ class Checkpoints:
         bad = not_finite(self._state.floats(), device).any()
         if also is not None:
             bad = bad | ~also.to(device)
-        flag = bad.to(torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        dist.all_reduce(flag := bad.to(torch.int32), dist.ReduceOp.MAX)
         return not flag.item()
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the last save has come to an end, well or not, or will not; but no longer than `seconds`."""
         begun = time.monotonic()
         while self._thread is not None and self._thread.is_alive():
-            if self._job is not None and self._job.lost is not None:
-                self._failure = self._job.lost  # the thread waits for the rank that is gone, and is left alone
+            lost = None if self._job is None else self._job.gone()
+            if lost is not None:
+                self._failure = lost  # the thread waits for the rank that is gone, and is left alone
                 return
             if seconds is not None and time.monotonic() - begun > seconds:
                 return
@@ -207,34 +211,35 @@ class Checkpoints:
         """
         self.wait()
         begun, pause = time.monotonic(), PAUSES[0]
-        least, most = WORTH_SECONDS
-        worth = STOPPING_SECONDS if is_stopping else min(max(time.time() - self._misses.since, least), most)
+        worth = min(max(time.time() - self._misses.since, WORTH_SECONDS[0]), WORTH_SECONDS[1])
+        worth = STOPPING_SECONDS if is_stopping else worth
         while isinstance(self._failure, SaveError) and self._failure.is_of_disk:
-            left = worth - (time.monotonic() - begun)
-            if self._any_rank(left < pause):
-                break
-            if dist.get_rank() == 0:
-                logger.error("the last save is tried again in %.0f s, and for %.0f s at most", pause, left)
-            if self._pause(pause, is_told, is_stopping):
-                is_stopping, begun, worth = True, time.monotonic(), STOPPING_SECONDS
+            with Job("last save", "trying the last save again", ends_with_rank=True) as job:
+                left = worth - (time.monotonic() - begun)
+                if self._any_rank(left < pause, job):
+                    break
+                if dist.get_rank() == 0:
+                    logger.error("the last save is tried again in %.0f s, and for %.0f s at most", pause, left)
+                if self._pause(pause, is_told, is_stopping, job):
+                    is_stopping, begun, worth = True, time.monotonic(), STOPPING_SECONDS
             self._start(self.folder / checkpoint_name(self._facts.step))
             self.wait()
             pause = min(2 * pause, PAUSES[1])
         self.flush()
 
-    def _pause(self, seconds: float, is_told: Callable[[], bool], is_stopping: bool) -> bool:
+    def _pause(self, seconds: float, is_told: Callable[[], bool], is_stopping: bool, job: Job) -> bool:
         """Wait, on all ranks alike; True as soon as a rank is told to stop, unless that is what the run does."""
         end = time.monotonic() + seconds
-        while not self._any_rank(time.monotonic() >= end):
-            if not is_stopping and self._any_rank(is_told()):
+        while not self._any_rank(time.monotonic() >= end, job):
+            if not is_stopping and self._any_rank(is_told(), job):
                 return True
             time.sleep(min(0.5, seconds))
         return False
 
-    def _any_rank(self, here: bool) -> bool:
+    def _any_rank(self, is_so: bool, job: Job) -> bool:
         """Whether it is so on any rank, as all agree; no save may be under way."""
-        flag = torch.tensor(int(here))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        flag = torch.tensor(int(is_so))
+        while_watched(lambda: dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group), job)
         return bool(flag)
 
     def load(self, checkpoint: Path) -> Facts:
@@ -322,30 +327,25 @@ class Checkpoints:
     def _read(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...]) -> None:
         """Fill the parts; each tensor of these kinds must be wanted by some rank, and each that is wanted be there."""
         with Job("load", f"loading {checkpoint.name}", ends_with_rank=True) as job:
-            self._fill(checkpoint, manifest, parts, kinds, job)
+            own = {part.key: part.shape for part in parts}
+            wanted = {key: shape for shapes in on_every_rank(lambda: own, job) for key, shape in shapes.items()}
+            refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
 
-    def _fill(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...], job: Job) -> None:
-        here = {part.key: part.shape for part in parts}
-        wanted = {key: shape for shapes in on_every_rank(lambda: here, job) for key, shape in shapes.items()}
-        refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
-        mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+            def check() -> None:
+                job.at("reading headers")
+                check_headers(checkpoint, manifest, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()])
+                # Of masters the manifest says it, and other weights may be casts of them.
+                check_types(checkpoint, manifest, {p.key: NAMES[p.here.dtype] for p in parts if not p.is_weight})
+                job.waits("headers read")
 
-        def check() -> None:
-            job.at("reading headers")
-            check_headers(checkpoint, manifest, mine)
-            # Of masters the manifest says it, and other weights may be casts of them.
-            check_types(checkpoint, manifest, {p.key: NAMES[p.here.dtype] for p in parts if not p.is_weight})
-            job.waits("headers read")
-
-        on_every_rank(check, job)
-        dcp.load(
-            by_key(parts),
-            storage_reader=FolderReader(checkpoint, manifest, job),
-            planner=PartsLoadPlanner(),
-            process_group=self._group,
-        )
-        bad = bad_state(parts, self._engine.device)
-        first = next((what for what in on_every_rank(lambda: bad, job) if what), None)
+            on_every_rank(check, job)
+            reader, planner = FolderReader(checkpoint, manifest, job), PartsLoadPlanner()
+            note(job.what)
+            while_watched(
+                partial(dcp.load, by_key(parts), storage_reader=reader, planner=planner, process_group=self._group), job
+            )
+            bad = bad_state(parts, self._engine.device)
+            first = next((what for what in on_every_rank(lambda: bad, job) if what), None)
         if first is not None:
             raise NotFiniteError(f"{checkpoint} has {first}")
 
@@ -382,7 +382,7 @@ class Checkpoints:
         try:
             parts = by_key(self._copies)
             dcp.save(parts, storage_writer=writer, planner=PartsSavePlanner(), process_group=self._group)
-        except CheckpointException as error:  # on every rank alike
+        except dcp.CheckpointException as error:  # on every rank alike
             if dist.get_rank() == 0:
                 writer.discard()
             self._failure = SaveError.of(writer.final, error)

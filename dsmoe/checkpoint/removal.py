@@ -22,6 +22,7 @@ from dsmoe.checkpoint.folder import look, step_of
 from dsmoe.checkpoint.manifest import Manifest, is_own_file
 from dsmoe.config.errors import describe
 from dsmoe.config.schema import Checkpoint
+from dsmoe.config.show import flatten
 from dsmoe.plan.text import first_and_last
 
 logger = logging.getLogger(__name__)
@@ -165,11 +166,12 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
 
 def _best(whole: Mapping[Path, Manifest], count: int) -> list[Path]:
     """The `count` of the lowest loss of each text that was evaluated: losses of two texts do not compare."""
-    losses: dict[str, list[tuple[float, int, Path]]] = {}
+    losses: dict[tuple[str, str], list[tuple[float, int, Path]]] = {}
     for path, manifest in whole.items():
         facts = manifest.facts
         if facts.validation_loss is not None and math.isfinite(facts.validation_loss):
-            losses.setdefault(facts.held_out, []).append((facts.validation_loss, step_of(path), path))
+            length = str(flatten(facts.config).get("train.sequence_length"))
+            losses.setdefault((facts.held_out, length), []).append((facts.validation_loss, step_of(path), path))
     return [path for of_text in losses.values() for _, _, path in sorted(of_text)[:count]]
 
 

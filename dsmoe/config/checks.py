@@ -22,6 +22,9 @@ from dsmoe.config.schema import Config, Source
 _BYTES_VOCABULARY = 257
 """256 byte values and the end-of-document token."""
 
+_LEAST_SHARE = 1e-15
+"""Of the samples: the longest run has fewer than one over this."""
+
 
 def cross_field_problems(config: Config) -> list[Problem]:
     """Return every contradiction between keys of a config whose keys are valid one by one.
@@ -129,9 +132,17 @@ def _evaluation(config: Config) -> Iterator[Problem]:
 def _batch(config: Config) -> Iterator[Problem]:
     train = config.train
     data_degree, rest = divmod(world_size(config), config.parallel.tensor)
+    unit = train.micro_batch_size * train.sequence_length
     if rest:  # there is no data degree then, and that is reported
+        if train.batch_tokens % unit:
+            yield (
+                "train.batch_tokens",
+                f"train.batch_tokens ({train.batch_tokens}) must be a multiple of train.micro_batch_size * "
+                f"train.sequence_length ({train.micro_batch_size} * {train.sequence_length} = {unit}), whatever the "
+                f"number of data ranks becomes; nearest: {nearest_multiples_of(train.batch_tokens, unit)}",
+            )
         return
-    unit = data_degree * train.micro_batch_size * train.sequence_length
+    unit *= data_degree
     if train.batch_tokens % unit:
         yield (
             "train.batch_tokens",
@@ -191,9 +202,16 @@ def _schedule(config: Config) -> Iterator[Problem]:
 
 def _data(config: Config) -> Iterator[Problem]:
     names: set[str] = set()
+    total = sum(source.weight for source in config.data.sources)
     for index, source in enumerate(config.data.sources):
         key = f"data.sources.{index}"
         yield from _source(key, source)
+        if source.weight / total < _LEAST_SHARE:
+            yield (
+                f"{key}.weight",
+                f"{key}.weight ({source.weight:g}) is {source.weight / total:.1g} of all weights ({total:g}), of which "
+                "no run would see a sequence; leave the source out, or give it a larger weight",
+            )
         if source.name in names:
             yield f"{key}.name", f'{key}.name ("{source.name}") is taken by an earlier source; give it another name'
         names.add(source.name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 Problem = tuple[str, str]
 """The dotted key that a problem is about, for its place in the file, and the message."""
@@ -58,9 +60,38 @@ def system_error(message: str, error: OSError) -> UserError:
 
 
 def describe(error: OSError) -> str:
-    """`/data/a.txt: No space left on device`, or what there is of it."""
+    """`/data/a.txt: No space left on device`, or what there is of it; both names where a file was to get another."""
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename is not None else reason
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names)}: {reason}" if names else reason
+
+
+def located(error: OSError) -> str:
+    """The same, and the line of dsmoe that met it, for whoever has no traceback: `... (dsmoe/durable.py:52)`."""
+    place = getattr(error, "place", None) or _place(error)
+    return f"{describe(error)} ({place})" if place else describe(error)
+
+
+def keep_place(error: Exception, where: str) -> None:
+    """Let the error have with it where it was raised, before it is sent to other processes, which loses its traceback.
+
+    Args:
+        error: is changed: `located` and a printed traceback have it.
+        where: in which process.
+    """
+    if isinstance(error, UserError):
+        return
+    if place := _place(error):
+        error.place = f"{place}, {where}"  # type: ignore[attr-defined]
+    error.add_note(f"raised {where}:\n{''.join(traceback.format_tb(error.__traceback__)).rstrip()}")
+
+
+def _place(error: BaseException) -> str | None:
+    """The last line of dsmoe on the way to where it was raised."""
+    package = Path(__file__).parents[1]
+    lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [f"{file.relative_to(package.parent)}:{line}" for file, line in lines if file.is_relative_to(package)]
+    return own[-1] if own else None
 
 
 class ConfigError(UserError):

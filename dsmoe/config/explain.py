@@ -201,7 +201,7 @@ def _limits(schema: Schema) -> str:
 def _exceeded(schema: Schema, value: float) -> float | None:
     """The schema's maximum, if the value is above it; of the alternatives where there are several."""
     for option in (schema, *schema.get("anyOf", [])):
-        if "maximum" in option and value > option["maximum"] and math.isfinite(value):
+        if "maximum" in option and value > option["maximum"] and value != math.inf:
             return float(option["maximum"])
     return None
 

@@ -18,6 +18,8 @@ _READ = ("cluster.hostfile", "data.tokenizer", "checkpoint.resume", "checkpoint.
 NO_PATHS = {"data.tokenizer": ("bytes",), "checkpoint.resume": ("auto", "always", "never")}
 BUILTIN = "builtin:"
 _SOURCE = re.compile(r"data\.sources\.\d+\.path")
+_lost: dict[str, tuple[str, ...]] = {}
+"""Relative paths that led to nothing when they were read, with what they would have been beside the YAML file."""
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 """`$$` stands for a dollar sign."""
 
@@ -132,11 +134,18 @@ def _beside(path: str, where: str) -> str:
     Where that file is a link, beside what it leads to as well.
     """
     file = Path(where.rpartition(":")[0])
-    for folder in (file.parent, file.resolve().parent):
-        beside = path if folder == Path() else os.path.normpath(folder / path)
+    folders = dict.fromkeys((file.parent, file.resolve().parent))
+    places = [path if folder == Path() else os.path.normpath(folder / path) for folder in folders]
+    for beside in places:
         if os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside))):
             return beside
+    _lost[path] = tuple(places)
     return path
+
+
+def places_of_lost(path: str) -> tuple[str, ...]:
+    """Where a path that leads to nothing may have led, absolute: here, and beside the file that said it."""
+    return tuple(dict.fromkeys(os.path.abspath(place) for place in (path, *_lost.get(path, ()))))
 
 
 def _matches(pattern: Path) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
-import json
 import logging
 import os
+import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,26 +18,23 @@ import numpy as np
 
 from dsmoe.config.errors import UserError, system_error
 from dsmoe.config.schema import Config, Data, Source
-from dsmoe.data.corpora import corpus_state, documents, source_state
+from dsmoe.data.corpora import TextDigest, documents
+from dsmoe.data.finding import Place, damage_of_copies, folders_alike, origin_of, place_of, served_note
 from dsmoe.data.look import look_first
 from dsmoe.data.meta import (
-    FORMAT_VERSION,
     META,
     PARTS,
     Meta,
     document_file,
-    made_of_lost_text,
     old_formats,
     read_meta,
     token_file,
     write_meta,
 )
 from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_documents
-from dsmoe.data.packing import Packed, copy_documents, document_hash, pack
+from dsmoe.data.packing import Packed, Progress, copy_documents, document_hash, pack
 from dsmoe.data.partial import in_the_making
-from dsmoe.data.prepared import PreparedSource
-from dsmoe.data.problems import LostCopyError, LostCorpusError
-from dsmoe.data.sequences import Sequences
+from dsmoe.data.prepared import PreparedSource, too_short
 from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
 from dsmoe.data.stored import (
     DamagedCacheError,
@@ -88,28 +84,24 @@ def prepare(config: Config, check: int | None = None) -> list[PreparedSource]:
     """
     cache_dir = Path(config.data.cache_dir).absolute()
     with _blaming(cache_dir):
-        places: dict[str, tuple[Path, dict[str, Any]]] = {}
-        lost: dict[Path, LostCorpusError] = {}
+        places: dict[str, Place] = {}
 
         def is_prepared(source: Source, tokenizer: Tokenizer) -> bool:
-            folder, recipe, error = place_of(source, tokenizer, config.data, cache_dir)
-            places[source.name] = folder, recipe
-            if error is not None:
-                lost[folder] = error
-                if folder not in _said:
-                    _said.add(folder)
-                    logger.warning("%s", served_note(folder, error))
-            return folder.exists()
+            place = places[source.name] = place_of(source, tokenizer, config.data, cache_dir)
+            if place.lost is not None and place.folder not in _said:
+                _said.add(place.folder)
+                logger.warning("%s", served_note(place))
+            return place.folder.exists()
 
         tokenizer = look_first(config, cache_dir, is_prepared)
-        with damage_of_copies(lost):
+        with damage_of_copies({place.folder: place.lost for place in places.values() if place.lost is not None}):
             found = [
-                _prepare_source(source, tokenizer, config.data, *places[source.name]) for source in config.data.sources
+                _prepare_source(source, tokenizer, config.data, places[source.name]) for source in config.data.sources
             ]
             if check != 0:
                 verify_files([(source, meta) for source, meta, _ in found], check)
         prepared = _without_held_out([source for source, _, _ in found], [split for _, _, split in found], check != 0)
-    problems = [problem for source in prepared for problem in _too_short(source, config)]
+    problems = [problem for source in prepared for problem in too_short(source, config)]
     if problems:
         raise UserError("\n".join(problems))
     return prepared
@@ -154,61 +146,23 @@ def _on_one_path(first: Path, second: Path) -> bool:
 
 
 def _prepare_source(
-    source: Source, tokenizer: Tokenizer, data: Data, folder: Path, recipe: dict[str, Any]
+    source: Source, tokenizer: Tokenizer, data: Data, place: Place
 ) -> tuple[PreparedSource, Meta, Split]:
-    if not folder.exists():
-        _build(folder, source, tokenizer, data, recipe)
-    return open_folder(folder, source, tokenizer, data, recipe)
+    if not place.folder.exists():
+        _build(place, source, tokenizer, data)
+    prepared, meta, split = open_folder(place.folder, source, tokenizer, data, place.recipe)
+    return replace(prepared, lay=place.lay), meta, split
 
 
-def place_of(
-    source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path
-) -> tuple[Path, dict[str, Any], LostCorpusError | None]:
-    """Name the folder of `source`, everything that decides what is in it, and what has become of its text, if lost.
-
-    Raises:
-        UserError: as `corpus_state`: the text is lost, and no folder was made of it, for one.
-    """
-    recipe: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "source": source_state(source),
-        "tokenizer": tokenizer.identity,
-        "seed": data.seed,
-        "validation_fraction": data.validation_fraction,
-    }
-    try:
-        recipe["source"] = corpus_state(source)
-    except LostCorpusError as error:
-        made = made_of_lost_text(cache_dir, source.name, recipe)
-        if made is None:
-            raise
-        return *made, error
-    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode("utf-8")).hexdigest()[:16]
-    return cache_dir / f"{source.name}-{fingerprint}", recipe, None
-
-
-def served_note(folder: Path, lost: LostCorpusError) -> str:
-    """What is said where `folder` of the cache stands for text that is lost."""
-    return f"{lost}: its tokens are taken from {folder}, which was made of what was there"
-
-
-@contextmanager
-def damage_of_copies(lost: Mapping[Path, LostCorpusError]) -> Iterator[None]:
-    """Advise nobody to remove a damaged folder in which there is what is left of lost text; `lost` is by folder."""
-    try:
-        yield
-    except DamagedCacheError as damage:
-        if damage.folder not in lost:
-            raise
-        raise LostCopyError(
-            f"{lost[damage.folder]}; and {damage.folder}, which was made of what was there, is damaged "
-            f"({damage.what}); put the text back, and then delete that folder"
-        ) from None
-
-
-def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]) -> None:
-    """Write everything to a hidden folder beside `folder`, then rename it."""
-    start = time.monotonic()
+def _build(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -> None:
+    """Write everything to a hidden folder beside the one that is to be, then rename it."""
+    start, folder = time.monotonic(), place.folder
+    known = _same_text(place, source, tokenizer, data)
+    if known is not None:
+        with in_the_making(folder, source.name) as partial:
+            _take(*known, partial, source, place.recipe)
+            _publish(partial, folder)
+        return
     logger.info("preparing %s in %s", source.name, folder)
     for path, version in old_formats(folder.parent, source.name):
         logger.info(
@@ -217,7 +171,7 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recip
             *(path, version),
         )
     with in_the_making(folder, source.name) as partial:
-        meta = _write_tokens(partial, source, tokenizer, data, recipe)
+        meta = _write_tokens(partial, source, tokenizer, data, place.recipe)
         write_meta(partial, meta)
         _publish(partial, folder)
     train, validation = meta.train, meta.validation
@@ -234,9 +188,56 @@ def _build(folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recip
     )
 
 
+def _same_text(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -> tuple[Path, Meta] | None:
+    """Find a folder that was made of the same text, of files that have been moved, copied or touched since.
+
+    Names, sizes and times may be those of other text in another place: all of it is read and compared.
+    """
+    known: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for folder, own, digest in folders_alike(source, place):
+        if digest:
+            known.setdefault(digest, []).append((folder, own))
+        else:
+            why = "an earlier version of dsmoe made it, without a checksum of its text to compare"
+            logger.info("%s: %s may be of the same text, and is not used: %s", source.name, folder, why)
+    if not known:
+        return None
+    folders = " or ".join(str(made[0][0]) for made in known.values())
+    logger.info("%s: reading its files, to see whether their text is that of %s", source.name, folders)
+    text, progress = TextDigest(), Progress(source.name)
+    for document in text.passing(documents(source, place.folder.parent)):
+        progress.add(len(document))
+        progress.report()
+    for folder, own in known.get(text.hexdigest(), []):
+        try:
+            prepared, meta, _ = open_folder(folder, source, tokenizer, data, own)
+            verify_files([(prepared, meta)], None)
+        except (DamagedCacheError, OSError) as error:
+            logger.warning("%s is of the text of %s, and is not used: %s", folder, source.name, error)
+            continue
+        logger.info("%s: its text is that of %s, and its tokens are taken from there", source.name, folder)
+        return folder, meta
+    logger.info("%s: its text is to be tokenized", source.name)
+    return None
+
+
+def _take(folder: Path, meta: Meta, partial: Path, source: Source, recipe: dict[str, Any]) -> None:
+    """Fill `partial` with the files of a folder of the same text; where the file system can, they take no more room."""
+    for name in meta.files():
+        for file in (folder / name, sums_path(folder / name)):
+            try:
+                os.link(file, partial / file.name)
+            except OSError:  # another user's may not be linked, either
+                shutil.copyfile(file, partial / file.name)
+    assert meta.origin is not None
+    origin = origin_of(source, folder.parent, meta.origin.blake2b)
+    write_meta(partial, meta.model_copy(update={"recipe": recipe, "origin": origin}))
+
+
 def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]) -> Meta:
     """Write the files of both parts; return what they are."""
-    texts: Iterable[str] = documents(source, cache_dir=partial.parent)
+    digest = TextDigest()
+    texts: Iterable[str] = digest.passing(documents(source, cache_dir=partial.parent))
     first_texts = list(itertools.islice(texts, 2))
     is_cut = len(first_texts) == 1
     if is_cut:
@@ -260,9 +261,9 @@ def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Dat
         for part, chosen_D in zip(PARTS, (~validation_D, validation_D), strict=True)
     }
     flat.unlink()
-    return Meta.model_validate(
-        {"dtype": dtype.str, "max_token": packed.max_token, "is_cut": is_cut, **parts, "recipe": recipe}
-    )
+    origin = origin_of(source, partial.parent, digest.hexdigest())
+    what = {"dtype": dtype.str, "max_token": packed.max_token, "is_cut": is_cut, "recipe": recipe, "origin": origin}
+    return Meta.model_validate({**parts, **what})
 
 
 def _write_part(partial: Path, part: str, packed: Packed, chosen_D: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
@@ -371,29 +372,3 @@ def _state(path: Path) -> tuple[int, ...]:
     """What changes when a file or its checksums are written."""
     status = [file.stat() for file in (path, sums_path(path))]
     return tuple(number for s in status for number in (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
-
-
-def _too_short(source: PreparedSource, config: Config) -> list[str]:
-    length = config.train.sequence_length
-    problems = []
-    for part, tokens, fix in (
-        ("training", source.train_tokens, "give it more text, or lower train.sequence_length"),
-        (
-            "validation",
-            source.validation_tokens,
-            "give it more text or more than one distinct document, raise data.validation_fraction, "
-            "or lower train.sequence_length",
-        ),
-    ):
-        if tokens < length + 1:
-            problems.append(
-                f"data.sources[{source.name}]: the {part} part has {tokens} tokens, but train.sequence_length "
-                f"({length}) + 1 = {length + 1} are needed; {fix}"
-            )
-    if not problems and not len(Sequences(source.train_tokens, length, source.left_out)):
-        problems.append(
-            f"data.sources[{source.name}]: other sources hold out all of its {source.train_tokens} training tokens, "
-            f"in whole sequences of train.sequence_length ({length}); its text is in another source already: leave it "
-            f"out, or set another data.seed"
-        )
-    return problems

@@ -16,8 +16,9 @@ from dsmoe.config.errors import Problem, UserError
 from dsmoe.config.inputs import where_looked
 from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config, Source
-from dsmoe.data.cache import VERIFIED_AT_START, damage_of_copies, open_folder, place_of, served_note, verify_files
+from dsmoe.data.cache import VERIFIED_AT_START, open_folder, verify_files
 from dsmoe.data.files import corpus_files, is_builtin
+from dsmoe.data.finding import damage_of_copies, place_of, served_note
 from dsmoe.data.look import source_problems
 from dsmoe.data.problems import LostCopyError, LostCorpusError, source_error
 from dsmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, require_end_of_document
@@ -98,15 +99,15 @@ def _served(source: Source, tokenizer: Tokenizer | None, config: Config, cache_d
         return None
     if tokenizer is None:
         raise _NotPreparedError
-    folder, recipe, lost = place_of(source, tokenizer, config.data, cache_dir)
-    if not folder.exists():
+    place = place_of(source, tokenizer, config.data, cache_dir)
+    if not place.folder.exists():
         raise _NotPreparedError
-    with damage_of_copies({} if lost is None else {folder: lost}):
-        prepared, meta, _ = open_folder(folder, source, tokenizer, config.data, recipe)
-        if lost is None:
+    with damage_of_copies({} if place.lost is None else {place.folder: place.lost}):
+        prepared, meta, _ = open_folder(place.folder, source, tokenizer, config.data, place.recipe)
+        if place.lost is None:
             return None
         verify_files([(prepared, meta)], VERIFIED_AT_START)
-    return served_note(folder, lost)
+    return served_note(place)
 
 
 def _made_folders(config: Config) -> Iterator[tuple[str, Path]]:
@@ -158,7 +159,8 @@ def _renamed(problem: UserError | str, source: Source, key: str) -> str:
     text = str(problem).replace(f"data.sources[{source.name}]", key, 1)
     if not isinstance(problem, LostCorpusError) or isinstance(problem, LostCopyError) or source.path is None:
         return text
-    return text.replace(os.path.abspath(source.path), source.path) + where_looked(source.path)
+    told = text.removesuffix(problem.in_cache)
+    return told.replace(os.path.abspath(source.path), source.path) + where_looked(source.path) + problem.in_cache
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:

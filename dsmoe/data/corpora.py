@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,42 @@ def corpus_state(source: Source) -> dict[str, Any]:
         )
         digest.update(json.dumps(identity).encode("utf-8"))
     return {**state, "num_files": len(files), "files": f"sha256:{digest.hexdigest()}"}
+
+
+def names_and_sizes(source: Source) -> str:
+    """A digest of a user's files, by name below the folder that all of them are in: the same wherever that is.
+
+    Copies of the files have the same one, and so may other files: it shows whose text is worth comparing.
+
+    Raises:
+        UserError: as `corpus_files`.
+    """
+    files = corpus_files(source)
+    root = os.path.commonpath([file.parent for file in files])
+    listed = []
+    for file in files:
+        with translated(source, file):
+            listed.append([os.path.relpath(file, root), file.stat().st_size])
+    return hashlib.sha256(json.dumps(listed).encode("utf-8")).hexdigest()
+
+
+class TextDigest:
+    """A checksum of documents, exact and in order, that is made while they pass."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def passing(self, texts: Iterator[str]) -> Iterator[str]:
+        """Yield the documents on."""
+        for text in texts:
+            data = text.encode("utf-8")
+            self._hash.update(len(data).to_bytes(8, "little"))
+            self._hash.update(data)
+            yield text
+
+    def hexdigest(self) -> str:
+        """That of all which have passed."""
+        return self._hash.hexdigest()
 
 
 def source_state(source: Source) -> dict[str, Any]:

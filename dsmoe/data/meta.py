@@ -18,8 +18,6 @@ META = "meta.json"
 FORMAT_VERSION = 2
 """1 had no checksums, and another split."""
 PARTS = ("train", "validation")
-_OF_FILES = ("num_files", "files")
-"""Of a recipe's source, what says which files were at its path."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -50,6 +48,19 @@ class Part(_Strict):
     document_file: File
 
 
+class Origin(_Strict):
+    """The text of a user's files, of which tokens were made."""
+
+    path: str
+    """Where it was, absolute."""
+    from_cache: str
+    """The same, from the folder of the cache."""
+    files: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of its files (`names_and_sizes`)."""
+    blake2b: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Of all documents, exact and in order (`TextDigest`)."""
+
+
 class Meta(_Strict):
     """The contents of a `meta.json`, but for its seal."""
 
@@ -62,6 +73,8 @@ class Meta(_Strict):
     validation: Part
     recipe: dict[str, Any]
     """What decided all this."""
+    origin: Origin | None = None
+    """None for text that is no user's files, and where an earlier version of dsmoe did not record it."""
 
     def parts(self) -> dict[str, Part]:
         """Both, by name."""
@@ -88,7 +101,8 @@ def document_file(part: str) -> str:
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Write it, sealed."""
-    (folder / META).write_text(sealed_json(meta.model_dump()), encoding="utf-8")
+    absent = {"origin"} if meta.origin is None else None  # earlier versions refuse what they do not know
+    (folder / META).write_text(sealed_json(meta.model_dump(exclude=absent)), encoding="utf-8")
 
 
 def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
@@ -122,39 +136,21 @@ def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
     return meta
 
 
-def made_of_lost_text(cache_dir: Path, name: str, recipe: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The folder that was made by `recipe` of text that is not there any more, with its own recipe.
-
-    Args:
-        cache_dir: where the folders are.
-        name: the source's.
-        recipe: what decides its contents, the path of the text as well, but for which files were there.
-
-    Returns:
-        None where there is none, or several of different texts.
-    """
-    found = []
+def made_folders(cache_dir: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders of source `name` with what the `meta.json` of each says, unchecked: a mapping with a `recipe`."""
     for folder in sorted(cache_dir.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}")):
         try:
+            check_regular(folder / META)
             content = json.loads((folder / META).read_bytes())
-            own, parts = content["recipe"], json.dumps([content[part]["token_file"] for part in PARTS])
-            source = {key: value for key, value in own["source"].items() if key not in _OF_FILES}
-            same = json.dumps({**own, "source": source}, sort_keys=True) == json.dumps(recipe, sort_keys=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if isinstance(content["recipe"], dict):
+                yield folder, content
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-        if same:
-            found.append((folder, own, parts))
-    if len({parts for _, _, parts in found}) != 1:
-        return None
-    return found[-1][:2]
 
 
 def old_formats(cache_dir: Path, name: str) -> Iterator[tuple[Path, object]]:
     """The folders of source `name` that another version of dsmoe has made, and of which format each is."""
-    for path in sorted(cache_dir.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}")):
-        try:
-            version = json.loads((path / META).read_bytes())["recipe"]["format_version"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
+    for path, content in made_folders(cache_dir, name):
+        version = content["recipe"].get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             yield path, version

@@ -68,7 +68,7 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, targe
     separator = [] if tokenizer.end_of_document is None else [tokenizer.end_of_document]
     end_of_document = np.array(separator, dtype=token_dtype(tokenizer.vocab_size))
     max_token = max(separator, default=0)
-    progress = _Progress(name)
+    progress = Progress(name)
     with target.open("wb") as file:
         for batch in _batches(texts):
             for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
@@ -124,7 +124,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-class _Progress:
+class Progress:
     """A log line every few seconds, so that hours of tokenising do not look like a hang."""
 
     def __init__(self, name: str):
@@ -132,21 +132,18 @@ class _Progress:
         self._documents = self._bytes = self._tokens = 0
         self._start = self._reported = time.monotonic()
 
-    def add(self, num_bytes: int, num_tokens: int) -> None:
+    def add(self, num_bytes: int, num_tokens: int = 0) -> None:
+        """Count a document."""
         self._documents += 1
         self._bytes += num_bytes
         self._tokens += num_tokens
 
     def report(self) -> None:
+        """Log a line, if it is time."""
         now = time.monotonic()
         if now - self._reported < PROGRESS_SECONDS:
             return
         self._reported = now
         rate = self._bytes / 1e6 / (now - self._start)
-        logger.info(
-            "%s: %s documents, %s tokens so far, %.1f MB/s",
-            self._name,
-            f"{self._documents:,}",
-            f"{self._tokens:,}",
-            rate,
-        )
+        tokens = f", {self._tokens:,} tokens" if self._tokens else ""
+        logger.info("%s: %s documents%s so far, %.1f MB/s", self._name, f"{self._documents:,}", tokens, rate)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dsmoe.config.schema import Config
 from dsmoe.data.meta import token_file
+from dsmoe.data.sequences import Sequences
 from dsmoe.data.stored import TokenFile
 
 
@@ -30,6 +32,8 @@ class PreparedSource:
     """Checksum of the training tokens, and of the held-out ones."""
     tokenizer: str = ""
     """`tokenizer_digest` of what made the tokens."""
+    lay: str = ""
+    """Where its text was, absolute, if it is lost: the config's path may not tell, beside which file it was."""
     left_out: tuple[tuple[int, int], ...] = ()
     """Ranges of training tokens, in order, that another source of the run holds out: they are not to be trained on."""
 
@@ -69,3 +73,30 @@ class PreparedSource:
     def validation_file(self) -> TokenFile:
         """The held-out tokens, checked wherever they are read."""
         return TokenFile(self.folder / token_file("validation"), self.dtype, self.validation_tokens, self.max_token)
+
+
+def too_short(source: PreparedSource, config: Config) -> list[str]:
+    """Say which parts of a source have too little text for one sequence."""
+    length = config.train.sequence_length
+    problems = []
+    for part, tokens, fix in (
+        ("training", source.train_tokens, "give it more text, or lower train.sequence_length"),
+        (
+            "validation",
+            source.validation_tokens,
+            "give it more text or more than one distinct document, raise data.validation_fraction, "
+            "or lower train.sequence_length",
+        ),
+    ):
+        if tokens < length + 1:
+            problems.append(
+                f"data.sources[{source.name}]: the {part} part has {tokens} tokens, but train.sequence_length "
+                f"({length}) + 1 = {length + 1} are needed; {fix}"
+            )
+    if not problems and not len(Sequences(source.train_tokens, length, source.left_out)):
+        problems.append(
+            f"data.sources[{source.name}]: other sources hold out all of its {source.train_tokens} training tokens, "
+            f"in whole sequences of train.sequence_length ({length}); its text is in another source already: leave it "
+            f"out, or set another data.seed"
+        )
+    return problems

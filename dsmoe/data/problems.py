@@ -48,6 +48,12 @@ class BadFileError(Exception):
 class LostCorpusError(UserError):
     """There is nothing at a source's path."""
 
+    in_cache = ""
+    """What else the message ends with: why the cache does not stand for it."""
+
+    def __str__(self) -> str:
+        return super().__str__() + self.in_cache
+
 
 class LostCopyError(LostCorpusError):
     """There is nothing at a source's path, and what the cache has of it is damaged."""

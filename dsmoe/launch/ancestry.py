@@ -34,7 +34,7 @@ LOOK_SECONDS = 1.0
 
 _AGENTS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """What torchrun and DeepSpeed's launch.py set for their ranks, and stay until these have ended."""
-_TOLD = (*_AGENTS, "RANK")
+_OF_RANK = (*_AGENTS, "RANK")
 """What a rank and the scripts that start it have in their environment, and their launcher has not."""
 _RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}
 _LAUNCH = "deepspeed.launcher.launch"
@@ -96,14 +96,14 @@ def launchers_of(environment: Mapping[str, str]) -> list[Process]:
     Args:
         environment: the rank's.
     """
-    told = {name: environment[name] for name in _TOLD if name in environment}
-    by_agent = any(name in told for name in _AGENTS)
+    variables = {name: environment[name] for name in _OF_RANK if name in environment}
+    by_agent = any(name in variables for name in _AGENTS)
     try:
         _, parent, _ = _status("self")  # not os.getppid(): /proc may be another namespace's, with other numbers
     except OSError:
         return []
     ancestors = list(_ancestors(parent))
-    scripts = list(takewhile(lambda process: _was_told(process, told), ancestors)) if by_agent else []
+    scripts = list(takewhile(lambda process: _has_variables(process, variables), ancestors)) if by_agent else []
     rest = ancestors[len(scripts) :]
     if not rest or not (by_agent or rest[0].program in _DAEMONS):
         return []
@@ -175,13 +175,13 @@ def _ancestors(number: int) -> Iterator[Process]:
         number = parent
 
 
-def _was_told(process: Process, told: Mapping[str, str]) -> bool:
+def _has_variables(process: Process, variables: Mapping[str, str]) -> bool:
     """Whether a process was started with these variables, as far as this process may know."""
     try:
-        variables = set(Path(f"/proc/{process.number}/environ").read_bytes().split(b"\0"))
+        environment = set(Path(f"/proc/{process.number}/environ").read_bytes().split(b"\0"))
     except OSError:
         return False
-    return all(os.fsencode(f"{name}={value}") in variables for name, value in told.items())
+    return all(os.fsencode(f"{name}={value}") in environment for name, value in variables.items())
 
 
 def _status(number: int | str) -> tuple[str, int, str]:

@@ -11,8 +11,10 @@ script's own Python has no more.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -130,13 +132,16 @@ def _write(path: Path, attempts: Attempts) -> None:
 def main() -> int:
     """Print why, and return whether: 0 to queue the job again, 1 to leave it."""
     folder, code = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name, or a variable, may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        again, why = worth_another(Path(folder), int(code), os.environ["SLURM_JOB_ID"])
+        again, why = worth_another(Path(folder), int(code), os.environ.get("SLURM_JOB_ID", "no job"))
     except OSError as error:  # a full disk, say; attempts that cannot be counted here are counted by Slurm
         restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-        again = restarts.isdecimal() and int(restarts) < MOST_FAILURES
+        again = re.fullmatch(r"[0-9]{1,9}", restarts) is not None and int(restarts) < MOST_FAILURES
         then = "tried again, as Slurm has not often" if again else "not tried again"
-        why = f"exit code {code}, and {error.filename}: {error.strerror}; {then} (SLURM_RESTART_COUNT is {restarts})"
+        said = f"SLURM_RESTART_COUNT is {restarts[:20]}"
+        why = f"exit code {code}, and {error.filename}: {error.strerror}; {then} ({said})"
     print(why, flush=True)
     return 0 if again else 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -9,18 +10,23 @@ from codecs import BOM_UTF8
 from collections import Counter
 from pathlib import Path
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config
+from dsmoe.config.yaml_text import show_value
 from dsmoe.launch.job import Job, Request
 from dsmoe.launch.nodelist import expand
 from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
 from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.elastic import settings_for
 from dsmoe.plan.report import headline
-from dsmoe.plan.text import quantity
+from dsmoe.plan.text import first_and_last, quantity
 from dsmoe.plan.topology import Topology
 
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
-_LINE = re.compile(r"([^\s-]\S*)\s+slots=(\d+)(?:\s.*)?")
+_LINE = re.compile(r"([^\s-]\S*)\s+slots=([0-9]{1,9})(?:\s.*)?")
+_MOST_BYTES = 1 << 24
+"""More than the hosts of any cluster need."""
 
 _OF_HOST = ("HOME", "HOSTNAME", "LOGNAME", "PATH", "PWD", "SHELL", "USER")
 """Variables that every host sets by itself."""
@@ -71,15 +77,11 @@ def job(request: Request) -> Job:
         UserError: the config's hosts are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
     """
     cluster = request.config.cluster
-    if cluster.hostfile is not None and cluster.hosts is not None:
-        raise UserError("cluster.hosts and cluster.hostfile both say which hosts there are; set one of them to null")
+    named = hosts_of(request.config)
     path, is_ours = request.path_of(HOSTFILE), True
     if cluster.hostfile is not None and not _has_mark(cluster.hostfile):
         is_ours = False
         path = shell_word(path_argument(cluster.hostfile), "cluster.hostfile")
-    named = (
-        named_hosts(request.config) if cluster.hostfile is None else _read_hostfile(request.config, cluster.hostfile)
-    )
     names = named or _placeholders(request.config)
     commands = _commands(request, path, names[0])
     files = {ENVIRONMENT: _environment(request)} if cluster.nodes > 1 else {}
@@ -117,6 +119,33 @@ def _pasted_with_a_space(request: Request) -> list[str]:
     ]
 
 
+def host_problems(config: Config) -> list[Problem]:
+    """What is wrong with the hosts that a config names, for `dsmoe config check`, which finds a missing file itself."""
+    hostfile = None
+    try:
+        hostfile = config.cluster.hostfile
+        if hostfile is None or os.access(hostfile, os.R_OK):
+            hosts_of(config)
+    except UnsoundError:
+        pass  # the section itself is wrong
+    except UserError as error:
+        key = "cluster.hosts" if hostfile is None else "cluster.hostfile"
+        return [(key, line) for line in str(error).splitlines()]
+    return []
+
+
+def hosts_of(config: Config) -> list[str]:
+    """The hosts that `cluster.hosts` or `cluster.hostfile` names; empty where neither is set.
+
+    Raises:
+        UserError: they are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
+    """
+    cluster = config.cluster
+    if cluster.hostfile is not None and cluster.hosts is not None:
+        raise UserError("cluster.hosts and cluster.hostfile both say which hosts there are; set one of them to null")
+    return named_hosts(config) if cluster.hostfile is None else _read_hostfile(config, cluster.hostfile)
+
+
 def named_hosts(config: Config) -> list[str]:
     """The hosts of `cluster.hosts`, if it is set.
 
@@ -126,16 +155,28 @@ def named_hosts(config: Config) -> list[str]:
     cluster = config.cluster
     if cluster.hosts is None:
         return []
-    names = expand(cluster.hosts)
+    try:
+        names = expand(cluster.hosts)
+    except UserError as error:
+        raise UserError(f"cluster.hosts: {error}") from None
     twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"cluster.hosts names {', '.join(twice)} more than once; every host is one node")
-    if len(names) != cluster.nodes:
-        raise UserError(
-            f"cluster.hosts names {quantity(len(names), 'host')} and cluster.nodes is {cluster.nodes}; "
-            f"set cluster.nodes={len(names)}, or name {cluster.nodes}"
+    problems = [f"cluster.hosts names {', '.join(twice)} more than once; every host is one node"] if twice else []
+    if len(set(names)) != cluster.nodes and (not twice or len(names) != cluster.nodes):
+        problems.append(
+            f"cluster.hosts names {quantity(len(set(names)), 'host')} and cluster.nodes is {cluster.nodes}; "
+            f"{_with_nodes(config, len(set(names)))}, or name {cluster.nodes}"
         )
+    if problems:
+        raise UserError("\n".join(problems))
     return names
+
+
+def _with_nodes(config: Config, nodes: int) -> str:
+    """What sets the config to another number of nodes so that it passes the checks, or what keeps it from that."""
+    settings, others = settings_for(config, nodes, config.cluster.devices_per_node)
+    if others:
+        return f"{quantity(nodes, 'node')} cannot train it as it is ({'; '.join(others)})"
+    return f"set {' '.join(setting for setting in settings if not setting.startswith('cluster.devices_per_node='))}"
 
 
 def _has_mark(name: str) -> bool:
@@ -147,35 +188,57 @@ def _has_mark(name: str) -> bool:
         return False  # reading it says what is wrong
 
 
-def _read_hostfile(config: Config, name: str) -> list[str]:
-    """Read a hostfile as DeepSpeed does, and check that it has the config's nodes and devices."""
+def _lines(name: str) -> list[str]:
+    """A hostfile's lines; they end where a file's do, and not at everything that is like the end of a line."""
+    what = f"cluster.hostfile ({name})"
     try:
-        lines = [line.strip() for line in Path(name).read_text("utf-8-sig").splitlines()]
+        if os.path.exists(name) and not Path(name).is_file():  # reading a pipe may wait for ever
+            raise UserError(f"{what} is not a file")
+        with Path(name).open("rb") as stream:
+            data = stream.read(_MOST_BYTES + 1)
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"cluster.hostfile ({name}) cannot be read: {reason}") from None
+        raise UserError(f"{what} cannot be read: {reason}") from None
+    if len(data) > _MOST_BYTES:
+        raise UserError(f"{what} has more than {_MOST_BYTES:,} bytes: it is no hostfile")
+    return [line.strip() for line in io.StringIO(text, newline=None)]
+
+
+def _read_hostfile(config: Config, name: str) -> list[str]:
+    """Read a hostfile as DeepSpeed does, and check that it has the config's nodes and devices."""
     slots: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    problems: list[str] = []
+    for number, line in enumerate(_lines(name), 1):
         if not line or line.startswith("#"):
             continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise UserError(f"{name}:{number}: expected `HOST slots=DEVICES`, got {line!r}")
-        if match[1] in slots:
-            raise UserError(f"{name}:{number}: {match[1]} is named a second time; every host is one node")
-        slots[host_name(match[1], f"{name}:{number}")] = int(match[2])
+            problems.append(f"{name}:{number}: expected `HOST slots=DEVICES`, got {show_value(line)}")
+        elif match[1] in slots:
+            problems.append(f"{name}:{number}: {match[1]} is named a second time; every host is one node")
+        else:
+            slots[match[1]] = int(match[2])
+            try:
+                host_name(match[1], f"{name}:{number}")
+            except UserError as error:
+                problems.append(str(error))
     nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
-    if len(slots) != nodes:
-        raise UserError(
+    if len(slots) != nodes and not problems:
+        ways = [_with_nodes(config, len(slots))] if slots else []
+        ways.append(f"have {quantity(nodes, 'line')} in the file")
+        problems.append(
             f"cluster.hostfile ({name}) has {quantity(len(slots), 'host')} and cluster.nodes is {nodes}; "
-            f"set cluster.nodes={len(slots)}, or have {quantity(nodes, 'line')} in the file"
+            f"{', or '.join(ways)}"
         )
     others = [f"{host} slots={count}" for host, count in slots.items() if count != devices]
     if others:
-        raise UserError(
-            f"cluster.hostfile ({name}): {', '.join(others)}, and cluster.devices_per_node is {devices}; every "
-            f"node has equally many: write slots={devices}, or set cluster.devices_per_node"
+        problems.append(
+            f"cluster.hostfile ({name}): {', '.join(first_and_last(others))}, and cluster.devices_per_node is "
+            f"{devices}; every node has equally many: write slots={devices}, or set cluster.devices_per_node"
         )
+    if problems:
+        raise UserError("\n".join(first_and_last(problems)))
     return list(slots)
 
 

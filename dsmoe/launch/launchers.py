@@ -9,25 +9,23 @@ They say a process' number, how many there are and its place on its host, and no
 * PALS (HPE Cray): mpiexec(1); of the size, PMI_SIZE is what the ranks get.
 * Flux: flux-core, src/shell/task.c (FLUX_TASK_*, FLUX_JOB_SIZE, FLUX_JOB_NNODES).
 * jsrun (LSF): IBM JSM, jsrun(1) (JSM_NAMESPACE_*).
+* horovodrun (over gloo): horovod, runner/gloo_run.py, create_slot_env_vars (HOROVOD_*).
+* Platform MPI (IBM, HP): its user's guide, "MPI_RANKID", "MPI_NRANKS"; the names on a host are Hydra's, too.
+* aprun (Cray ALPS): aprun(1) (ALPS_APP_PE, without a size). Slurm's plugin for Cray sets it as well.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dsmoe.config.errors import UserError
+from dsmoe.launch.variables import LauncherError, how_to_start, is_whole_number, whole_number
 from dsmoe.plan.text import quantity
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below 32768, where Linux begins to hand out ports
-WANTED = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-
-
-class LauncherError(UserError):
-    """What the launcher says of this process cannot be, or is not all; other ranks may have no such trouble."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,34 @@ LAUNCHERS = (
         on_hosts="mpiexec -n {ranks} -ppn {devices}",
         export="-genv {name} {value}",
     ),
+    Launcher(
+        name="horovodrun",
+        rank="HOROVOD_RANK",
+        size=("HOROVOD_SIZE",),
+        local_rank=("HOROVOD_LOCAL_RANK",),
+        local_size=("HOROVOD_LOCAL_SIZE",),
+        on_one_host="horovodrun -np {ranks}",
+        on_hosts="horovodrun -np {ranks} --hostfile HOSTFILE",
+        export="env {name}={value}",  # a program that starts the program: horovodrun has no option for it
+    ),
+    Launcher(
+        name="mpirun (Platform MPI)",
+        rank="MPI_RANKID",
+        size=("MPI_NRANKS",),
+        local_rank=("MPI_LOCALRANKID",),
+        local_size=("MPI_LOCALNRANKS",),
+        on_one_host="mpirun -np {ranks}",
+        on_hosts="mpirun -np {ranks} -hostfile HOSTFILE",
+        export="-e {name}={value}",
+    ),
 )
+WITHOUT_SIZE = {
+    "PMIX_RANK": "PMIx",
+    "ALPS_APP_PE": "aprun (ALPS)",
+    "PMI_ID": "a launcher of PMI",
+    "MPIRUN_RANK": "mpirun_rsh (of old MVAPICH)",
+}
+"""Variables with a process' number, of launchers that say no more that could be gone by."""
 
 
 @dataclass(frozen=True)
@@ -137,30 +162,13 @@ class Task:
     local_size: int
 
 
-def number(environment: Mapping[str, str], name: str) -> int:
-    """The whole number from 0 on that a variable has.
-
-    Raises:
-        LauncherError: it has another value.
-    """
-    text = environment[name].strip()
-    if not (text.isascii() and text.isdigit()):
-        raise LauncherError(f"{name} is {environment[name]!r}, and is to be a whole number from 0 on; {how_to_start()}")
-    return int(text)
-
-
-def how_to_start() -> str:
-    """The end of a message that nothing can be made of the variables."""
-    return f"start the ranks with torchrun, deepspeed, srun or mpirun, or set {WANTED} for each"
-
-
 def first_rank_known(environment: Mapping[str, str]) -> str:
     """This process' number by the first variable that has one, else `0`: who speaks before the ranks have met."""
-    names = ("RANK", *(launcher.rank for launcher in LAUNCHERS), "PMIX_RANK")
+    names = ("RANK", *(launcher.rank for launcher in LAUNCHERS), *WITHOUT_SIZE)
     given = [environment[name].strip() for name in names if name in environment]
     if "RANK" not in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         given.append(environment.get("SLURM_PROCID", "0").strip())
-    return given[0] if given else "0"
+    return given[0] if given and is_whole_number(given[0]) else "0"
 
 
 def find_task(environment: Mapping[str, str]) -> Task | None:
@@ -181,7 +189,7 @@ def find_task(environment: Mapping[str, str]) -> Task | None:
             continue
         absent = _absent(environment, launcher)
         if absent:
-            missing.append(f"{launcher.rank} is {environment[launcher.rank]}, and there is no {absent}")
+            missing.append(f"{launcher.rank} is {whole_number(environment, launcher.rank)}, and there is no {absent}")
         else:
             tasks.append(_task(environment, launcher))
     several = [task for task in tasks if task.size > 1]
@@ -191,11 +199,12 @@ def find_task(environment: Mapping[str, str]) -> Task | None:
         return (several or tasks)[0]
     if missing:
         raise LauncherError(f"{'; '.join(missing)}: this is one of several processes, or none; {how_to_start()}")
-    if "PMIX_RANK" in environment and not environment.get("PMIX_NAMESPACE", "").startswith("slurm."):
-        raise LauncherError(
-            f"PMIX_RANK is {environment['PMIX_RANK']}, and PMIx has no variable with the number of ranks; "
-            f"{how_to_start()}"
-        )
+    for name, launcher_name in WITHOUT_SIZE.items():
+        if name in environment and not _is_also_slurms(environment, name):
+            raise LauncherError(
+                f"{name} is {whole_number(environment, name)}, and {launcher_name} has no variable with the number of "
+                f"ranks; {how_to_start()}; or unset {name} to train on one rank"
+            )
     return None
 
 
@@ -245,18 +254,29 @@ def launcher_port(environment: Mapping[str, str], launcher: Launcher) -> int | N
     rank's variables, which a shell in between would have. In a container numbers begin anew, so that the container's
     name space of processes shifts it. None where there is no such process to be seen.
     """
+    process = launcher_process(environment, (launcher.rank, *launcher.size, *launcher.local_rank))
+    if process is None:
+        return None
+    shift = 0
+    with suppress(OSError):
+        shift = zlib.crc32(os.readlink("/proc/self/ns/pid").encode())
+    return FIRST_PORT + (process + shift) % NUM_PORTS
+
+
+def launcher_process(environment: Mapping[str, str], names: Sequence[str]) -> int | None:
+    """The id of the nearest process above this one that has not all of these variables as `environment` has them.
+
+    That is what has set them for this process. None where there is no such process to be seen.
+    """
     import psutil  # which takes a moment, and is for this only
 
-    own = [environment.get(name) for name in (launcher.rank, *launcher.size, *launcher.local_rank)]
+    own = [environment.get(name) for name in names]
     for process in psutil.Process().parents():
         others: Mapping[str, str] = {}
         with suppress(psutil.Error, OSError):  # another user's is none of the ranks
             others = process.environ()
-        if [others.get(name) for name in (launcher.rank, *launcher.size, *launcher.local_rank)] != own:
-            shift = 0
-            with suppress(OSError):
-                shift = zlib.crc32(os.readlink("/proc/self/ns/pid").encode())
-            return FIRST_PORT + (process.pid + shift) % NUM_PORTS
+        if [others.get(name) for name in names] != own:
+            return int(process.pid)
     return None
 
 
@@ -271,11 +291,18 @@ def _is_slurms_own(environment: Mapping[str, str], launcher: Launcher) -> bool:
     )
 
 
+def _is_also_slurms(environment: Mapping[str, str], name: str) -> bool:
+    """Whether srun sets a variable of `WITHOUT_SIZE`, and says the rest in Slurm's own."""
+    if name == "PMIX_RANK":
+        return environment.get("PMIX_NAMESPACE", "").startswith("slurm.")
+    return "SLURM_JOB_ID" in environment
+
+
 def _absent(environment: Mapping[str, str], launcher: Launcher) -> str:
     """What the launcher should say of this process, and does not."""
     if not any(name in environment for name in launcher.size):
         return " or ".join(launcher.size)
-    if number(environment, _first(environment, launcher.size)) == 1:
+    if whole_number(environment, _first(environment, launcher.size)) == 1:
         return ""
     wanted = [launcher.local_rank, launcher.local_size or (launcher.nodes,)]
     return " and no ".join(" or ".join(names) for names in wanted if not any(name in environment for name in names))
@@ -283,7 +310,7 @@ def _absent(environment: Mapping[str, str], launcher: Launcher) -> str:
 
 def _task(environment: Mapping[str, str], launcher: Launcher) -> Task:
     names = [launcher.rank, _first(environment, launcher.size)]
-    rank, size = (number(environment, name) for name in names)
+    rank, size = (whole_number(environment, name) for name in names)
     if rank >= size:
         raise LauncherError(
             f"{names[0]} is {rank} and {names[1]} is {size}: ranks are from 0 to {max(size - 1, 0)}; {how_to_start()}"
@@ -291,13 +318,13 @@ def _task(environment: Mapping[str, str], launcher: Launcher) -> Task:
     if size == 1:
         return Task(launcher, 0, 1, 0, 1)
     local_rank_name = _first(environment, launcher.local_rank)
-    local_rank = number(environment, local_rank_name)
+    local_rank = whole_number(environment, local_rank_name)
     if launcher.local_size:
         local_size_name = _first(environment, launcher.local_size)
-        local_size = number(environment, local_size_name)
+        local_size = whole_number(environment, local_size_name)
     else:
         local_size_name = f"{names[1]} / {launcher.nodes}"
-        nodes = number(environment, launcher.nodes)
+        nodes = whole_number(environment, launcher.nodes)
         if nodes == 0 or size % nodes:
             raise LauncherError(
                 f"{names[1]} is {size} and {launcher.nodes} is {nodes}; every host must have equally many ranks"

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 
 from dsmoe.config.errors import UserError
+from dsmoe.launch.variables import shown
 
 _ENTRY = re.compile(r"(?:\w|\[[\d,-]*\])(?:[\w.:-]|\[[\d,-]*\])*", re.ASCII)
 """One entry of a list: the commas inside brackets belong to it. No name begins as an option does."""
 MOST_HOSTS = 100_000
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 def expand(text: str) -> list[str]:
@@ -27,7 +28,7 @@ def expand(text: str) -> list[str]:
         raise _wrong(text)
     names = list(itertools.islice((name for entry in entries for name in _names(entry, text)), MOST_HOSTS + 1))
     if len(names) > MOST_HOSTS:
-        raise UserError(f"{text!r} is more than {MOST_HOSTS:,} hosts; is a number in it mistyped?")
+        raise UserError(f"{shown(text)} is more than {MOST_HOSTS:,} hosts; is a number in it mistyped?")
     return names
 
 
@@ -50,4 +51,4 @@ def _numbers(ranges: str, text: str) -> Iterator[str]:
 
 
 def _wrong(text: str) -> UserError:
-    return UserError(f"{text!r} is not a list of hosts; such lists are written n1,n2 or n[01-03,07],m2")
+    return UserError(f"{shown(text)} is not a list of hosts; such lists are written n1,n2 or n[01-03,07],m2")

@@ -132,7 +132,9 @@ if ! srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --label test -w "$logs"; 
     say "not every node can write in $run: runs_dir, and this folder, must be on storage that all nodes share"
     exit 2
 fi
-say "attempt $((${{SLURM_RESTART_COUNT:-0}} + 1)) on $SLURM_JOB_NODELIST; its ranks write to $logs/$SLURM_JOB_ID-*.log"
+attempt=${{SLURM_RESTART_COUNT:-0}}
+[[ $attempt =~ ^[0-9]{{1,9}}$ ]] && attempt=$((10#$attempt + 1)) # of anything else, bash would make what it likes
+say "attempt $attempt on $SLURM_JOB_NODELIST; its ranks write to $logs/$SLURM_JOB_ID-*.log"
 
 # A node that Slurm has lost may still run rank 0 of the last attempt: it holds the run's folder until it finds out.
 flock --nonblock --conflict-exit-code 9 "$run/.lock" true

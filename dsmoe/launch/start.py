@@ -13,28 +13,34 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dsmoe.config.errors import HostError, UserError, exit_code_of
-from dsmoe.config.load import load_config
+from dsmoe.config.load import Look, load_config
 from dsmoe.config.schema import Config
 from dsmoe.console import finish_streams, steady_streams
 from dsmoe.launch.ancestry import watch_launcher
-from dsmoe.launch.launchers import LauncherError
-from dsmoe.launch.world import check_meeting, for_this_world, is_speaker, join_launcher, launcher_has_store
+from dsmoe.launch.speaker import LINGER_SECONDS, print_for_host
+from dsmoe.launch.variables import LauncherError
+from dsmoe.launch.world import (
+    check_meeting,
+    for_this_world,
+    is_speaker,
+    join_launcher,
+    launcher_has_store,
+    world_problems,
+)
 from dsmoe.plan.batch import Batch
-from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.devices import device_problems
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 STAY_SECONDS = 3.0
 """How long rank 0, which has said what is wrong, stays for the others to hear that; torch takes longer to import."""
-LINGER_SECONDS = 5.0
-"""How long a rank that nobody hears waits for the launcher to end it for rank 0's sake."""
 
 
 class UsageError(UserError):
@@ -64,6 +70,8 @@ class Start:
     options: argparse.Namespace
     config: Config | None
     error: UserError | None = None
+    launcher_error: LauncherError | None = None
+    """Why the ranks cannot ask each other who says what is wrong; said with `error`, where there is both."""
 
     @property
     def given(self) -> Config:
@@ -72,8 +80,9 @@ class Start:
         Raises:
             UserError: it is wrong, or the arguments are, or the launcher.
         """
-        if self.error is not None:
-            raise self.error
+        error = self.error or self.launcher_error
+        if error is not None:
+            raise error
         assert self.config is not None
         return self.config
 
@@ -81,28 +90,30 @@ class Start:
         """Say what is wrong, if this rank is to; the exit code. None where torch is needed: to train, or to tell it.
 
         Rank 0 speaks. Another rank whose error rank 0 has as well has no more to say. If rank 0 has another one, or
-        nobody can be told, it speaks for itself; else rank 0 is about to train, and waits for this rank's word.
+        nobody can be told, it speaks for itself; else rank 0 is about to train, and waits for this rank. Where the
+        launcher's variables are wrong, ranks do not know of each other, and one of each host speaks.
         """
+        if self.launcher_error is not None:
+            errors = [error for error in (self.error, self.launcher_error) if error is not None]
+            print_for_host("\n".join(map(_text, errors)))
+            return max(map(exit_code_of, errors))
         if self.error is None:
             return None
         text, code = _text(self.error), exit_code_of(self.error)
         if is_speaker():
             print(text, file=sys.stderr, flush=True)
-            _stay_for_others(_word(text) + bytes([code]))
+            _stay_for_others(_answer(text) + bytes([code]))
             return code
-        has_address = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-        if isinstance(self.error, LauncherError) or not has_address:
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             time.sleep(LINGER_SECONDS)
-            if isinstance(self.error, LauncherError):
-                self._say_alone(text)
             return code
-        heard = _word_of_rank_0()
-        if heard is None:
+        answer = _answer_of_rank_0()
+        if answer is None:
             return None
-        if heard[:-1] != _word(text):
+        if answer[:-1] != _answer(text):
             self._say_alone(text)
             return code
-        return heard[-1]
+        return answer[-1]
 
     def _say_alone(self, text: str) -> None:
         rank = os.environ.get("RANK", "?")
@@ -115,29 +126,30 @@ def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
     With `--help` rank 0 prints the help, and all end.
     """
     steady_streams()
-    options = argparse.Namespace()
+    launcher_error = _join()
     try:
-        wrong_launcher = _join()
         options = parser.parse_intermixed_args(arguments)
-        if wrong_launcher is not None:
-            raise wrong_launcher
-        return Start(options, _checked(options.config, options.overrides))
-    except UserError as error:
-        return Start(options, None, error)
+    except UsageError as error:
+        return _started(argparse.Namespace(), None, error, launcher_error)
+    return _check(options, options.config, options.overrides, None, launcher_error)
 
 
-def begin_with(path: str, overrides: Sequence[str]) -> Start:
-    """The same for a command that has read its arguments, and for which nobody has begun to watch the launcher."""
+def begin_with(path: str, overrides: Sequence[str], check: Callable[[Config], object] | None = None) -> Start:
+    """The same for a command that has read its arguments, and for which nobody has begun to watch the launcher.
+
+    Args:
+        path: the config's.
+        overrides: settings over it.
+        check: what has to be right besides; raises UserError. By default, that it is a config of these ranks.
+    """
     steady_streams()
     watch_launcher()
-    options = argparse.Namespace()
-    try:
-        wrong_launcher = _join()
-        if wrong_launcher is not None:
-            raise wrong_launcher
-        return Start(options, _checked(path, overrides))
-    except UserError as error:
-        return Start(options, None, error)
+    return _check(argparse.Namespace(), path, overrides, check, _join())
+
+
+def wrong_arguments(error: UsageError) -> Start:
+    """The same for a command whose arguments cannot be read."""
+    return _started(argparse.Namespace(), None, error, _join())
 
 
 def program(name: str, description: str) -> Parser:
@@ -181,15 +193,15 @@ def end_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def load_on_host(path: str, overrides: Sequence[str]) -> Config:
+def load_on_host(path: str, overrides: Sequence[str], *looks: Look) -> Config:
     """The config that a launcher has named to every host.
 
     Raises:
-        UserError: it is wrong.
+        UserError: it is wrong, or the `looks` have found something.
         HostError: this host, which is not rank 0's, has not the file.
     """
     try:
-        return load_config(path, overrides)
+        return load_config(path, overrides, *looks)
     except UserError as error:
         if Path(path).exists() or is_speaker():
             raise
@@ -197,7 +209,7 @@ def load_on_host(path: str, overrides: Sequence[str]) -> Config:
 
 
 def _join() -> UserError | None:
-    """Read what the launcher says; returns what is wrong with it, which is said unless the arguments are wrong, too."""
+    """Read what the launcher says; returns what is wrong with it."""
     try:
         join_launcher()
         # Ranks that have met already, through a file, have port 0 (`run_ranks`); joining refuses it to all others.
@@ -208,24 +220,46 @@ def _join() -> UserError | None:
     return None
 
 
-def _checked(path: str, overrides: Sequence[str]) -> Config:
-    given = load_on_host(path, overrides)
-    config = for_this_world(given)
-    resolve_device(config.cluster.device)
-    Batch.from_config(config)  # lays out the topology, too
-    return given
+def _check(
+    options: argparse.Namespace,
+    path: str,
+    overrides: Sequence[str],
+    check: Callable[[Config], object] | None,
+    launcher_error: UserError | None,
+) -> Start:
+    """Load the config; check it where it is known which ranks there are, by default that it is one of these."""
+    looks = (world_problems, device_problems) if check is None and launcher_error is None else ()
+    try:
+        given = load_on_host(path, overrides, *looks)
+        if launcher_error is None:
+            (check or _lay_out)(given)
+    except UserError as error:
+        return _started(options, None, error, launcher_error)
+    return _started(options, given, None, launcher_error)
+
+
+def _lay_out(given: Config) -> None:
+    Batch.from_config(for_this_world(given))  # lays out the topology, too
+
+
+def _started(
+    options: argparse.Namespace, given: Config | None, error: UserError | None, launcher_error: UserError | None
+) -> Start:
+    if isinstance(launcher_error, LauncherError):
+        return Start(options, given, error, launcher_error)
+    return Start(options, given, error or launcher_error)  # an error of the launcher's that all ranks have alike
 
 
 def _text(error: UserError) -> str:
     return f"{error.usage}{error}" if isinstance(error, UsageError) else f"error: {error}"
 
 
-def _word(text: str) -> bytes:
+def _answer(text: str) -> bytes:
     """What rank 0 sends to a rank that asks: that it has ended, and by which error."""
     return b"dsmoe: " + hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-def _stay_for_others(word: bytes) -> None:
+def _stay_for_others(answer: bytes) -> None:
     """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1" or not size.isdecimal() or launcher_has_store():
@@ -239,10 +273,10 @@ def _stay_for_others(word: bytes) -> None:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 connection, _ = server.accept()
                 with connection, suppress(OSError):
-                    connection.sendall(word)
+                    connection.sendall(answer)
 
 
-def _word_of_rank_0() -> bytes | None:
+def _answer_of_rank_0() -> bytes | None:
     """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or ended long ago."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     deadline = time.monotonic() + STAY_SECONDS
@@ -252,6 +286,6 @@ def _word_of_rank_0() -> bytes | None:
             with suppress(TimeoutError):  # torch's store waits to be asked
                 while more := connection.recv(64):
                     received += more
-            return received if received.startswith(b"dsmoe: ") and len(received) == len(_word("")) + 1 else None
+            return received if received.startswith(b"dsmoe: ") and len(received) == len(_answer("")) + 1 else None
         time.sleep(0.05)
     return None

@@ -13,23 +13,29 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config
 from dsmoe.launch.launchers import (
     FIRST_PORT,
     NUM_PORTS,
-    WANTED,
-    LauncherError,
     find_task,
     first_rank_known,
-    how_to_start,
     join_task,
     launcher_named,
-    number,
     tasks_agreeing,
 )
 from dsmoe.launch.nodelist import expand
-from dsmoe.plan.elastic import fit_to_world
+from dsmoe.launch.variables import (
+    WANTED,
+    LauncherError,
+    check_address,
+    how_to_start,
+    is_whole_number,
+    shown,
+    whole_number,
+)
+from dsmoe.plan.elastic import fit_to_world, has_layout, is_sound, settings_for
 from dsmoe.plan.text import quantity
 
 ALONE, DEEPSPEED, TORCHRUN, SRUN, OTHER = "python alone", "deepspeed", "torchrun", "srun", "the launcher"
@@ -50,21 +56,28 @@ class World:
         per_node = self.devices_per_node or (self.size if self.size % devices_per_node else devices_per_node)
         return self.size // per_node, per_node
 
-    def check(self, config: Config) -> None:
-        """Check that these are the ranks that the config describes.
+    def problem(self, config: Config) -> str | None:
+        """Why these are not the ranks that the config describes, how to start those, and how to train on these.
 
-        Raises:
-            UserError: they are not; says how to start those, and how to train on these.
+        None where they are. Of a config some of whose keys are wrong, what else would be wrong on these is not known.
         """
         nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
         started = self.shape(devices)
         if started == (nodes, devices):
-            return
-        raise UserError(
+            return None
+        problem = (
             f"{self.launcher} started {_ranks(*started)}, but cluster.nodes x cluster.devices_per_node is "
-            f"{_ranks(nodes, devices)}; start those with {self._start(nodes, devices)}, or train on what was started "
-            f"with cluster.nodes={started[0]} cluster.devices_per_node={started[1]}, or cluster.elastic=true"
+            f"{_ranks(nodes, devices)}; start those with {self._start(nodes, devices)}"
         )
+        with suppress(UnsoundError):
+            settings, others = settings_for(config, *started)
+            if others:
+                takes = f"it takes {' '.join(settings)}, and this has to change as well: {'; '.join(others)}"
+                return f"{problem}. What was started cannot train this config: {takes}"
+            elastic = ", or cluster.elastic=true" if has_layout(config) else ""
+            rest = "" if is_sound(config) else "when the rest is mended, "
+            return f"{problem}, or {rest}train on what was started with {' '.join(settings)}{elastic}"
+        return problem
 
     def _start(self, nodes: int, devices: int) -> str:
         """The command that starts so many ranks by the same launcher."""
@@ -91,8 +104,27 @@ def for_this_world(config: Config) -> Config:
     world = launched_world()
     if config.cluster.elastic:
         return fit_to_world(config, *world.shape(config.cluster.devices_per_node))
-    world.check(config)
+    problem = world.problem(config)
+    if problem is not None:
+        raise UserError(problem)
     return config
+
+
+def world_problems(config: Config) -> list[Problem]:
+    """What `for_this_world` would say, for `load_config`, of a config that may have keys that are wrong.
+
+    Raises:
+        LauncherError: what the launcher says cannot be, which other ranks may not have.
+    """
+    try:
+        for_this_world(config)
+    except UnsoundError:
+        return []
+    except LauncherError:
+        raise
+    except UserError as error:
+        return [("cluster.nodes", str(error))]
+    return []
 
 
 def launched_world(environment: Mapping[str, str] = os.environ) -> World:
@@ -104,14 +136,14 @@ def launched_world(environment: Mapping[str, str] = os.environ) -> World:
     if "RANK" not in environment:
         task = find_task(environment)
         return World(1, 1, task.launcher.name if task is not None else ALONE)
-    size = number(environment, "WORLD_SIZE") if "WORLD_SIZE" in environment else 1
+    size = whole_number(environment, "WORLD_SIZE") if "WORLD_SIZE" in environment else 1
     launcher = _launcher(environment)
     local_name = _local_size_name(environment)
     if local_name is None:
         return World(size, None, launcher)
-    local = number(environment, local_name)
+    local = whole_number(environment, local_name)
     nodes_name = next((name for name in ("GROUP_WORLD_SIZE", "CROSS_SIZE") if environment.get(name)), None)
-    nodes = number(environment, nodes_name) if nodes_name else size // max(local, 1)
+    nodes = whole_number(environment, nodes_name) if nodes_name else size // max(local, 1)
     if nodes * local != size:
         raise UserError(
             f"{launcher} started {quantity(size, 'rank')} on {quantity(nodes, 'node')}, {local} of them on this "
@@ -174,7 +206,7 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     if is_srun:
         _join_slurm(environment)
         _check_meeting(environment)
-    elif task is None and environment.get("WORLD_SIZE") and number(environment, "WORLD_SIZE") > 1:
+    elif task is None and environment.get("WORLD_SIZE") and whole_number(environment, "WORLD_SIZE") > 1:
         raise LauncherError(
             f"WORLD_SIZE is {environment['WORLD_SIZE']}, and nothing says which of them this process is (RANK); unset "
             f"it to train on one rank, or {how_to_start()}"
@@ -192,7 +224,7 @@ def check_meeting(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
         LauncherError: they do not.
     """
-    if number(environment, "WORLD_SIZE") > 1:
+    if whole_number(environment, "WORLD_SIZE") > 1:
         _check_meeting(environment)
 
 
@@ -203,8 +235,9 @@ def _check_meeting(environment: Mapping[str, str]) -> None:
             f"RANK is {environment['RANK']} of {environment['WORLD_SIZE']}, and {' and '.join(absent)} must say where "
             "rank 0 is: the same on all ranks, its host and a free port of it"
         )
-    if not 0 < number(environment, "MASTER_PORT") < 65536:
+    if not 0 < whole_number(environment, "MASTER_PORT") < 65536:
         raise LauncherError(f"MASTER_PORT is {environment['MASTER_PORT']}, and ports are from 1 to 65535")
+    check_address(environment, "MASTER_ADDR")
 
 
 def _check_ranks(environment: MutableMapping[str, str]) -> None:
@@ -213,12 +246,12 @@ def _check_ranks(environment: MutableMapping[str, str]) -> None:
     Raises:
         LauncherError: it is not all that it takes, or contradicts itself.
     """
-    rank = number(environment, "RANK")
+    rank = whole_number(environment, "RANK")
     if "WORLD_SIZE" not in environment:
         raise LauncherError(
             f"RANK is {rank}, and WORLD_SIZE is not set; unset RANK to train on one rank, or {how_to_start()}"
         )
-    size = number(environment, "WORLD_SIZE")
+    size = whole_number(environment, "WORLD_SIZE")
     if rank >= size:
         raise LauncherError(
             f"RANK is {rank} and WORLD_SIZE is {size}: ranks are from 0 to {max(size - 1, 0)}; {how_to_start()}"
@@ -238,11 +271,11 @@ def _check_ranks(environment: MutableMapping[str, str]) -> None:
             f"RANK is {rank} of {size}, and LOCAL_RANK, the number of this process on its host, is not set (0, where a "
             f"host has one rank); a launcher sets {WANTED}"
         )
-    local_rank = number(environment, "LOCAL_RANK")
+    local_rank = whole_number(environment, "LOCAL_RANK")
     name = _local_size_name(environment)
     if name is None:
         return
-    local = number(environment, name)
+    local = whole_number(environment, name)
     if not local_rank < local <= size:
         raise LauncherError(
             f"LOCAL_RANK is {local_rank}, {name} is {local} and WORLD_SIZE is {size}, which cannot be; {how_to_start()}"
@@ -263,19 +296,28 @@ def _join_slurm(environment: MutableMapping[str, str]) -> None:
     # First of all the rank, by which it is known who reports what is wrong.
     environment.update(RANK=environment["SLURM_PROCID"], LOCAL_RANK=environment["SLURM_LOCALID"])
     per_node = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
-    here, first = environment["SLURM_GTIDS"], int(environment["SLURM_NODEID"]) * per_node
-    if here != ",".join(map(str, range(first, first + per_node))):
+    tasks, first = _tasks_here(environment), whole_number(environment, "SLURM_NODEID") * per_node
+    if len(tasks) != per_node or tasks != list(range(first, first + per_node)):
         raise UserError(
-            f"srun started tasks {here} on node {environment['SLURM_NODEID']}, and a node's are to have consecutive "
-            "numbers, by node; give it --distribution=block"
+            f"srun started tasks {shown(environment['SLURM_GTIDS'])} (SLURM_GTIDS) on node "
+            f"{environment['SLURM_NODEID']}, and a node's are to have consecutive numbers, by node; give it "
+            "--distribution=block"
         )
     environment.update(WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"], LOCAL_WORLD_SIZE=str(per_node))
-    environment.setdefault("MASTER_ADDR", expand(environment["SLURM_STEP_NODELIST"])[0])
+    if "MASTER_ADDR" not in environment:
+        try:
+            environment["MASTER_ADDR"] = expand(environment["SLURM_STEP_NODELIST"])[0]
+        except UserError as error:
+            raise LauncherError(f"SLURM_STEP_NODELIST: {error}; set MASTER_ADDR, the host of rank 0") from None
     # Another port for each attempt: that another program has one is no reason for all of them to fail.
-    attempt = int(environment["SLURM_JOB_ID"]) + _PORTS_APART * int(environment.get("SLURM_RESTART_COUNT", "0"))
+    attempt = whole_number(environment, "SLURM_JOB_ID")
+    if environment.get("SLURM_RESTART_COUNT"):
+        advice = "unset it, which is the same as 0, or set MASTER_PORT"
+        attempt += _PORTS_APART * whole_number(environment, "SLURM_RESTART_COUNT", advice)
     environment.setdefault("MASTER_PORT", str(FIRST_PORT + attempt % NUM_PORTS))
 
 
+_HAND_ON = f"hand all of Slurm's variables on to the program, or set {WANTED} for each task"
 _OF_A_TASK = (
     *("SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID"),
     *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"),
@@ -293,28 +335,34 @@ def _is_task(environment: Mapping[str, str]) -> bool:
     """
     if "SLURM_PROCID" not in environment:
         return False
-    rank = number(environment, "SLURM_PROCID")
-    size = number(environment, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in environment else None
+    rank = whole_number(environment, "SLURM_PROCID")
+    size = whole_number(environment, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in environment else None
     if size == 1 or (size is None and rank == 0):
         return False
-    if "SLURM_GTIDS" in environment and "SLURM_STEP_TASKS_PER_NODE" in environment and size is not None:
-        on_this_node = len(environment["SLURM_GTIDS"].split(","))
-        if on_this_node not in _counts(environment["SLURM_STEP_TASKS_PER_NODE"]):
-            return False
+    has_layout = size is not None and {"SLURM_GTIDS", "SLURM_STEP_TASKS_PER_NODE"} <= environment.keys()
+    if has_layout and len(_tasks_here(environment)) not in _counts(environment["SLURM_STEP_TASKS_PER_NODE"]):
+        return False
     absent = [name for name in ("SLURM_GTIDS", *_OF_A_TASK) if not environment.get(name)]
     if absent:
         raise LauncherError(
             f"SLURM_PROCID is {rank}, a task of srun among others, and {', '.join(absent)} "
-            f"{'is' if len(absent) == 1 else 'are'} not set; hand all of Slurm's variables on to the program, or set "
-            f"{WANTED} for each task"
+            f"{'is' if len(absent) == 1 else 'are'} not set; {_HAND_ON}"
         )
     for name in ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID"):
-        number(environment, name)
+        whole_number(environment, name)
     if size is not None and rank >= size:
         raise LauncherError(
             f"SLURM_PROCID is {rank} and SLURM_STEP_NUM_TASKS is {size}: tasks are from 0 to {size - 1}"
         )
     return True
+
+
+def _tasks_here(environment: Mapping[str, str]) -> list[int]:
+    """The numbers of this node's tasks."""
+    numbers = environment["SLURM_GTIDS"].split(",")
+    if not all(map(is_whole_number, numbers)):
+        raise LauncherError(f"SLURM_GTIDS is {shown(environment['SLURM_GTIDS'])}, and is to be like 0,1; {_HAND_ON}")
+    return [int(number) for number in numbers]
 
 
 def _tasks_per_node(text: str) -> int:
@@ -329,9 +377,9 @@ def _tasks_per_node(text: str) -> int:
 
 def _counts(text: str) -> set[int]:
     """Read `4(x2),1`, four on each of two nodes and one on the last: 4 and 1."""
-    parts = [re.fullmatch(r"(\d+)(\(x\d+\))?", part) for part in text.split(",")]
+    parts = [re.fullmatch(r"([0-9]{1,9})(\(x[0-9]{1,9}\))?", part) for part in text.split(",")]
     if not all(parts):
-        raise LauncherError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, and is to be like 4(x2),1")
+        raise LauncherError(f"SLURM_STEP_TASKS_PER_NODE is {shown(text)}, and is to be like 4(x2),1; {_HAND_ON}")
     return {int(part[1]) for part in parts if part}
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dsmoe.parallel.draw import seed_of
 
@@ -92,7 +93,11 @@ class Draws:
         place, going_backward = self._place(), _GoingBackward.here()
         with torch.inference_mode(False), torch.no_grad():
             print_4 = _fingerprint(x_TD)
-            match = None if going_backward is None else self._match(print_4, going_backward)
+            match = None
+            if going_backward is not None:
+                # Selective checkpointing has seen the operations of the first pass, and wants no others in this one.
+                with _disable_current_modes():
+                    match = self._match(print_4, going_backward)
             if match is None:
                 number = torch.full((), self.count, device=x_TD.device)
                 self._note(print_4, *place, number, -1)

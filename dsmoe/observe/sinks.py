@@ -8,8 +8,9 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dsmoe.durable import write_whole
 
@@ -19,8 +20,8 @@ logger = logging.getLogger(__name__)
 class Sink(Protocol):
     """Something that keeps metrics."""
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep the metrics of `step`."""
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the metrics of `step`: numbers, and what says of which text an evaluation was."""
 
     def close(self) -> None:
         """Finish writing."""
@@ -48,7 +49,7 @@ class JsonLines:
             kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= resume_step]
             write_whole(path, b"".join(line + b"\n" for line in kept))
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line."""
         line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics}).encode() + b"\n"
         with self._path.open("ab+", buffering=0) as file:
@@ -63,17 +64,18 @@ class JsonLines:
 
 
 class TensorBoard:
-    """The same metrics for TensorBoard, under the same names."""
+    """The same numbers for TensorBoard, under the same names."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one scalar per metric."""
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add one scalar per number."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            if isinstance(value, Real):
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close the event file."""

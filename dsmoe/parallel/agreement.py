@@ -19,6 +19,8 @@ import torch.distributed as dist
 from dsmoe.config.errors import UserError
 from dsmoe.parallel.groups import ExpertGroup
 from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.silence import Silence
+from dsmoe.parallel.waiting import while_watched
 from dsmoe.parallel.watch import BEAT_SECONDS, Watch, process_watch
 from dsmoe.plan.text import rank_names
 
@@ -49,7 +51,8 @@ def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, how: str) ->
     intent = f"{group.label}, exchange of rows of {x_TD.shape[1]} x {x_TD.dtype} to {num_experts} experts, {how}"
     agreed = watch.agreed.setdefault(tuple(dist.get_process_group_ranks(group.handle)), set())
     if intent not in agreed:
-        _agree(watch, group, intent, len(x_TD), len(agreed))
+        # In a thread: a store in a process that is stopped may never answer.
+        while_watched(lambda: _agree(watch, group, intent, len(x_TD), len(agreed)))
         agreed.add(intent)
     watch.note(intent)
 
@@ -59,7 +62,7 @@ def _agree(watch: Watch, group: ExpertGroup, intent: str, num_tokens: int, numbe
     ranks = dist.get_process_group_ranks(group.handle)
     keys = {rank: f"dsmoe/agree/{'-'.join(map(str, ranks))}/{number}/{rank}" for rank in ranks}
     watch.store.set(keys[watch.rank], json.dumps([intent, num_tokens]))
-    deadline, look_at_notes = time.monotonic() + watch.timeout.total_seconds(), time.monotonic() + BEAT_SECONDS
+    waited, look_at_notes = Silence(BEAT_SECONDS), time.monotonic() + BEAT_SECONDS
     intents: dict[int, tuple[str, int | None]] = {}
     while len(intents) < len(ranks):
         waiting = [rank for rank in ranks if rank not in intents]
@@ -71,10 +74,9 @@ def _agree(watch: Watch, group: ExpertGroup, intent: str, num_tokens: int, numbe
             intents.update({r: (doing, None) for r, doing in silent.items() if not watch.store.check([keys[r]])})
         said = {rank: watch.store.get(keys[rank]) for rank in waiting if watch.store.check([keys[rank]])}
         intents.update({rank: tuple(json.loads(text)) for rank, text in said.items()})
-        watch.check_others()
-        if time.monotonic() > deadline:
-            seconds = watch.timeout.total_seconds()
-            raise LostRanksError(f"{rank_names(waiting)} have not come to {intent} within {seconds:.0f} s")
+        if waited.look() > watch.timeout.total_seconds():
+            come = "has" if len(waiting) == 1 else "have"
+            raise LostRanksError(f"{rank_names(waiting)} {come} not come to {intent} within {waited.seconds:.0f} s")
         time.sleep(POLL_SECONDS)
     if len({what for what, _ in intents.values()}) > 1:
         raise DisagreementError(_explain(intents))
@@ -89,5 +91,5 @@ def _explain(intents: dict[int, tuple[str, int | None]]) -> str:
     for what, ranks in sorted(parties.items(), key=lambda party: len(party[1])):
         tokens = sorted({number for rank in ranks if (number := intents[rank][1]) is not None})
         bring = f" ({' or '.join(map(str, tokens))} tokens)" if tokens else ""
-        lines.append(f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {what}{bring}")
+        lines.append(f"{rank_names(ranks)}: {what}{bring}")
     return "the ranks of an expert group are not about to exchange the same:\n  " + "\n  ".join(lines)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
-from dsmoe.plan.text import quantity, rank_names
+from dsmoe.plan.text import quantity, ranks_on_hosts
 
 Claims = Mapping[str, str]
 ABSENT = "nothing"
@@ -75,7 +75,9 @@ def explain(first: Claims, deviations: Sequence[Deviation], num_differing: int, 
         for one in deviations:
             if name in one.claims:
                 values.setdefault(one.claims[name], []).append(one)
-        others = "; ".join(f"{_shown(value)} on {_all_of(who)}" for value, who in values.items())
+        others = "; ".join(
+            f"{_shown(value)} on {ranks_on_hosts({one.rank: one.host for one in who})}" for value, who in values.items()
+        )
         lines.append(f"{name}: {_shown(first.get(name, ABSENT))} on rank 0; {others}")
     if len(lines) > SHOWN_CLAIMS:
         lines[SHOWN_CLAIMS:] = [f"and {len(lines) - SHOWN_CLAIMS} more"]
@@ -116,11 +118,6 @@ def check_alike(claims: Claims) -> None:
 
 def _of(one: Deviation) -> str:
     return f"rank {one.rank} on {one.host}"
-
-
-def _all_of(who: Sequence[Deviation]) -> str:
-    hosts = dict.fromkeys(one.host for one in who)
-    return f"{rank_names([one.rank for one in who])} ({', '.join(hosts)})"
 
 
 def _shown(value: str) -> str:

@@ -11,6 +11,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -19,7 +20,7 @@ import torch
 import torch.distributed
 from deepspeed import comm
 
-from dsmoe.config.errors import HostError
+from dsmoe.config.errors import HostError, keep_place
 from dsmoe.launch.world import check_meeting, join_launcher, launched_world
 from dsmoe.parallel.claims import Claims
 from dsmoe.parallel.devices import DeviceError as DeviceError
@@ -197,7 +198,8 @@ def on_first_rank(action: Callable[[], T], what: str | Job = "work of rank 0") -
     Raises:
         LostRanksError: rank 0 has ended, or gives no sign of life (`dsmoe.parallel.waiting`).
     """
-    outcome = while_others_wait([0], lambda: _outcome_of(action), what) or [None, None]
+    with _part_of(what) as job:
+        outcome = while_others_wait([0], lambda: _outcome_of(action), job) or [None, None]
     torch.distributed.broadcast_object_list(outcome, src=0)
     return cast(T, _result_of([outcome])[0])
 
@@ -223,10 +225,16 @@ def on_every_rank(action: Callable[[], T], what: str | Job = "work of every rank
 
 def _on_ranks(workers: Collection[int], action: Callable[[], T], what: str | Job) -> list[Any]:
     """What `action` has returned on every rank, None where it was not done."""
-    outcome = while_others_wait(workers, lambda: _outcome_of(action), what) or [None, None]
+    with _part_of(what) as job:
+        outcome = while_others_wait(workers, lambda: _outcome_of(action), job) or [None, None]
     outcomes: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(outcomes, outcome)
     return _result_of(outcomes)
+
+
+def _part_of(what: str | Job) -> AbstractContextManager[Job]:
+    """The job that this is a part of, or one of its own."""
+    return nullcontext(what) if isinstance(what, Job) else Job("waiting", what, ends_with_rank=True)
 
 
 def _outcome_of(action: Callable[[], Any]) -> list[Any]:
@@ -234,6 +242,7 @@ def _outcome_of(action: Callable[[], Any]) -> list[Any]:
     try:
         return [action(), None]
     except Exception as error:
+        keep_place(error, f"on rank {torch.distributed.get_rank()} ({socket.gethostname()})")
         return [None, error]
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.watch import GRACE_SECONDS, STORE_SECONDS, Note, Watch, notes_in, process_watch, within
-from dsmoe.plan.text import rank_names
+from dsmoe.parallel.silence import Silence, within
+from dsmoe.parallel.watch import GRACE_SECONDS, STORE_SECONDS, Note, Watch, notes_in, process_watch
+from dsmoe.plan.text import ranks_on_hosts
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +36,16 @@ GONE_SECONDS = 60.0
 """A rank that had begun the job is gone if its beats do not go on for so long: longer than a debugger stops one."""
 LOG_SECONDS = 10.0
 """How long a line may take to get into the log: storage that hangs may have that as well."""
-SHOWN_RANKS, SHOWN_HOSTS, LONGEST_NAMES = 8, 3, 80
+SHOWN_RANKS = 8
 WORKING, WAITING, OVER, AWAY = "working", "waiting", "over", "away"
+_NOT_BEGUN = "waiting to begin"
 
 
 class Account:
     """What this rank has done of its part of a job."""
 
     def __init__(self) -> None:
-        self._state, self._place = WAITING, "waiting to begin"
+        self._state, self._place = WAITING, _NOT_BEGUN
         self._done = self._total = 0
         self._unit = ""
         self._moved = time.monotonic()
@@ -55,6 +57,11 @@ class Account:
     def waits(self, place: str) -> None:
         """Say for what this rank waits, or that its part is done."""
         self._set(WAITING, place)
+
+    @property
+    def says_why_it_waits(self) -> bool:
+        """Whether `waits` was called after the last `at`."""
+        return self._state == WAITING and self._place != _NOT_BEGUN
 
     def expect(self, total: int, unit: str = "") -> None:
         """Say how much there is to do, of a unit (`batches`), or else in bytes."""
@@ -98,6 +105,8 @@ class Job(Account):
         self.lost: LostRanksError | None = None
         """Which rank is gone, while others wait for it in this job; set on ranks that look on."""
         self.ended = threading.Event()
+        self._missed: float | None = None
+        """Since when rank 0 is known to be missing."""
         self._watch = watch or process_watch()
         self.number = self._watch.jobs[kind].number + 1 if kind in self._watch.jobs else 1
 
@@ -118,6 +127,20 @@ class Job(Account):
         if self.ends_with_rank:  # nobody is to take this rank, which may end now, for one that is gone
             within(STORE_SECONDS, self._watch._publish)
 
+    def gone(self) -> LostRanksError | None:
+        """Which rank is gone, so that this job has no end; for ranks that wait in it, which ask now and then.
+
+        Ranks that do not look on themselves learn of rank 0 alone, and later: as `Watch.has_lost_first` says, and for
+        `GRACE_SECONDS`, since a process that stood still itself has yet to hear of the others.
+        """
+        if not self._watch.has_lost_first():
+            self._missed = None
+        elif self._missed is None:
+            self._missed = time.monotonic()
+        elif self.lost is None and time.monotonic() - self._missed > GRACE_SECONDS:
+            self.lost = LostRanksError(f"{self.what}: rank 0 does not come")
+        return self.lost
+
     def account(self) -> list[Any]:
         """What the others are told: the job's number, and `text`."""
         return [self.number, *self.text()]
@@ -130,15 +153,21 @@ class _Looking:
         self._job, self._watch = job, watch
         self._store: dist.Store | None = None
         self._notes: dict[int, Note] = {}
+        self._most = 3 * LOOK_SECONDS + LOG_SECONDS
+        """More than looks are apart while this process runs."""
+        self._silence_of_store = Silence(self._most)
+        self._watched = 0.0
+        """Seconds in which this process has looked and the store has answered: only these count against a rank."""
         self._beaten: dict[int, float] = {}
-        """When each rank's beats were last seen to go on."""
+        """What `_watched` was when each rank's beats were last seen to go on."""
         self._seen: dict[int, float] = {}
-        """When each rank's beats were last looked at."""
-        self._begun = self._looked = self._answered = time.monotonic()
-        self._next_word = self._begun + WORD_SECONDS
-        self._spoken = f"dsmoe/job/{job.kind}/words"
+        """The same, when they were last looked at."""
+        self._begun = self._looked = self._line_at = time.monotonic()
+        self._next_line = self._begun + WORD_SECONDS
+        self._lines_key = f"dsmoe/job/{job.kind}/words"
         """The key by which rank 0 says that it has logged a line."""
-        self._words, self._heard, self._heard_at = 0, "", self._begun
+        self._num_lines, self._last_line = 0, ""
+        """How many lines this rank has logged, and what was last seen at the key, `_line_at`."""
 
     def go_on(self) -> None:
         """Look until the job is over, or a rank is gone."""
@@ -152,7 +181,7 @@ class _Looking:
                 self._look([0])
                 patience = WORD_SECONDS + 2 * LOOK_SECONDS + LOG_SECONDS
                 # Hosts are many, and each of them would read the notes of all ranks.
-                if time.monotonic() - self._heard_at > patience and time.monotonic() >= self._next_word:
+                if time.monotonic() - self._line_at > patience and time.monotonic() >= self._next_line:
                     self._look(range(self._watch.world_size))
                     self._speak_if_due()
             if self._job.ends_with_rank and (lost := self._lost()) is not None:
@@ -162,44 +191,41 @@ class _Looking:
 
     def _look(self, ranks: Sequence[int]) -> None:
         """Read notes, and of rank 0 whether it speaks."""
-        now = time.monotonic()
-        if now - self._looked > 3 * LOOK_SECONDS + LOG_SECONDS:  # it is this process that stood still
-            self._beaten.clear()
-            self._answered = now
         found = within(2 * STORE_SECONDS, lambda: self._read(ranks))
-        self._looked = now = time.monotonic()
+        self._silence_of_store.look(found is not None)
+        since, self._looked = self._looked, time.monotonic()
         if found is None:
             self._store = None  # another connection next time
             return
-        self._answered = now
-        notes, heard = found
-        if heard != self._heard:
-            self._heard, self._heard_at = heard, now
+        notes, line = found
+        if line != self._last_line:
+            self._last_line, self._line_at = line, time.monotonic()
+        self._watched += min(self._looked - since, self._most)
         for rank, note in notes.items():
-            if rank not in self._beaten or note.beat != self._notes[rank].beat:
-                self._beaten[rank] = now
-            self._seen[rank] = now
+            if rank not in self._notes or note.beat != self._notes[rank].beat:
+                self._beaten[rank] = self._watched
+            self._seen[rank] = self._watched
         self._notes |= notes
 
     def _read(self, ranks: Sequence[int]) -> tuple[dict[int, Note], str]:
         if self._store is None:
             self._store = self._watch.store.clone()
-        store, spoken = self._store, self._spoken
-        heard = store.get(spoken).decode() if store.check([spoken]) else ""
-        return notes_in(store, ranks), heard
+        store, key = self._store, self._lines_key
+        line = store.get(key).decode() if store.check([key]) else ""
+        return notes_in(store, ranks), line
 
     def _speak_if_due(self) -> None:
         """Log a line if it is time to, and let the others know that this was possible."""
         now = time.monotonic()
-        if now < self._next_word:
+        if now < self._next_line:
             return
-        self._next_word = now + WORD_SECONDS
+        self._next_line = now + WORD_SECONDS
         line = f"{self._job.what} has taken {now - self._begun:.0f} s so far. {self._places()}"
         if self._log(line) and self._watch.rank == 0:
-            self._words += 1
-            store, words = self._store, f"{self._job.number} {self._words}"
+            self._num_lines += 1
+            store, said = self._store, f"{self._job.number} {self._num_lines}"
             if store is not None:
-                within(STORE_SECONDS, lambda: store.set(self._spoken, words))
+                within(STORE_SECONDS, lambda: store.set(self._lines_key, said))
 
     def _log(self, line: str) -> bool:
         """Whether the line is in the log; the console has it before a file on storage that hangs."""
@@ -212,47 +238,38 @@ class _Looking:
         return within(LOG_SECONDS, log) is not None
 
     def _places(self) -> str:
-        """How far the ranks are, as far as is known here."""
-        if self._silent_store() > GRACE_SECONDS:
-            here = self._watch.now()[0]
-            notes = {self._watch.rank: replace(here, jobs={self._job.kind: self._job.account()})}
-            return f"{self._no_store()}; {places(self._job, notes, {})}"
-        known = {rank: note for rank, note in self._notes.items() if rank in self._beaten}
-        return places(self._job, known, self._silences())
+        """How far the ranks are, as far as this one knows."""
+        if self._silence_of_store.seconds > GRACE_SECONDS:
+            own = self._watch.now()[0]
+            notes = {self._watch.rank: replace(own, jobs={self._job.kind: self._job.account()})}
+            return f"{self._watch.without_store()}; {places(self._job, notes, {})}"
+        return places(self._job, self._notes, self._silent())
 
-    def _silences(self) -> dict[int, float]:
+    def _silent(self) -> dict[int, float]:
         """For how long other ranks have given no sign of life, of those whose beats do not go on."""
         silences = {rank: self._seen[rank] - since for rank, since in self._beaten.items()}
         silences.pop(self._watch.rank, None)
-        silent = {rank: seconds for rank, seconds in silences.items() if seconds > GRACE_SECONDS}
-        return {r: seconds for r, seconds in silent.items() if _account(self._notes[r], self._job)[1] != OVER}
-
-    def _silent_store(self) -> float:
-        return time.monotonic() - self._answered
-
-    def _no_store(self) -> str:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        silent = f"rank 0's host does not answer at {address}, where the ranks meet"
-        return f"{silent}, for {self._silent_store():.0f} s"
+        found = {rank: seconds for rank, seconds in silences.items() if seconds > GRACE_SECONDS}
+        return {r: seconds for r, seconds in found.items() if _account(self._notes[r], self._job)[1] != OVER}
 
     def _lost(self) -> str | None:
         """Why the job will not come to an end, if a rank that had begun it is gone."""
         # A store in a launcher goes with the launcher, and rank 0 has its own: neither tells of a rank.
         of_rank_0 = self._watch.rank > 0 and not launcher_has_store()
-        if of_rank_0 and self._silent_store() > GONE_SECONDS:
-            return f"{self._job.what}: {self._no_store()}: it has ended, or is cut off from here"
-        gone = {
-            rank: self._notes[rank]
-            for rank, seconds in self._silences().items()
+        if of_rank_0 and self._silence_of_store.seconds > GONE_SECONDS:
+            return f"{self._job.what}: {self._watch.without_store()}"
+        silences = {
+            rank: seconds
+            for rank, seconds in self._silent().items()
             if seconds > GONE_SECONDS and _account(self._notes[rank], self._job)[1] in (WORKING, WAITING)
         }
-        if not gone:
+        if not silences:
             return None
-        last = "; ".join(dict.fromkeys(_account(note, self._job)[2] for note in gone.values()))
-        is_or_are = "is" if len(gone) == 1 else "are"
+        last = "; ".join(dict.fromkeys(_account(self._notes[rank], self._job)[2] for rank in silences))
+        are = "is" if len(silences) == 1 else "are"
         return (
-            f"{self._job.what}: {_who(sorted(gone), gone)} {is_or_are} gone, with no sign of life for "
-            f"{GONE_SECONDS:.0f} s; last heard of: {last}"
+            f"{self._job.what}: {_who(silences, self._notes)} {are} gone, with no sign of life for "
+            f"{min(silences.values()):.0f} s; last heard of: {last}"
         )
 
 
@@ -298,14 +315,8 @@ def _account(note: Note, job: Job) -> tuple[int, str, str, float]:
     return number, state, place, still
 
 
-def _who(ranks: Sequence[int], notes: Mapping[int, Note]) -> str:
-    """`ranks 0-2, 5 on host1, host2`."""
-    names = rank_names(ranks)
-    if len(names) > LONGEST_NAMES:
-        names = f"{len(ranks):,} ranks from {ranks[0]} to {ranks[-1]}"
-    hosts = list(dict.fromkeys(notes[rank].host for rank in ranks))
-    more = f" and {len(hosts) - SHOWN_HOSTS} more hosts" if len(hosts) > SHOWN_HOSTS else ""
-    return f"{names} on {', '.join(hosts[:SHOWN_HOSTS])}{more}"
+def _who(ranks: Iterable[int], notes: Mapping[int, Note]) -> str:
+    return ranks_on_hosts({rank: notes[rank].host for rank in ranks})
 
 
 def _amount(done: int, total: int, unit: str) -> str:

@@ -1,7 +1,8 @@
 """Run a function on N gloo ranks of this machine and get what each returned.
 
 Rendezvous is a file, so no port is taken. The ranks are forked from a server that has imported torch and DeepSpeed
-once. If a rank fails, so does the call, with its error; if they do not end in time, all are killed.
+once. If a rank fails, so does the call, with its error; if they do not end in time, all are killed. They end with the
+process that has started them, however that ends.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.util
 import os
+import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -72,6 +75,13 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
         raise RanksFailedError(text or f"ranks did not end within {timeout} s")
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)  # nobody is there who would want its results
+
+
 def _rank_main(
     folder: str, rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
@@ -79,6 +89,7 @@ def _rank_main(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    threading.Thread(target=_end_with_parent, daemon=True, name="dsmoe launcher").start()
     torch.set_num_threads(1)
     try:
         torch.distributed.init_process_group(

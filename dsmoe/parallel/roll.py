@@ -30,11 +30,12 @@ from dsmoe.parallel.claims import (
 )
 from dsmoe.parallel.devices import shared_devices
 from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.watch import STORE_SECONDS, meeting_place, within
+from dsmoe.parallel.silence import Silence, within
+from dsmoe.parallel.watch import STORE_SECONDS, meeting_place
+from dsmoe.plan.text import rank_names, ranks_on_hosts
 
 WORD_SECONDS = 20.0
 """After how long a rank first says for whom it waits; each time twice as long passes before it says so again."""
-SHOWN_NODES = 8
 HEARD_SECONDS = 5.0
 """How long rank 0, which may have the store, stays for the others to read why all of them end."""
 REACH_SECONDS = 10.0
@@ -89,7 +90,7 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, 
         return
     # Rank 0 speaks first, and by name. Where its process is stopped, not even the end of the time is heard of.
     seconds = (timeout + timedelta(seconds=2 * STORE_SECONDS)).total_seconds()
-    verdict = within(seconds, lambda: [_hear(store, rank, claims)])
+    verdict = within(seconds, lambda: [_learn_verdict(store, rank, claims)])
     if verdict is None:
         state = meeting_place() or "does not answer"
         raise LostRanksError(f"rank 0, which says when all ranks have come, {state} at {address}:{port}")
@@ -97,7 +98,7 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, 
         raise DifferentRanksError(*verdict[0])
 
 
-def _hear(store: dist.Store, rank: int, claims: Claims) -> tuple[str, int] | None:
+def _learn_verdict(store: dist.Store, rank: int, claims: Claims) -> tuple[str, int] | None:
     """Hear of rank 0 that all have come and have the same, which is None, or why all ranks end, and the exit code."""
     store.wait([_key("all")], timedelta(days=1))
     asked = json.loads(store.get(_key("all")))
@@ -158,7 +159,7 @@ def _judge(store: dist.Store, text: str, exit_code: int, others: int) -> None:
     """Say why all ranks end, and stay until the others have heard it."""
     store.set(_key("verdict"), json.dumps([text, exit_code]))
     deadline = time.monotonic() + HEARD_SECONDS
-    while store.add(_key("heard"), 0) < others and time.monotonic() < deadline:
+    while store.add(_key("read"), 0) < others and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -166,7 +167,7 @@ def _verdict(store: dist.Store) -> tuple[str, int]:
     """What rank 0 says of all of them, and the exit code."""
     store.wait([_key("verdict")], timedelta(seconds=REPORT_SECONDS))
     text, exit_code = json.loads(store.get(_key("verdict")))
-    store.add(_key("heard"), 1)
+    store.add(_key("read"), 1)
     return text, exit_code
 
 
@@ -206,28 +207,24 @@ def _await_all(store: dist.Store, keys: list[str], devices_per_node: int | None,
         if is_time_to_speak:
             print(f"waiting for {who}", flush=True)
     raise LostRanksError(
-        f"{who}, have not come within {timeout.total_seconds():.0f} s to {os.environ['MASTER_ADDR']}:"
+        f"{who} have not come within {timeout.total_seconds():.0f} s to {os.environ['MASTER_ADDR']}:"
         f"{os.environ['MASTER_PORT']}, where the ranks meet; is that address reached from there, and has the launcher "
         f"started them?"
     )
 
 
 def _absent(missing: list[int], world: int, devices_per_node: int | None) -> str:
-    kind, places = "rank", missing
-    if devices_per_node is not None:
-        kind, places = "of node", sorted({place // devices_per_node for place in missing})
-    more = "" if len(places) <= SHOWN_NODES else ", ..."
-    return f"{len(missing)} of {world} ranks, {kind} {', '.join(map(str, places[:SHOWN_NODES]))}{more} (from 0)"
+    nodes = {place: f"node {place // devices_per_node}" for place in missing} if devices_per_node else None
+    return f"{len(missing)} of {world} ranks ({ranks_on_hosts(nodes) if nodes else rank_names(missing)}, from 0)"
 
 
 def _moments(timeout: timedelta) -> Iterator[bool]:
     """Moments to look again until the time is up, at least one; True when it is time to say so: after 20, 60, 140 s."""
-    begun, next_word = time.monotonic(), WORD_SECONDS
-    waited = 0.0
-    while waited <= timeout.total_seconds():
-        is_time_to_speak = waited > next_word
+    waited, next_word = Silence(2 * STORE_SECONDS), WORD_SECONDS
+    while waited.seconds <= timeout.total_seconds():
+        is_time_to_speak = waited.seconds > next_word
         if is_time_to_speak:
             next_word = 2 * next_word + WORD_SECONDS
         yield is_time_to_speak
         time.sleep(0.1)
-        waited = time.monotonic() - begun
+        waited.look()

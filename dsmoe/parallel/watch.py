@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError, first_line, is_lost
-
-T = TypeVar("T")
+from dsmoe.parallel.silence import Silence, within
+from dsmoe.plan.text import ranks_on_hosts
 
 BEAT_SECONDS = 2.0
 GRACE_SECONDS = 3 * BEAT_SECONDS
@@ -38,8 +38,10 @@ FAILED = "dsmoe/failed"
 """The key of the first rank that failed."""
 ASKED = "dsmoe/asked"
 """The key of how often a rank was asked for reports."""
+EXPLAINED = "dsmoe/explained"
+"""The key that is there when the run's end has been explained."""
 SHOWN = 8
-"""The most ranks of a host, hosts and places that a message names."""
+"""The most places that a message names."""
 SAVING = "saving a checkpoint"
 """A note that is not timed: how long it takes depends on the storage."""
 
@@ -108,7 +110,8 @@ class Watch:
         self.first_failed: int | None = None
         """The rank that has failed first, as far as this one has heard."""
         self._waits = 0
-        self._first, self._heard = Note("an unknown host"), time.monotonic()
+        self._first, self._first_seen = Note("an unknown host"), time.monotonic()
+        self._first_silence, self._first_beat = Silence(GRACE_SECONDS), 0
         self._failed = self._store_has_ended = False
         self._store_answers = True
         self._publishing = threading.Lock()
@@ -151,14 +154,29 @@ class Watch:
         threading.Thread(target=self._look_for_stalls, args=(action,), daemon=True, name="dsmoe stalls").start()
 
     def has_lost_first(self) -> bool:
-        """Whether rank 0 will not come any more: it has ended, with the store, or is silent for longer than allowed."""
-        silent = self.rank > 0 and time.monotonic() - self._heard > self.timeout.total_seconds()
-        return (self._store_has_ended and not launcher_has_store()) or silent
+        """Whether rank 0 will not come any more: it has ended, with the store, or is silent for longer than allowed.
+
+        Time counts while this is asked again and again.
+        """
+        if self.rank == 0:
+            return False
+        beat = self._first.beat
+        silence = self._first_silence.look(beat != self._first_beat)
+        self._first_beat = beat
+        return (self._store_has_ended and not launcher_has_store()) or silence > self.timeout.total_seconds()
 
     def check_others(self) -> None:
-        """Raise LostRanksError if another rank has failed: who waits for it, or for those that do, waits in vain."""
+        """Raise LostRanksError if a rank that this one waits for, perhaps through others, will not come any more."""
         if self.first_failed not in (None, self.rank):
             raise LostRanksError(f"rank {self.first_failed} has failed")
+        if self.has_lost_first():
+            silence = self._first_silence.seconds
+            silent = silence > self.timeout.total_seconds()
+            raise LostRanksError(
+                f"rank 0 has given no sign of life for {silence:.0f} s"
+                if silent
+                else "rank 0 has ended, with the store"
+            )
 
     def look_at_store(self) -> None:
         """Learn now whether the store has ended."""
@@ -199,61 +217,65 @@ class Watch:
         """
         if not is_lost(error):
             return None
-        here, _ = self.now()
+        own, _ = self.now()
         missing = None
         if self._store_answers:
-            missing = within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(here))
-        missing = missing or self._without_store(here)
-        return f"a collective failed at {here.place}: {missing} ({first_line(error)})"
+            missing = within(STORE_SECONDS + GRACE_SECONDS, lambda: self._missing(own))
+        missing = missing or self.without_store()
+        return f"a collective failed at {own.place}: {missing} ({first_line(error)})"
 
-    def tell(self) -> None:
+    def say_explained(self) -> None:
         """Let the others know that the run's end has been explained; rank 0 stays until they do, having the store."""
         if self._store_answers:
-            within(STORE_SECONDS, lambda: self.store.set("dsmoe/told", ""))
+            within(STORE_SECONDS, lambda: self.store.set(EXPLAINED, ""))
         if self.rank == 0 and self.world_size > 1:
             time.sleep(GRACE_SECONDS)
 
-    def wait_until_told(self, seconds: float) -> None:
+    def wait_until_explained(self, seconds: float) -> None:
         """Wait until the speaker has explained the end, `seconds` at most."""
         deadline = time.monotonic() + seconds
         while self._store_answers and time.monotonic() < deadline:
-            if within(STORE_SECONDS, lambda: self.store.check(["dsmoe/told"])) is not False:
-                return  # told, or the store has gone with rank 0
+            if within(STORE_SECONDS, lambda: self.store.check([EXPLAINED])) is not False:
+                return  # explained, or the store has gone with rank 0
             time.sleep(1)
 
-    def _missing(self, here: Note) -> str:
+    def _missing(self, own: Note) -> str:
         """Which of the others are gone, or the furthest behind."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         before = self.notes_of(others)
-        time.sleep(GRACE_SECONDS)
+        silence = Silence(BEAT_SECONDS)
+        while silence.look() < GRACE_SECONDS:
+            time.sleep(BEAT_SECONDS / 4)
         after = self.notes_of(others)
         unknown = Note("an unknown host", doing="before it had joined the others")
         seen = {rank: after.get(rank, unknown) for rank in others}
         gone = {r: note for r, note in seen.items() if not note.failed and note.beat == before.get(r, unknown).beat}
         if gone:
-            return f"{_who(gone)} gone, with no sign of life for {GRACE_SECONDS:.0f} s; last heard of: {_places(gone)}"
-        least = min(note.notes for note in [here, *seen.values()])
-        if least == max(note.notes for note in [here, *seen.values()]):
+            last = f"last heard of: {_places(gone)}"
+            return f"{_are(gone)} gone, with no sign of life for {silence.seconds:.0f} s; {last}"
+        least = min(note.notes for note in [own, *seen.values()])
+        if least == max(note.notes for note in [own, *seen.values()]):
             return "no rank is missing: all are alive and have come equally far"
-        behind = {rank: note for rank, note in [(self.rank, here), *seen.items()] if note.notes == least}
-        return f"{_who(behind)} missing: alive, but still at {_places(behind)}"
+        behind = {rank: note for rank, note in [(self.rank, own), *seen.items()] if note.notes == least}
+        return f"{_are(behind)} missing: alive, but still at {_places(behind)}"
 
-    def _without_store(self, here: Note) -> str:
-        """What is known of rank 0 where the store, which it or its launcher has, does not answer."""
+    def without_store(self) -> str:
+        """What is known of rank 0 where the store, which it or its launcher has, does not answer; takes seconds."""
         state, serves_itself = meeting_place(), not launcher_has_store()
         address = f"at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where the ranks meet"
-        first = here if self.rank == 0 else self._first
+        own, _ = self.now()
+        first, seconds = (self._first, time.monotonic() - self._first_seen) if self.rank else (own, 0.0)
         who = f"rank 0 on {first.host}" if serves_itself else f"the launcher on rank 0's host ({first.host})"
-        last = f"; last heard of rank 0, {time.monotonic() - self._heard:.0f} s ago: {first.place}" if self.rank else ""
+        last = f"; last heard of rank 0, {seconds:.0f} s ago: {first.place}" if self.rank else ""
         if state is None:
-            return f"rank 0's host does not answer {address}: it has ended, or {here.host} is cut off from it{last}"
+            return f"rank 0's host does not answer {address}: it has ended, or {own.host} is cut off from it{last}"
         return f"{who} {state} {address}{last}"
 
     def _publish_for_ever(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS if self._now.beat else 0.0):
             try:
                 self._publish()
-                self._hear()
+                self._look_at_others()
                 self._hand_on_questions()
             except Exception:  # the main thread will find out, if it still needs the store, and say so
                 self.look_at_store()
@@ -261,8 +283,8 @@ class Watch:
                     with suppress(Exception):
                         self._beats = self.store.clone()
 
-    def _hear(self) -> None:
-        """Whether a rank has failed, and that rank 0 lives."""
+    def _look_at_others(self) -> None:
+        """Learn whether a rank has failed, and that rank 0 lives."""
         if self.first_failed is None and self._beats.check([FAILED]):
             self.first_failed = int(self._beats.get(FAILED).decode())
             if self.reports and self.first_failed != self.rank:
@@ -270,18 +292,17 @@ class Watch:
         if self.rank > 0 and self._beats.check([_key(0)]):
             first = Note(**json.loads(self._beats.get(_key(0))))
             if first.beat != self._first.beat:
-                self._first, self._heard = first, time.monotonic()
+                self._first, self._first_seen = first, time.monotonic()
 
     def _look_for_stalls(self, action: Callable[[LostRanksError], None]) -> None:
-        last, since = -1, time.monotonic()
+        last, silence = -1, Silence(GRACE_SECONDS)
         while not self._stopped.wait(BEAT_SECONDS):
             notes, step, doing, _ = self._doing
-            stood = time.monotonic() - since
-            if notes != last or step == 0 or doing == SAVING:
-                last, since = notes, time.monotonic()
-            elif stood > self.timeout.total_seconds() + BEAT_SECONDS:
-                return action(LostRanksError(f"nothing has gone on for {self.timeout.total_seconds():.0f} s"))
-            elif self._store_has_ended and not launcher_has_store() and stood > GRACE_SECONDS:
+            stood = silence.look(notes != last or step == 0 or doing == SAVING)
+            last = notes
+            if stood > self.timeout.total_seconds() + BEAT_SECONDS:
+                return action(LostRanksError(f"nothing has gone on for {stood:.0f} s"))
+            if self._store_has_ended and not launcher_has_store() and stood > GRACE_SECONDS:
                 return action(LostRanksError("nothing goes on, and the store has ended"))
 
     def _hand_on_questions(self) -> None:
@@ -361,38 +382,11 @@ def _key(rank: int) -> str:
     return f"dsmoe/watch/{rank}"
 
 
-def _who(notes: Mapping[int, Note]) -> str:
-    """`ranks 2, 3 on host1 and rank 4 on host2 are`."""
-    hosts: dict[str, list[int]] = {}
-    for rank, note in sorted(notes.items()):
-        hosts.setdefault(note.host, []).append(rank)
-    parts = [f"{_few(ranks, 'rank')} on {host}" for host, ranks in list(hosts.items())[:SHOWN]]
-    if len(hosts) > SHOWN:
-        parts.append(f"ranks on {len(hosts) - SHOWN:,} more hosts")
-    return f"{' and '.join(parts)} {'is' if len(notes) == 1 else 'are'}"
-
-
-def _few(ranks: list[int], name: str) -> str:
-    more = f" and {len(ranks) - SHOWN:,} more" if len(ranks) > SHOWN else ""
-    return f"{name}{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:SHOWN]))}{more}"
+def _are(notes: Mapping[int, Note]) -> str:
+    """`ranks 2-3 on host1 are`."""
+    return f"{ranks_on_hosts({rank: note.host for rank, note in notes.items()})} {'is' if len(notes) == 1 else 'are'}"
 
 
 def _places(notes: Mapping[int, Note]) -> str:
     places = list(dict.fromkeys(note.place for _, note in sorted(notes.items())))
     return "; ".join([*places[:SHOWN], *(["..."] if len(places) > SHOWN else [])])
-
-
-def within(seconds: float, action: Callable[[], T]) -> T | None:
-    """What `action` returns, or None where it fails or takes longer: a store on a host that is cut off may never."""
-    result: list[Any] = [None]
-
-    def act() -> None:
-        try:
-            result[0] = action()
-        except Exception:
-            result[0] = None
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return result[0]

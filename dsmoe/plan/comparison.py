@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Parallel
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 SHORT_NAMES = {
     "tp": "parallel.tensor",
@@ -96,6 +99,32 @@ def parse_layout(text: str, world_size: int | None = None) -> Layout:
         )
     here = {"cluster.devices_per_node": ranks // nodes, "cluster.device": "cpu"}
     return Layout(text, ranks, {**overrides, **here})
+
+
+def parse_layouts(texts: Sequence[str], world_size: int | None = None) -> list[Layout]:
+    """Read several, as `parse_layout` does.
+
+    Raises:
+        UserError: a line for each that cannot be.
+    """
+    return all_of(texts, lambda text: parse_layout(text, world_size))
+
+
+def all_of(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
+    """What `make` returns for each item.
+
+    Raises:
+        UserError: it has refused some; what it says of each, once.
+    """
+    made, problems = [], []
+    for item in items:
+        try:
+            made.append(make(item))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return made
 
 
 def comparable(config: Config, steps: int, precision: str) -> dict[str, Any]:

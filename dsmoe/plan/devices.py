@@ -11,8 +11,9 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Device
+from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.partial import UnsoundError
+from dsmoe.config.schema import Config, Device
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,14 @@ def resolve_device(device: str | Device | None) -> DeviceFacts | None:
         f"cluster.device ({device!r}) is not a known device; {suggestion}known: {', '.join(KNOWN_DEVICES)}; "
         "or describe it with {memory_gib: ..., peak_tflops: ...}"
     )
+
+
+def device_problems(config: Config) -> list[Problem]:
+    """What `resolve_device` says, for `load_config`."""
+    try:
+        resolve_device(config.cluster.device)
+    except UnsoundError:
+        return []
+    except UserError as error:
+        return [("cluster.device", str(error))]
+    return []

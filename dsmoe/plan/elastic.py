@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 
 from dsmoe.config.checks import cross_field_problems
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import Problem, UserError
+from dsmoe.config.layout_checks import world_size
 from dsmoe.config.nearest import divisors_of, either, neighbours
 from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 
 MOST_NODES = 4096
 """How far the nearest number of nodes is looked for."""
+MOST_SEQUENCES = 65_536
+"""The largest micro-batch that is tried in place of the config's."""
+_OF_LAYOUT = ("cluster.", "parallel.", "train.batch_tokens", "train.micro_batch_size")
+"""The keys of problems that other devices may have, or not have; others are if they name a degree."""
+_DEGREE = re.compile(r"parallel\.(tensor|expert)")
 
 
 def fit_to_world(config: Config, nodes: int, devices_per_node: int) -> Config:
@@ -28,16 +35,56 @@ def fit_to_world(config: Config, nodes: int, devices_per_node: int) -> Config:
     """
     if (nodes, devices_per_node) == (config.cluster.nodes, config.cluster.devices_per_node):
         return config
-    fitted = _first_valid(config, nodes, devices_per_node)
+    known = _known(config)
+    fitted = _first_valid(config, nodes, devices_per_node, known)
     if fitted is not None:
         return fitted
-    valid = [n for n in range(1, min(2 * nodes, MOST_NODES) + 1) if _first_valid(config, n, devices_per_node)]
+    valid = [n for n in range(1, min(2 * nodes, MOST_NODES) + 1) if _first_valid(config, n, devices_per_node, known)]
     nearest = f"; nearest that can: {either(neighbours(nodes, valid))} nodes" if valid else ""
-    problems = cross_field_problems(_on(config, nodes, devices_per_node))
+    problems = [
+        problem for problem in cross_field_problems(_on(config, nodes, devices_per_node)) if problem not in known
+    ]
     raise UserError(
         f"{nodes} nodes x {devices_per_node} devices cannot train this config with its batch "
         f"({'; '.join(message for _, message in problems)}){nearest}"
     )
+
+
+def settings_for(config: Config, nodes: int, devices_per_node: int) -> tuple[list[str], list[str]]:
+    """The overrides with which the config suits `nodes` x `devices_per_node` best, and what else has to change.
+
+    They are the two numbers, and the degrees that `fit_to_world` would take. What is wrong with the config on any
+    devices is not among the rest.
+    """
+    known, old = _known(config), flatten(config.model_dump())
+    found: list[tuple[list[str], Config]] = []
+    for choice in _choices(_on(config, nodes, devices_per_node)):
+        found.append(
+            ([message for key, message in cross_field_problems(choice) if (key, message) not in known], choice)
+        )
+        if not found[-1][0]:
+            break
+    problems, best = min(found, key=lambda tried: len(tried[0]))
+    numbers = ("cluster.nodes", "cluster.devices_per_node")
+    new = flatten(best.model_dump())
+    changed = [key for key in new if old[key] != new[key] and key not in numbers]
+    return [f"{key}={new[key]}" for key in (*numbers, *changed)], problems
+
+
+def is_sound(config: Config) -> bool:
+    """Whether nothing is wrong with the config on any devices."""
+    return not _known(config)
+
+
+def has_layout(config: Config) -> bool:
+    """Whether the config's own devices can have its layout."""
+    return all(problem in _known(config) for problem in cross_field_problems(config))
+
+
+def _known(config: Config) -> set[Problem]:
+    """What is wrong with the config on any devices."""
+    problems = cross_field_problems(config)
+    return {(key, text) for key, text in problems if not (key.startswith(_OF_LAYOUT) or _DEGREE.search(text))}
 
 
 def adjustments(given: Config, fitted: Config) -> list[str]:
@@ -46,9 +93,9 @@ def adjustments(given: Config, fitted: Config) -> list[str]:
     return [f"{key} {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
 
 
-def _first_valid(config: Config, nodes: int, devices_per_node: int) -> Config | None:
+def _first_valid(config: Config, nodes: int, devices_per_node: int, known: Collection[Problem]) -> Config | None:
     here = _on(config, nodes, devices_per_node)
-    return next((choice for choice in _choices(here) if not cross_field_problems(choice)), None)
+    return next((choice for choice in _choices(here) if all(p in known for p in cross_field_problems(choice))), None)
 
 
 def _on(config: Config, nodes: int, devices_per_node: int) -> Config:
@@ -62,9 +109,19 @@ def _choices(config: Config) -> Iterator[Config]:
     divisors = divisors_of(config.moe.num_experts) if config.moe is not None else [1]
     below, above = [d for d in divisors if d < experts], [d for d in divisors if d > experts]
     exchanges = dict.fromkeys([config.parallel.all_to_all, "flat"])
+    train = config.train.model_copy(update={"micro_batch_size": _micro_batch_size(config)})
     for expert in [experts, *reversed(below), *above]:
         for exchange in exchanges:
             parallel = config.parallel.model_copy(update={"expert": expert, "all_to_all": exchange})
-            for size in reversed(range(1, config.train.micro_batch_size + 1)):
-                train = config.train.model_copy(update={"micro_batch_size": size})
-                yield config.model_copy(update={"parallel": parallel, "train": train})
+            yield config.model_copy(update={"parallel": parallel, "train": train})
+
+
+def _micro_batch_size(config: Config) -> int:
+    """The largest size up to the config's of which whole ones make up the batch; its own where there is none."""
+    train = config.train
+    data, rest = divmod(world_size(config), config.parallel.tensor)
+    sequences, more = divmod(train.batch_tokens, train.sequence_length * max(data, 1))
+    if rest or more or sequences % train.micro_batch_size == 0:
+        return train.micro_batch_size
+    most = min(train.micro_batch_size, MOST_SEQUENCES)
+    return next(size for size in range(most, 0, -1) if sequences % size == 0)

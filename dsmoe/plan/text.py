@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+_LONGEST_NAMES, _SHOWN_HOSTS = 80, 3
 _UNITS = (("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12))
 
 
@@ -51,7 +52,15 @@ def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
 
 
 def rank_names(ranks: Sequence[int]) -> str:
-    """`ranks 0-2, 5`; in ascending order."""
+    """`ranks 0-2, 5`, in ascending order; where those would fill a line, `1,988 ranks from 8 to 3998`."""
     runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
     parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(parts)}"
+    names = f"rank{'s' * (len(ranks) > 1)} {', '.join(parts)}"
+    return names if len(names) <= _LONGEST_NAMES else f"{len(ranks):,} ranks from {ranks[0]} to {ranks[-1]}"
+
+
+def ranks_on_hosts(hosts: Mapping[int, str]) -> str:
+    """`ranks 0-2, 5 on host1, host2`, by each rank's host; of many ranks or hosts their number."""
+    names = list(dict.fromkeys(hosts[rank] for rank in sorted(hosts)))
+    more = f" and {len(names) - _SHOWN_HOSTS:,} more hosts" if len(names) > _SHOWN_HOSTS else ""
+    return f"{rank_names(sorted(hosts))} on {', '.join(names[:_SHOWN_HOSTS])}{more}"

@@ -13,6 +13,7 @@ import torch
 
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config
+from dsmoe.train.environment import worth_recording
 
 _STEERING = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_DEVICE_", "OMP_NUM_THREADS", "UCX_", "FI_")
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -33,7 +34,7 @@ def versions(config: Config, device: torch.device) -> dict[str, str]:
 
 def steering(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that change how the ranks talk to each other."""
-    return {key: value for key, value in sorted(environment.items()) if key.startswith(_STEERING)}
+    return {key: value for key, value in worth_recording(environment).items() if key.startswith(_STEERING)}
 
 
 def _version_of(package: str) -> str:

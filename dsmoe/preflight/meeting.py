@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dsmoe.parallel.lost import LostRanksError
+from dsmoe.parallel.waiting import while_watched
 from dsmoe.parallel.watch import STORE_SECONDS, process_watch
 from dsmoe.preflight.results import RankReport
 
@@ -51,7 +52,9 @@ def part() -> None:
 
 def _wait(store: dist.Store, keys: Sequence[str], timeout: timedelta) -> None:
     try:
-        store.wait(list(keys), timeout)
+        while_watched(lambda: store.wait(list(keys), timeout))  # which, where rank 0 stands still, waits for ever
+    except LostRanksError:
+        raise
     except RuntimeError as error:
         missing = [key.rsplit("/", 1)[1] for key in keys if not store.check([key])]
         raise LostRanksError(f"no word of {', '.join(missing[:8])} within {timeout.total_seconds():.0f} s") from error

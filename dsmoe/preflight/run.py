@@ -35,6 +35,8 @@ OUTPUT = "preflight.json"
 def main(arguments: Sequence[str] | Start | None = None) -> int:
     """Check the cluster for what the command line, or launch/preflight.py, has read; returns the exit code."""
     start = arguments if isinstance(arguments, Start) else begin(preflight_program(), arguments)
+    if not isinstance(arguments, Start) and (code := start.ended()) is not None:
+        return code
     return check_cluster(start, getattr(start.options, "json", None))
 
 

@@ -14,6 +14,7 @@ from dsmoe.checkpoint.fit import Row, rows
 from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, NonNegativeInt, Optimizer, PositiveInt
+from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.order import ORDER_VERSION, Mixture
 from dsmoe.plan.batch import Batch
@@ -25,6 +26,10 @@ _SAME = 1e-12
 """How far apart two shares are that differ by rounding: `weight: 0.3` beside 0.7, and 3 beside 7."""
 _SAME_RATE = 1e-6
 _OF_THE_RATE = ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")
+_OF_THE_EVALUATION = (
+    *("train.eval_sequences", "train.eval_batches", "train.sequence_length", "data.validation_fraction", "data.seed"),
+)
+"""What decides, besides the text of the sources, what is evaluated."""
 _WHOLE = 1e-9
 """How far from 1 the sum of all shares may be by rounding."""
 
@@ -227,6 +232,38 @@ def changed_rate(checkpoint: Path, facts: Facts, config: Config) -> str | None:
         )
     steps = Batch.from_config(config).steps
     return _jump(saved, train.length, config.optimizer, steps, facts.schedule_step, str(checkpoint))
+
+
+def changed_held_out(checkpoint: Path, facts: Facts, config: Config, here: Order, held_out: str) -> str | None:
+    """That a run which goes on from a checkpoint evaluates other text, and by what; None if not, or if nobody knows.
+
+    Args:
+        checkpoint: for the message.
+        facts: of its manifest.
+        config: of the run.
+        here: what the run reads.
+        held_out: names what it evaluates, as `Facts.held_out` does.
+    """
+    saved, now = flatten(facts.config), flatten(config.model_dump(mode="json"))
+    length = "train.sequence_length"
+    if not facts.held_out or (facts.held_out == held_out and saved.get(length) == now[length]):
+        return None
+    keys = [key for key in _OF_THE_EVALUATION if key in saved and saved[key] != now.get(key)]
+    changes = [f"{key}, {_shown(saved[key])} -> {_shown(now.get(key))}" for key in keys]
+    texts = facts.order.get("texts")
+    if isinstance(texts, dict) and texts != here.texts:
+        names = [name for name in {**texts, **here.texts} if texts.get(name) != here.texts.get(name)]
+        changes.append(f"the text of {', '.join(f'data.sources[{name}]' for name in names)}")
+    why = f" ({'; '.join(changes)})" if changes else ""
+    return (
+        f"what is evaluated is not what it was when {checkpoint} was made"
+        f"{why}: held-out losses before and after do not compare. "
+        "checkpoint.keep_best keeps the best of each, and the summary compares those from here on"
+    )
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
 
 
 def rate_when_longer(config: Config, steps: int) -> str | None:

@@ -63,7 +63,7 @@ _RECORDED = frozenset(_NAMES.split())
 """What decides how ranks meet and compute, by name: whatever else begins with NCCL_ or SLURM_ may be a secret, as
 SLURM_JWT is."""
 _SECRET_INSIDE = re.compile(
-    r"(token|secret|pass|key|jwt|credential|auth|\bsig|signature)\w*=|://[^/\s]*@|\bBearer\b|\bhf_", re.IGNORECASE
+    r"(token|secret|pass|key|jwt|credential|auth|\bsig|signature)\w*=|\w:[^\s@]+@|\bBearer\b|\bhf_", re.IGNORECASE
 )
 """Another variable inside of a value, a password or a signature in an address, a token."""
 

@@ -23,6 +23,15 @@ class HeldOut:
     loader: ValidationLoader
 
 
+def text_of(held_out: Sequence[HeldOut], sequence_length: int) -> dict[str, str]:
+    """What an evaluation reads of each source, in words: losses of evaluations compare where this is the same."""
+    return {
+        part.source.name: f"{part.loader.num_sequences} sequences of {sequence_length} tokens, of text "
+        f"{part.source.text.partition('/')[2][:12]}"
+        for part in held_out
+    }
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, held_out: Sequence[HeldOut], device: torch.device, what: str = "evaluating"

@@ -18,7 +18,7 @@ from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
 from dsmoe.config.locks import HeldError, Lock, take
-from dsmoe.config.paths import NO_PATHS
+from dsmoe.config.paths import NO_PATHS, is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
 from dsmoe.data import PreparedSource
@@ -27,13 +27,11 @@ from dsmoe.plan.batch import Batch
 from dsmoe.plan.text import shown
 from dsmoe.train.changed import saved_tokenizer
 from dsmoe.train.chosen import changed_settings, check_model, check_order
-from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer
+from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer, with_places
 from dsmoe.train.run_files import LOCK, TOKEN, refuse_special
 
 logger = logging.getLogger(__name__)
 
-_SAID = ("optimizer.", "train.steps", "train.tokens")
-"""Of these, what the log says when it changes."""
 _OTHER_MODEL = ("model.", "moe", "data.tokenizer")
 """Where these differ, a checkpoint is of no use."""
 _OTHER_STEPS = ("train.batch_tokens", "train.sequence_length")
@@ -108,7 +106,7 @@ def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[
         check_order(beginning.checkpoints, config, sources)
         remove_leftovers(folder)
         contents = Contents.of_run(config, sources, _resumed(config))
-        write_whole(folder / "config.yaml", dump_config(config))
+        write_whole(folder / "config.yaml", dump_config(with_places(config, sources)))
         contents.write(folder)
         write_whole(folder / TOKEN, token)
     except OSError as error:
@@ -137,8 +135,11 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
     differing = differences(config, before, contents, bool(found.whole or found.passed_over), sources)
     if differing:
         raise UserError(_of_another_config(config, folder, found, differing))
-    said = [change for change in changed_values(before, config) if change[0].startswith(_SAID)]
-    notes += [f"changed since the run was last started: {key}, {there} -> {here}" for key, there, here in said]
+    notes += [
+        f"changed since the run was last started: {key}, {there} -> {here}"
+        for key, there, here in changed_values(before, config)
+        if not (is_path(key, there) or is_path(key, here))
+    ]
     resumed_before = before.get("checkpoint.resume")
 
     def is_again(chosen: Path) -> bool:

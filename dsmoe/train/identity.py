@@ -197,6 +197,19 @@ def of_other_tokenizer(config: Config, checkpoint: Path, saved: str) -> list[str
     ]
 
 
+def with_places(config: Config, sources: Sequence[PreparedSource]) -> Config:
+    """The config with the paths at which lost text lay: those given may be from beside another file than the run's."""
+    lay = {source.name: source.lay for source in sources if source.lay}
+    here = Path().absolute()
+    entries = []
+    for source in config.data.sources:
+        path = Path(lay.get(source.name, ""))
+        spelled = str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+        entries.append(source.model_copy(update={"path": spelled}) if source.name in lay else source)
+    data = config.data.model_copy(update={"sources": tuple(entries)})
+    return config.model_copy(update={"data": data})
+
+
 def _shown_tokenizer(path: str, digest: str) -> str:
     """A tokenizer for a message: `tok.json (sha256:9f86d081884c)`."""
     return path if path == digest else f"{path} ({digest[:19]})"

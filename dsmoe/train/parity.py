@@ -12,27 +12,32 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from dsmoe.config import Config, UserError, load_config
+from dsmoe.launch.variables import whole_number
 from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.parallel.local import run_ranks
+from dsmoe.parallel.watch import process_watch
 from dsmoe.plan.comparison import (
     ONE_RANK,
     Layout,
+    all_of,
     as_overrides,
     changes,
     comparable,
-    parse_layout,
+    parse_layouts,
     shrunk,
 )
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.text import quantity, table
 from dsmoe.train.alike import claims_of_run
 from dsmoe.train.compare import TOLERANCES, Difference, Training, difference, train_few_steps
+from dsmoe.train.run import end_stalled, ended_by
 
 LOCAL_SECONDS = 3600.0
 """After so long the local ranks of a layout are stopped."""
@@ -89,23 +94,30 @@ class Comparison:
         return {**comparable(given, self.steps, self.precision), **small, **layout.overrides, **here}
 
 
-def parity(
+def check_parity(
     path: str, overrides: Sequence[str], layouts: Sequence[str], *, steps: int = 5, precision: str = "fp32", full: bool
-) -> bool:
-    """Compare the layouts and print a table; whether all train the same model.
+) -> int:
+    """Compare the layouts and print a table; the exit code: 0 where all train the same model.
 
-    Raises:
-        UserError: a layout that cannot be, or that does not suit the model.
+    What ends it is explained once for all ranks, as where a run trains.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world_size = int(os.environ["WORLD_SIZE"]) if launched else None
-    parsed = [parse_layout(text, world_size) for text in (layouts if launched else [ONE_RANK, *layouts])]
+    try:
+        return 0 if _compare(path, overrides, layouts, steps, precision, full) else 1
+    except Exception as error:
+        return ended_by(error)
+
+
+def _compare(
+    path: str, overrides: Sequence[str], layouts: Sequence[str], steps: int, precision: str, full: bool
+) -> bool:
+    launched = "RANK" in os.environ
+    world_size = whole_number(os.environ, "WORLD_SIZE") if launched else None
+    parsed = parse_layouts(layouts if launched else [ONE_RANK, *layouts], world_size)
     comparison = Comparison(path, overrides, parsed, steps, precision, full)
     with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as folder:
         (Path(folder) / "sums.txt").write_text(TEXT, encoding="utf-8")
-        configs = [comparison.config(layout, Path(folder)) for layout in parsed]
-        for layout, config in zip(parsed, configs, strict=True):
-            _refuse_what_depends_on_slices(config, layout)
+        configs = all_of(parsed, lambda layout: comparison.config(layout, Path(folder)))
+        all_of(zip(parsed, configs, strict=True), lambda both: _refuse_what_depends_on_slices(both[1], both[0]))
         return (_under_launcher if launched else _on_this_machine)(comparison, configs)
 
 
@@ -130,8 +142,12 @@ def _under_launcher(comparison: Comparison, configs: Sequence[Config]) -> bool:
     device = "cpu" if facts is not None and facts.name == "cpu" else "cuda"
     # The configs of the layouts follow from the first: what else is asked for has to be the same as well.
     asked = {"--layouts": " ".join(layout.text for layout in comparison.layouts), "--steps": str(comparison.steps)}
-    rank = join_processes(device, interface=configs[0].cluster.interface, claims={**claims_of_run(configs[0]), **asked})
+    cluster = configs[0].cluster
+    timeout = timedelta(seconds=cluster.collective_timeout_seconds)
+    rank = join_processes(device, timeout, cluster.interface, {**claims_of_run(configs[0]), **asked})
     quiet_deepspeed()
+    if device == "cuda":
+        process_watch().end_stalls(end_stalled)
     if rank.is_first:
         print(comparison.introduction(), flush=True)
     rows, reference = [], None

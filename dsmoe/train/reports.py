@@ -33,7 +33,8 @@ from typing import Any
 import torch
 
 from dsmoe.config.errors import describe
-from dsmoe.parallel.watch import Watch, within
+from dsmoe.parallel.silence import within
+from dsmoe.parallel.watch import Watch
 from dsmoe.plan.text import rank_names
 
 FOLDER = "failures"

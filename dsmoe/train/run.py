@@ -27,9 +27,10 @@ import torch.distributed as dist
 from dsmoe.checkpoint.folder import all_checkpoints
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config.deepspeed import to_deepspeed
-from dsmoe.config.errors import HostError, UserError, describe, exit_code_of
+from dsmoe.config.errors import HostError, UserError, describe, exit_code_of, located
 from dsmoe.config.schema import Config
-from dsmoe.launch.start import LINGER_SECONDS, Start, begin, pretrain_program
+from dsmoe.launch.speaker import LINGER_SECONDS, speaks_for_host
+from dsmoe.launch.start import Start, begin, pretrain_program
 from dsmoe.launch.world import for_this_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
@@ -37,7 +38,6 @@ from dsmoe.parallel.claims import check_alike
 from dsmoe.parallel.distributed import DeviceError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.roll import report_at_roll
-from dsmoe.parallel.voice import speaks_for_host
 from dsmoe.parallel.watch import GRACE_SECONDS, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments
@@ -75,6 +75,8 @@ STOPPED = 75
 def main(arguments: Sequence[str] | Start | None = None) -> int:
     """Train what the command line describes, or what launch/pretrain.py has read of it; returns the exit code."""
     start = arguments if isinstance(arguments, Start) else begin(pretrain_program(), arguments)
+    if not isinstance(arguments, Start) and (code := start.ended()) is not None:
+        return code
     # Until there are reports, the stacks go to standard error, and the run goes on.
     faulthandler.register(signal.SIGQUIT)
     try:
@@ -92,8 +94,8 @@ def ended_by(error: Exception) -> int:
     """
     if isinstance(error, (UserError, LostRanksError, TrainingDivergedError)):
         text = f"error: {error}"
-    elif isinstance(error, OSError):  # the traceback is in the run's failures
-        text = f"error: {describe(error)}"
+    elif isinstance(error, OSError):  # where there is a run folder, the traceback is in its failures
+        text = f"error: {located(error)}"
     else:
         text = "".join(traceback.format_exception(error))
     explain_end(error, text)
@@ -237,7 +239,9 @@ def _train_and_tell(trainer: Trainer, folder: Path) -> bool:
     if not finished:
         logger.info("stopped after step %d; run the same command again to go on", trainer.step_index)
     elif trainer.rank.is_first:
-        logger.info("%s", _report("summary", lambda: summary(folder, bigram, trainer.config)) or "done")
+        logger.info(
+            "%s", _report("summary", lambda: summary(folder, bigram, trainer.config, trainer.held_out_text)) or "done"
+        )
     return finished
 
 
@@ -291,6 +295,8 @@ def explain_end(error: Exception, text: str) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     if not dist.is_initialized() or is_shared(error):
+        if dist.is_initialized() and (reports := process_watch().reports) and not isinstance(error, UserError):
+            reports.of_failure("all ranks have failed alike", error)
         _explain_alone(rank, error, text)
         return
     # A launcher that has seen another rank end asks this one to: not before it has said why.
@@ -306,13 +312,13 @@ def explain_end(error: Exception, text: str) -> None:
         print(explanation, file=sys.stderr, flush=True)
         if watch.reports:
             print(watch.reports.gather(explanation), file=sys.stderr, flush=True)
-        watch.tell()
+        watch.say_explained()
         if speaker is None:  # while this process is there, nobody else speaks for its host
             time.sleep(LINGER_SECONDS)
         return
     if speaker is not None:
         print(f"[rank {rank}] stopped because rank {speaker} did", file=sys.stderr, flush=True)
-    watch.wait_until_told(LINGER_SECONDS + GRACE_SECONDS)
+    watch.wait_until_explained(LINGER_SECONDS + GRACE_SECONDS)
     time.sleep(LINGER_SECONDS)
 
 
@@ -333,11 +339,11 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
             time.sleep(LINGER_SECONDS)
         of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
         of_host = isinstance(error, HostError) and first_of_host
-        is_voice = not (is_shared(error) or of_rank or isinstance(error, HostError)) and speaks_for_host()
-        if is_shared(error) or not (of_host or of_rank or is_voice):
+        speaks = not (is_shared(error) or of_rank or isinstance(error, HostError)) and speaks_for_host()
+        if is_shared(error) or not (of_host or of_rank or speaks):
             return
         print(f"[rank {rank} on {platform.node()}] {text.rstrip()}", file=sys.stderr, flush=True)
-        if is_voice:  # while this process is there, nobody else speaks for its host
+        if speaks:  # while this process is there, nobody else speaks for its host
             time.sleep(LINGER_SECONDS)
         return
     print(text.rstrip(), file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,43 +13,78 @@ from typing import Any
 from dsmoe.checkpoint.folder import candidates
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Request
+from dsmoe.launch.programs import typed
+from dsmoe.launch.quoting import path_argument, shell_word
 from dsmoe.launch.world import SRUN, launched_world
 from dsmoe.plan.batch import Batch
 from dsmoe.train.changed import rate_when_longer
 from dsmoe.train.folder import free_name
 
 BITS_PER_BYTE = "eval/bits_per_byte"
+HELD_OUT = "eval/held_out"
+"""What an evaluation has read of each source (`text_of`); lines of earlier versions do not say it."""
 
 
-def summary(folder: Path, bigram: Mapping[str, float] | None, config: Config) -> str:
+def summary(
+    folder: Path, bigram: Mapping[str, float] | None, config: Config, held_out: Mapping[str, str] | None = None
+) -> str:
     """The table of bits per byte at the start, at the end and of the bigram model, and commands to go on with.
+
+    Evaluations of other text than the last one's are left out, and said: losses of two texts do not compare.
 
     Args:
         folder: the run folder; its `metrics.jsonl` has the evaluations. What is missing or damaged there is left out.
         bigram: the bigram model's metrics, under the same names; None where there are none.
         config: the run's.
+        held_out: of which text the bigram model's are; None where that of the last evaluation is meant.
     """
     evaluations = list(_evaluations(folder / "metrics.jsonl"))
-    table = _table(evaluations[0], evaluations[-1], bigram or {}) if evaluations else []
+    table = _table(evaluations, bigram or {}, held_out) if evaluations else []
     return "\n".join([*table, *([""] if table else []), "what to run next", *_next_steps(folder, config)])
 
 
-def _table(first: Mapping[str, Any], last: Mapping[str, Any], bigram: Mapping[str, float]) -> list[str]:
+def _table(
+    evaluations: list[dict[str, Any]], bigram: Mapping[str, float], held_out: Mapping[str, str] | None
+) -> list[str]:
+    last = evaluations[-1]
+    text = last.get(HELD_OUT)
+    first = next(evaluation for evaluation in evaluations if evaluation.get(HELD_OUT) == text)
+    others = [evaluation for evaluation in evaluations if evaluation.get(HELD_OUT) != text]
+    ends = {f"step {evaluation['step']}": evaluation for evaluation in (first, last)}
+    notes = [f"left out, as of other text: {_steps(others)} ({_differences(others[-1], text)})"] if others else []
+    if held_out is not None and text != held_out:
+        bigram = {}
+        notes.append(f"no bigram model: it is of the text of this start, and step {last['step']} is not")
+    columns = {**ends, "bigram model": bigram}
     keys = [key for key in last if key.endswith("/bits_per_byte")]
     names = {key: key.removeprefix("eval/").removesuffix("/bits_per_byte") for key in keys}
     names[BITS_PER_BYTE] = "all"
     width = max(len(name) for name in [*names.values(), "source"])
-    start, end = f"step {first['step']}", f"step {last['step']}"
     table = [
         "held-out bits per byte (lower is better)",
-        f"  {'source':<{width}}  {start:>12}  {end:>12}  {'bigram model':>12}",
-        *(f"  {names[k]:<{width}}  {_number(first, k)}  {_number(last, k)}  {_number(bigram, k)}" for k in keys),
+        f"  {'source':<{width}}{''.join(f'  {column:>12}' for column in columns)}",
+        *(f"  {names[k]:<{width}}{''.join(f'  {_number(c, k)}' for c in columns.values())}" for k in keys),
+        *notes,
     ]
     if BITS_PER_BYTE in bigram:
         gained = bigram[BITS_PER_BYTE] - last[BITS_PER_BYTE]
         verdict = f"{abs(gained):.2f} bits per byte {'better' if gained > 0 else 'worse'} than the bigram model"
         table.append(f"the model is {verdict} on text that neither has seen")
     return table
+
+
+def _steps(evaluations: list[dict[str, Any]]) -> str:
+    steps = [evaluation["step"] for evaluation in evaluations]
+    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} evaluations of steps {min(steps)} to {max(steps)}"
+
+
+def _differences(evaluation: Mapping[str, Any], text: Any) -> str:
+    """Of which text an evaluation was, where that was not `text`."""
+    there, here = (value if isinstance(value, dict) else {} for value in (evaluation.get(HELD_OUT), text))
+    if not (there and here):
+        return "not every one says of which"
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"{name}: {there.get(name, 'nothing')} -> {here.get(name, 'nothing')}" for name in names)
 
 
 def _evaluations(path: Path) -> Iterator[dict[str, Any]]:
@@ -72,14 +108,18 @@ def _next_steps(folder: Path, config: Config) -> list[str]:
     file, train = folder / "config.yaml", config.train
     longer = f"train.steps={2 * train.steps}" if train.steps else f"train.tokens={2 * (train.tokens or 0)}"
     program = Request(config, str(file), (longer,)).program()
-    onward = f"deepspeed --num_gpus {config.cluster.devices_per_node} {program}"
+    accelerator = os.environ.get("DS_ACCELERATOR")  # without it DeepSpeed takes what it finds
+    here = f"DS_ACCELERATOR={shell_word(accelerator, 'DS_ACCELERATOR')} " if accelerator else ""
+    onward = f"{here}{typed('deepspeed')} --num_gpus {config.cluster.devices_per_node} {program}"
+    path = shell_word(path_argument(str(file)), "runs_dir")
     if config.cluster.nodes > 1:
         way = "--slurm" if launched_world().launcher == SRUN else "--hostfile"
-        onward = f"dsmoe launch {file} {longer} {way}"
+        onward = f"{typed('dsmoe')} launch {path} {longer} {way}"
     jump = rate_when_longer(config, 2 * Batch.from_config(config).steps)
+    events = shell_word(path_argument(str(folder / "tensorboard")), "runs_dir")
     commands = {
-        f"tensorboard --logdir {folder / 'tensorboard'}": "loss, load balance, dropped tokens, throughput",
-        f"dsmoe config show {file}": "every setting of this run",
+        f"{typed('tensorboard')} --logdir {events}": "loss, load balance, dropped tokens, throughput",
+        f"{typed('dsmoe')} config show {path}": "every setting of this run",
         onward: f"train on from here: {jump}, and the start says what to write instead"
         if jump
         else "train on from here",

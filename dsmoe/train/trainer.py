@@ -32,12 +32,12 @@ from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
 from dsmoe.plan.text import quantity
-from dsmoe.train.changed import Order, changed_order, changed_rate
+from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate
 from dsmoe.train.engine import initialize
-from dsmoe.train.evaluate import HeldOut, evaluate
+from dsmoe.train.evaluate import HeldOut, evaluate, text_of
 from dsmoe.train.placement import placements
 from dsmoe.train.signals import StopSignals
-from dsmoe.train.summary import after_divergence
+from dsmoe.train.summary import HELD_OUT, after_divergence
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,8 @@ class Trainer:
         self.held_out = [
             HeldOut(source, ValidationLoader(source, config, data_rank, data_degree)) for source in self.sources
         ]
+        self.held_out_text = text_of(self.held_out, config.train.sequence_length)
+        """What is evaluated of each source."""
         self.checkpoints = Checkpoints(checkpoint_folder, self.engine, placements(model), config, self._data_facts())
         flops = flops_per_token(config, config.train.sequence_length)
         self._device_facts = resolve_device(config.cluster.device)
@@ -116,17 +118,21 @@ class Trainer:
         changes = (
             changed_order(checkpoint, facts, self.config, self.order),
             changed_rate(checkpoint, facts, self.config),
+            changed_held_out(checkpoint, facts, self.config, self.order, self._held_out_digest()),
         )
         return [change for change in changes if change]
 
     def _data_facts(self) -> dict[str, Any]:
         """What a checkpoint records of the text."""
-        evaluated = [(part.source.text.partition("/")[2], part.loader.num_sequences) for part in self.held_out]
         return {
             "corpora": {source.name: [source.train_tokens, source.train_bytes] for source in self.sources},
             "order": asdict(self.order),
-            "held_out": hashlib.sha256(json.dumps(evaluated).encode()).hexdigest()[:16],
+            "held_out": self._held_out_digest(),
         }
+
+    def _held_out_digest(self) -> str:
+        evaluated = [(part.source.text.partition("/")[2], part.loader.num_sequences) for part in self.held_out]
+        return hashlib.sha256(json.dumps(evaluated).encode()).hexdigest()[:16]
 
     def take_weights(self, checkpoint: Path) -> None:
         """Begin with the weights of a checkpoint, whatever layout wrote it; everything else is new."""
@@ -238,7 +244,7 @@ class Trainer:
         what = f"the evaluation after step {self.step_index}"
         metrics = evaluate(self.model, self.held_out, self.rank.device, what)
         self._validation_loss, self._validated_step = metrics["eval/loss"], self.step_index
-        self._write(metrics)
+        self._write({**metrics, HELD_OUT: self.held_out_text})
         each = "  ".join(f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.sources)
         logger.info(
             "eval %d loss %.4f bits/byte %.3f (%s)",
@@ -300,7 +306,7 @@ class Trainer:
             return tokens
         return tokens.pin_memory().to(self.rank.device, non_blocking=True)
 
-    def _write(self, metrics: Mapping[str, float]) -> None:
+    def _write(self, metrics: Mapping[str, Any]) -> None:
         for sink in self.sinks:
             try:
                 sink.write(self.step_index, metrics)

@@ -103,6 +103,23 @@ def test_the_best_of_each_text_stays_and_losses_of_two_texts_are_not_compared(
     assert [path.name for path in all_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in kept]
 
 
+def save_lengths(folder: Path) -> None:
+    """Two checkpoints of each length of a sequence, the first the better one."""
+    for step, length in enumerate((32, 32, 64, 64), 1):
+        save_small(folder, step, keep=99)
+        manifest = Manifest.read(folder / f"step_{step:08d}")
+        config = {**manifest.facts.config, "train": {"sequence_length": length}}
+        facts = replace(manifest.facts, held_out="a", validation_loss=float(step), config=config)
+        text = replace(manifest, facts=facts).text()
+        (folder / f"step_{step:08d}" / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def test_losses_of_sequences_of_two_lengths_are_not_compared(tmp_path: Path) -> None:
+    run_ranks(1, save_lengths, tmp_path)
+    remove_old(tmp_path, CheckpointSection(keep=1, keep_best=1))
+    assert [path.name for path in all_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (1, 3, 4)]
+
+
 def test_killed_at_random_instants_a_run_of_two_ranks_goes_on_as_undisturbed(tmp_path: Path) -> None:
     """A short `python -m tests.checkpoint.crashes`."""
     who = {"all ranks": 1.0, "one rank": 1.0}  # a launcher takes longer: tests/train/test_run.py has one

@@ -8,15 +8,17 @@ import os
 import shutil
 import subprocess
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import CheckpointException
 
 from dsmoe.checkpoint import checkpoints as saving
-from dsmoe.checkpoint import files, removal
+from dsmoe.checkpoint import failures, files, removal
 from dsmoe.checkpoint.checkpoints import SaveError
 from dsmoe.checkpoint.folder import all_checkpoints, look, verify
 from dsmoe.checkpoint.manifest import Manifest, UnreadableError
@@ -63,6 +65,7 @@ LEFT = {
     "NFS' own": (".nfs00000000abcd0123", Path.touch, True),
     "somebody's folder": (".step_notes", full_folder, True),
     "somebody's copy": (".step_00000003.partial copy", full_folder, True),
+    "somebody's copy of ours": (".step_00000003.partial.bak", own_folder, True),
     "a name that is no text": (os.fsdecode(b".step_\xff\n.partial"), full_folder, True),
     "a pipe": (".step_00000003.removed", os.mkfifo, True),
 }
@@ -436,6 +439,41 @@ def test_the_attempts_have_an_end_and_the_exit_code_says_whether_to_start_again(
         assert exit_code == code
         assert 2 <= attempts <= 30
     assert not list(folder_of(layout_config(tmp_path, 2)).glob(".step_*"))
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_of_disk", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True, 1),
+        (OSError(errno.EACCES, "Permission denied", "rank_00001_000.safetensors"), True, 2),
+        (RuntimeError("a bug"), False, 1),
+    ],
+)
+def test_what_is_not_the_disks_fault_is_not_tried_again(
+    cause: Exception, is_of_disk: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures.dist, "get_world_size", lambda: 2)
+    stack = traceback.StackSummary.from_list([])
+    error = SaveError.of(Path("step_00000003"), CheckpointException("save", {1: (cause, stack)}))
+    assert (error.is_of_disk, error.exit_code) == (is_of_disk, code)
+    assert "cannot save step_00000003: " in str(error)
+    assert str(cause.args[1 if is_of_disk else 0]) in str(error)
+
+
+def test_misses_are_counted_from_the_last_checkpoint_on() -> None:
+    misses = failures.Misses()
+    misses.failed = 1
+    assert misses.warning() == ""
+    misses.put_off = 1
+    assert "NO NEW CHECKPOINT SINCE THE BEGINNING (20" in misses.warning()
+    assert "1 saves in a row have failed and 1 save in a row put off while steps were skipped" in misses.warning()
+    misses.saved(7)
+    assert misses.warning() == ""
+    misses.put_off = 1
+    assert misses.warning() == "", "what failed before is over"
+    misses.put_off = 2
+    assert "SINCE STEP 7 (20" in misses.warning()
+    assert "): 2 saves in a row put off" in misses.warning()
 
 
 def test_the_names_that_are_removed_are_those_that_are_written(tmp_path: Path) -> None:

@@ -42,10 +42,14 @@ def test_a_config_made_in_python_is_checked_as_well(tmp_path: Path) -> None:
 WORLD = "the number of devices (2 nodes x 4 = 8)"
 
 
-def test_tensor_must_divide_the_devices_and_the_batch_is_not_judged_then(tmp_path: Path) -> None:
+def test_tensor_must_divide_the_devices_and_of_the_batch_is_said_what_is_known_then(tmp_path: Path) -> None:
     overrides = "model.num_heads=6", "model.head_dim=16", "model.vocab_size=258", "train.sequence_length=240"
+    tensor = f"parallel.tensor (3) must divide {WORLD}; nearest: 2 or 4"
+    assert check(tmp_path, "parallel.tensor=3", "train.batch_tokens=960", *overrides) == [tensor]
     assert check(tmp_path, "parallel.tensor=3", "train.batch_tokens=1000", *overrides) == [
-        f"parallel.tensor (3) must divide {WORLD}; nearest: 2 or 4",
+        tensor,
+        "train.batch_tokens (1000) must be a multiple of train.micro_batch_size * train.sequence_length (2 * 240 = "
+        "480), whatever the number of data ranks becomes; nearest: 960 or 1440",
     ]
 
 
@@ -441,6 +445,16 @@ def test_split_is_for_hub_data_sets(tmp_path: Path) -> None:
     assert check(tmp_path, "data.sources.0.split=test") == [
         'data.sources.0.split ("test") is for hub data sets, and this source is a path; remove it'
     ]
+
+
+@pytest.mark.parametrize("weight", ["1e-300", "1e-20"])
+def test_a_weight_too_small_for_any_sample_is_refused(weight: str, tmp_path: Path) -> None:
+    first, second = "data.sources.0.weight=1e30", f"data.sources.1.weight={weight}"
+    assert check(tmp_path, first, second) == [
+        f"data.sources.1.weight ({float(weight):g}) is {float(weight) / 1e30:.1g} of all weights (1e+30), of which no "
+        "run would see a sequence; leave the source out, or give it a larger weight"
+    ]
+    load(tmp_path, "data.sources.0.weight=1000", "data.sources.1.weight=1e-10")
 
 
 def test_source_names_are_unique(tmp_path: Path) -> None:

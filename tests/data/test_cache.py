@@ -195,6 +195,30 @@ def test_batches_and_copies_in_pieces_change_nothing(
     assert np.array_equal(whole.validation, pieces.validation)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for the names of open files")
+def test_everything_is_on_the_disk_before_it_has_its_name(
+    corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        done.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    folder = prepare_one(make_config(spec(corpus))).folder
+    before, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
+    assert sorted(before[:-1]) == sorted(os.listdir(folder))
+    assert before[-1].endswith(".partial")
+    assert after == [folder.parent.name]
+
+
 def test_reuse_reads_no_text(corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(spec(corpus))
     first = prepare_one(config)

@@ -17,7 +17,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Source
 from dsmoe.config.sealed import sealed_json
 from dsmoe.data import PreparedSource, TrainLoader, cache, prepare, stored
-from dsmoe.data.meta import META
+from dsmoe.data.meta import META, made_folders
 from dsmoe.data.tokenizer import ByteTokenizer
 from tests.data.conftest import MakeConfig
 
@@ -277,6 +277,22 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(
     assert list(Path(config.data.cache_dir).iterdir()) == []
 
 
+def test_the_first_token_beyond_the_vocabulary_is_refused(config: Config) -> None:
+    """Of a cache that is sealed, as another tokenizer of the same digest would have made it."""
+    (first, *_) = prepare(config)
+
+    def change(largest: int) -> None:
+        reseal(first.folder / "train.bin", lambda content: content.update(max_token=largest))
+
+    change(ByteTokenizer.vocab_size - 1)
+    prepare(config)
+    change(ByteTokenizer.vocab_size)
+    with pytest.raises(
+        stored.DamagedCacheError, match=r"meta.json: tokens up to 257 as <u2, and the tokenizer has 257"
+    ):
+        prepare(config)
+
+
 def test_a_cache_of_the_old_format_is_made_anew_and_said(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     old = Path(config.data.cache_dir) / "a-0123456789abcdef"
     old.mkdir(parents=True)
@@ -286,3 +302,11 @@ def test_a_cache_of_the_old_format_is_made_anew_and_said(config: Config, caplog:
     assert f"{old} is of format 1, without checksums and with another split: it is not used any more" in caplog.text
     assert source.folder != old
     assert old.exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_called_as_the_description_of_a_cache_is_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "a-0123456789abcdef"
+    folder.mkdir()
+    os.mkfifo(folder / META)
+    assert list(made_folders(tmp_path, "a")) == []

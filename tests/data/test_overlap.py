@@ -98,6 +98,19 @@ def test_the_same_documents_in_sources_of_any_size(
     assert sum(end - begin for begin, end in large.left_out) < 0.2 * large.train_tokens
 
 
+def test_a_small_source_of_what_a_large_one_holds_out(tmp_path: Path, make_config: MakeConfig) -> None:
+    """It would train on most of that: it holds out no more than its fraction."""
+    options = {
+        "data": {"validation_fraction": 0.2},
+        "train": {"sequence_length": 32, "batch_tokens": 32 * 512},
+    }
+    large = write(tmp_path / "large.jsonl", texts_of(0, 300))
+    (alone,) = prepare(make_config(large, **options))
+    small = write(tmp_path / "small.jsonl", held_out(alone) + texts_of(1, 30))
+    _, source = check(make_config(large, small, **options))
+    assert sum(end - begin for begin, end in source.left_out) > 2000
+
+
 def test_white_space_at_the_ends_and_line_ends_do_not_make_another_document(
     tmp_path: Path, make_config: MakeConfig
 ) -> None:

@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from dsmoe.launch import ancestry
 from dsmoe.launch.ancestry import Process
 from tests.ports import free_port
 from tests.train.test_run import write_config
+from tests.waiting import until
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -128,7 +131,7 @@ class Chain:
             _write(folder / "deepspeed" / f"{name}.py", "" if name.endswith("__init__") else LINK)
         links: list[tuple[list[str], dict[str, str]]] = [(command, {}) for command in commands]
         links.append(([*PYTHON, "-c", RANK], variables))
-        known = {name: value for name, value in os.environ.items() if name not in {*ancestry._TOLD, "LOCAL_RANK"}}
+        known = {name: value for name, value in os.environ.items() if name not in {*ancestry._OF_RANK, "LOCAL_RANK"}}
         environment = {
             **known,
             "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
@@ -200,8 +203,18 @@ def test_one_rank_of_a_host_says_so_and_sigterm_ends_those_that_do_not_train_yet
         assert chain.end() == ("", "")
 
 
+@contextmanager
+def sleeping(program: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the test, however that ends."""
+    with subprocess.Popen([program, "600"]) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
 def test_a_process_that_has_stopped_is_there_and_a_zombie_has_gone() -> None:
-    with subprocess.Popen(["sleep", "600"]) as child:
+    with sleeping("sleep") as child:
         process = next(ancestry._ancestors(child.pid))
         assert process.command == ("sleep", "600")
         os.kill(child.pid, signal.SIGSTOP)
@@ -212,6 +225,15 @@ def test_a_process_that_has_stopped_is_there_and_a_zombie_has_gone() -> None:
             assert time.monotonic() < deadline
         assert Path(f"/proc/{child.pid}").exists(), "nobody has waited for it"
     assert process.has_gone()
+
+
+def test_a_name_with_brackets_is_one_name(tmp_path: Path) -> None:
+    program = tmp_path / "a) Z 1 (b"
+    shutil.copy(str(shutil.which("sleep")), program)
+    with sleeping(str(program)) as child:
+        until(lambda: Path(f"/proc/{child.pid}/comm").read_text(encoding="utf-8") == f"{program.name}\n")
+        process, parent = islice(ancestry._ancestors(child.pid), 2)
+        assert (process.has_gone(), parent.number) == (False, os.getpid())
 
 
 def test_a_number_that_was_given_to_another_process_is_not_taken_for_it() -> None:
@@ -274,7 +296,7 @@ def test_a_rank_that_waits_for_others_ends_with_its_launcher(program: str, tmp_p
             time.sleep(0.01)
         launcher.kill()
         try:
-            _, said = launcher.communicate(timeout=30)  # until nobody has its standard error
+            _, said = launcher.communicate(timeout=150)  # until nobody has its standard error
         finally:
             with suppress(ProcessLookupError):
                 os.kill(ranks[0], signal.SIGKILL)
@@ -295,5 +317,5 @@ def test_an_agent_that_had_gone_before_its_rank_began(
     first: str, variables: dict[str, str], gone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ancestry, "_ancestors", lambda _: iter([Process(1, "5", (first, "torchrun"))]))
-    monkeypatch.setattr(ancestry, "_was_told", lambda *_: False)
+    monkeypatch.setattr(ancestry, "_has_variables", lambda *_: False)
     assert any(process.has_gone() for process in ancestry.launchers_of(variables) if process.number == 0) is gone

@@ -162,14 +162,55 @@ WRONG = {
     "a host twice": ("cluster.hosts=n[1-7],n3", "cluster.hosts names n3 more than once; every host is one node"),
     "no list": (
         "cluster.hosts=n[1-",
-        "'n[1-' is not a list of hosts; such lists are written n1,n2 or n[01-03,07],m2",
+        "cluster.hosts: 'n[1-' is not a list of hosts; such lists are written n1,n2 or n[01-03,07],m2",
     ),
     "no file": ("cluster.hostfile=nope", "cluster.hostfile (nope) cannot be read: No such file or directory"),
-    "a line of another kind": (EIGHT + "n9\n", "{file}:9: expected `HOST slots=DEVICES`, got 'n9'"),
+    "a line of another kind": (EIGHT + "n9\n", '{file}:9: expected `HOST slots=DEVICES`, got "n9"'),
+    "two hosts in what only looks like two lines": (
+        EIGHT.replace("n2 slots=8\n", "n2 slots=8\u2028"),
+        "cluster.hostfile ({file}) has 7 hosts and cluster.nodes is 8; set cluster.nodes=7, or have 8 lines in the "
+        "file",
+    ),
+    "more devices than digits that Python reads": (
+        f"n0 slots={'9' * 5000}\n",
+        f'{{file}}:1: expected `HOST slots=DEVICES`, got "n0 slots={"9" * 47}...',
+    ),
+    "a device without an end": ("cluster.hostfile=/dev/zero", "cluster.hostfile (/dev/zero) is not a file"),
+    "a folder": ("cluster.hostfile=/dev", "cluster.hostfile (/dev) is not a file"),
+    "much too long": (
+        "#" * (2**24 + 1),
+        "cluster.hostfile ({file}) has more than 16,777,216 bytes: it is no hostfile",
+    ),
     "a line twice": (EIGHT + "n0 slots=8\n", "{file}:9: n0 is named a second time; every host is one node"),
     "few lines": (
         "n0 slots=8\n",
         "cluster.hostfile ({file}) has 1 host and cluster.nodes is 8; set cluster.nodes=1, or have 8 lines in the file",
+    ),
+    "several lines": (
+        EIGHT + "n9\nn0 slots=8\nn1; slots=8\n",
+        "{file}:9: expected `HOST slots=DEVICES`, got 'n9'\n{file}:10: n0 is named a second time; every host is one "
+        "node\n{file}:11: 'n1;' is not the name of a host: letters, digits and . : @ _ - make one",
+    ),
+    "few lines and other slots": (
+        "n0 slots=4\n",
+        "cluster.hostfile ({file}) has 1 host and cluster.nodes is 8; set cluster.nodes=1, or have 8 lines in the file"
+        "\ncluster.hostfile ({file}): n0 slots=4, and cluster.devices_per_node is 8; every node has equally many: "
+        "write slots=8, or set cluster.devices_per_node",
+    ),
+    "hosts twice, and few": (
+        "cluster.hosts=n1,n2,n1",
+        "cluster.hosts names n1 more than once; every host is one node\n"
+        "cluster.hosts names 2 hosts and cluster.nodes is 8; set cluster.nodes=2, or name 8",
+    ),
+    "hosts that cannot have the batch": (
+        "cluster.hosts=n[1-7]",
+        "cluster.hosts names 7 hosts and cluster.nodes is 8; 7 nodes cannot train it as it is (train.batch_tokens "
+        "(4194304) must be a multiple of data ranks * train.micro_batch_size * train.sequence_length (56 * 2 * 4096 = "
+        "458752); nearest: 4128768 or 4587520), or name 8",
+    ),
+    "hosts that take another degree": (
+        "cluster.hosts=n1 parallel.expert=8 cluster.nodes=8 cluster.devices_per_node=1",
+        "cluster.hosts names 1 host and cluster.nodes is 8; set cluster.nodes=1 parallel.expert=1, or name 8",
     ),
     "other slots": (
         EIGHT.replace("n2 slots=8", "n2 slots=4"),
@@ -186,10 +227,13 @@ def test_hosts_that_cannot_run_it_are_refused(case: str, tmp_path: Path, capsys:
     if not wrong.startswith("cluster."):
         file.write_text(wrong, encoding="utf-8")
         wrong = f"cluster.hostfile={file}"
-    assert cli.main(["launch", MIXTRAL, wrong, "--hostfile", "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["launch", MIXTRAL, *wrong.split(" "), "--hostfile", "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {message.format(file=file)}\n")
     assert not (tmp_path / "out").exists()
+    if case != "no file":  # of which the check says where it was looked for
+        assert cli.main(["config", "check", MIXTRAL, wrong]) == 2
+        assert message.format(file=file) in capsys.readouterr().err
 
 
 def test_both_kinds_of_names_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,10 @@ import random
 import re
 import shlex
 import stat
+import string
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -383,6 +385,22 @@ def test_variables_of_paths_go_to_the_hosts(here: Path, monkeypatch: pytest.Monk
     exports = "".join(f"export {key}={value}; " for key, value in held.exports.items())
     done = subprocess.run(["bash", "-c", f'{exports}printf %s "$CORPORA"'], capture_output=True, check=True)
     assert done.stdout.decode() == '/big/a "$x" `y`'
+
+
+def test_every_sign_that_is_not_refused_reaches_the_hosts_as_it_is(tmp_path: Path) -> None:
+    """Each by itself: among others, some of them would be quoted or refused for theirs."""
+    signs = [*string.punctuation, *string.whitespace, "\0", "\x1b", "é", "🙂"]
+    texts = [before + sign + after for sign in signs for before in ("", "a", "a ") for after in ("", "b", " b")]
+    accepted = []
+    for text in texts:
+        with suppress(UserError):
+            accepted.append(quoting.ssh_word(text, "x"))
+    assert {text[1] for text in accepted if len(text) == 3} >= {*"._-+=@:,/*?[]é🙂"}
+    words = PDSHRunner.parse_user_args(SimpleNamespace(args=SimpleNamespace(user_args=accepted)))  # type: ignore[arg-type]
+    command = " ".join(["printf '%s\\0'", *words])
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=False)
+    assert done.stdout.decode().split("\0")[:-1] == accepted, done.stderr
+    assert not os.listdir(tmp_path)
 
 
 def test_an_override_to_paste_is_the_value_again() -> None:

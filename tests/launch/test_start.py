@@ -6,16 +6,17 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from dsmoe.config.errors import UserError
-from dsmoe.launch import start
-from dsmoe.launch.start import Start, begin_with
+from dsmoe import cli
+from dsmoe.config.errors import HostError, UserError
+from dsmoe.launch import speaker, start
+from dsmoe.launch.start import Start, begin_with, load_on_host
 from tests.config.recipes import VALID
 from tests.launch.processes import run_side_by_side
 from tests.launch.test_launchers import mpich, openmpi, without
@@ -44,7 +45,10 @@ LAUNCHED = {
     "srun": sruns,
     "mpirun": lambda rank: openmpi(rank, RANKS, RANKS),
     "mpiexec": lambda rank: mpich(rank, RANKS, RANKS),
+    "half of mpirun": lambda rank: without(openmpi(rank, RANKS, RANKS), "OMPI_COMM_WORLD_SIZE"),
+    "RANK is no number": lambda rank: {**torchs(rank), "RANK": "one"},
 }
+RIGHT_LAUNCHERS = ("torch's names", "srun", "mpirun", "mpiexec")
 
 
 @pytest.fixture
@@ -60,12 +64,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def outcomes(folder: Path, launched: str, *command: str) -> tuple[list[int], str, str]:
+def outcomes(folder: Path, launched: str, *command: str, port: str | None = None) -> tuple[list[int], str, str]:
     """The exit codes of the ranks, and all that they say."""
     kept = {"PATH", "HOME", "PYTHONPATH"}
     base = {name: value for name, value in os.environ.items() if name in kept}
     base["PYTHONPATH"] = f"{folder / 'decoy'}:{REPOSITORY}:{base.get('PYTHONPATH', '')}"
-    port = free_port()
+    port = free_port() if port is None else port
     ranks = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -113,7 +117,7 @@ def test_what_all_ranks_have_wrong_is_said_once_without_torch(
     assert (out, "Traceback" in err) == ("", False)
 
 
-@pytest.mark.parametrize("launched", LAUNCHED)
+@pytest.mark.parametrize("launched", RIGHT_LAUNCHERS)
 @pytest.mark.parametrize("command", [(PRETRAIN, "--help"), ("-m", "dsmoe", "preflight", "--help")])
 def test_help_is_printed_once_without_torch(launched: str, command: tuple[str, ...], folder: Path) -> None:
     codes, out, err = outcomes(folder, launched, *command)
@@ -126,6 +130,88 @@ def test_what_is_right_goes_on_to_torch(folder: Path) -> None:
     right = ("cluster.nodes=1", f"cluster.devices_per_node={RANKS}", "parallel.expert=1", "train.batch_tokens=6144")
     codes, _, err = outcomes(folder, "srun", PRETRAIN, "--config", "config.yaml", "parallel.tensor=1", *right)
     assert codes == [99] * RANKS, err
+
+
+@pytest.mark.parametrize(
+    ("launched", "of_launcher", "command", "of_config"),
+    [
+        (
+            "half of mpirun",
+            "OMPI_COMM_WORLD_RANK is ",
+            (PRETRAIN, "--config", "config.yaml", "moe.num_expert=8"),
+            "did you mean 'num_experts'?",
+        ),
+        (
+            "RANK is no number",
+            "RANK is 'one', and is to be a whole number",
+            ("-m", "dsmoe", "parity", "confg.yaml", "--layouts", "dp=3"),
+            "no such file: confg.yaml",
+        ),
+    ],
+)
+def test_a_wrong_launcher_hides_no_other_error_and_one_rank_of_the_host_says_both(
+    launched: str, of_launcher: str, command: tuple[str, ...], of_config: str, folder: Path
+) -> None:
+    codes, out, err = outcomes(folder, launched, *command, port="")
+    assert codes == [2] * RANKS, err
+    assert (err.count(of_config), err.count(of_launcher)) == (1, 1), err
+    assert err.index(of_config) < err.index(of_launcher)
+    assert (out, "Traceback" in err, "is imported" in err) == ("", False, False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [
+        ({"WORLD_SIZE": "3"}, "error: no such file: confg.yaml\nerror: WORLD_SIZE is 3, and nothing says which"),
+        ({"RANK": "1"}, "[rank 1 on {host}] error: no such file: confg.yaml\nerror: RANK is 1, and WORLD_SIZE is not"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "3"}, "error: no such file: confg.yaml\nerror: RANK is '999"),
+    ],
+)
+def test_both_errors_are_said_in_order(
+    environment: dict[str, str],
+    printed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    slept: list[float] = []
+    monkeypatch.setattr(speaker.time, "sleep", slept.append)
+    monkeypatch.setattr(speaker, "speaks_for_host", lambda _: True)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert begin_with("confg.yaml", []).ended() == 2
+    said = capsys.readouterr().err
+    assert printed.format(host=start.platform.node()) in said
+    assert len(said) < 1000
+    assert slept == [speaker.LINGER_SECONDS]
+
+
+@pytest.mark.parametrize("arguments", [["parity", "confg.yaml", "--layouts", "dp=2"], ["preflight", "confg.yaml"]])
+def test_every_command_of_several_ranks_watches_its_launcher(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    watched: list[bool] = []
+    monkeypatch.setattr(start, "watch_launcher", lambda: watched.append(True))
+    monkeypatch.setattr(cli, "end_process", lambda code: None)
+    cli.main(arguments)
+    assert watched == [True]
+
+
+FAILS = """
+import sys
+from dsmoe import cli
+cli._schema = lambda _: open("/none/such")
+sys.exit(cli.main(["config", "schema"]))
+"""
+
+
+def test_an_error_of_the_system_is_said_once_with_its_line(folder: Path) -> None:
+    codes, _, err = outcomes(folder, "torch's names", "-c", FAILS)
+    assert codes == [2] * RANKS, err
+    assert err.count("error: /none/such: No such file or directory (dsmoe/cli.py:") == 1, err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_launcher_that_says_half_is_one_message(folder: Path) -> None:
@@ -146,28 +232,29 @@ def test_a_launcher_that_says_half_is_one_message(folder: Path) -> None:
 
 @contextmanager
 def listening(word: bytes | None) -> Iterator[str]:
-    """Rank 0's port: it says the word, or waits to be asked as torch's store does."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    """Rank 0's port: it says the word, or waits to be asked as torch's store does. Who is not asked fails the test."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        server.settimeout(60)
 
         def serve() -> None:
             connection, _ = server.accept()
             with connection:
+                connection.settimeout(60)
                 if word is None:
                     connection.recv(1)
                 else:
                     connection.sendall(word)
 
-        thread = threading.Thread(target=serve)
-        thread.start()
+        served = pool.submit(serve)
         yield str(server.getsockname()[1])
-        thread.join()
+        served.result()
 
 
 @pytest.mark.parametrize(
     ("word", "ended", "said"),
     [
-        (start._word("error: no such file: confg.yaml") + b"\2", 2, ""),
-        (start._word("error: another") + b"\2", 1, "[rank 1 on {host}] error: no such file: confg.yaml\n"),
+        (start._answer("error: no such file: confg.yaml") + b"\2", 2, ""),
+        (start._answer("error: another") + b"\2", 1, "[rank 1 on {host}] error: no such file: confg.yaml\n"),
         (None, None, ""),  # rank 0 is about to train: it is told through torch
     ],
     ids=["the same error", "another error", "none"],
@@ -202,6 +289,28 @@ def test_a_rank_that_is_told_nowhere_leaves_the_word_to_rank_0(
     monkeypatch.setenv("RANK", "1")
     assert Start(start.argparse.Namespace(), None, UserError("srun has dealt the tasks out")).ended() == 2
     assert (slept, capsys.readouterr().err) == ([start.LINGER_SECONDS], "")
+
+
+def test_a_file_that_is_wrong_is_for_a_person_and_one_that_is_missing_perhaps_of_this_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong.yaml").write_text("name: 3\n", encoding="utf-8")
+    for rank, name, kind in ((1, "wrong", UserError), (1, "none", HostError), (0, "none", UserError)):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(UserError) as error:
+            load_on_host(str(tmp_path / f"{name}.yaml"), [])
+        assert type(error.value) is HostError if kind is HostError else not isinstance(error.value, HostError)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_is_one_line_and_130(rank: str) -> None:
+    program = "from dsmoe.launch.start import interruptible\nwith interruptible():\n    raise KeyboardInterrupt"
+    environment = {**os.environ, "RANK": rank}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
+    assert done.returncode == 130
+    assert done.stderr == ("stopped by SIGINT, at once\n" if rank == "0" else "")
 
 
 @pytest.mark.slow

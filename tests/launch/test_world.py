@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe.config import Config
+from dsmoe.config import Config, load_config
 from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Cluster
-from dsmoe.launch.world import World, join_launcher, launched_world
+from dsmoe.launch.world import World, join_launcher, launched_world, launcher_has_store
 from tests.launch.processes import run_side_by_side
 
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_SIZE": "2", "CROSS_RANK": "1"}
@@ -23,6 +22,8 @@ TORCHRUN = {
     "GROUP_WORLD_SIZE": "2",
     "TORCHELASTIC_RUN_ID": "x",
 }
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 
 ALLOCATION = {
     "SLURM_JOB_ID": "123456",
@@ -137,9 +138,26 @@ def test_every_launcher_is_known_with_its_world(environment: dict[str, str], wor
     assert launched_world(environment) == world
 
 
-def config(nodes: int, devices: int) -> Config:
-    """All that a world looks at."""
-    return Config.model_construct(cluster=Cluster(nodes=nodes, devices_per_node=devices))
+@pytest.mark.parametrize("value", ["True", "False", "1", "", None])
+def test_where_the_store_is_is_decided_as_torch_does(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.rendezvous import _torchelastic_use_agent_store
+
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", value)
+    assert launcher_has_store() is _torchelastic_use_agent_store() is (value == "True")
+
+
+def config(nodes: int, devices: int, *overrides: str) -> Config:
+    """A run for so many, which any of these worlds could have."""
+    batch = "train.batch_tokens=8388608"
+    return load_config(TINY, [f"cluster.nodes={nodes}", f"cluster.devices_per_node={devices}", batch, *overrides])
+
+
+def refusal(world: World, config: Config) -> str:
+    problem = world.problem(config)
+    assert problem is not None
+    return problem
 
 
 @pytest.mark.parametrize(
@@ -158,9 +176,7 @@ def test_another_world_is_refused_with_both_and_the_command(
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     nodes, devices = wanted
-    with pytest.raises(UserError) as error:
-        World(4, 4, launcher).check(config(nodes, devices))
-    message = str(error.value)
+    message = refusal(World(4, 4, launcher), config(nodes, devices))
     assert message.startswith(
         f"{launcher} started 1 x 4 = 4 ranks, but cluster.nodes x cluster.devices_per_node is {nodes} x {devices} = "
         f"{nodes * devices} ranks; start those with "
@@ -171,15 +187,14 @@ def test_another_world_is_refused_with_both_and_the_command(
 
 def test_python_in_a_jobs_shell_is_told_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    with pytest.raises(UserError, match=r"start those with srun --nodes 2 --ntasks-per-node 8,"):
-        World(1, 1, "python alone").check(config(2, 8))
+    message = refusal(World(1, 1, "python alone"), config(2, 8))
+    assert "start those with srun --nodes 2 --ntasks-per-node 8," in message
 
 
 def test_the_shape_counts_and_not_only_the_number() -> None:
-    World(4, 2, "torchrun").check(config(2, 2))
-    with pytest.raises(UserError, match="started 1 x 4 = 4 ranks"):
-        World(4, 4, "torchrun").check(config(2, 2))
-    World(4, None, "the launcher").check(config(2, 2))  # which has not said
+    assert World(4, 2, "torchrun").problem(config(2, 2)) is None
+    assert "started 1 x 4 = 4 ranks" in refusal(World(4, 4, "torchrun"), config(2, 2))
+    assert World(4, None, "the launcher").problem(config(2, 2)) is None  # which has not said
     assert World(6, None, "the launcher").shape(4) == (1, 6)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 import dsmoe
 from dsmoe.moe import begin_step, update_routers
@@ -33,6 +33,7 @@ def deepspeeds(function: Function, x: torch.Tensor) -> torch.Tensor:
     return deepspeed.checkpointing.checkpoint(function, x)
 
 
+KEPT = [getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "_softmax", "topk", "sigmoid")]
 KINDS: dict[str, Callable[[Function, torch.Tensor], torch.Tensor]] = {
     "deepspeed": deepspeeds,
     "reentrant": functools.partial(checkpoint, use_reentrant=True),
@@ -40,6 +41,9 @@ KINDS: dict[str, Callable[[Function, torch.Tensor], torch.Tensor]] = {
     "reentrant, generator not restored": functools.partial(checkpoint, use_reentrant=True, preserve_rng_state=False),
     "not reentrant, generator not restored": functools.partial(
         checkpoint, use_reentrant=False, preserve_rng_state=False
+    ),
+    "selective": functools.partial(
+        checkpoint, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, KEPT)
     ),
 }
 TIGHT = {"capacity_factor": 0.5, "min_capacity": 1}

@@ -1,4 +1,4 @@
-"""Each mistake of `mutations.py` fails the test that it names; without one, all of these tests pass."""
+"""Each mistake of this folder fails the test that it names; without one, all of these tests pass."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.mutations import MUTATIONS, Mutation
+from tests.mutations import mutations, ranks, starts, stored
+from tests.mutations.mutation import Mutation
 
 REPOSITORY = Path(__file__).parents[2]
-
-WRONG_RESULT = re.compile(r"^E +(AssertionError|assert |Failed: DID NOT RAISE)", re.M)
-"""An assertion failed, in the test or on one of its ranks: it came to a wrong result, and did not crash or hang; or
-what should have been refused was not."""
+MUTATIONS = [*mutations.MUTATIONS, *ranks.MUTATIONS, *starts.MUTATIONS, *stored.MUTATIONS]
 
 
 def copy_package(folder: Path) -> None:
-    for name in ("dsmoe", "tests"):
+    for name in ("dsmoe", "tests", "launch"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
 
@@ -63,4 +61,6 @@ def test_a_mistake_is_seen(mutation: Mutation, tmp_path: Path) -> None:
     file.write_text(file.read_text(encoding="utf-8").replace(mutation.old, mutation.new), encoding="utf-8")
     status, output = run_tests([mutation.caught_by], tmp_path)
     assert status == 1, f"{mutation.caught_by} should have failed:\n{output}"
-    assert WRONG_RESULT.search(output), f"{mutation.caught_by} failed for another reason:\n{output}"
+    assert re.search(mutation.shown_by, output, re.MULTILINE), (
+        f"{mutation.caught_by} failed for another reason:\n{output}"
+    )

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from dsmoe.parallel import join_processes, leave_processes
-from dsmoe.parallel.claims import ASKED_RANKS, Deviation, DifferentRanksError, check_alike, explain
+from dsmoe.parallel.claims import ASKED_RANKS, Deviation, DifferentRanksError, check_alike, exit_code_of_all, explain
 from dsmoe.parallel.local import CONTEXT, run_ranks
 from dsmoe.parallel.roll import report_at_roll
 from tests.ports import free_port
@@ -46,7 +46,7 @@ def results_of(claims: list[dict[str, str] | str], folder: Path) -> list[str]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(150)
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(len(claims))]
 
 
@@ -57,16 +57,17 @@ def test_ranks_with_the_same_claims_join(tmp_path: Path) -> None:
 def test_what_differs_is_named_with_both_values_and_the_ranks(tmp_path: Path) -> None:
     warmer = {**SAME, "optimizer.lr": "0.01"}
     older = {**SAME, "torch": "2.11.0"}
-    less = {name: value for name, value in SAME.items() if name != "train.seed"}
+    less = {name: value for name, value in SAME.items() if name != "train.seed"} | {"numpy": "2.4.0"}
     results = results_of([SAME, warmer, warmer, {**older, "optimizer.lr": "0.01"}, less], tmp_path)
     assert (
         results
         == [
             "2 4 ranks of 5 would not train what rank 0 does; "
             "give every host the same config, data, packages and dsmoe:\n"
-            f"  - optimizer.lr: 0.001 on rank 0; 0.01 on ranks 1-3 ({HOST})\n"
-            f"  - torch: 2.13.0 on rank 0; 2.11.0 on rank 3 ({HOST})\n"
-            f"  - train.seed: 0 on rank 0; nothing on rank 4 ({HOST})"
+            f"  - optimizer.lr: 0.001 on rank 0; 0.01 on ranks 1-3 on {HOST}\n"
+            f"  - torch: 2.13.0 on rank 0; 2.11.0 on rank 3 on {HOST}\n"
+            f"  - train.seed: 0 on rank 0; nothing on rank 4 on {HOST}\n"
+            f"  - numpy: nothing on rank 0; 2.4.0 on rank 4 on {HOST}"
         ]
         * 5
     )
@@ -80,6 +81,13 @@ def test_a_rank_that_cannot_start_is_spoken_for(code: int, tmp_path: Path) -> No
         text,
         "rank 0 has said so: True",
     ]
+
+
+def test_where_one_of_them_is_a_persons_to_mend_no_other_try_will_do() -> None:
+    may_pass, will_not = Deviation(1, HOST, {}, "no room", 1), Deviation(2, HOST, {}, "no such key", 2)
+    assert exit_code_of_all([may_pass, will_not]) == exit_code_of_all([will_not, may_pass]) == 2
+    assert exit_code_of_all([may_pass]) == 1
+    assert exit_code_of_all([]) == 2
 
 
 def test_a_rank_alone_reports_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +108,7 @@ def test_ranks_that_have_joined_compare_as_well() -> None:
     assert run_ranks(2, compared, [{"web": "5 tokens"}, {"web": "5 tokens"}]) == ["alike"] * 2
     first, second = run_ranks(2, compared, [{"web": "5 tokens"}, {"web": "6 tokens"}])
     assert first == second
-    assert f"web: 5 tokens on rank 0; 6 tokens on rank 1 ({HOST})" in first
+    assert f"web: 5 tokens on rank 0; 6 tokens on rank 1 on {HOST}" in first
 
 
 def test_a_text_about_thousands_of_ranks_and_keys_stays_short() -> None:

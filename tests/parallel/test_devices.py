@@ -46,13 +46,18 @@ def test_a_rank_drives_the_device_of_its_number_or_the_only_one_that_it_sees(
     assert cuda.current == [index]
 
 
-def test_a_rank_that_sees_some_devices_and_not_its_own_is_told_of_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("local_rank", [2, 3])
+def test_a_rank_that_sees_some_devices_and_not_its_own_is_told_of_both_ways(
+    local_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     FakeCuda(monkeypatch, ["GPU-0", "GPU-1"])
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    message = r"rank 3 is to drive device 3 of this host and sees 2 \(CUDA_VISIBLE_DEVICES=0,1\); .* --gpus-per-task=1"
+    message = (
+        rf"rank 3 is to drive device {local_rank} of this host and sees 2 \(CUDA_VISIBLE_DEVICES=0,1\); .* --gpus-per-"
+    )
     with pytest.raises(DeviceError, match=message):
-        take_device(3)
+        take_device(local_rank)
 
 
 def of(uuid: str, host: str = "node1", visible: str = "CUDA_VISIBLE_DEVICES=0") -> str:
@@ -67,6 +72,13 @@ def test_two_ranks_on_one_device_are_named_with_it() -> None:
         "ranks 0, 2 drive one device, GPU-a of node1 (CUDA_VISIBLE_DEVICES=0); "
         "ranks 3-4 drive one device, GPU-c of node2 (CUDA_VISIBLE_DEVICES=0). Every rank needs a device of its own"
     )
+
+
+def test_one_device_has_one_name_whatever_shows_it() -> None:
+    text = shared_devices(
+        [of("GPU-a", visible="CUDA_VISIBLE_DEVICES=0"), of("GPU-a", visible="CUDA_VISIBLE_DEVICES=GPU-a")]
+    )
+    assert text.startswith("ranks 0-1 drive one device, GPU-a of node1 (CUDA_VISIBLE_DEVICES=0). Every rank")
 
 
 def test_a_device_is_described_by_what_no_other_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +109,7 @@ def come(rank: int, port: str, uuids: list[str], folder: Path) -> None:
         (["GPU-a", "GPU-b", "GPU-c"], "joined"),
         (["GPU-a", "GPU-b", "GPU-a"], "2 ranks 0, 2 drive one device, GPU-a of node1"),
     ],
+    ids=["each its own", "one is shared"],
 )
 def test_ranks_compare_their_devices_before_they_join(uuids: list[str], beginning: str, tmp_path: Path) -> None:
     port = free_port()
@@ -104,7 +117,7 @@ def test_ranks_compare_their_devices_before_they_join(uuids: list[str], beginnin
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(150)
     results = [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in range(len(uuids))]
     assert [result.startswith(beginning) for result in results] == [True] * 3, results
 

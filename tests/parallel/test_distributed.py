@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import time
+import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import UserError, describe, keep_place, located
+from dsmoe.durable import write_whole
 from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import (
     HostError,
@@ -130,3 +137,75 @@ def fail_on_one_rank() -> str:
 
 def test_one_ranks_error_is_everybodys() -> None:
     assert run_ranks(2, fail_on_one_rank) == ["[0, 1]", "[0, 1]"]
+
+
+def meet_a_full_disk(error: Exception) -> tuple[str, str]:
+    def act() -> None:
+        if dist.get_rank() == 1:
+            write_whole(Path("/none/such/file"), "") if isinstance(error, OSError) else raise_it(error)
+
+    with pytest.raises(type(error)) as caught:
+        on_every_rank(act)
+    raised = caught.value
+    text = located(raised) if isinstance(raised, OSError) else str(raised)
+    return text, "".join(traceback.format_exception(raised))
+
+
+def raise_it(error: Exception) -> None:
+    raise error
+
+
+def test_an_error_of_another_rank_comes_with_its_line_and_its_traceback() -> None:
+    for text, printed in run_ranks(2, meet_a_full_disk, FileNotFoundError()):
+        assert re.fullmatch(
+            r"/none/such/\S+: No such file or directory \(dsmoe/durable\.py:\d+, on rank 1 \(\S+\)\)", text
+        )
+        assert "in write_whole" in printed
+    for text, printed in run_ranks(2, meet_a_full_disk, RuntimeError("a bug")):
+        assert text == "a bug"
+        assert "raised on rank 1 (" in printed
+        assert "in raise_it" in printed
+
+
+def test_an_error_of_the_user_stays_as_it_is() -> None:
+    error = UserError("bad")
+    keep_place(error, "on rank 1")
+    assert not hasattr(error, "__notes__")
+    assert describe(OSError(28, "No space left on device", "a", None, "b")) == "a -> b: No space left on device"
+
+
+def sleep_for_ever(folder: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(3600)
+
+
+STARTS = """
+import sys
+from dsmoe.parallel.local import run_ranks
+from tests.parallel.test_distributed import sleep_for_ever
+if __name__ == "__main__":
+    run_ranks(2, sleep_for_ever, sys.argv[1], timeout=3600)
+"""
+
+
+def test_ranks_of_this_machine_end_with_the_process_that_has_started_them(tmp_path: Path) -> None:
+    """As `dsmoe parity` does; nobody would see them train on."""
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "starts.py").write_text(STARTS, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "starts.py"), str(tmp_path / "ranks")], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while len(ranks := list((tmp_path / "ranks").iterdir())) < 2:
+            assert parent.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
+    processes = []
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(int(rank.name)))
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive

@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from dsmoe.parallel import jobs, watch
 from dsmoe.parallel.jobs import OVER, WAITING, WORKING, Job, places
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.watch import Note, Watch
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -38,11 +39,21 @@ def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Watch]]:
         each.stop()
 
 
-def until(is_so: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+class Clock:
+    """`time` for `jobs`, which goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(jobs, "time", clock)
+    return clock
 
 
 def begun(watches: list[Watch], **options: bool) -> list[Job]:
@@ -63,7 +74,20 @@ def end(started: list[Job]) -> None:
         job.__exit__(None, None, None)
 
 
-def test_rank_0_says_every_minute_who_has_done_what(watches: list[Watch], caplog: pytest.LogCaptureFixture) -> None:
+def look_on(looking: jobs._Looking, watches: list[Watch], alive: list[int], clock: Clock, seconds: float) -> None:
+    """Look at all ranks for so long, now and then, while those that are alive give signs of life."""
+    end = clock.now + seconds
+    while clock.now < end:
+        heard = watches[0].notes_of(alive)
+        until(lambda heard=heard: all(watches[0].notes_of([rank])[rank].beat > heard[rank].beat for rank in alive))
+        clock.now += 0.3
+        looking._look(range(4))
+
+
+def test_rank_0_says_every_minute_who_has_done_what(
+    watches: list[Watch], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LOG_SECONDS", 10.0)  # nor is rank 0 of a busy machine taken for silent
     started = begun(watches)
     until(lambda: len(caplog.records) >= 3)
     host = watches[0].now()[0].host
@@ -84,12 +108,39 @@ def test_rank_0_says_every_minute_who_has_done_what(watches: list[Watch], caplog
 def test_nothing_is_said_or_read_of_a_short_job(
     watches: list[Watch], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "WORD_SECONDS", 60.0)
-    monkeypatch.setattr(jobs._Looking, "_read", lambda *_: pytest.fail("reads"))
+    monkeypatch.setattr(jobs, "WORD_SECONDS", 600.0)
+    reads: list[object] = []
+    monkeypatch.setattr(jobs._Looking, "_read", lambda *asked: reads.append(asked) or ({}, ""))
     started = begun(watches)
-    time.sleep(0.3)
-    end(started)
+    time.sleep(0.5)
+    assert not reads
     assert not caplog.records
+    monkeypatch.setattr(jobs, "WORD_SECONDS", 0.01)
+    until(lambda: reads)  # else none could have been seen above
+    end(started)
+
+
+def test_a_line_a_minute(watches: list[Watch], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "WORD_SECONDS", 60.0)
+    looking = jobs._Looking(Job("save", "saving", watch=watches[0]), watches[0])
+    said: list[float] = []
+    looking._log = lambda _: said.append(clock.now) or False  # type: ignore[method-assign]
+    for _ in range(121):
+        looking._speak_if_due()
+        clock.now += 5.0
+    assert said == [60.0 * minute for minute in range(1, 11)]
+
+
+def test_a_rank_that_has_done_its_part_may_be_silent(watches: list[Watch], clock: Clock) -> None:
+    started = begun(watches)
+    looking = jobs._Looking(started[0], watches[0])
+    started[1].__exit__(None, None, None)
+    look_on(looking, watches, [0, 1, 2, 3], clock, 0.3)
+    for rank in (1, 2):
+        watches[rank].stop()
+    look_on(looking, watches, [0, 3], clock, 0.9)
+    assert looking._silent().keys() == {2}
+    end(started)
 
 
 def test_where_rank_0s_log_hangs_rank_1_says_it(watches: list[Watch], caplog: pytest.LogCaptureFixture) -> None:
@@ -120,7 +171,7 @@ def test_a_rank_without_beats_is_named_and_ends_the_job(
     gone: int, watches: list[Watch], caplog: pytest.LogCaptureFixture
 ) -> None:
     started = begun(watches, ends_with_rank=True)
-    time.sleep(0.2)
+    until(lambda: len(watches[0].notes_of(range(4))) == 4)
     watches[gone].stop()
     if gone == 0:
         started[0].ended.set()  # its threads stand still
@@ -129,33 +180,105 @@ def test_a_rank_without_beats_is_named_and_ends_the_job(
     assert isinstance(looking.lost, LostRanksError)
     place = "all written" if gone == 0 else "1.20 of 4.50 GB, at rank_00002_000.safetensors"
     assert f"saving step_00000100: rank {gone} on " in str(looking.lost)
-    assert f" is gone, with no sign of life for 1 s; last heard of: {place}" in str(looking.lost)
+    assert re.search(rf" is gone, with no sign of life for \d+ s; last heard of: {re.escape(place)}", str(looking.lost))
     assert str(looking.lost) in caplog.text
     end(started)
 
 
-def test_a_rank_that_is_only_silent_before_it_begins_ends_nothing(watches: list[Watch]) -> None:
+def test_a_rank_that_is_lost_is_in_the_log_before_the_run_ends_for_it(
+    watches: list[Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[LostRanksError | None] = []
+
+    def log(looking: jobs._Looking, line: str) -> bool:
+        if "is gone" in line:
+            known.append(looking._job.lost)
+        return True
+
+    monkeypatch.setattr(jobs._Looking, "_log", log)
     started = begun(watches, ends_with_rank=True)
-    watches[3].stop()
-    time.sleep(2.0)
-    assert started[0].lost is None
+    until(lambda: len(watches[0].notes_of(range(4))) == 4)
+    watches[2].stop()
+    until(lambda: started[0].lost)
+    assert known[0] is None
     end(started)
 
 
-def test_a_process_that_stood_still_itself_blames_nobody(watches: list[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_only_silent_before_it_begins_ends_nothing(watches: list[Watch], clock: Clock) -> None:
+    started = begun(watches, ends_with_rank=True)
+    until(lambda: len(watches[0].notes_of(range(4))) == 4)
+    looking = jobs._Looking(started[0], watches[0])
+    watches[3].stop()
+    look_on(looking, watches, [0, 1, 2], clock, 2.0)
+    assert looking._silent().keys() == {3}
+    assert looking._lost() is None
+    watches[2].stop()
+    look_on(looking, watches, [0, 1], clock, 2.0)
+    assert "saving step_00000100: rank 2 on " in str(looking._lost())
+    end(started)
+
+
+def test_a_process_that_stood_still_itself_blames_nobody(watches: list[Watch], clock: Clock) -> None:
     job = Job("save", "saving", ends_with_rank=True, watch=watches[0])
     looking = jobs._Looking(job, watches[0])
     started = begun(watches)
-    time.sleep(0.2)
+    until(lambda: len(watches[0].notes_of(range(4))) == 4)
     looking._look(range(4))
     before = {rank: note.beat for rank, note in looking._notes.items()}
     for each in watches[1:]:
         each.stop()  # as if they had had no store to tell
     looking._look(range(4))
-    time.sleep(2.0)  # longer than GONE_SECONDS, and without a look
+    clock.now += 2.0  # longer than GONE_SECONDS, and without a look
     looking._look(range(4))
     assert looking._lost() is None
     assert all(looking._notes[rank].beat >= before[rank] for rank in before)
+    end(started)
+
+
+def test_a_rank_that_does_not_look_on_learns_of_rank_0_unless_it_stood_still_itself(
+    watches: list[Watch], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = [True]
+    monkeypatch.setattr(watches[3], "has_lost_first", lambda: missing[0])
+    job = Job("load", "loading step_00000100", watch=watches[3])
+    assert job.gone() is None
+    clock.now += 0.15
+    assert job.gone() is None
+    missing[0] = False  # it has heard of rank 0 again
+    assert job.gone() is None
+    missing[0] = True
+    clock.now += 10
+    assert job.gone() is None
+    clock.now += 0.3
+    assert str(job.gone()) == "loading step_00000100: rank 0 does not come"
+
+
+def test_a_store_that_has_not_answered_for_long_blames_no_rank_when_it_does_again(
+    watches: list[Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks are cut off for a while, as by a switch that starts again: none could say that it lives."""
+    started = begun(watches, ends_with_rank=True)
+    looking = jobs._Looking(started[0], watches[0])
+    looking._look(range(4))
+    monkeypatch.setattr(looking, "_read", lambda _: time.sleep(0.3) or 1 / 0)
+    for each in watches[1:]:
+        each.stop()  # as if they had had no store to say so to
+    for _ in range(6):
+        looking._look(range(4))
+    monkeypatch.undo()
+    monkeypatch.setattr(jobs, "GONE_SECONDS", 1.0)
+    looking._look(range(4))
+    assert looking._lost() is None
+    end(started)
+
+
+def test_the_silence_of_a_lost_rank_is_the_measured_one(watches: list[Watch]) -> None:
+    started = begun(watches, ends_with_rank=True)
+    looking = jobs._Looking(started[0], watches[0])
+    time.sleep(0.1)
+    looking._look(range(4))
+    looking._beaten[2] = looking._seen[2] - 77.0
+    assert " is gone, with no sign of life for 77 s; last heard of: " in str(looking._lost())
     end(started)
 
 

@@ -49,8 +49,13 @@ class Download:
         raise RuntimeError("the download of shard 3 timed out")
 
 
+def patiently_wait() -> None:
+    raise RuntimeError("patiently_wait() timed out")
+
+
 def test_neither_are_other_things_that_are_waited_for() -> None:
     assert not is_lost(caught(lambda: Download().wait()))
+    assert not is_lost(caught(patiently_wait))
 
 
 def test_the_errors_of_a_store_and_our_own_are() -> None:
@@ -61,7 +66,9 @@ def test_the_errors_of_a_store_and_our_own_are() -> None:
 
 def lose_a_rank() -> list[tuple[bool, str]]:
     """By rank 0, what each collective raises once rank 1 has come too late for one."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))  # its own: the others of the test go on
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))  # its own: the others of the test go on
+    dist.barrier(group)  # they have met in it
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
     x, found = torch.ones(4), []
     if dist.get_rank() == 0:
         for action in (

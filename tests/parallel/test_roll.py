@@ -7,7 +7,10 @@ import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from dsmoe.parallel import join_processes, leave_processes, roll
@@ -18,8 +21,21 @@ from dsmoe.parallel.lost import LostRanksError
 from tests.ports import free_port
 
 
-def come(rank: int, port: int, seconds: float, folder: Path) -> None:
-    """A rank of two nodes with two devices each; its file has what comes of it, and then what it has printed."""
+def come(rank: int, port: int, seconds: float, folder: Path, others: list[int]) -> None:
+    """A rank of two nodes with two devices each; its file has what comes of it, and then what it has printed.
+
+    The time of rank 0 begins when the others that come at all are there.
+    """
+    await_all = roll._await_all
+
+    def await_those_that_do_not_come(store: dist.Store, keys: list[str], *rest: Any) -> None:
+        store.wait([keys[other] for other in others], timedelta(seconds=100))
+        await_all(store, keys, *rest)
+
+    roll._await_all = await_those_that_do_not_come
+    reach = roll._reach
+    if 0 in others:
+        roll._reach = lambda address, port, _: reach(address, port, timedelta(seconds=100))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % 2), WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     roll.WORD_SECONDS = 0.3
@@ -38,11 +54,11 @@ def come(rank: int, port: int, seconds: float, folder: Path) -> None:
 def results_of(ranks: list[int], seconds: float, folder: Path, port: int = 0) -> tuple[list[str], list[str]]:
     """By rank, what came of it, and what it said."""
     port = port or int(free_port())
-    processes = [CONTEXT.Process(target=come, args=(rank, port, seconds, folder)) for rank in ranks]
+    processes = [CONTEXT.Process(target=come, args=(rank, port, seconds, folder, ranks)) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(150)
     results, said = (
         [(folder / f"{rank}.{kind}").read_text(encoding="utf-8") for rank in sorted(ranks)]
         for kind in ("result", "out")
@@ -58,14 +74,49 @@ def test_all_who_come_join(tmp_path: Path) -> None:
 
 def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
     (result, heard), (said, _) = results_of([0, 1], 1.5, tmp_path)
-    missing = "2 of 4 ranks, of node 1 (from 0)"
-    assert result.startswith(f"LostRanksError: {missing}, have not come within 2 s to 127.0.0.1:")
+    missing = "2 of 4 ranks (ranks 2-3 on node 1, from 0)"
+    assert result.startswith(f"LostRanksError: {missing} have not come within 2 s to 127.0.0.1:")
     assert heard == result.replace("LostRanksError", "DifferentRanksError"), "the others end as rank 0 does, in silence"
-    assert said.splitlines() == [f"waiting for {missing}"] * 2, "after 0.3 and after 0.9 seconds"
+    assert set(said.splitlines()) == {f"waiting for {missing}"}
+
+
+def test_words_are_said_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: now.__setitem__(0, now[0] + 1))
+    monkeypatch.setattr(roll, "time", clock)
+    assert [now[0] for speaks in roll._moments(timedelta(seconds=300)) if speaks] == [21, 61, 141]
+    assert len(list(roll._moments(timedelta(seconds=-1)))) == 0
+    assert list(roll._moments(timedelta(0))) == [False], "one look at least"
+
+
+def come_again(rank: int, attempt: int, store_port: int, folder: Path) -> None:
+    """A rank of two that torchrun, in whose process the store is, has started for the `attempt`th time."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store_port))
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(attempt))
+    try:
+        roll.call_roll(2, timedelta(seconds=1 if attempt else 100), {"train.seed": "0"})
+        result = "all have come"
+    except LostRanksError as error:
+        result = str(error)
+    (folder / f"{rank} {attempt}").write_text(result, encoding="utf-8")
+
+
+def test_those_of_an_earlier_attempt_have_not_come(tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for ranks, attempt in (((0, 1), 0), ((0,), 1)):
+        processes = [CONTEXT.Process(target=come_again, args=(rank, attempt, store.port, tmp_path)) for rank in ranks]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(150)
+    said = [(tmp_path / name).read_text(encoding="utf-8") for name in ("0 0", "1 0", "0 1")]
+    assert said[:2] == ["all have come"] * 2
+    assert said[2].startswith("1 of 2 ranks, of node 0 (from 0), have not come within 1 s")
 
 
 def test_a_rank_0_that_is_not_there_is_missed_by_each_host(tmp_path: Path) -> None:
-    results, (first, second) = results_of([2, 3], 1.5, tmp_path)
+    results, (first, second) = results_of([2, 3], 3, tmp_path)
     for result in results:
         assert result.startswith("LostRanksError: rank 0 is not reached at 127.0.0.1:")
         assert "Connection refused; has the launcher started it" in result

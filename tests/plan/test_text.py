@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dsmoe.plan.text import first_and_last, quantity, readable_count, table
+from dsmoe.plan.text import first_and_last, quantity, rank_names, ranks_on_hosts, readable_count, table
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,12 @@ def test_first_and_last(items: Sequence[object], text: str) -> None:
 def test_table() -> None:
     rows = [("axis", "size", "first"), ("tensor", "16,384", "0"), ("data", "1", "0 1 2")]
     assert table(rows, "<><") == ["axis      size  first", "tensor  16,384  0", "data         1  0 1 2"]
+
+
+def test_ranks_are_named_with_their_hosts_in_a_line_that_people_read() -> None:
+    assert rank_names([0, 1, 2, 5]) == "ranks 0-2, 5"
+    assert rank_names([7]) == "rank 7"
+    assert rank_names(range(0, 4000, 2)) == "2,000 ranks from 0 to 3998"
+    assert ranks_on_hosts({5: "host1", 0: "host0", 1: "host0"}) == "ranks 0-1, 5 on host0, host1"
+    many = ranks_on_hosts({rank: f"host{rank // 8}" for rank in range(0, 8192, 2)})
+    assert many == "4,096 ranks from 0 to 8190 on host0, host1, host2 and 1,021 more hosts"

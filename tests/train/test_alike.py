@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +25,8 @@ from dsmoe.parallel import Groups
 from dsmoe.parallel.claims import SHOWN_CLAIMS, deviation, digest, explain
 from dsmoe.parallel.local import CONTEXT, run_ranks
 from dsmoe.plan import Topology
-from dsmoe.train.alike import claims_of_run
+from dsmoe.train import alike
+from dsmoe.train.alike import claims_of_data, claims_of_run
 from tests.ports import free_port
 from tests.train.layouts import small_config
 from tests.train.test_run import Outcome, write_config
@@ -234,3 +238,25 @@ def test_no_path_is_claimed_and_all_else_is(tmp_path: Path) -> None:
     claims = claims_of_run(small_config(tmp_path))
     assert claims["checkpoint.resume"] == '"auto"'
     assert claims["data.tokenizer"] == '"bytes"'
+    assert (claims["torch"], claims["python"]) == (metadata.version("torch"), platform.python_version())
+
+
+def test_the_code_is_compared_by_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train").mkdir()
+    file = tmp_path / "train" / "alike.py"
+    monkeypatch.setattr(alike, "__file__", str(file))
+    digests = set()
+    for name, text in (("alike.py", "x = 1"), ("alike.py", "x = 2"), ("other.py", "x = 2")):
+        file.unlink(missing_ok=True)
+        file = file.with_name(name)
+        file.write_text(text, encoding="utf-8")
+        digests.add(alike._source_digest.__wrapped__())
+    assert len(digests) == 3
+
+
+def test_text_of_the_same_size_is_told_apart() -> None:
+    sizes = {"name": "web", "train_tokens": 900, "validation_tokens": 100}
+    sources = [SimpleNamespace(**sizes, checksum=checksum) for checksum in ("0a", "0b")]
+    first, other = (claims_of_data([source]) for source in sources)  # type: ignore[list-item]
+    assert first.keys() == other.keys()
+    assert digest(first) != digest(other)

@@ -17,7 +17,7 @@ from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config import UserError, dump_config
 from dsmoe.config.schema import Config
 from dsmoe.data.order import Mixture
-from dsmoe.train.changed import Order, changed_order, changed_rate, rate_when_longer
+from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate, rate_when_longer
 from dsmoe.train.schedule import learning_rate
 from dsmoe.train.summary import _next_steps
 from tests.train.layouts import small_config
@@ -374,3 +374,38 @@ def test_a_command_with_other_weights_is_refused_and_leaves_nothing(tmp_path: Pa
     assert (Path(run.runs_dir) / run.name / "config.yaml").read_text(encoding="utf-8") == kept
     again = pretrain(tmp_path, *arguments, "data.seed=7", "train.steps=3", "data.changed_order=accept")
     assert again.code == 0, again.err
+
+
+EVALUATED: dict[str, tuple[dict, dict, str]] = {
+    "fewer sequences": ({"train": {"eval_sequences": 4}}, {}, "train.eval_sequences, 16 -> 4"),
+    "by the older name": (
+        {"train": {"eval_sequences": None, "eval_batches": 3}},
+        {},
+        "train.eval_sequences, 16 -> null; train.eval_batches, null -> 3",
+    ),
+    "another share": ({"data": {"validation_fraction": 0.2}}, {}, "data.validation_fraction, 0.1 -> 0.2"),
+    "another split": ({"data": {"seed": 3}}, {"seed": 3}, "data.seed, 0 -> 3"),
+    "longer sequences": ({"train": {"sequence_length": 64}}, {}, "train.sequence_length, 32 -> 64"),
+    "other text": ({}, {"texts": {"web": "aa", "books": "cc"}}, "the text of data.sources[books]"),
+    "another source": ({}, {"texts": {"web": "aa"}}, "the text of data.sources[books]"),
+}
+
+
+@pytest.mark.parametrize("change", EVALUATED)
+def test_a_run_that_evaluates_other_text_says_so_and_by_what(change: str, tmp_path: Path) -> None:
+    options, order, why = EVALUATED[change]
+    base = {"train": {"eval_sequences": 16}, "data": {"validation_fraction": 0.1}}
+    saved = replace(facts(small_config(tmp_path, **base), SAVED), held_out="a")  # type: ignore[arg-type]
+    config = small_config(tmp_path, **{key: {**base[key], **options.get(key, {})} for key in base})  # type: ignore[arg-type]
+    said = changed_held_out(CHECKPOINT, saved, config, replace(SAVED, **order), "b")
+    assert said is not None
+    assert f"was made ({why}): held-out losses before and after do not compare" in said, said
+    assert changed_held_out(CHECKPOINT, replace(saved, held_out=""), config, SAVED, "b") is None  # nobody knows
+    same = changed_held_out(CHECKPOINT, saved, config, SAVED, "a")
+    assert (same is None) is (change != "longer sequences")
+
+
+def test_where_only_the_name_of_the_number_changes_nothing_is_said(tmp_path: Path) -> None:
+    saved = replace(facts(small_config(tmp_path, train={"eval_sequences": 16}), SAVED), held_out="a")
+    config = small_config(tmp_path, train={"eval_sequences": None, "eval_batches": 2})
+    assert changed_held_out(CHECKPOINT, saved, config, SAVED, "a") is None

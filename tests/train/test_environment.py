@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsmoe.preflight.facts import steering
 from dsmoe.train.environment import of_this_rank, worth_recording, write_environment
 
 
@@ -23,6 +24,7 @@ def test_variables_that_decide_how_ranks_meet_are_recorded() -> None:
         "SLURM_SUBMIT_DIR": "/home/monkey/tokens",
     }
     assert worth_recording({**wanted, "HOME": "/root", "WANDB_PROJECT": "x"}) == wanted
+    assert steering(wanted).keys() == {"FI_PROVIDER", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "NCCL_IB_PKEY"}
 
 
 @pytest.mark.parametrize(
@@ -53,10 +55,15 @@ def test_variables_that_decide_how_ranks_meet_are_recorded() -> None:
         ("LD_LIBRARY_PATH_PHRASE", "7f3a9c"),
         ("DEEPSPEED_SERVICE", "7f3a9c"),
         ("NCCL_NET", "https://monkey:7f3a9c@example.org"),
+        ("MASTER_ADDR", "monkey:7f3a9c@example.org"),
+        ("NCCL_SECRET_TOKEN", "7f3a9c"),
+        ("FI_CXI_AUTH_KEY", "7f3a9c"),
+        ("UCX_PASSWORD", "7f3a9c"),
     ],
 )
 def test_a_secret_is_not(name: str, value: str) -> None:
     assert worth_recording({name: value}) == {}
+    assert steering({name: value}) == {}
 
 
 def test_hosts_are_listed_with_their_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsmoe.parallel.local import CONTEXT
 from tests.ports import free_port
-from tests.train.test_run import write_config
+from tests.train.test_run import pretrain, write_config
 
 WORLD = 3
 
@@ -52,7 +53,38 @@ def _in_a_step(strike: Callable[[], None]) -> None:
     Trainer.step = striking  # type: ignore[assignment, method-assign]
 
 
-PHASES = {"in the roll": _in_roll, "tokenising": _tokenising, "in a step": _in_a_step}
+def _saving(strike: Callable[[], None]) -> None:
+    from dsmoe.checkpoint import files
+
+    write = files._write
+
+    def striking(*arguments: Any) -> str:
+        checksum = write(*arguments)
+        strike()
+        return checksum
+
+    files._write = striking
+
+
+def _loading(strike: Callable[[], None]) -> None:
+    from dsmoe.checkpoint import storage
+
+    read = storage.read_tensor
+
+    def striking(*arguments: Any) -> object:
+        strike()
+        return read(*arguments)
+
+    storage.read_tensor = striking  # type: ignore[assignment]
+
+
+PHASES = {
+    "in the roll": _in_roll,
+    "tokenising": _tokenising,
+    "in a step": _in_a_step,
+    "saving": _saving,
+    "loading": _loading,
+}
 
 
 def _rank(folder: Path, rank: int, port: str, phase: str, number: int) -> None:
@@ -61,12 +93,13 @@ def _rank(folder: Path, rank: int, port: str, phase: str, number: int) -> None:
     os.chdir(folder)
     os.dup2(os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
     os.dup2(1, 2)
-    from dsmoe.parallel import roll, watch
+    from dsmoe.parallel import jobs, roll, watch
     from dsmoe.train import run
 
     watch.BEAT_SECONDS = 0.3  # type: ignore[misc]
-    watch.STORE_SECONDS = roll.STORE_SECONDS = 2.0  # type: ignore[misc]
-    watch.GRACE_SECONDS = run.GRACE_SECONDS = 1.0  # type: ignore[misc]
+    watch.STORE_SECONDS = roll.STORE_SECONDS = jobs.STORE_SECONDS = 2.0  # type: ignore[misc]
+    watch.GRACE_SECONDS = run.GRACE_SECONDS = jobs.GRACE_SECONDS = 1.0  # type: ignore[misc]
+    jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS, jobs.LOG_SECONDS = 4.0, 0.3, 6.0, 2.0  # type: ignore[misc]
     run.LINGER_SECONDS = 8.0  # type: ignore[misc]
     if rank == 0:
         PHASES[phase](lambda: os.kill(os.getpid(), number))
@@ -79,22 +112,32 @@ def _rank(folder: Path, rank: int, port: str, phase: str, number: int) -> None:
     ("phase", "number"),
     [
         ("in the roll", signal.SIGSTOP),
+        ("in the roll", signal.SIGKILL),
         ("tokenising", signal.SIGSTOP),
         ("tokenising", signal.SIGKILL),
         ("in a step", signal.SIGKILL),
+        ("saving", signal.SIGSTOP),
+        ("saving", signal.SIGKILL),
+        ("loading", signal.SIGSTOP),
+        ("loading", signal.SIGKILL),
     ],
 )
 def test_one_of_the_others_says_so(phase: str, number: int, tmp_path: Path) -> None:
     train = {"batch_tokens": 2 * WORLD * 32}
     own_cache = {"cache_dir": str(tmp_path / "cache")}
     limit = {"collective_timeout_seconds": 6}
-    write_config(tmp_path, ranks=WORLD, cluster=limit, train=train, data=own_cache, runs_dir="runs")
+    saves = {"every": 1, "asynchronous": False}
+    given = {"cluster": limit, "train": train, "data": own_cache, "checkpoint": saves, "runs_dir": "runs"}
+    if phase == "loading":
+        write_config(tmp_path, **{**given, "train": {**train, "steps": 1}})
+        assert pretrain(tmp_path, "--config", "config.yaml").code == 0
+    write_config(tmp_path, ranks=WORLD, **given)
     port = free_port()
     ranks = [CONTEXT.Process(target=_rank, args=(tmp_path, rank, port, phase, number)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
     for process in ranks[1:]:
-        process.join(90)
+        process.join(200)
     codes = [process.exitcode for process in ranks[1:]]
     ranks[0].kill()
     said = "".join((tmp_path / f"{rank}.log").read_text(encoding="utf-8") for rank in range(1, WORLD))

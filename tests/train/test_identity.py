@@ -9,11 +9,12 @@ import pytest
 
 from dsmoe.config import UserError, load_config
 from dsmoe.config.schema import Config
+from dsmoe.config.show import flatten
 from dsmoe.data import prepare
 from dsmoe.interop.tokenizer import byte_tokenizer_json
 from dsmoe.train import folder as run_folders
 from dsmoe.train.folder import check_run_folder, make_run_folder
-from dsmoe.train.identity import RECORD, Contents
+from dsmoe.train.identity import RECORD, Contents, differences
 from tests.train.test_run import pretrain, refused, write_config
 
 OTHER = byte_tokenizer_json() + "\n"
@@ -79,6 +80,26 @@ def test_a_run_without_checkpoints_of_other_contents(project: Path) -> None:
     start(load_config("conf/config.yaml", ["data.sources.0.path=same.txt"]))
 
 
+def differing(path: Path, *overrides: str) -> list[str]:
+    """The keys by which a config is another run than that of `conf/config.yaml`, of which nothing was recorded."""
+    before = flatten(load_config("conf/config.yaml").model_dump(mode="json"))
+    return [key for key, _, _ in differences(load_config(path, overrides), before, Contents(), has_checkpoints=False)]
+
+
+def test_a_link_is_the_place_that_it_leads_to(project: Path) -> None:
+    (project.parent / "link").symlink_to(project)
+    linked = project.parent / "link/conf/config.yaml"
+    assert load_config(linked).data.tokenizer == str(linked.with_name("tok.json"))
+    assert differing(linked) == []
+
+
+def test_another_tokenizer_where_nothing_was_recorded_is_another(project: Path) -> None:
+    (project / "other.json").write_text(OTHER, encoding="utf-8")
+    assert differing(project / "conf/config.yaml", "data.tokenizer=other.json") == ["data.tokenizer"]
+    assert differing(project / "conf/config.yaml", "data.sources.0.path=other.json") == ["data.sources.0.path"]
+    assert differing(project / "conf/config.yaml", "data.seed=7", "train.sequence_length=16") != []
+
+
 def test_a_record_that_is_none_is_none(tmp_path: Path) -> None:
     for text in ("", "[]", "{", "[" * 100_000, '{"tokenizer": 3}', '{"sources": {"a": 1}}', "\x00", '"x"'):
         (tmp_path / RECORD).write_text(text, encoding="utf-8")
@@ -96,9 +117,17 @@ def test_a_run_goes_on_from_elsewhere_and_not_with_another_tokenizer(project: Pa
     linked = ["--config", "link/conf/config.yaml", "runs_dir=link/runs", "data.cache_dir=link/cache"]
     assert "continuing from" in pretrain(project.parent, *linked, "train.steps=4").out
     moved = project.rename(project.with_name("moved"))
-    shutil.rmtree(moved / "cache")
+    text = (moved / "conf/web.txt").read_bytes()
+    (moved / "conf/web.txt").unlink()
+    lost = pretrain(moved, "--config", "conf/config.yaml", "train.steps=5")
+    assert "continuing from" in lost.out, lost.err
+    assert f"which was made of what was there, when that was {project}/conf/web.txt" in lost.out
+    lost = pretrain(moved, "--config", "runs/small/config.yaml", "train.steps=5")  # which says where the text lay
+    assert lost.code == 0, lost.err
+    (moved / "conf/web.txt").write_bytes(text)
     onward = pretrain(moved, "--config", "conf/config.yaml", "train.steps=5")
-    assert "continuing from" in onward.out, onward.err
+    assert "and its tokens are taken from there" in onward.out, onward.err
+    assert "continuing from" in onward.out
     # Another run goes on from this one, and is started again from another folder: with the same checkpoint, that is.
     second = ["name=second", "checkpoint.every=1"]
     first = pretrain(moved, "--config", "conf/config.yaml", *second, "checkpoint.resume=runs/small", "train.steps=7")

@@ -70,6 +70,15 @@ def test_a_layout_that_cannot_be_is_one_message(layout: str, message: str, capsy
     assert err.count("\n") == 1
 
 
+def test_all_layouts_that_cannot_be_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", TINY, "--layouts", "foo=2", "tp=x", "ep=2"]) == 2
+    said = capsys.readouterr().err
+    assert ["layout 'foo=2'" in said, "layout 'tp=x'" in said, said.count("\n")] == [True, True, 2]
+    assert main(["parity", TINY, "--layouts", "ep=3", "ep=2", "ep=5"]) == 2
+    said = capsys.readouterr().err
+    assert ["layout 'ep=3': " in said, "layout 'ep=5': " in said, "layout 'ep=2': " in said] == [True, True, False]
+
+
 def training(weight: float = 1.0, apart: float = 0.0, norm: float = 2.0) -> Training:
     return Training([4.0, 3.0], [2.0, norm], 3.0, {"w": torch.tensor([0.5, weight])}, apart, travelled=0.01)
 

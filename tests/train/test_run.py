@@ -14,15 +14,18 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsmoe.config import UserError, dump_config, load_config
+from dsmoe.durable import write_whole
 from dsmoe.parallel.distributed import DeviceError, HostError
 from dsmoe.parallel.local import CONTEXT
-from dsmoe.train.run import explain_end
+from dsmoe.train import run
+from dsmoe.train.run import ended_by, explain_end
 from tests.ports import free_port
 from tests.train.forked import Outcome, start_on_ranks
 from tests.train.layouts import small_config
@@ -365,7 +368,7 @@ def test_a_rank_that_waits_for_others_says_for_whom_and_writes_its_stacks_on_sig
         assert process.wait(60) == 1
     text = (tmp_path / "log").read_text(encoding="utf-8")
     assert "in _await_all" in text
-    assert "error: 1 of 2 ranks, of node 0 (from 0), have not come within 10 s to 127.0.0.1:" in text
+    assert "error: 1 of 2 ranks (rank 1 on node 0, from 0) have not come within 10 s to 127.0.0.1:" in text
     assert "Traceback" not in text
 
 
@@ -404,6 +407,27 @@ def test_who_explains_what_ends_a_rank_that_knows_no_other(
     explain_end(error, "bad")
     assert capsys.readouterr().err == printed.format(host=platform.node())
     assert len(slept) == after
+
+
+def test_an_error_of_the_system_before_there_are_reports_says_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError, match="No such file") as error:
+        write_whole(Path("/none/such"), "")
+    assert ended_by(error.value) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: /none/\S+: No such file or directory \(dsmoe/durable\.py:\d+\)\n", said)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/data"), RuntimeError("a bug")])
+def test_the_traceback_of_an_error_that_all_ranks_have_is_in_the_reports(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Exception] = []
+    reports = SimpleNamespace(of_failure=lambda _, error: written.append(error))
+    monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(run, "process_watch", lambda: SimpleNamespace(reports=reports))
+    error.shared_by_all_ranks = True  # type: ignore[attr-defined]
+    ended_by(error)
+    assert written == [error]
 
 
 def test_two_nodes_without_ssh(tmp_path: Path) -> None:

@@ -345,6 +345,52 @@ def test_a_summary_is_made_of_what_there_is(kind: str, work: Path) -> None:
         assert "than the bigram model" in summary(run, {"eval/bits_per_byte": 3.0}, config)
 
 
+def evaluations(run: Path, *found: tuple[int, float, object]) -> None:
+    """Write a `metrics.jsonl` of (step, bits per byte, text); without a text where that is None."""
+    lines = [{"step": step, "eval/bits_per_byte": bits, "eval/held_out": text} for step, bits, text in found]
+    kept = [{key: value for key, value in line.items() if value is not None} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def test_a_summary_compares_evaluations_of_one_text(work: Path) -> None:
+    run, config, bigram = work / "runs/small", load_config(work / "config.yaml"), {"eval/bits_per_byte": 3.0}
+    few, many = {"web": "8 sequences"}, {"web": "16 sequences"}
+    evaluations(run, (0, 8.0, few), (2, 6.0, few), (3, 5.0, many), (4, 4.0, many))
+    text = summary(run, bigram, config, many)
+    assert re.search(r"source +step 3 +step 4 +bigram model\n +all +5.000 +4.000 +3.000\n", text)
+    assert "left out, as of other text: 2 evaluations of steps 0 to 2 (web: 8 sequences -> 16 sequences)" in text
+    assert "1.00 bits per byte worse than the bigram model" in text
+    evaluations(run, (0, 8.0, few), (4, 4.0, many))
+    assert re.search(
+        r"source +step 4 +bigram model\n +all +4.000 +3.000\nleft out, as of other text: step 0",
+        summary(run, bigram, config),
+    )
+    evaluations(run, (0, 8.0, many), (4, 4.0, many))
+    text = summary(run, bigram, config, few)
+    assert re.search(r"source +step 0 +step 4 +bigram model\n +all +8.000 +4.000 +-\nno bigram model: ", text)
+    assert "than the bigram" not in text
+    evaluations(run, (0, 8.0, None), (4, 4.0, many))
+    assert "left out, as of other text: step 0 (not every one says of which)" in summary(run, bigram, config)
+    for odd in ([[]], "x", 3, {"web": [{}]}, {"books": {}}):
+        evaluations(run, (0, 8.0, odd), (4, 4.0, many))
+        assert "left out" in summary(run, bigram, config)
+        evaluations(run, (0, 8.0, many), (4, 4.0, odd))
+        assert "left out" in summary(run, bigram, config)
+
+
+def test_a_run_that_evaluates_other_text_names_the_key_and_compares_nothing(work: Path) -> None:
+    outcome = start(work, "train.steps=6", "train.eval_sequences=2")
+    assert outcome.code == 0, outcome.err
+    assert "changed since the run was last started: train.eval_sequences, " in outcome.out
+    assert "what is evaluated is not what it was when runs/small/checkpoints/step_00000004 was made (train.eval_s" in (
+        outcome.out
+    )
+    assert re.search(r"\n  source  +step 6  +bigram model\n", outcome.out)
+    assert "left out, as of other text: 2 evaluations of steps 0 to 4 (" in outcome.out
+    again = start(work, "train.steps=6", "train.eval_sequences=4")
+    assert "no bigram model: it is of the text of this start, and step 6 is not" in again.out, again.err
+
+
 LOSING = """
 import os, shutil, sys
 from pathlib import Path
