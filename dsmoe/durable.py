@@ -1,4 +1,4 @@
-"""Write files that are there whole or not at all, also after a power cut. The standard library alone.
+"""Write files that are there whole or not at all, also after a power cut, and tell files from pipes. No library.
 
 Everything of dsmoe that replaces a file does it here. What is written next to its final name has a name of its own
 (`.config.yaml.5f3a91c2.partial`), so that neither another process nor something left over is ever in the way.
@@ -17,6 +17,30 @@ from pathlib import Path
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.partial", re.DOTALL)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 """What file systems answer that cannot force a folder, or a special file, onto the disk."""
+
+
+class NotAFileError(OSError):
+    """Where a file is wanted there is something else, which may keep whoever opens it waiting for ever."""
+
+
+def check_regular(path: Path) -> None:
+    """Check that a path leads to a file and not to a pipe, a socket or a device; opens nothing.
+
+    Raises:
+        NotAFileError: to one of those.
+        OSError: to a folder or to nothing, or it cannot be looked at.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise NotAFileError(errno.EINVAL, f"is {kind}, not a file", str(path))
+
+
+def not_a_file(error: OSError) -> str:
+    """For a message after the path: what `check_regular` has found there."""
+    return "is a folder, not a file" if isinstance(error, IsADirectoryError) else str(error.strerror)
 
 
 def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:

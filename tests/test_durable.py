@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dsmoe import durable
-from dsmoe.durable import remove_leftovers, sync_folder, write_synced, write_whole
+from dsmoe.durable import NotAFileError, check_regular, remove_leftovers, sync_folder, write_synced, write_whole
 
 
 class Killed(BaseException):
@@ -190,3 +190,19 @@ def test_no_other_code_renames_files_into_place() -> None:
     }
     folders = {"checkpoint/removal.py", "checkpoint/storage.py", "interop/files.py", "data/cache.py"}
     assert renaming - folders == {"durable.py"}
+
+
+def test_what_is_no_file_is_told_without_opening_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "file").touch()
+    for name in ("pipe", "link"):
+        with pytest.raises(NotAFileError, match="is a pipe, not a file"):
+            check_regular(tmp_path / name)
+    with pytest.raises(NotAFileError, match="is a device, not a file"):
+        check_regular(Path(os.devnull))
+    with pytest.raises(IsADirectoryError):
+        check_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        check_regular(tmp_path / "nothing")
+    check_regular(tmp_path / "file")

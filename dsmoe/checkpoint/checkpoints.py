@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
 from dsmoe.checkpoint.failures import Misses, NotFiniteError, SaveError
-from dsmoe.checkpoint.fit import check_fits, refuse, tensor_rows
+from dsmoe.checkpoint.files import NAMES
+from dsmoe.checkpoint.fit import check_fits, check_types, refuse, tensor_rows
 from dsmoe.checkpoint.folder import check_surely, checkpoint_name, inspect
 from dsmoe.checkpoint.fragments import MOMENTS, inner_optimizer
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, Reading, check_headers
@@ -32,6 +33,7 @@ from dsmoe.checkpoint.state import (
     STEP,
     EngineState,
     Part,
+    bad_state,
     layout_of,
     not_finite,
     rng_parts,
@@ -325,15 +327,15 @@ class Checkpoints:
     def _read(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...]) -> None:
         """Fill the parts; each tensor of these kinds must be wanted by some rank, and each that is wanted be there."""
         with Job("load", f"loading {checkpoint.name}", ends_with_rank=True) as job:
-            own = {part.key: part.shape for part in parts if part.key.partition("/")[0] in kinds}
-            wanted: dict[str, tuple[int, ...]] = {}
-            for shapes in on_every_rank(lambda: own, job):
-                wanted |= shapes
+            own = {part.key: part.shape for part in parts}
+            wanted = {key: shape for shapes in on_every_rank(lambda: own, job) for key, shape in shapes.items()}
             refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
 
             def check() -> None:
                 job.at("reading headers")
                 check_headers(checkpoint, manifest, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()])
+                # Of masters the manifest says it, and other weights may be casts of them.
+                check_types(checkpoint, manifest, {p.key: NAMES[p.here.dtype] for p in parts if not p.is_weight})
                 job.waits("headers read")
 
             on_every_rank(check, job)
@@ -342,12 +344,10 @@ class Checkpoints:
             while_watched(
                 partial(dcp.load, by_key(parts), storage_reader=reader, planner=planner, process_group=self._group), job
             )
-            checked = [(part.key, part.here) for part in parts if part.here.is_floating_point()]
-            bad = not_finite(checked, self._engine.device).tolist()
-            own_bad = next((key for (key, _), is_bad in zip(checked, bad, strict=True) if is_bad), None)
-            first = next((key for key in on_every_rank(lambda: own_bad, job) if key is not None), None)
+            bad = bad_state(parts, self._engine.device)
+            first = next((what for what in on_every_rank(lambda: bad, job) if what), None)
         if first is not None:
-            raise NotFiniteError(f"{checkpoint} has a state that is not finite ({first} has NaN or infinite elements)")
+            raise NotFiniteError(f"{checkpoint} has {first}")
 
     def _parts(self) -> list[Part]:
         """What this rank writes."""

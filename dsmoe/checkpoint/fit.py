@@ -8,7 +8,8 @@ from typing import Any
 
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config.errors import UserError
-from dsmoe.plan.text import table
+from dsmoe.config.show import spelled_out
+from dsmoe.plan.text import quantity, shown, table
 
 Row = tuple[str, str, str]
 """A key, its value in the checkpoint, its value here."""
@@ -33,6 +34,7 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
 
     Raises:
         UserError: it is of another; with a table of what differs.
+        DamagedError: its config is none of dsmoe's, or the optimizer's state is missing.
     """
     try:
         saved, here = identity(manifest.facts.config), identity(config)
@@ -40,7 +42,9 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
             {f"train.{key}": c["train"][key] for key in _RUN_KEYS} for c in (manifest.facts.config, config)
         )
     except (KeyError, TypeError) as error:
-        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: its config is none of dsmoe's ({error})") from None
+        raise DamagedError(
+            f"{checkpoint / MANIFEST} is damaged: its config is none of dsmoe's ({shown(str(error))})"
+        ) from None
     if optimizer is None:
         # What balances the experts may begin anew; a bias is part of what the weights compute.
         begins_anew = {"moe.balance.scope is global", "moe.capacity.target_drop_percent is set"}
@@ -48,6 +52,11 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
     refuse(checkpoint, "another model", rows(saved, here))
     if optimizer is not None:
         refuse(checkpoint, "another optimizer", rows({"optimizer": manifest.facts.optimizer}, {"optimizer": optimizer}))
+        if manifest.facts.schedule_step and not any(key.startswith("step/") for key in manifest.tensors):
+            taken = quantity(manifest.facts.schedule_step, "step")
+            raise DamagedError(
+                f"{checkpoint / MANIFEST} is damaged: {taken} were taken, and there is no state of the optimizer"
+            )
         refuse(
             checkpoint,
             "a run with other steps (for its weights alone: checkpoint.weights_from)",
@@ -57,7 +66,8 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides which tensors there are, their shapes and their meaning."""
-    found = {f"model.{key}": value for key, value in config["model"].items() if f"model.{key}" not in _NO_PART}
+    model = spelled_out({f"model.{key}": value for key, value in config["model"].items()})
+    found = {key: value for key, value in model.items() if key not in _NO_PART}
     moe = config.get("moe")
     if moe is None:
         return {**found, "moe": None}
@@ -82,12 +92,25 @@ def rows(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[Row]:
 
 
 def tensor_rows(manifest: Manifest, wanted: Mapping[str, tuple[int, ...]], kinds: Sequence[str]) -> list[Row]:
-    """The tensors of these kinds that are missing in the checkpoint, are not wanted here, or have another shape."""
-    saved = {key: t.shape for key, t in manifest.tensors.items() if key.partition("/")[0] in kinds}
+    """The tensors that are missing there or have another shape, and those of these kinds that are not wanted here."""
+    tensors = manifest.tensors.items()
+    saved = {key: t.shape for key, t in tensors if key in wanted or key.partition("/")[0] in kinds}
     return rows(
         {key: list(shape) for key, shape in sorted(saved.items())},
         {key: list(shape) for key, shape in sorted(wanted.items())},
     )
+
+
+def check_types(checkpoint: Path, manifest: Manifest, here: Mapping[str, str]) -> None:
+    """Check that tensors have the types that they are read as (`F32`, by key): a copy would convert them in silence.
+
+    Raises:
+        DamagedError: one has another; dsmoe has not written it.
+    """
+    for key, dtype in here.items():
+        saved = manifest.tensors[key].dtype
+        if saved != dtype:
+            raise DamagedError(f"{checkpoint / MANIFEST} is damaged: {key} is {saved}, and is saved as {dtype}")
 
 
 def refuse(checkpoint: Path, what: str, differing: Sequence[Row]) -> None:

@@ -8,8 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from dsmoe.durable import check_regular
+
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Size of an element by the dtype's name in safetensors files."""
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""Of these, the types that weights may have."""
 LARGEST = 1 << 63
 """No size, number of elements or offset is as large; a product of larger ones would take for ever."""
 MOST_DIMENSIONS = 32
@@ -34,6 +38,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         OSError: it cannot be read.
         ValueError: it is not a whole safetensors file; says why.
     """
+    check_regular(path)
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

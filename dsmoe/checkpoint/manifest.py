@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 from secrets import randbits
@@ -20,9 +20,12 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from dsmoe.checkpoint.headers import BYTES, LARGEST, Entry, are_sizes, read_entries
+from dsmoe.checkpoint.facts import ContradictionError, Facts, facts_of
+from dsmoe.checkpoint.headers import BYTES, FLOATS, LARGEST, Entry, are_sizes, read_entries
 from dsmoe.config.errors import UserError, exit_code_of
 from dsmoe.config.sealed import is_sealed, sealed_json
+from dsmoe.durable import NotAFileError, check_regular, not_a_file
+from dsmoe.plan.text import shown
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
@@ -30,6 +33,8 @@ _FILE_NAME = re.compile(r"rank_\d{5,}_\d{3,}\.safetensors", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _PRIME = (1 << 127) - 1
 _TABLES = ("files", "tensors")
+_TYPES = {"model": FLOATS, "exp_avg": ("F32",), "exp_avg_sq": ("F32",), "step": ("F32",), "rng": ("U8",)}
+"""Which types a tensor may have, by its kind; those of buffers are the model's."""
 
 
 class DamagedError(UserError):
@@ -45,10 +50,6 @@ class UnreadableError(DamagedError):
         unreadable = cls(f"cannot read {path}: {error.strerror}")
         unreadable.exit_code = exit_code_of(error)
         return unreadable
-
-
-class _ContradictionError(ValueError):
-    """What is wrong in a manifest whose checksum is right: a program, or a person, wrote it so."""
 
 
 @dataclass(frozen=True)
@@ -87,34 +88,6 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a checkpoint besides its tensors."""
-
-    step: int
-    """Optimizer steps done. The order of the data follows from it and the seed."""
-    tokens: int
-    """Tokens trained on."""
-    skipped_steps: int
-    """Steps that were not taken because gradients were not finite."""
-    schedule_step: int
-    """Where the learning-rate schedule is: a skipped step does not advance it."""
-    validation_loss: float | None
-    """Of an evaluation after this very step."""
-    optimizer: str
-    config: dict[str, Any]
-    """The run's, resolved."""
-    layout: dict[str, Any]
-    """Of the ranks that wrote it. Any other reads it; random states are those of ranks of this one."""
-    versions: dict[str, str]
-    corpora: dict[str, list[int]] = field(default_factory=dict)
-    """By source, how many tokens and bytes of training text it had."""
-    order: dict[str, Any] = field(default_factory=dict)
-    """The order of the training text, as `dsmoe.train.changed` compares it; empty where it was not recorded."""
-    held_out: str = ""
-    """Names the text that the evaluation read: losses of others are not to be compared."""
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The contents of a `manifest.json`."""
 
@@ -141,6 +114,7 @@ class Manifest:
         """
         path = checkpoint / MANIFEST
         try:
+            check_regular(path)
             text = path.read_text(encoding="utf-8")
             content = json.loads(text)
             if content.get("format") != FORMAT:
@@ -148,19 +122,21 @@ class Manifest:
             if not is_sealed(text, content, _TABLES):
                 raise ValueError
             if content.keys() != {"format", "facts", "files", "tensors", "sha256"}:
-                raise _ContradictionError(f"its entries are {', '.join(content)}")
+                raise ContradictionError(f"its entries are {', '.join(content)}")
             manifest = cls(
-                _facts(content["facts"]),
+                facts_of(content["facts"]),
                 {name: _file(name, file) for name, file in content["files"].items()},
                 {key: _tensor(key, entry) for key, entry in content["tensors"].items()},
             )
             manifest._check()
         except (FileNotFoundError, NotADirectoryError):
             raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} is missing") from None
+        except (NotAFileError, IsADirectoryError) as error:
+            raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} {not_a_file(error)}") from None
         except OSError as error:
             raise UnreadableError.of(path, error) from None
-        except _ContradictionError as error:
-            raise DamagedError(f"{path} is damaged: {error}") from None
+        except ContradictionError as error:
+            raise DamagedError(f"{path} is damaged: {shown(str(error))}") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DamagedError(f"{path} is damaged: it is not what was written") from None
         return manifest
@@ -174,16 +150,19 @@ class Manifest:
         )
 
     def _check(self) -> None:
-        """Raise _ContradictionError where tensors and files do not go together."""
+        """Raise ContradictionError where tensors and files, or weights and moments, do not go together."""
         for key, tensor in self.tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "model" and tensor.dtype != "F32" and f"exp_avg/{name}" in self.tensors:
+                raise ContradictionError(f"{key} is {tensor.dtype}, and what has moments is saved as F32")
             for box in tensor.boxes:
                 if box.file not in self.files:
-                    raise _ContradictionError(f"{key} is in {box.file!r}, which is none of its files")
+                    raise ContradictionError(f"{key} is in {box.file!r}, which is none of its files")
                 end = box.offset + math.prod(box.shape) * BYTES[tensor.dtype]
                 if end > self.files[box.file].bytes:
-                    raise _ContradictionError(f"{key} ends behind the end of {box.file}")
+                    raise ContradictionError(f"{key} ends behind the end of {box.file}")
             if not tiles(tensor.shape, [(box.start, box.shape) for box in tensor.boxes]):
-                raise _ContradictionError(f"the boxes of {key} do not have every element of it once")
+                raise ContradictionError(f"the boxes of {key} do not have every element of it once")
 
 
 def check_files(checkpoint: Path, manifest: Manifest) -> None:
@@ -195,9 +174,12 @@ def check_files(checkpoint: Path, manifest: Manifest) -> None:
     for name, file in sorted(manifest.files.items()):
         path = checkpoint / name
         try:
+            check_regular(path)
             size = path.stat().st_size
         except (FileNotFoundError, NotADirectoryError):  # a run may be removing it
             raise DamagedError(f"{path} is missing") from None
+        except (NotAFileError, IsADirectoryError) as error:
+            raise DamagedError(f"{path} {not_a_file(error)}") from None
         except OSError as error:
             raise UnreadableError.of(path, error) from None
         if size != file.bytes:
@@ -302,8 +284,8 @@ def _check_header(checkpoint: Path, name: str, expected: dict[str, Entry]) -> No
     for box in sorted(expected.keys() | there.keys()):
         if expected.get(box) != there.get(box):
             raise DamagedError(
-                f"{checkpoint / MANIFEST} is damaged: {box} of {name} is {_described(expected.get(box))} there, and "
-                f"{_described(there.get(box))} in the file's own header"
+                f"{checkpoint / MANIFEST} is damaged: {shown(box)} of {name} is {_described(expected.get(box))} there, "
+                f"and {_described(there.get(box))} in the file's own header"
             )
 
 
@@ -343,43 +325,25 @@ def tiles(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, 
     return total == weight((0,) * len(shape), shape)
 
 
-def _facts(entry: dict[str, Any]) -> Facts:
-    """The facts, each of its type; a field that this version does not know, or lacks, raises TypeError."""
-    facts = Facts(**entry)
-    counts = {name: getattr(facts, name) for name in ("step", "tokens", "skipped_steps", "schedule_step")}
-    wrong = [name for name, value in counts.items() if not are_sizes([value])]
-    kinds = {"optimizer": str, "config": dict, "layout": dict, "versions": dict, "corpora": dict}
-    kinds |= {"order": dict, "held_out": str}
-    wrong += [name for name, kind in kinds.items() if type(getattr(facts, name)) is not kind]
-    if facts.validation_loss is not None and type(facts.validation_loss) not in (int, float):
-        wrong.append("validation_loss")
-    if not wrong and not all(are_sizes(sizes) for sizes in facts.corpora.values()):
-        wrong.append("corpora")
-    sections = ("model", "train") if "config" not in wrong else ()
-    wrong += [f"config.{name}" for name in sections if type(facts.config.get(name)) is not dict]
-    if "config" not in wrong and type(facts.config.get("name")) is not str:
-        wrong.append("config.name")
-    if wrong:
-        raise _ContradictionError(f"its facts have no such value: {', '.join(wrong)}")
-    return facts
-
-
 def _file(name: str, entry: dict[str, Any]) -> StoredFile:
     file = StoredFile(**entry)
     if not (_FILE_NAME.fullmatch(name) and are_sizes([file.bytes]) and _CHECKSUM.fullmatch(file.xxh128)):
-        raise _ContradictionError(f"it has no such file: {name!r} {entry}")
+        raise ContradictionError(f"it has no such file: {name!r} {entry}")
     return file
 
 
 def _tensor(key: str, entry: list[Any]) -> StoredTensor:
     dtype, shape, boxes = entry
     if dtype not in BYTES or not are_sizes(shape, 1) or math.prod(shape) * BYTES[dtype] >= LARGEST:
-        raise _ContradictionError(f"no tensor is as {key} is there: {str(dtype)[:20]!r} {str(shape)[:80]}")
+        raise ContradictionError(f"no tensor is as {key} is there: {str(dtype)[:20]!r} {str(shape)[:80]}")
+    kind = key.partition("/")[0]
+    if dtype not in _TYPES.get(kind, BYTES):
+        raise ContradictionError(f"{key} is {dtype}, and {kind} is saved as {' or '.join(_TYPES[kind])}")
     for start, size, file, offset in boxes:
         if not (are_sizes(start) and are_sizes(size, 1) and type(file) is str and are_sizes([offset])):
-            raise _ContradictionError(f"no box is as one of {key} is there: {str([start, size, file, offset])[:100]}")
+            raise ContradictionError(f"no box is as one of {key} is there: {str([start, size, file, offset])[:100]}")
         if not len(start) == len(size) == len(shape):
-            raise _ContradictionError(f"a box of {key} has {len(size)} dimensions, and the tensor {len(shape)}")
+            raise ContradictionError(f"a box of {key} has {len(size)} dimensions, and the tensor {len(shape)}")
     stored = tuple(StoredBox(tuple(start), tuple(size), file, offset) for start, size, file, offset in boxes)
     return StoredTensor(dtype, tuple(shape), stored)
 

@@ -12,7 +12,7 @@ from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest, other_files
 from dsmoe.config import load_config
 from dsmoe.config.show import flatten
-from dsmoe.plan.text import first_and_last, quantity, readable_count, table
+from dsmoe.plan.text import first_and_last, quantity, readable_count, shown, table
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,8 @@ def summary(checkpoint: Path, tensors: bool = False) -> str:
         f"with {', '.join(f'{name} {number}' for name, number in facts.versions.items())}",
         f"{quantity(len(manifest.files), 'file')}, {gigabytes(size)}",
         *not_listed(checkpoint, manifest),
-        "",
-        *table([("what", "tensors", "elements", "size"), *_kinds(manifest)], "<>>>"),
     ]
+    lines = [*map(shown, lines), "", *table([("what", "tensors", "elements", "size"), *_kinds(manifest)], "<>>>")]
     if tensors:
         entries = [
             (key, t.dtype, "x".join(map(str, t.shape)), str(len(t.boxes))) for key, t in manifest.tensors.items()

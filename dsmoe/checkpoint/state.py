@@ -46,6 +46,11 @@ class Part:
     box: Box
     here: torch.Tensor
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is of a parameter, or its master."""
+        return self.key.startswith(f"{MODEL}/")
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -210,6 +215,20 @@ def _has_bad(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.numel() or not tensor.is_floating_point():
         return torch.zeros((), dtype=torch.bool, device=tensor.device)
     return ~torch.isfinite(torch.stack(tensor.aminmax())).all()  # aminmax passes on what is no number
+
+
+def bad_state(parts: Iterable[Part], device: torch.device) -> str | None:
+    """What no training leaves in these parts: an element that is not finite, or a negative mean of squares or count."""
+    floats = [part for part in parts if part.here.is_floating_point()]
+    infinite = not_finite(((part.key, part.here) for part in floats), device).tolist()
+    key = next((part.key for part, is_bad in zip(floats, infinite, strict=True) if is_bad), None)
+    if key is not None:
+        return f"a state that is not finite ({key} has NaN or infinite elements)"
+    counts = [part for part in floats if part.key.startswith(("exp_avg_sq/", f"{STEP}/")) and part.here.numel()]
+    signs = [(part.here.amin() < 0).to(device) for part in counts]
+    negative = torch.stack(signs).tolist() if signs else []
+    key = next((part.key for part, is_bad in zip(counts, negative, strict=True) if is_bad), None)
+    return None if key is None else f"a state that cannot be ({key} has negative elements)"
 
 
 def whole_part(key: str, tensor: torch.Tensor) -> Part:

@@ -35,6 +35,30 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+def spelled_out(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattened settings with the values that `null` stands for, where these follow from other settings.
+
+    What is no config of dsmoe's stays as it is.
+    """
+    found = dict(flat)
+    heads, width = flat.get("model.num_heads"), flat.get("model.hidden_size")
+    if flat.get("model.num_kv_heads", heads) is None:
+        found["model.num_kv_heads"] = heads
+    if flat.get("model.head_dim", width) is None and type(width) is type(heads) is int and heads > 0:
+        found["model.head_dim"] = width // heads
+    steps = _steps(flat)
+    if flat.get("optimizer.decay_steps", steps) is None and flat.get("optimizer.schedule") == "wsd" and steps:
+        found["optimizer.decay_steps"] = max(1, steps // 5)
+    return found
+
+
+def _steps(flat: Mapping[str, Any]) -> int | None:
+    steps, tokens, batch = (flat.get(f"train.{key}") for key in ("steps", "tokens", "batch_tokens"))
+    if steps is None and type(tokens) is type(batch) is int and batch > 0:
+        return tokens // batch
+    return steps if type(steps) is int else None
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf under its dotted key, as overrides write it: `data.sources.0.path`."""
     if isinstance(tree, Mapping):

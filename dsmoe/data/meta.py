@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsmoe.config.sealed import is_sealed, sealed_json
 from dsmoe.data.stored import DamagedCacheError, StoredFile
+from dsmoe.durable import NotAFileError, check_regular, not_a_file
 
 META = "meta.json"
 FORMAT_VERSION = 2
@@ -112,6 +113,7 @@ def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
         OSError: it cannot be read.
     """
     try:
+        check_regular(folder / META)
         text = (folder / META).read_text(encoding="utf-8")
         content = json.loads(text)
         if not is_sealed(text, content):
@@ -119,6 +121,8 @@ def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
         meta = Meta.model_validate({key: value for key, value in content.items() if key != "sha256"})
     except FileNotFoundError:
         raise DamagedCacheError(folder, f"{META} is missing") from None
+    except (NotAFileError, IsADirectoryError) as error:
+        raise DamagedCacheError(folder, f"{META} {not_a_file(error)}") from None
     except DamagedCacheError:
         raise
     except ValidationError as error:
@@ -136,6 +140,7 @@ def made_folders(cache_dir: Path, name: str) -> Iterator[tuple[Path, dict[str, A
     """The folders of source `name` with what the `meta.json` of each says, unchecked: a mapping with a `recipe`."""
     for folder in sorted(cache_dir.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}")):
         try:
+            check_regular(folder / META)
             content = json.loads((folder / META).read_bytes())
             if isinstance(content["recipe"], dict):
                 yield folder, content

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
+from dsmoe.plan.text import shown
 
 _FOR_THE_USER = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """Refusals of the system that last until somebody changes a path or a permission."""
@@ -61,14 +62,6 @@ class LostCopyError(LostCorpusError):
 def source_error(source: Source, key: str, problem: str, kind: type[UserError] = UserError) -> UserError:
     """Make the error about one key of one source."""
     return kind(f"data.sources[{source.name}].{key}: {shown(problem)}")
-
-
-def shown(text: Path | str) -> str:
-    """Spell a path or a message on one line and in valid Unicode: what cannot be printed is escaped."""
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 @contextmanager

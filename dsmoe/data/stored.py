@@ -17,6 +17,7 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest, xxh3_128_hexdigest
 
 from dsmoe.config.errors import UserError
+from dsmoe.durable import NotAFileError, check_regular, not_a_file
 
 CHUNK = 1 << 16
 """Bytes for each checksum."""
@@ -193,9 +194,12 @@ def check_size(path: Path, stored: StoredFile) -> None:
     """
     for file, size in ((path, stored.bytes), (sums_path(path), -(-stored.bytes // CHUNK) * _SUM.itemsize)):
         try:
+            check_regular(file)
             found = file.stat().st_size
         except FileNotFoundError:
             raise DamagedCacheError(path.parent, f"{file.name} is missing") from None
+        except (NotAFileError, IsADirectoryError) as error:
+            raise DamagedCacheError(path.parent, f"{file.name} {not_a_file(error)}") from None
         if found != size:
             raise DamagedCacheError(path.parent, f"{file.name} has {found:,} bytes, not {size:,}")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dsmoe.config.errors import UserError
+from dsmoe.durable import check_regular
 from dsmoe.interop.files import Slot, read_header
 from dsmoe.interop.logits import NO_CODE, import_transformers, refuse_code
 from dsmoe.interop.names import Match
@@ -67,6 +68,7 @@ def read_slots(folder: Path) -> dict[str, Slot]:
             f"save_pretrained of transformers 5 first"
         )
     try:
+        check_regular(folder / _INDEX)
         places: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
         if any(Path(name).name != name for name in names):

@@ -163,7 +163,11 @@ class Watch:
         beat = self._first.beat
         silence = self._first_silence.look(beat != self._first_beat)
         self._first_beat = beat
-        return (self._store_has_ended and not launcher_has_store()) or silence > self.timeout.total_seconds()
+        return (self._store_has_ended and not launcher_has_store()) or silence > self._patience()
+
+    def _patience(self) -> float:
+        """Seconds of silence after which rank 0 is gone: a collective's limit, which may be shorter than a beat."""
+        return self.timeout.total_seconds() + 2 * BEAT_SECONDS
 
     def check_others(self) -> None:
         """Raise LostRanksError if a rank that this one waits for, perhaps through others, will not come any more."""
@@ -171,7 +175,7 @@ class Watch:
             raise LostRanksError(f"rank {self.first_failed} has failed")
         if self.has_lost_first():
             silence = self._first_silence.seconds
-            silent = silence > self.timeout.total_seconds()
+            silent = silence > self._patience()
             raise LostRanksError(
                 f"rank 0 has given no sign of life for {silence:.0f} s"
                 if silent

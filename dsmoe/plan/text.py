@@ -1,9 +1,10 @@
-"""How the planner writes numbers: short counts with a unit, and counts with their noun."""
+"""How numbers and the words of others are written: counts with a unit or their noun, tables, text on one line."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 
 _LONGEST_NAMES, _SHOWN_HOSTS = 80, 3
 _UNITS = (("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12))
@@ -23,6 +24,14 @@ def quantity(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def shown(text: Path | str) -> str:
+    """Spell a path or a message on one line and in valid Unicode: what cannot be printed is escaped."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
 def first_and_last(items: Sequence[object], shown: int = 4) -> list[str]:
     """Write the items, of a long sequence the first few and the last: `0 1 2 ... 63` from 64 of them."""
     texts = [str(item) for item in (items if len(items) <= shown else [*items[: shown - 1], items[-1]])]
@@ -30,7 +39,11 @@ def first_and_last(items: Sequence[object], shown: int = 4) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
-    """Write rows of equally many cells under each other, two spaces apart; `align` has `<` or `>` for each column."""
+    """Write rows of equally many cells under each other, two spaces apart; `align` has `<` or `>` for each column.
+
+    A cell is `shown`: one with line breaks or a terminal's commands in it would be other rows.
+    """
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(align))]
     return [
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.checkpoint.folder import Found, all_checkpoints, inspect, look, step_of
-from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest, UnreadableError
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
@@ -22,11 +22,13 @@ from dsmoe.config.paths import NO_PATHS, is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
 from dsmoe.data import PreparedSource
-from dsmoe.data.loader import train_sequences
 from dsmoe.durable import remove_leftovers, write_whole
 from dsmoe.plan.batch import Batch
-from dsmoe.train.changed import Order, changed_order, changed_rate, saved_tokenizer
+from dsmoe.plan.text import shown
+from dsmoe.train.changed import saved_tokenizer
+from dsmoe.train.chosen import changed_settings, check_model, check_order
 from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer, with_places
+from dsmoe.train.run_files import LOCK, TOKEN, refuse_special
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,6 @@ _OTHER_MODEL = ("model.", "moe", "data.tokenizer")
 """Where these differ, a checkpoint is of no use."""
 _OTHER_STEPS = ("train.batch_tokens", "train.sequence_length")
 """Where these differ, a checkpoint's weights may be begun with, and nothing else of it."""
-LOCK, TOKEN = ".lock", ".token"
 LOOKS = (1.0, 4.0)
 """Seconds before each further look at checkpoints that could not be read."""
 _held: dict[Path, Lock] = {}
@@ -97,10 +98,12 @@ def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[
     folder = run_folder(config)
     token = uuid.uuid4().hex
     try:
+        if not folder.is_dir():  # nothing is made for a run that is refused
+            check_order(check_run_folder(config, sources).checkpoints, config, sources)
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
         beginning = check_run_folder(config, sources)
-        check_order(beginning, config, sources)
+        check_order(beginning.checkpoints, config, sources)
         remove_leftovers(folder)
         contents = Contents.of_run(config, sources, _resumed(config))
         write_whole(folder / "config.yaml", dump_config(with_places(config, sources)))
@@ -120,10 +123,12 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
     is not given, text in another place is taken for the same.
 
     Raises:
-        UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there.
+        UserError: the folder holds the run of another config, or `checkpoint.resume` asks for what is not there, or is
+            of another model.
         PassingError: storage does not answer now.
     """
     folder = run_folder(config)
+    refuse_special(folder)
     found = _look(folder / "checkpoints")
     before, notes = _config_before(folder / "config.yaml", found)
     contents = _contents_before(folder, found)
@@ -141,8 +146,16 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
         return contents.is_resumed_again(resumed_before, config.checkpoint.resume, chosen)
 
     beginning = replace(_beginning(config, folder / "checkpoints", found, is_again), notes=tuple(notes))
+    weights = None if beginning.checkpoints else beginning.weights
+    if weights is not None:
+        saved = saved_tokenizer(_chosen("checkpoint.weights_from", weights).facts)
+        told = of_other_tokenizer(config, weights, saved)
+        beginning = replace(beginning, notes=(*beginning.notes, *told))
+    check_model(beginning.checkpoints, weights, config)
     if beginning.checkpoints:
         newest, batch = beginning.checkpoints[0], Batch.from_config(config)
+        if newest not in found.whole:  # another run's
+            beginning = replace(beginning, notes=(*beginning.notes, *changed_settings(newest, config)))
         done = inspect(newest).facts.step
         if done > batch.steps:
             longer = f"train.steps={done}" if config.train.steps else f"train.tokens={done * batch.tokens_per_step}"
@@ -150,34 +163,7 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
                 f"{newest} is past this config's last step, {batch.steps}; set {longer} or more, or give this run "
                 f"another name (name={free_name(config)})"
             )
-    elif beginning.weights is not None:
-        saved = saved_tokenizer(_chosen("checkpoint.weights_from", beginning.weights).facts)
-        told = of_other_tokenizer(config, beginning.weights, saved)
-        beginning = replace(beginning, notes=(*beginning.notes, *told))
     return beginning
-
-
-def check_order(beginning: Beginning, config: Config, sources: Sequence[PreparedSource]) -> None:
-    """Check that the run reads on where its newest checkpoint stopped; before anything is written.
-
-    Raises:
-        DamagedError: there are checkpoints, and what they record of their runs is not what dsmoe records.
-        UserError: it would read other text, and `data.changed_order` does not accept it.
-    """
-    damage = None
-    for checkpoint in beginning.checkpoints:
-        here = Order.of_run(config, sources, [len(train_sequences(source, config)) for source in sources])
-        try:
-            facts = inspect(checkpoint).facts
-            changed_rate(checkpoint, facts, config)
-            changed_order(checkpoint, facts, config, here)
-            return
-        except UnreadableError:
-            raise
-        except DamagedError as error:  # the run passes it over, as one whose files are damaged, and says so
-            damage = error
-    if damage is not None:
-        raise DamagedError(f"{damage}. Go on from another checkpoint, or move this one away to begin anew")
 
 
 def check_shared(folder: Path, token: str) -> None:
@@ -382,7 +368,7 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
 
 def _of_another_config(config: Config, folder: Path, found: Found, differing: Sequence[Difference]) -> str:
     """What differs, and what works instead: the old values, or a folder of its own with this run's state or without."""
-    text = "; ".join(f"{key} is {there} there and {here} here" for key, there, here in differing)
+    text = shown("; ".join(f"{key} is {there} there and {here} here" for key, there, here in differing))
     keys = [key for key, _, _ in differing]
     newest = next(iter(found.whole), None)
     name = f"name={free_name(config)}"

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict
 from dsmoe.checkpoint.manifest import MANIFEST
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
+from dsmoe.config.show import flatten, spelled_out
 from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
-from dsmoe.durable import write_whole
+from dsmoe.durable import check_regular, write_whole
 
 # What may change when a run goes on: how long, how often, where, and what one changes after a divergence. Everything
 # else is the run's identity; of data.tokenizer and data.sources, the contents are.
@@ -93,6 +93,7 @@ class Contents(_Recorded):
     def read(cls, run: Path) -> Contents:
         """Those that were written in a run's folder; empty ones where they cannot be read: no reason to refuse it."""
         try:
+            check_regular(run / RECORD)
             return cls.model_validate(json.loads((run / RECORD).read_bytes()))
         except (OSError, ValueError, RecursionError):
             return cls()
@@ -115,6 +116,7 @@ def real_path(path: str | None) -> str:
 def manifest_digest(checkpoint: Path) -> str:
     """Names the very checkpoint, wherever its folder is; empty where it cannot be read."""
     try:
+        check_regular(checkpoint / MANIFEST)
         return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
     except OSError:
         return ""
@@ -164,10 +166,15 @@ def changed_values(before: Mapping[str, Any], config: Config) -> list[Difference
 
 
 def _pairs(before: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
-    """Key by key; where the config before is a checkpoint's, of perhaps another version, those that both have."""
+    """Key by key; where the config before is a checkpoint's, of perhaps another version, those that both have.
+
+    Two values that say the same, as `num_kv_heads: null` and the number of heads, are given as the first.
+    """
+    said, said_here = spelled_out(before), spelled_out(here)
     keys = {**before, **here} if "name" in before else [key for key in before if key in here]
     for key in keys:
-        yield key, before.get(key, ABSENT), here.get(key, ABSENT)
+        there, now = before.get(key, ABSENT), here.get(key, ABSENT)
+        yield key, there, there if said.get(key, ABSENT) == said_here.get(key, ABSENT) else now
 
 
 def _tokenizers(there: Any, now: Any, digest_there: str, digest: str) -> list[Difference]:

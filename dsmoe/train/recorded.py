@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.config.schema import NonNegativeInt, Optimizer, PositiveFloat, PositiveInt
+from dsmoe.plan.text import shown
 
 
 class _Part(BaseModel):
@@ -68,4 +69,4 @@ def recorded(checkpoint: Path, field: str, kind: Any, value: object) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join((field, *map(str, first["loc"])))
-        raise DamagedError(f"{checkpoint} is damaged: {where}: {first['msg']}") from None
+        raise DamagedError(f"{checkpoint} is damaged: {shown(where)}: {shown(first['msg'])}") from None

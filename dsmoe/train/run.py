@@ -42,6 +42,7 @@ from dsmoe.parallel.watch import GRACE_SECONDS, process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments
 from dsmoe.plan.report import Plan
+from dsmoe.plan.text import shown
 from dsmoe.train.alike import claims_of_data, claims_of_run
 from dsmoe.train.engine import prepare_once
 from dsmoe.train.environment import of_this_rank, write_environment
@@ -57,6 +58,7 @@ from dsmoe.train.folder import (
 )
 from dsmoe.train.reports import FOLDER as FAILURES
 from dsmoe.train.reports import Reports, make_folder, record_collectives
+from dsmoe.train.run_files import forget_run
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
 
@@ -116,6 +118,7 @@ def pretrain(given: Config) -> bool:
     on_first_rank(lambda: claim_run_folder(given), f"looking at {folder}")
     sources = prepare_once(config)
     check_alike(claims_of_data(sources))
+    is_new = not os.path.lexists(folder / "config.yaml")
     beginning, token = on_first_rank(lambda: make_run_folder(given, sources), f"looking at {folder}")
     on_every_rank(lambda: check_shared(folder, token), f"looking at {folder}")
     reports = Reports(on_first_rank(lambda: make_folder(folder / FAILURES)), process_watch())
@@ -130,8 +133,13 @@ def pretrain(given: Config) -> bool:
             logger.info("%s", line)
         if adjusted := adjustments(given, config):
             logger.info("elastic: %s", "; ".join(adjusted))
-    trainer = Trainer(config, groups, rank, folder / "checkpoints")
-    resumed = _begin(trainer, beginning)
+    try:
+        trainer = Trainer(config, groups, rank, folder / "checkpoints")
+        resumed = _begin(trainer, beginning)
+    except Exception:
+        if rank.is_first and is_new:
+            forget_run(folder)
+        raise
     if rank.device.type == "cuda":
         process_watch().end_stalls(end_stalled)
     trainer.sinks = _sinks(config, folder, trainer.step_index if resumed else -1) if rank.is_first else []
@@ -160,7 +168,7 @@ def _report(what: str, make: Callable[[], T]) -> T | None:
 def _begin(trainer: Trainer, beginning: Beginning) -> bool:
     """Go on from the newest undamaged checkpoint, and say why from no newer one; returns whether there was one."""
     for note in beginning.notes:
-        logger.warning("%s", note)
+        logger.warning("%s", shown(note))
     for reason in beginning.passed_over:
         logger.warning("passed over: %s", reason)
     damaged: list[Path] = list(beginning.damaged)
@@ -226,6 +234,8 @@ def _train_and_tell(trainer: Trainer, folder: Path) -> bool:
     if trainer.step_index == 0:
         trainer.evaluate()
     finished = trainer.run()
+    if skipped := trainer.skipped_steps():
+        logger.warning("%s; the learning rate may be too high (optimizer.lr, optimizer.warmup_steps)", skipped)
     if not finished:
         logger.info("stopped after step %d; run the same command again to go on", trainer.step_index)
     elif trainer.rank.is_first:

@@ -130,12 +130,13 @@ def _next_steps(folder: Path, config: Config) -> list[str]:
     return [f"  {command:<{width}}   # {what}" for command, what in commands.items()]
 
 
-def after_divergence(config: Config, checkpoints: Path) -> str:
+def after_divergence(config: Config, checkpoints: Path, begun_with: Path | None = None) -> str:
     """How to go on when training has diverged: what to add to the command that has started the run.
 
     Args:
         config: the run's.
         checkpoints: the folder of its checkpoints, none of which has the diverged state.
+        begun_with: the checkpoint from which this start has gone on.
     """
     options = config.optimizer
     rate = options.lr / 2
@@ -146,14 +147,17 @@ def after_divergence(config: Config, checkpoints: Path) -> str:
     except OSError:
         found = []
     if not found:
-        return (
-            f"There is no checkpoint yet. To begin anew with a lower rate, add to the same command: {slower} ({also})"
-        )
+        begin = "There is no checkpoint yet. To begin anew"
+        if begun_with is not None:
+            begin = f"There is no checkpoint of this run yet. To begin with {begun_with} again"
+        return f"{begin} with a lower rate, add to the same command: {slower} ({also})"
     again = " checkpoint.resume=auto" if config.checkpoint.resume == "never" else ""
     advice = (
         f"To go on from {found[0]}, the last good checkpoint, with a lower rate, add to the same command: "
         f"{slower}{again} ({also})"
     )
+    if begun_with is not None and found[0].absolute() == begun_with.absolute():
+        advice += ". This start began with it: should a lower rate end so too, the state in it is at fault"
     if len(found) > 1:
         earlier = f"name={free_name(config)} checkpoint.resume={found[-1]} {slower}"
         advice += f". From further back, in a folder of its own: {earlier}"

@@ -31,6 +31,7 @@ from dsmoe.parallel.watch import SAVING, process_watch
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
+from dsmoe.plan.text import quantity
 from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate
 from dsmoe.train.engine import initialize
 from dsmoe.train.evaluate import HeldOut, evaluate, text_of
@@ -74,6 +75,9 @@ class Trainer:
         self._odd_steps = torch.zeros((), dtype=torch.int64, device=rank.device)
         """Of this rank's steps since the last look, those whose loss or gradient norm was not finite."""
         self._looked_at = self._begun_at = 0
+        self._begun_with: Path | None = None
+        self._skipped_before = 0
+        """Steps that were skipped before this start."""
         self._validation_loss = math.nan
         self._validated_step = -1
         self.sinks: Sequence[Sink] = ()
@@ -105,7 +109,9 @@ class Trainer:
         """
         for change in on_first_rank(lambda: self._changes(checkpoint)):
             logger.warning("%s", change)
-        self.step_index = self._looked_at = self._begun_at = self.checkpoints.load(checkpoint).step
+        facts, self._begun_with = self.checkpoints.load(checkpoint), checkpoint
+        self.step_index = self._looked_at = self._begun_at = facts.step
+        self._skipped_before = facts.skipped_steps
 
     def _changes(self, checkpoint: Path) -> list[str]:
         facts = inspect(checkpoint).facts
@@ -203,18 +209,34 @@ class Trainer:
         self._write(metrics)
         memory_gib = self._device_facts.memory_gib if self._device_facts else None
         logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
-        only_skips = self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+        only_skips = self._only_skips()
         if not math.isfinite(metrics["train/loss"]) or only_skips:
             process_watch().note(SAVING)
             self.checkpoints.wait()
             if only_skips:
                 self._set_dead_end_aside()
+            skipped = self.skipped_steps() or "no step was skipped"
             self._end_diverged(
-                f"the loss is {metrics['train/loss']:.4g}, the gradient norm {metrics['optim/grad_norm']:.4g}, and the "
-                f"last {self._skipped_in_a_row} steps were skipped"
+                f"the loss is {metrics['train/loss']:.4g}, the gradient norm {metrics['optim/grad_norm']:.4g}, and "
+                f"{skipped}"
             )
         self._odd_steps.zero_()
         self._looked_at = self.step_index
+
+    def _only_skips(self) -> bool:
+        """Whether no step is taken any more: for long, or at the last step for more than half of this start's steps."""
+        at_end = self.step_index == self.batch.steps
+        most = 2 * self._skipped_in_a_row > self.step_index - self._begun_at
+        return self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW or (at_end and most)
+
+    def skipped_steps(self) -> str:
+        """How many steps of this start were skipped, and how many at its end; empty where none was."""
+        skipped = self.engine.skipped_steps - self._skipped_before
+        if not skipped:
+            return ""
+        total = quantity(self.step_index - self._begun_at, "step")
+        last = f", the last {self._skipped_in_a_row} in a row" if self._skipped_in_a_row else ""
+        return f"{skipped} of {total} were skipped{last}, because gradients were not finite"
 
     def evaluate(self) -> dict[str, float]:
         """Held-out losses of every source, written down."""
@@ -274,7 +296,8 @@ class Trainer:
         """Raise the error that says what was seen, and which command goes on from the last good checkpoint."""
         self.checkpoints.wait()  # every rank is here: the one before is to be there
         raise TrainingDivergedError(
-            f"at step {self.step_index} {what}. {after_divergence(self.config, self.checkpoints.folder)}"
+            f"at step {self.step_index} {what}. "
+            f"{after_divergence(self.config, self.checkpoints.folder, self._begun_with)}"
         )
 
     def _on_device(self, tokens: torch.Tensor) -> torch.Tensor:

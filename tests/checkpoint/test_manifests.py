@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.folder import verify
+from dsmoe.checkpoint.fit import check_fits
+from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.checkpoint.manifest import DamagedError, Manifest, _sealed, tiles
 from dsmoe.cli import main
@@ -24,8 +26,9 @@ from dsmoe.config.schema import Config
 from dsmoe.interop.tensors import checkpoint_tensors
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import Trainer
+from dsmoe.train.folder import check_run_folder
 from tests.checkpoint.runs import layout_config, take_steps
-from tests.interop.models import MIXTRAL, make_config, save
+from tests.interop.models import LLAMA, MIXTRAL, make_config, save
 from tests.train.layouts import make_trainer
 
 Content = dict[str, Any]
@@ -78,6 +81,14 @@ def set_in(*path: Any) -> Callable[[Content], None]:
         holder[last] = value
 
     return change
+
+
+def nested(levels: int, around: Callable[[Any], Any] = lambda inner: {"a": inner}) -> Any:
+    """Nothing, in so many levels."""
+    value: Any = None
+    for _ in range(levels):
+        value = around(value)
+    return value
 
 
 FIRST = ("tensors", NORM, 2, 0)
@@ -137,6 +148,15 @@ WRONG: dict[str, Callable[[Content], None]] = {
     "a huge step": set_in("facts", "step", 10**4000),
     "a fraction of a step": set_in("facts", "step", 0.0),
     "another step": set_in("facts", "step", 3),
+    "a step of the schedule too many": set_in("facts", "schedule_step", 3),
+    "more steps skipped than there were": lambda c: c["facts"].update(skipped_steps=99, schedule_step=0),
+    "a skipped step that advanced the schedule": lambda c: c["facts"].update(skipped_steps=0, schedule_step=1),
+    "tokens of no number of steps": set_in("facts", "tokens", 7),
+    "a loss that is no number": set_in("facts", "validation_loss", math.nan),
+    "an infinite loss": set_in("facts", "validation_loss", math.inf),
+    "a negative loss": set_in("facts", "validation_loss", -1.0),
+    "a deep config": lambda c: c["facts"]["config"].update(deepspeed=nested(900)),
+    "a deep list": lambda c: c["facts"].update(order={"texts": nested(100, lambda inner: [inner])}),
     "no tokens": lambda c: c["facts"].pop("tokens"),
     "a loss of text": set_in("facts", "validation_loss", "low"),
     "a config that is a list": set_in("facts", "config", []),
@@ -182,6 +202,62 @@ def test_a_number_that_nothing_else_tells_is_sealed(checkpoint: Path) -> None:
     path.write_text(text.replace('"skipped_steps": 0', '"skipped_steps": 1'), encoding="utf-8")
     with pytest.raises(DamagedError, match=r"is damaged: it is not what was written"):
         verify(checkpoint)
+
+
+ESCAPES = "x\x1b[2J\nstep 9, 1 B tokens\r\u2028\x85"
+"""Wipes a terminal, and adds a line."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_in("facts", "config", "name", ESCAPES),
+        set_in("facts", "optimizer", ESCAPES),
+        set_in("facts", "layout", {ESCAPES: ESCAPES}),
+        set_in("facts", "versions", {ESCAPES: ESCAPES}),
+        set_in("facts", "config", "model", "init_std", ESCAPES),
+        set_in("tensors", f"exp_avg/{ESCAPES}", ["F16", [1], []]),
+        set_in("tensors", f"buffer/{ESCAPES}", ["F8", [1], []]),
+        lambda c: c["tensors"].update({f"model/{ESCAPES}": c["tensors"].pop(NORM)}),
+    ],
+)
+def test_what_a_checkpoint_says_commands_no_terminal(
+    change: Callable[[Content], None], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    for changes in (lambda c: None, change):
+        content = content_of(checkpoint)
+        changes(content)
+        seal(checkpoint, content)
+        printed = []
+        for command in (["show", "--tensors"], ["verify"], ["show", "--against", str(checkpoint)]):
+            main(["checkpoint", command[0], str(checkpoint), *command[1:]])
+            out, err = capsys.readouterr()
+            printed += [*out.split("\n"), *err.split("\n")]
+        other = make_config(checkpoint.parent, LLAMA)
+        with pytest.raises(UserError) as error:
+            check_fits(checkpoint, Manifest.read(checkpoint), other.model_dump(mode="json"), None)
+        printed += str(error.value).split("\n")
+        assert all(line.isprintable() for line in printed), printed
+        lines.append(len(printed))
+    assert lines[1] <= lines[0]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["manifest.json", FILE])
+def test_a_pipe_in_a_files_place_is_not_waited_for(
+    name: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint / name
+    path.unlink()
+    os.mkfifo(path)
+    for command in (["show"], ["verify"], ["export", str(tmp_path / "out"), "--no-check"]):
+        assert main(["checkpoint", command[0], str(checkpoint), *command[1:]]) == 2
+        assert f"{path} is a pipe, not a file" in capsys.readouterr().err
+    found, passed_over = candidates(checkpoint.parent)
+    assert (found, len(passed_over)) == ([], 1)
+    with pytest.raises(UserError, match="is a pipe"):
+        check_run_folder(make_config(tmp_path, MIXTRAL, checkpoint={"resume": str(checkpoint)}))
 
 
 def test_a_header_that_says_something_else_than_the_manifest_is_found(checkpoint: Path) -> None:

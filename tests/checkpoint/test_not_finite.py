@@ -19,6 +19,7 @@ from dsmoe.checkpoint.folder import all_checkpoints, verify
 from dsmoe.checkpoint.fragments import inner_optimizer
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
+from dsmoe.train.summary import after_divergence
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
 from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, tensors_of
 from tests.train.forked import Outcome, start_on_ranks
@@ -83,6 +84,7 @@ def test_one_bad_element_on_one_rank_keeps_the_state_from_being_saved(
         for message in messages:
             assert message.startswith("at step 2 the loss, a weight or the optimizer's state is not finite")
             assert f"To go on from {folder_of(config)}/step_00000001, the last good checkpoint" in message
+            assert "This start began with it: should a lower rate end so too, the state in it is at fault" in message
     assert [path.name for path in all_checkpoints(folder_of(config))] == ["step_00000002"]
     state = tensors_of(folder_of(config) / "step_00000002")
     assert all(bool(torch.isfinite(x).all()) for x in state.values() if x.is_floating_point())
@@ -95,7 +97,7 @@ def save_as_an_older_version_would(config: Config, upto: int, what: str) -> None
         trainer.step()
         if step == upto:
             wreck(trainer, what, math.nan)
-        trainer.checkpoints.save(step, 0)
+        trainer.checkpoints.save(step, step * config.train.batch_tokens)
     trainer.checkpoints.flush()
 
 
@@ -156,6 +158,29 @@ PLAIN: dict[str, Any] = {"model": {}, "optimizer": {}, "train": {"micro_batch_si
 def small_moe() -> dict[str, Any]:
     balance = {"aux_loss": 0.02, "z_loss": 0.001, "scope": "micro_batch", "bias_update_rate": 0.0}
     return {"shared_expert_ffn_size": None, "expert_ffn_size": 24, "router": {}, "balance": balance}
+
+
+def test_the_advice_says_of_a_checkpoint_that_the_start_began_with_it(tmp_path: Path) -> None:
+    config = layout_config(tmp_path)
+    folder = folder_of(config)
+    run_ranks(1, save_steps, config, 2)
+    one, two = (folder / f"step_0000000{step}" for step in (1, 2))
+    assert "began with it" not in after_divergence(config, folder)
+    assert "began with it" not in after_divergence(config, folder, one)
+    advice = after_divergence(config, folder, two)
+    assert f"To go on from {two}, " in advice
+    assert "This start began with it: should a lower rate end so too, the state in it is at fault. From f" in advice
+    assert f"checkpoint.resume={one} " in advice
+    assert f"To begin with {two} again with a lower rate" in after_divergence(config, tmp_path / "none", two)
+    assert "To begin anew with a lower rate" in after_divergence(config, tmp_path / "none")
+
+
+def save_steps(config: Config, steps: int) -> None:
+    trainer = make_trainer(config)
+    for _ in range(steps):
+        trainer.step()
+        trainer.save()
+    trainer.checkpoints.flush()
 
 
 DIVERGES = """
@@ -222,6 +247,19 @@ def test_a_finite_state_from_which_every_step_is_skipped_is_no_checkpoint_to_go_
     assert "continuing from runs/small/checkpoints/step_00000003" in onward.out
 
 
+@pytest.mark.parametrize("wrong", ["moe.balance.aux_loss=1e30", "model.init_std=1e30", "optimizer.lr=1e30"])
+def test_a_run_that_ends_with_skipped_steps_alone_has_failed(wrong: str, tmp_path: Path) -> None:
+    """It is too short for the twenty skipped steps in a row that end a longer one."""
+    options = {"train": {"steps": 6}, "checkpoint": {"every": 2}}
+    config = str(write_config(tmp_path, runs_dir="runs", **options))
+    outcome = pretrain(tmp_path, "--config", config, wrong, "optimizer.grad_clip=0", "train.steps=4")
+    assert outcome.code == 1, outcome.out
+    assert re.search(r", and [34] of 4 steps were skipped, the last [34] in a row, because gradients were", outcome.err)
+    assert "To begin anew with a lower rate, add to the same command: " in outcome.err
+    assert "what to run next" not in outcome.out
+    assert all_checkpoints(tmp_path / "runs" / "small" / "checkpoints") == []
+
+
 def skip_and_save(config: Config, skipped: list[int], stopped_after: int = 0) -> list[str]:
     """A run whose gradients are not finite in some steps, and that a signal may stop; what it says."""
     trainer, logged = make_trainer(config), logged_from_now()
@@ -240,13 +278,14 @@ def skip_and_save(config: Config, skipped: list[int], stopped_after: int = 0) ->
 
     trainer.step = some_skipped  # type: ignore[method-assign]
     trainer.run()
-    return logged
+    return [*logged, trainer.skipped_steps()]
 
 
 def test_steps_that_are_skipped_push_no_good_checkpoint_out(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train": {"steps": 9}, "checkpoint": {"every": 2, "keep": 9}}
     config = layout_config(tmp_path, observe={"log_every": 50}, **options)
-    run_ranks(1, skip_and_save, config, [2, 6, 7])
+    (said,) = run_ranks(1, skip_and_save, config, [2, 6, 7])
+    assert said[-1] == "3 of 9 steps were skipped, because gradients were not finite"
     names = [path.name for path in all_checkpoints(folder_of(config))]
     assert names == [f"step_0000000{step}" for step in (3, 4, 8, 9)], "put off to the next step that is taken"
 
@@ -282,6 +321,6 @@ def test_an_end_while_steps_are_skipped_is_saved_and_pushes_no_good_checkpoint_o
         "one more than keep, for as long as it may be bad"
     )
     newest = verify(folder_of(config) / "step_00000006").facts
-    assert newest.skipped_steps == 3
+    assert (newest.skipped_steps, newest.schedule_step) == (3, 3)
     before, after = (tensors_of(folder_of(config) / name) for name in names[1:])
     assert all(torch.equal(after[key], x) for key, x in before.items() if key.startswith(("model/", "exp_avg")))

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from xxhash import xxh3_128
 
+from dsmoe.checkpoint.files import DTYPES, Item, write_items
+from dsmoe.checkpoint.fit import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import DamagedError, _sealed
 from dsmoe.config.errors import UserError
@@ -170,6 +173,21 @@ OTHER = {
 }
 
 
+def test_what_null_stands_for_is_the_same_model(saved: Path, tmp_path: Path) -> None:
+    """`MODEL` has 4 heads of 8."""
+    manifest = verify(saved)
+    settings = layout_config(tmp_path, model={**MODEL["model"], "head_dim": 8, "num_kv_heads": 2}).model_dump(
+        mode="json"
+    )
+    check_fits(saved, manifest, settings, None)
+    settings["model"]["num_kv_heads"] = None
+    with pytest.raises(UserError, match=r"model\.num_kv_heads +2 +4"):
+        check_fits(saved, manifest, settings, None)
+    facts = replace(manifest.facts, config=settings)
+    settings = layout_config(tmp_path, model={**MODEL["model"], "num_kv_heads": 4}).model_dump(mode="json")
+    check_fits(saved, replace(manifest, facts=facts), settings, None)
+
+
 def refusals(configs: list[Config], checkpoint: Path) -> list[str]:
     return [refusal(config, checkpoint) for config in configs]
 
@@ -213,6 +231,93 @@ def test_tensors_that_are_exchanged_in_the_manifest_are_not_loaded(rank: int, ch
     for message in run_ranks(2, refusal, layout_config(tmp_path, **TWO), checkpoint):
         assert message.startswith(f"{path} is damaged: ")
         assert "in the file's own header" in message
+
+
+def rewrite(checkpoint: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    """Write other tensors, or None for none, in the same files: names, headers, checksums and seal agree."""
+    content = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    del content["sha256"]
+    whole = {key: change(key, tensor) for key, tensor in tensors_of(checkpoint).items()}
+    boxes: dict[str, list[tuple[str, list[Any], torch.Tensor]]] = {name: [] for name in content["files"]}
+    for key, entry in list(content["tensors"].items()):
+        tensor = whole[key]
+        if tensor is None:
+            del content["tensors"][key]
+            continue
+        entry[0] = next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
+        for box in entry[2]:
+            part = tensor[tuple(slice(start, start + size) for start, size in zip(box[0], box[1], strict=True))]
+            boxes[box[2]].append((f"{key}[{','.join(map(str, box[0]))}]", box, part))
+    for name, parts in boxes.items():
+        parts.sort(key=lambda part: -part[2].dtype.itemsize)
+        items = [Item(box_name, x.dtype, tuple(x.shape), lambda x=x: x) for box_name, _, x in parts]
+        file, offsets = write_items(checkpoint / name, items)
+        content["files"][name] = {"bytes": file.bytes, "xxh128": xxh3_128((checkpoint / name).read_bytes()).hexdigest()}
+        for (_, box, _), offset in zip(parts, offsets, strict=True):
+            box[3] = offset
+    (checkpoint / "manifest.json").write_text(_sealed(content), encoding="utf-8")
+
+
+TYPES = {
+    "model": (torch.int32, torch.bool, torch.float16, torch.bfloat16, torch.float64),
+    "exp_avg": (torch.int64, torch.bfloat16),
+    "exp_avg_sq": (torch.bool, torch.float64),
+    "step": (torch.int32,),
+    "rng": (torch.int8,),
+}
+
+
+def test_tensors_of_other_types_are_not_converted_but_refused(saved: Path, tmp_path: Path) -> None:
+    for kind, types in TYPES.items():
+        for dtype in types:
+            checkpoint = Path(shutil.copytree(saved, tmp_path / f"{kind}_{dtype}" / saved.name))
+            rewrite(checkpoint, lambda key, x, k=kind, t=dtype: x.to(t) if key.startswith(f"{k}/") else x)
+            with pytest.raises(DamagedError, match=rf"manifest\.json is damaged: {kind}/\S+ is [A-Z0-9]+, and "):
+                verify(checkpoint)
+
+
+def refusals_of(config: Config, checkpoints: list[Path]) -> list[list[str]]:
+    """What each says who resumes it or takes its weights."""
+    trainer = make_trainer(config)
+    said = []
+    for checkpoint in checkpoints:
+        messages = []
+        for begin in (trainer.resume, trainer.take_weights):
+            try:
+                begin(checkpoint)
+                messages.append("taken")
+            except UserError as error:
+                messages.append(str(error))
+        said.append(messages)
+    return said
+
+
+def test_what_only_the_engine_can_see_is_refused_there(saved: Path, tmp_path: Path) -> None:
+    """Buffers of another type or shape, no moments after two steps, moments that no gradient makes."""
+    changes: dict[str, Callable[[str, torch.Tensor], torch.Tensor | None]] = {
+        "rewritten": lambda _, x: x,
+        "bias": lambda key, x: x.to(torch.bool) if key.endswith("balance.bias") else x,
+        "half": lambda key, x: x.to(torch.float16) if key.startswith("buffer/") else x,
+        "moments": lambda key, x: None if key.startswith(("exp_avg", "step/")) else x,
+        "squares": lambda key, x: -x if key.startswith("exp_avg_sq/") else x,
+        "steps": lambda key, x: -x if key.startswith("step/") else x,
+        "random": lambda key, x: None if key.startswith("rng/") else x,
+    }
+    checkpoints = []
+    for name, change in changes.items():
+        checkpoints.append(Path(shutil.copytree(saved, tmp_path / name / saved.name)))
+        rewrite(checkpoints[-1], change)
+        verify(checkpoints[-1])
+    for said in run_ranks(2, refusals_of, layout_config(tmp_path, **TWO), checkpoints):
+        messages = dict(zip(changes, said, strict=True))
+        assert messages["rewritten"] == ["taken", "taken"]
+        assert all("balance.bias is BOOL, and is saved as F32" in message for message in messages["bias"])
+        assert all("is F16, and is saved as F32" in message for message in messages["half"])
+        assert "2 steps were taken, and there is no state of the optimizer" in messages["moments"][0]
+        assert re.search(r"a state that cannot be \(exp_avg_sq/\S+ has negative elements\)", messages["squares"][0])
+        assert re.search(r"a state that cannot be \(step/\S+ has negative elements\)", messages["steps"][0])
+        assert re.search(r"rng/cpu +absent +\[2, \d+\]", messages["random"][0])
+        assert [messages[name][1] for name in ("moments", "squares", "steps", "random")] == ["taken"] * 4
 
 
 def test_another_optimizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def save_twice(config: Config) -> list[float]:
     take_steps(trainer, 1)
     trainer.save()
     trainer.checkpoints.flush()
-    return [trainer.checkpoints.save(1, 0).stat().st_mtime_ns, trainer.checkpoints.save(1, 0).stat().st_mtime_ns]
+    return [trainer.checkpoints.save(1, 256).stat().st_mtime_ns, trainer.checkpoints.save(1, 256).stat().st_mtime_ns]
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_good_one_is_left(tmp_path: Path) -> None:

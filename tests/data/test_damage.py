@@ -17,7 +17,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Source
 from dsmoe.config.sealed import sealed_json
 from dsmoe.data import PreparedSource, TrainLoader, cache, prepare, stored
-from dsmoe.data.meta import META
+from dsmoe.data.meta import META, made_folders
 from dsmoe.data.tokenizer import ByteTokenizer
 from tests.data.conftest import MakeConfig
 
@@ -97,6 +97,12 @@ def make_a_folder(path: Path, draw: random.Random) -> None:
     path.mkdir()
 
 
+def make_a_pipe(path: Path, draw: random.Random) -> None:
+    """Opened, it would be waited for without end."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a description and seal it again, as one would who means it."""
     content = json.loads((path.parent / META).read_text(encoding="utf-8"))
@@ -140,6 +146,7 @@ WAYS = [
     remove,
     exchange_with_another,
     make_a_folder,
+    make_a_pipe,
     *[lie] * 3,
     other_text,
 ]
@@ -295,3 +302,11 @@ def test_a_cache_of_the_old_format_is_made_anew_and_said(config: Config, caplog:
     assert f"{old} is of format 1, without checksums and with another split: it is not used any more" in caplog.text
     assert source.folder != old
     assert old.exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_called_as_the_description_of_a_cache_is_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "a-0123456789abcdef"
+    folder.mkdir()
+    os.mkfifo(folder / META)
+    assert list(made_folders(tmp_path, "a")) == []

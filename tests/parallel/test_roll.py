@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dsmoe.parallel import join_processes, leave_processes, roll
+from dsmoe.parallel import join_processes, leave_processes, roll, silence
 from dsmoe.parallel.claims import DifferentRanksError
 from dsmoe.parallel.distributed import HostError
 from dsmoe.parallel.local import CONTEXT
@@ -83,7 +83,8 @@ def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
 def test_words_are_said_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: now.__setitem__(0, now[0] + 1))
-    monkeypatch.setattr(roll, "time", clock)
+    for module in (roll, silence):
+        monkeypatch.setattr(module, "time", clock)
     assert [now[0] for speaks in roll._moments(timedelta(seconds=300)) if speaks] == [21, 61, 141]
     assert len(list(roll._moments(timedelta(seconds=-1)))) == 0
     assert list(roll._moments(timedelta(0))) == [False], "one look at least"
@@ -112,7 +113,7 @@ def test_those_of_an_earlier_attempt_have_not_come(tmp_path: Path) -> None:
             process.join(150)
     said = [(tmp_path / name).read_text(encoding="utf-8") for name in ("0 0", "1 0", "0 1")]
     assert said[:2] == ["all have come"] * 2
-    assert said[2].startswith("1 of 2 ranks, of node 0 (from 0), have not come within 1 s")
+    assert said[2].startswith("1 of 2 ranks (rank 1 on node 0, from 0) have not come within 1 s")
 
 
 def test_a_rank_0_that_is_not_there_is_missed_by_each_host(tmp_path: Path) -> None:

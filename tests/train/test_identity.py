@@ -143,3 +143,21 @@ def test_a_run_goes_on_from_elsewhere_and_not_with_another_tokenizer(project: Pa
     refused(pretrain(moved, "--config", "conf/config.yaml", *accept), "data.tokenizer is conf/tok.json (sha256:")
     third = ["name=third", "checkpoint.resume=runs/small", *accept]
     refused(pretrain(moved, "--config", "conf/config.yaml", *third), "was made with another tokenizer")
+
+
+SAME = {
+    "model.num_kv_heads=4": "model.num_kv_heads=null",
+    "model.head_dim=8": "model.head_dim=null",
+    "optimizer.decay_steps=10": "optimizer.decay_steps=null",
+}
+
+
+@pytest.mark.parametrize("given", SAME)
+def test_a_run_is_the_same_where_null_is_written_as_what_it_stands_for(given: str, project: Path) -> None:
+    options = ["model.num_kv_heads=4", "optimizer.schedule=wsd", "train.steps=50"]
+    start(load_config("conf/config.yaml", [*options, SAME[given]]))
+    start(load_config("conf/config.yaml", [*options, given]))
+    start(load_config("conf/config.yaml", [*options, SAME[given]]))
+    key, _, value = given.partition("=")
+    with pytest.raises(UserError, match=key):
+        start(load_config("conf/config.yaml", [*options, f"{key}={int(value) // 2}"]))

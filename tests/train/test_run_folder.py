@@ -20,6 +20,7 @@ from dsmoe.checkpoint.manifest import MANIFEST, _sealed
 from dsmoe.cli import main as cli
 from dsmoe.config import UserError, load_config
 from dsmoe.config.errors import PassingError, exit_code_of
+from dsmoe.data import prepare
 from dsmoe.parallel.distributed import HostError
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import folder as run_folders
@@ -260,6 +261,17 @@ def test_without_a_checkpoint_a_damaged_config_is_written_anew(tmp_path: Path) -
     assert load_config(folder / "config.yaml") == config
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.yaml", ".contents.json", "metrics.jsonl", "train.log", "environment.json"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_named(name: str, tmp_path: Path) -> None:
+    config = layout_config(tmp_path)
+    folder = run_folders.run_folder(config)
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=rf"{name} is a pipe, not a file; move it away"):
+        claim_run_folder(config)
+
+
 # ---- reports
 
 
@@ -458,6 +470,69 @@ def test_the_advice_for_other_steps_works(work: Path) -> None:
     onward = start(work, "train.batch_tokens=512", *shlex.split(advice))
     assert onward.code == 0, onward.err
     assert "beginning with the weights of runs/small/checkpoints/step_00000004" in onward.out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("checkpoint.resume=runs/small model.rope_theta=5000", "step_00000004 is of another model:"),
+        ("checkpoint.resume=runs/small train.batch_tokens=512", "step_00000004 is of a run with other steps"),
+        ("checkpoint.resume=runs/small moe.router.score=sigmoid", "step_00000004 is of another model:"),
+        ("checkpoint.weights_from=runs/small model.qk_norm=true", "step_00000004 is of another model:"),
+        ("checkpoint.resume=runs/small data.seed=9", "was made with another order of the training text"),
+        ("checkpoint.resume=runs/small train.steps=3", "is past this config's last step"),
+    ],
+)
+def test_nothing_is_made_for_a_run_that_is_refused(
+    wrong: str, message: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work)
+    config = load_config("config.yaml", ["name=q", *wrong.split()])
+    with pytest.raises(UserError, match=message):
+        make_run_folder(config, prepare(config))
+    if "data.seed" not in wrong:  # that is known when the text is prepared
+        with pytest.raises(UserError, match=message):
+            claim_run_folder(config)
+    assert not Path("runs/q").exists()
+
+
+def test_a_start_that_fails_before_its_first_step_binds_the_next_one_to_nothing(work: Path) -> None:
+    newest = work / "runs" / "small" / "checkpoints" / "step_00000004" / "rank_00000_000.safetensors"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(start(work, "name=q", "checkpoint.resume=runs/small", "train.steps=5"), "it is not what was written")
+    assert not (work / "runs" / "q" / "config.yaml").exists()
+    other = start(work, "name=q", "optimizer.weight_decay=0.3", "moe.top_k=1", "moe.router.normalize_weights=false")
+    assert other.code == 0, other.err
+
+
+CHANGED = {
+    "optimizer.betas": ("(0.9, 0.95)", "[0.8, 0.9]"),
+    "optimizer.eps": ("1e-08", "1e-06"),
+    "optimizer.weight_decay": ("0.1", "0.2"),
+    "moe.balance.aux_loss": ("0.02", "0.5"),
+    "moe.router.noise": ("none", "jitter"),
+    "moe.router.force_balanced": ("False", "true"),
+    "moe.capacity.factor": ("null", "2.0"),
+    "train.seed": ("0", "5"),
+    "train.precision": ("fp32", "bf16"),
+}
+
+
+def test_what_differs_from_the_run_whose_checkpoint_is_gone_on_from_is_said(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work)
+    options = ["name=q", "checkpoint.resume=runs/small", "runs_dir=others", "data.cache_dir=other"]
+    newest = "runs/small/checkpoints/step_00000004"
+    assert check_run_folder(load_config("config.yaml", options)).notes == ()
+    changed = [f"{key}={here}" for key, (_, here) in CHANGED.items()]
+    notes = check_run_folder(load_config("config.yaml", [*options, *changed])).notes
+    said = {note.partition(": ")[2].partition(", ")[0]: note for note in notes}
+    assert said.keys() == CHANGED.keys()
+    assert all(note.startswith(f"changed since {newest} was saved: ") for note in notes)
+    assert said["moe.capacity.factor"].endswith(": moe.capacity.factor, null -> 2.0")
+    assert said["optimizer.weight_decay"].endswith(": optimizer.weight_decay, 0.1 -> 0.2")
 
 
 def test_looking_at_checkpoints_changes_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
