@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from dsmoe.config.end_of_document import candidates, end_token, no_end_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.data.literals import literals_as_text
 
 
 class Tokenizer(Protocol):
@@ -23,6 +25,8 @@ class Tokenizer(Protocol):
     """One more than the largest token number."""
     end_of_document: int | None
     """The token after every document, or None when the vocabulary has none."""
+    end_text: str
+    """The same as text, for a message; empty where it has none."""
     candidates: str
     """For a message: the tokens that may be meant by another end of a document."""
     identity: str
@@ -92,6 +96,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_of_document: int | None = 256
+    end_text = ""
     identity = "bytes"
     candidates = ""
 
@@ -107,7 +112,8 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer saved by the `tokenizers` library, as in a Hugging Face model's `tokenizer.json`.
 
-    Text that spells a special token (`<|endoftext|>` inside a document) is encoded as ordinary text.
+    Text that spells a special token (`<|endoftext|>` inside a document) is encoded as ordinary text, also where the
+    model itself would make the token of it (`dsmoe.data.literals`).
 
     Args:
         path: of the file.
@@ -121,15 +127,20 @@ class FileTokenizer:
     def __init__(self, path: Path, content: bytes, end: str | None = None):
         self._path = path
         self._tokenizer = _parse(path, content)
-        self.identity = content_digest(content)
-        if end is not None:
-            self.identity += f" {end}"
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.candidates = candidates(token.content for token in added if token.special)
         token = end_token(vocabulary, end, f"data.tokenizer {path}", self.candidates)
-        self.end_of_document = None if token is None else token[1]
+        self.end_text, self.end_of_document = ("", None) if token is None else token
+        self.identity = content_digest(content)
+        if end is not None:
+            self.identity += f" {end}"
+        saved = json.loads(content)
+        changed = literals_as_text(saved, self.end_text or None)
+        if changed != saved:  # the tokens of an earlier version are other ones
+            self._tokenizer = _parse(path, json.dumps(changed).encode("utf-8"))
+            self.identity += "  literals are text"
 
     def encode(self, text: str) -> np.ndarray:
         """Turn `text` into tokens, `[tokens]` uint16 or uint32."""

@@ -10,6 +10,7 @@ from typing import Any
 from dsmoe.config.end_of_document import END_OF_DOCUMENT_NAMES, end_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.data.literals import literals_as_text
 from dsmoe.data.tokenizer import ByteTokenizer, content_digest
 
 
@@ -72,19 +73,24 @@ def tokenizer_files(config: Config, given: str | None, trained: str = "") -> Tok
     if end is not None:
         settings |= {"eos_token": end[0], "pad_token": end[0]}
     return TokenizerFiles(
-        {"tokenizer.json": _as_trained(text), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"},
+        {
+            "tokenizer.json": _as_trained(text, None if end is None else end[0]),
+            "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        },
         end,
         not trained or digest == trained,
     )
 
 
-def _as_trained(text: str) -> str:
+def _as_trained(text: str, end: str | None) -> str:
     """A tokenizer.json without what training leaves out: special tokens around a text, cutting, padding, dropout.
+
+    With what training adds: text that spells a special token, or `end`, stays text.
 
     A model that was trained without a token before each document has never seen one: its embedding is random numbers.
     """
     content: dict[str, Any] = json.loads(text)
-    changed = {**content, "truncation": None, "padding": None, "post_processor": None}
+    changed = {**literals_as_text(content, end), "truncation": None, "padding": None, "post_processor": None}
     processors = content.get("post_processor") or {}
     offsets = [one for one in (processors.get("processors") or [processors]) if one.get("type") == "ByteLevel"]
     if offsets:  # says where in the text a token is, and adds none
