@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.paths import literal_start
+from dsmoe.config.paths import expand_glob, literal_start
 from dsmoe.config.schema import Source
 from dsmoe.data import streams
 from dsmoe.data.problems import LostCorpusError, shown, source_error
@@ -175,26 +175,18 @@ def _without_copies(paths: list[Path], found: Found) -> Iterator[Path]:
 
 def _glob_files(source: Source, path: Path) -> Found:
     found = Found()
-    names = set(_expand(path, found)) or set(_expand(literal_start(path), found))
+
+    def below(folder: Path) -> Iterator[str]:
+        """Unlike glob's, `**` goes through no folder twice, so links may form circles."""
+        return (path for path, _ in _folders(folder, found))
+
+    names = set(expand_glob(path, below)) or set(expand_glob(literal_start(path), below))
     found.files = sorted(_each_once((Path(name) for name in names), found), key=str)
     if not found.files:
         problem = f"no file matches the glob {shown(path)}"
         left_out = found.what_is_left_out()
         raise source_error(source, "path", "; ".join([problem, *left_out]), UserError if left_out else LostCorpusError)
     return found
-
-
-def _expand(pattern: Path, found: Found) -> Iterator[str]:
-    """Yield what a glob matches. Unlike glob's, `**` goes through no folder twice, so links may form circles."""
-    parts = pattern.parts
-    if "**" not in parts:
-        yield from glob.iglob(str(pattern))
-        return
-    first = parts.index("**")
-    rest = parts[first + 1 :] or ("*",)
-    for start in sorted(glob.glob(str(Path(*parts[:first])))):
-        for folder, _ in _folders(Path(start), found):
-            yield from _expand(Path(glob.escape(folder), *rest), found)
 
 
 def _folders(root: Path, found: Found) -> Iterator[tuple[str, list[str]]]:

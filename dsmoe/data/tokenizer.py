@@ -132,7 +132,8 @@ class FileTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.candidates = candidates(token.content for token in added if token.special)
         token = end_token(vocabulary, end, f"data.tokenizer {path}", self.candidates)
-        self.end_text, self.end_of_document = ("", None) if token is None else token
+        self.end_of_document = None if token is None else token[1]
+        self.end_text = "" if token is None else token[0]
         self.identity = content_digest(content)
         if end is not None:
             self.identity += f" {end}"
