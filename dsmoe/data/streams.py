@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import lzma
+import posixpath
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, cast
 
 from dsmoe.data.problems import BadFileError, shown
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = {
     ".gz": "gzip",
@@ -85,17 +90,43 @@ def _decompressed(raw: io.BufferedReader, codec: str | None) -> Iterator[io.Buff
 
 def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReader]]:
     with zipfile.ZipFile(raw) as archive:
-        for name in sorted(archive.namelist(), key=_walk_order):
+        hidden = []
+        for name, info in _members(file, archive):
             try:
-                member = archive.open(name)  # also of what is left out: a damaged name is seen here
+                member = archive.open(info)  # also of what is left out: a damaged name is seen here
             except (RuntimeError, NotImplementedError) as error:  # a password, or an unknown compression
-                detail = f"{shown(file)}: cannot unpack {shown(name)} ({error}); unpack the archive"
+                detail = f"{shown(file)}: cannot unpack {shown(info.filename)} ({error}); unpack the archive"
                 raise BadFileError("path", detail) from error
-            if name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+            if info.is_dir():
+                continue
+            if any(part.startswith((".", "__MACOSX")) and part != ".." for part in name.split("/")):
+                hidden.append(info.filename)
                 continue
             stream: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, member), _BUFFER)
             with stream:
                 yield f"{shown(file)}, {shown(name)}", stream
+        if hidden:
+            logger.info("%s: left out: %s hidden (%s)", shown(file), f"{len(hidden):,}", shown(", ".join(hidden[:2])))
+
+
+def _members(file: Path, archive: zipfile.ZipFile) -> list[tuple[str, zipfile.ZipInfo]]:
+    """What is in an archive, with the path of each from the top, in the order of a walk through its folders.
+
+    Raises:
+        BadFileError: there is more in it than its directory tells apart.
+    """
+    members = {posixpath.normpath(info.filename.lstrip("/")): info for info in archive.infolist()}
+    if len(members) < len(archive.infolist()):
+        names = Counter(posixpath.normpath(info.filename.lstrip("/")) for info in archive.infolist())
+        name, count = names.most_common(1)[0]
+        detail = (
+            f"{shown(file)}: {count} of its files are called {shown(name)}, and unpacking it would leave one of them"
+        )
+        raise BadFileError("path", f"{detail}; make the archive again with different names")
+    if members and min(info.header_offset for info in members.values()) > 0:
+        detail = f"{shown(file)}: something stands before its first file, such as another archive that it was joined to"
+        raise BadFileError("path", f"{detail}; unpack it")
+    return sorted(members.items(), key=lambda member: _walk_order(member[0]))
 
 
 def _walk_order(name: str) -> list[tuple[bool, str]]:

@@ -11,6 +11,7 @@ import struct
 import tarfile
 import tracemalloc
 import uuid
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,49 @@ def test_zip(tmp_path: Path) -> None:
             archive.writestr(name, json.dumps({"text": name}))
         archive.writestr("__MACOSX/a.jsonl", b"\xff")
     assert read(tmp_path / "a.zip") == names
+
+
+def make_zip(path: Path, *names: str) -> Path:
+    """Each member has a document, which is its name and its number."""
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")  # of two members of one name
+        for number, name in enumerate(names):
+            archive.writestr(name, "" if name.endswith("/") else json.dumps({"text": f"{name} {number}"}))
+    return path
+
+
+def test_what_a_zip_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = (
+        "a.jsonl",
+        "./b.jsonl",
+        "x/../c.jsonl",
+        "../d.jsonl",
+        "/e.jsonl",
+        ".x/f.jsonl",
+        "x/.g.jsonl",
+        "x/",
+        "__MACOSX/h",
+    )
+    path = make_zip(tmp_path / "a.zip", *names)
+    with caplog.at_level(logging.INFO):
+        texts = read(path)
+    assert sorted(texts) == sorted(f"{name} {number}" for number, name in enumerate(names[:5]))
+    assert f"{path}: left out: 3 hidden (.x/f.jsonl, __MACOSX/h)" in caplog.messages
+
+
+@pytest.mark.parametrize("other", ["a.jsonl", "./a.jsonl", "x/../a.jsonl", "/a.jsonl", "x//../a.jsonl", "a.jsonl\0b"])
+def test_a_zip_with_two_files_of_one_name(other: str, tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "a.zip", "b.jsonl", "a.jsonl", other)
+    with pytest.raises(UserError, match=rf"{path}: 2 of its files are called a.jsonl, .* with different names"):
+        read(path)
+
+
+def test_joined_zips(tmp_path: Path) -> None:
+    """Of which only the last is found."""
+    path, other = make_zip(tmp_path / "a.zip", "a.jsonl"), make_zip(tmp_path / "b.zip", "b.jsonl")
+    path.write_bytes(path.read_bytes() + other.read_bytes())
+    with pytest.raises(UserError, match=rf"{path}: something stands before its first file, .*; unpack it"):
+        read(path)
 
 
 def test_archives_are_not_taken_for_text(tmp_path: Path) -> None:
