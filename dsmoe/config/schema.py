@@ -43,7 +43,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Percent = Annotated[float, Field(gt=0, lt=100)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Folder = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -76,7 +76,7 @@ class Cluster(Section):
     the choice to NCCL and gloo, which are wrong at times where there are several."""
     hosts: str | None = None
     """The nodes' names, rank 0's first, for `dsmoe launch --hostfile`: `node[01-08]`, or `alpha,beta`."""
-    hostfile: str | None = None
+    hostfile: Text | None = None
     """Instead of `hosts`: a file that has them already, with `NAME slots=DEVICES` on each line."""
     elastic: bool = False
     """Train on whatever devices the launcher has started: `parallel.expert` and the micro-batch follow, the batch
@@ -239,11 +239,11 @@ class Source(Section):
 
     name: Name
     """Label of the source in metrics and in the cache."""
-    path: str | None = None
+    path: Text | None = None
     """A file, a folder, a glob, or `builtin:shakespeare` / `builtin:python`."""
-    hub: str | None = None
+    hub: Text | None = None
     """A data set on the Hugging Face hub, instead of `path`."""
-    split: str = "train"
+    split: Text = "train"
     """The hub data set's split."""
     format: Literal["text", "jsonl", "parquet"] = "text"
     """How the files at `path` are read: `text`, a file is one document; `jsonl`, one JSON object a line, or in a file
@@ -263,12 +263,12 @@ class Data(Section):
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]  # not strict: YAML has lists, no tuples
     """The corpora, mixed by weight."""
-    tokenizer: str = "bytes"
+    tokenizer: Text = "bytes"
     """`bytes` (256 byte values and an end-of-document token), or a `tokenizers` JSON file."""
-    end_of_document: Annotated[str, Field(min_length=1)] | None = None
+    end_of_document: Text | None = None
     """The token of that file that follows every document, as text (`<|im_end|>`); null takes one of the usual names:
     `<|endoftext|>`, `</s>`, `<|end_of_text|>`, `<eos>`."""
-    cache_dir: Folder = ".cache/dsmoe"
+    cache_dir: Text = ".cache/dsmoe"
     """Folder of the tokenized corpora; runs with the same data share it."""
     validation_fraction: Fraction = 0.05
     """Part of each source's bytes held out, whole documents at a time."""
@@ -349,10 +349,10 @@ class Checkpoint(Section):
     asynchronous: bool = True
     """Train on while a checkpoint is being written: training stands still for the copy to host memory only, which takes
     about 12 bytes per parameter, divided by the ranks."""
-    resume: str = "auto"
+    resume: Text = "auto"
     """`auto` continues the run folder's newest checkpoint if there is one, `always` insists on one, `never` refuses
     a folder that has one; anything else is the path of a checkpoint."""
-    weights_from: str | None = None
+    weights_from: Text | None = None
     """Path of a checkpoint whose weights a run begins with, for fine-tuning: optimizer state, schedule, data and step
     begin anew. A run that has a checkpoint of its own continues that."""
 
@@ -373,7 +373,7 @@ class Config(Section):
 
     name: Name
     """The run's name, and the name of its folder."""
-    runs_dir: Folder = "runs"
+    runs_dir: Text = "runs"
     """The run folder is `runs_dir/name`."""
     cluster: Cluster = Cluster()
     """The machines."""

@@ -56,6 +56,24 @@ def test_all_that_is_missing_is_reported_at_once(tmp_path: Path, capsys: pytest.
     assert main(["config", "show", str(path), *overrides]) == 0  # also on a machine that does not have them
 
 
+PATHS = ["runs_dir", "data.cache_dir", "data.tokenizer", "data.sources.0.path", "cluster.hostfile", "checkpoint.resume"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in [*PATHS, "checkpoint.weights_from"] for value in ('""', "$EMPTY")),
+        *((key, '""') for key in ("data.sources.0.hub", "data.sources.0.split")),
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(
+    key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    problems = problems_of(write(tmp_path, VALID), f"{key}={value}")
+    assert any(problem.startswith(f"{key}: expected text that is not empty") for problem in problems)
+
+
 @pytest.mark.parametrize(("size", "added"), [(258, {}), (257, {"<end>": 257})])
 def test_a_tokenizer_larger_than_the_vocabulary(size: int, added: dict[str, int], tmp_path: Path) -> None:
     file = tokenizer(tmp_path / "tokenizer.json", size, **added)
