@@ -24,6 +24,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.data import json_records
 from dsmoe.data.corpora import corpus_state, documents
+from dsmoe.data.look import source_problems
 from dsmoe.data.problems import translated
 
 TEXTS = [f"document {number} " + "ü" * number for number in range(300)]
@@ -192,6 +193,51 @@ def test_not_utf_8_inside_names_line_and_byte_of_the_text(tmp_path: Path) -> Non
         assert read(path, bad_records="skip") == ["a", "b"]
     with pytest.raises(UserError, match=r"line 1; convert it, it begins like UTF-16: iconv -f UTF-16"):
         read(put(tmp_path / "b.jsonl", data.decode("latin-1").encode("utf-16")))
+
+
+def old_tar(name: str, data: bytes) -> bytes:
+    """Of version 7, without a magic number."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    header[257:] = bytes(512 - 257)
+    return bytes(header) + data.ljust(10240, b"\0")
+
+
+NOT_TEXT = {
+    "utf-16-le": "if that is UTF-16LE, convert it: iconv -f UTF-16LE -t UTF-8",
+    "utf-16-be": "if that is UTF-16BE, convert it: iconv -f UTF-16BE -t UTF-8",
+    "utf-32-le": "if that is UTF-32LE, convert it: iconv -f UTF-32LE -t UTF-8",
+    "utf-32-be": "if that is UTF-32BE, convert it: iconv -f UTF-32BE -t UTF-8",
+    "nulls": "null characters stand in the place of its text, as after a crash",
+    "tar": "get it again, or take it out of the corpus",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TEXT)
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_text_file_without_text(kind: str, compress: bool, tmp_path: Path) -> None:
+    text = "The quick brown fox\n" * 2000
+    odd = {"nulls": bytes(20_000), "tar": old_tar("a.txt", text.encode())}
+    data = odd[kind] if kind in odd else text.encode(kind)
+    path = put(tmp_path / "a.txt", gzip.compress(data) if compress else data)
+    with pytest.raises(UserError, match=rf"{path} is no text: byte .*, is a null character; {NOT_TEXT[kind]}"):
+        read(path, "text")
+    (problem,) = source_problems(Source(name="corpus", path=str(path)), tmp_path)
+    assert f"{path} is no text" in problem  # before anything is tokenised
+    put(tmp_path / "b.txt", b"text")
+    assert read(tmp_path, "text", bad_records="skip") == ["text"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_mark_tells_the_encoding(encoding: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "a.txt", "déjà".encode(encoding))
+    with pytest.raises(UserError, match=f"it begins like {encoding.upper()}: iconv -f {encoding.upper()} -t UTF-8"):
+        read(path, "text")
+
+
+def test_a_null_character_late_in_a_text(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.txt", b"line\n" * 100_000 + b"a\0b")
+    with pytest.raises(UserError, match="byte 500001, line 100001, is a null character"):
+        read(path, "text")
 
 
 def test_bad_records_are_skipped_and_counted_where_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
