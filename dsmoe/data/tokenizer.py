@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsmoe.config.end_of_document import candidates, end_token, no_end_token
+from dsmoe.config.end_of_document import candidates, end_token, no_end_token, ordinary_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.data.literals import literals_as_text
@@ -121,7 +121,7 @@ class FileTokenizer:
         end: the token after every document, as text; None takes one of the usual names, if there is one.
 
     Raises:
-        UserError: `content` is not a tokenizer, or has no such token.
+        UserError: `content` is not a tokenizer, or has no such token, or one that it makes of text.
     """
 
     def __init__(self, path: Path, content: bytes, end: str | None = None):
@@ -142,6 +142,13 @@ class FileTokenizer:
         if changed != saved:  # the tokens of an earlier version are other ones
             self._tokenizer = _parse(path, json.dumps(changed).encode("utf-8"))
             self.identity += "  literals are text"
+        if self.end_of_document is not None and self._is_ordinary(self.end_text, self.end_of_document):
+            raise ordinary_token(self.end_text, f"data.tokenizer {path}", self.candidates)
+
+    def _is_ordinary(self, token: str, number: int) -> bool:
+        """Whether a token is made of its own name, or of the text that it stands for (`Ġthe`: " the")."""
+        spelled = self._tokenizer.decode([number], skip_special_tokens=False)
+        return any(number in tokens for tokens in self.encode_batch([token, spelled, f" {spelled}"]))
 
     def encode(self, text: str) -> np.ndarray:
         """Turn `text` into tokens, `[tokens]` uint16 or uint32."""

@@ -5,9 +5,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dsmoe.config.errors import UserError
 from dsmoe.data import load_tokenizer, prepare
@@ -117,11 +116,41 @@ def test_documents_stay_whole(tmp_path: Path, make_config: MakeConfig) -> None:
 
 
 def test_an_end_within_a_document_is_refused(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Where nothing can be cut: of a special token of one character."""
-    texts = ["ab " * 9, "ab " * 9 + "x"]
+    """Where nothing can be cut: a token of the middle of a word, which no word is spelled like."""
+    texts = ["ab " * 9, "ab " * 9 + "ax"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     source = {"name": "a", "path": str(tmp_path / "a.jsonl"), "format": "jsonl"}
-    data = {"tokenizer": str(saved(unigram, tmp_path / "t.json", ["x"])), "end_of_document": "x"}
-    with pytest.raises(UserError, match=r"makes 'x'.* in document 2 of data.sources\[a\], which begins 'ab ab"):
+    vocabulary = {"<unk>": 0, "a": 1, "##b": 2, "##x": 3}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.normalizer = normalizers.Replace("#", "")
+    tokenizer.save(str(tmp_path / "t.json"))
+    data = {"tokenizer": str(tmp_path / "t.json"), "end_of_document": "##x"}
+    with pytest.raises(UserError, match=r"makes '##x'.* in document 2 of data.sources\[a\], which begins 'ab ab"):
         prepare(make_config(source, data=data))
-    assert not np.any([path.name.startswith("a-") for path in (tmp_path / "cache").iterdir()])
+    assert not any(path.name.startswith("a-") for path in (tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("end", ["ab", "a", "▁", "<"])
+@pytest.mark.parametrize("special", [[], ["<s>", "a"]])
+def test_an_ordinary_word_ends_no_document(end: str, special: list[str], tmp_path: Path) -> None:
+    path = saved(unigram, tmp_path / "t.json", special)
+    more = ", for example of its special tokens: <s>, a" if special else ""
+    with pytest.raises(UserError) as refused:
+        FileTokenizer(path, path.read_bytes(), end)
+    assert str(refused.value) == (
+        f"data.end_of_document ({end!r}) is an ordinary token of data.tokenizer {path}, which makes it of text, so "
+        f"that documents would end within; set it to a special token{more}"
+    )
+
+
+def test_an_ordinary_word_in_the_alphabet_of_bytes(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE({"Ġ": 0, "t": 1, "h": 2, "th": 3, "Ġth": 4, END: 5}, [("t", "h"), ("Ġ", "th")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "t.json"))
+    content = (tmp_path / "t.json").read_bytes()
+    for end in ("Ġth", "th", "t"):
+        with pytest.raises(UserError, match="is an ordinary token"):
+            FileTokenizer(tmp_path / "t.json", content, end)
+    assert FileTokenizer(tmp_path / "t.json", content, END).end_of_document == 5  # which no merge makes
