@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dsmoe.config.errors import UserError
+from dsmoe.data.coverage import Coverage
 from dsmoe.data.problems import shown
 from dsmoe.data.stored import FileWriter, StoredFile
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
@@ -65,13 +66,14 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, targe
         target: the file to write.
 
     Raises:
-        UserError: the tokenizer gives a token beyond its own vocabulary, or makes the end of a document of text.
+        UserError: the tokenizer gives a token beyond its own vocabulary, makes the end of a document of text, or loses
+            much of the text (`Coverage`).
     """
     token_counts, byte_counts, hashes = array("q"), array("q"), array("Q")
     separator = [] if tokenizer.end_of_document is None else [tokenizer.end_of_document]
     end_of_document = np.array(separator, dtype=token_dtype(tokenizer.vocab_size))
     max_token = max(separator, default=0)
-    progress = Progress(name)
+    progress, coverage = Progress(name), Coverage(name, tokenizer)
     with target.open("wb") as file:
         for batch in _batches(texts):
             for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
@@ -85,7 +87,9 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, targe
                 file.write(end_of_document.tobytes())
                 max_token = max(max_token, int(tokens.max(initial=0)))
                 progress.add(num_bytes, token_counts[-1])
+            coverage.look(batch, hashes[-len(batch) :])
             progress.report()
+    coverage.finish()
     if max_token >= tokenizer.vocab_size:
         raise UserError(
             f"data.tokenizer: it has made token {max_token} of the text of data.sources[{name}], and its vocabulary "

@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """Encode every text."""
         ...
 
+    def lost_characters(self, texts: Sequence[str]) -> list[str]:
+        """Of every text, the characters that no token stands for, or the unknown token only; white space aside."""
+        ...
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """Choose the smallest little-endian unsigned type that holds every token number: uint16 or uint32."""
@@ -108,6 +112,10 @@ class ByteTokenizer:
         """Encode every text."""
         return [self.encode(text) for text in texts]
 
+    def lost_characters(self, texts: Sequence[str]) -> list[str]:
+        """None of any text."""
+        return [""] * len(texts)
+
 
 class FileTokenizer:
     """A tokenizer saved by the `tokenizers` library, as in a Hugging Face model's `tokenizer.json`.
@@ -142,6 +150,12 @@ class FileTokenizer:
         if changed != saved:  # the tokens of an earlier version are other ones
             self._tokenizer = _parse(path, json.dumps(changed).encode("utf-8"))
             self.identity += "  literals are text"
+        model = changed["model"]
+        self._unknown = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token"))
+        self._drops: dict[str, bool] | None = {} if "merges" in model else None
+        """By character, whether a BPE without its token passes over it; other models know no such thing."""
+        affixes = (model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"))
+        self._affixes = tuple(affix for affix in affixes if affix)
         if self.end_of_document is not None and self._is_ordinary(self.end_text, self.end_of_document):
             raise ordinary_token(self.end_text, f"data.tokenizer {path}", self.candidates)
 
@@ -159,6 +173,44 @@ class FileTokenizer:
         with _translated(f"data.tokenizer: {self._path} cannot encode the text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
+
+    def lost_characters(self, texts: Sequence[str]) -> list[str]:
+        """Of every text, the characters that no token stands for, or the unknown token only; white space aside."""
+        with _translated(f"data.tokenizer: {self._path} cannot encode the text"):
+            if self._drops is not None:
+                return ["".join(filter(self._is_dropped, "".join(text.split()))) for text in texts]
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [self._without_tokens(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _is_dropped(self, character: str) -> bool:
+        """Whether a BPE, which begins with single characters or bytes, has no token for one, or for a byte of it."""
+        assert self._drops is not None
+        if character not in self._drops:
+            tokenizer = self._tokenizer
+            text = tokenizer.normalizer.normalize_str(character) if tokenizer.normalizer else character
+            split = tokenizer.pre_tokenizer
+            pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split else [text]
+            encoding = tokenizer.encode(character, add_special_tokens=False)
+            known = [
+                self._without_affixes(token)
+                for number, token in zip(encoding.ids, encoding.tokens, strict=True)
+                if number != self._unknown
+            ]
+            self._drops[character] = sum(map(len, known)) < sum(map(len, pieces))
+        return self._drops[character]
+
+    def _without_affixes(self, token: str) -> str:
+        for affix in self._affixes:
+            token = token.removeprefix(affix).removesuffix(affix)
+        return token
+
+    def _without_tokens(self, text: str, encoding: Any) -> str:
+        has_token = [False] * len(text)
+        for number, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if number != self._unknown:
+                has_token[begin:end] = [True] * (end - begin)
+        pairs = zip(text, has_token, strict=True)
+        return "".join(character for character, has in pairs if not (has or character.isspace()))
 
 
 def _file_tokenizer(path: Path, end: str | None) -> FileTokenizer:
