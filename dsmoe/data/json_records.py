@@ -233,6 +233,8 @@ def _array_items(name: str, stream: io.BufferedReader) -> Iterator[str]:
                 if depth == 1:
                     start = token.end()
             elif char != ",":
+                if depth == 1 and char == "}":  # within an item, parsing it shows such a thing
+                    raise BadFileError("format", f"{name}: the array ends with }}, after item {items}, not with ]")
                 depth -= 1
             if (char == "," and depth == 1) or depth == 0:
                 item = text[start : token.start()]
