@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import logging
@@ -9,7 +10,7 @@ import lzma
 import posixpath
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -30,15 +31,16 @@ SUFFIXES = {
 }
 """The compression that the end of a name (in small letters) stands for."""
 
-# No text in UTF-8 begins like this, but for bzip2's, of which all ten bytes are compared.
+# No text in UTF-8 begins like this, but for bzip2's, of which all ten bytes are compared (of an empty stream too).
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
-    **{b"BZh%d1AY&SY" % level: "bz2" for level in range(1, 10)},
+    **{b"BZh%d%s" % (level, rest): "bz2" for level in range(1, 10) for rest in (b"1AY&SY", b"\x17rE8P\x90")},
 }
 _BUFFER = 1 << 20
+_Decoder = lzma.LZMADecompressor | bz2.BZ2Decompressor
 _ZIP_MAGIC = b"PK\x03\x04"
 _TAR_MAGIC = slice(257, 262), b"ustar"
 
@@ -80,11 +82,12 @@ def _decompressed(raw: io.BufferedReader, codec: str | None) -> Iterator[io.Buff
         elif codec == "gzip":
             yield stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER))
         elif codec == "xz":
-            yield stack.enter_context(io.BufferedReader(_Xz(raw), _BUFFER))
+            yield stack.enter_context(io.BufferedReader(_Streams(raw, lzma.LZMADecompressor, b"\0"), _BUFFER))
+        elif codec == "bz2":
+            yield stack.enter_context(io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), _BUFFER))
         else:
             import pyarrow
 
-            # Unlike `bz2`, pyarrow also refuses what follows the last stream and is not one.
             yield stack.enter_context(io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), _BUFFER))
 
 
@@ -135,15 +138,19 @@ def _walk_order(name: str) -> list[tuple[bool, str]]:
     return [*((True, folder) for folder in folders), (False, file)]
 
 
-class _Xz(io.RawIOBase):
-    """The streams of an xz file, one after another.
+class _Streams(io.RawIOBase):
+    """The streams of an xz or bz2 file, one after another, some of them empty.
 
-    `lzma.LZMAFile` takes a damaged second stream for the end of the file, without an error.
+    `lzma.LZMAFile` and `bz2.BZ2File` take a damaged second stream for the end of the file, without an error.
+    To pyarrow, a bz2 file with an empty stream is damaged.
     """
 
-    def __init__(self, raw: IO[bytes]):
+    def __init__(self, raw: IO[bytes], new_decoder: Callable[[], _Decoder], padding: bytes = b""):
         self._raw = raw
-        self._decoder: lzma.LZMADecompressor | None = lzma.LZMADecompressor()
+        self._new_decoder = new_decoder
+        self._decoder: _Decoder | None = new_decoder()
+        self._padding = padding
+        """What may stand between and after streams."""
         self._pending = b""
 
     def readable(self) -> bool:
@@ -154,18 +161,16 @@ class _Xz(io.RawIOBase):
         """Decompress up to `len(buffer)` bytes; 0 at the end."""
         while True:
             if self._decoder is None:
-                self._pending = self._pending.lstrip(b"\0")  # padding may stand between and after streams
-                self._pending = self._pending or self._raw.read(_BUFFER)
-                if not self._pending:
-                    return 0
-                if not self._pending.strip(b"\0"):
-                    continue
-                self._decoder = lzma.LZMADecompressor()
-                self._pending = self._pending.lstrip(b"\0")
+                self._pending = self._pending.lstrip(self._padding)
+                while not self._pending:
+                    if not (more := self._raw.read(_BUFFER)):
+                        return 0
+                    self._pending = more.lstrip(self._padding)
+                self._decoder = self._new_decoder()
             if self._decoder.needs_input and not self._pending:
                 self._pending = self._raw.read(_BUFFER)
                 if not self._pending:
-                    raise EOFError("the file ends inside of an xz stream")
+                    raise EOFError("the file ends inside of a stream")
             data = self._decoder.decompress(self._pending, len(buffer))
             self._pending = b""
             if self._decoder.eof:

@@ -58,6 +58,12 @@ WHOLE = {
     "a.jsonl.gz": gzip.compress(LINES),
     "members.gz": gzip.compress(HALVES[0]) + gzip.compress(HALVES[1]) + bytes(512),
     "a.jsonl.bz2": bz2.compress(HALVES[0]) + bz2.compress(HALVES[1]),
+    "empty_streams.bz2": b"".join(map(bz2.compress, (b"", b"", HALVES[0], b"", HALVES[1], b""))),
+    "empty_streams.xz": b"".join(map(lzma.compress, (b"", HALVES[0], b"", HALVES[1], b""))),
+    "empty_streams.gz": b"".join(map(gzip.compress, (b"", HALVES[0], b"", HALVES[1], b""))),
+    "empty_streams.zst": b"".join(by_arrow(part, "zstd") for part in (b"", HALVES[0], b"", HALVES[1], b"")),
+    "empty_streams.lz4": b"".join(by_arrow(part, "lz4") for part in (b"", HALVES[0], b"", HALVES[1], b"")),
+    "empty_stream_inside.jsonl": bz2.compress(b"") + bz2.compress(LINES),
     "a.jsonl.xz": lzma.compress(HALVES[0]) + bytes(8) + lzma.compress(HALVES[1]) + bytes(4),
     "a.jsonl.lzma": lzma.compress(LINES, format=lzma.FORMAT_ALONE),
     "a.jsonl.zst": SKIPPABLE + by_arrow(HALVES[0], "zstd") + SKIPPABLE + by_arrow(HALVES[1], "zstd"),
@@ -353,6 +359,17 @@ def test_arrays_that_are_none(text: str, message: str, tmp_path: Path) -> None:
     path = put(tmp_path / "a.json", text.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         read(path)
+
+
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+def test_an_array_that_ends_like_an_object(policy: str, tmp_path: Path) -> None:
+    """As of an array that was cut off within a larger object."""
+    path = put(tmp_path / "a.json", b'[{"text": "a"}, {"text": "b"}}')
+    with pytest.raises(UserError, match=rf"{path}: the array ends with }}, after item 1, not with \]"):
+        read(path, bad_records=policy)
+    for data in (b'[{"text": "a"], {"text": "b"}]', b'[{"text": "a", "x": [1}}, {"text": "b"}]'):
+        with pytest.raises(UserError, match="item 1: not JSON"):
+            read(put(path, data))
 
 
 def test_a_bad_item_is_skipped(tmp_path: Path) -> None:
