@@ -140,10 +140,19 @@ def _beside(path: str, where: str) -> str:
     folders = dict.fromkeys((file.parent, file.resolve().parent))
     places = [path if folder == Path() else os.path.normpath(folder / path) for folder in folders]
     for beside in places:
-        if os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside))):
+        if may_be_there(beside) or (glob.has_magic(path) and _matches(Path(beside))):
             return beside
     _lost[path] = tuple(places)
     return path
+
+
+def may_be_there(path: str | Path) -> bool:
+    """Whether something is at a path, or may be: in a folder that cannot be searched, which reading it will say."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EPERM)
+    return True
 
 
 def places_of_lost(path: str) -> tuple[str, ...]:

@@ -224,10 +224,13 @@ def _parsed_once(path: Path, content: bytes, end: str | None) -> FileTokenizer:
 
 
 def _read(path: Path) -> bytes:
-    if path.is_file():
-        return path.read_bytes()
-    inside = path / "tokenizer.json"
-    hint = f"did you mean {inside}?" if inside.is_file() else "give `bytes` or the path of a tokenizer.json"
+    try:
+        if path.is_file():
+            return path.read_bytes()
+        inside = path / "tokenizer.json"
+        hint = f"did you mean {inside}?" if inside.is_file() else "give `bytes` or the path of a tokenizer.json"
+    except OSError as error:
+        raise UserError(f"data.tokenizer: {path} cannot be read ({error.strerror})") from error
     raise UserError(f"data.tokenizer: there is no file {path}; {hint}")
 
 

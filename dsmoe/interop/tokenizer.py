@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,15 @@ def tokenizer_files(config: Config, given: str | None, trained: str = "") -> Tok
         text, digest = byte_tokenizer_json(), name
     else:
         path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(
                 f"the tokenizer {path.absolute()} (data.tokenizer) is not there; say where it is with --tokenizer "
                 f"FILE, or export without one with --tokenizer none"
             )
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"the tokenizer {path.absolute()} cannot be read ({error.strerror})") from error
         text, digest = content.decode("utf-8", errors="replace"), content_digest(content)  # no text is no JSON either
     if trained and digest != trained and given is None:
         raise UserError(
