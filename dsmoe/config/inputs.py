@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dsmoe.config.errors import Problem
 from dsmoe.config.partial import UnsoundError
-from dsmoe.config.paths import NO_PATHS, may_be_there
+from dsmoe.config.paths import NO_PATHS, may_be_there, unset_in
 from dsmoe.config.schema import Config
 
 _CHECKPOINT = re.compile(r"/step_[0-9]+/manifest\.json$")
@@ -53,7 +53,7 @@ def _checkpoints(config: Config) -> Iterator[Problem]:
 
 def _unreadable(key: str, path: str) -> Iterator[Problem]:
     if not may_be_there(path):
-        yield key, f"{key}: there is no file or folder {path}{where_looked(path)}"
+        yield key, f"{key}: there is no file or folder {path}{unset_in(path)}{where_looked(path)}"
     elif not may(path, os.R_OK):
         yield key, f"{key}: {path} cannot be read: permission denied"
 

@@ -23,6 +23,8 @@ BUILTIN = "builtin:"
 _SOURCE = re.compile(r"data\.sources\.\d+\.path")
 _lost: dict[str, tuple[str, ...]] = {}
 """Relative paths that led to nothing when they were read, with what they would have been beside the YAML file."""
+_unset: dict[str, tuple[str, ...]] = {}
+"""Paths with the names of variables in them that the environment did not have when they were read."""
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 """`$$` stands for a dollar sign."""
 
@@ -118,6 +120,7 @@ def expand_path(key: str, path: str, where: str, problems: list[str]) -> str:
             return "$"
         if name in os.environ:
             return os.environ[name]
+        unset.append(name)
         if key in _MADE:  # a folder of the variable's name would be made
             problems.append(
                 f"{key}: the environment has no variable {name}, which is in {path!r}; set it, or write $$ for a "
@@ -125,10 +128,14 @@ def expand_path(key: str, path: str, where: str, problems: list[str]) -> str:
             )
         return match[0]
 
+    unset: list[str] = []
     expanded = os.path.expanduser(path)
     if path.startswith("~") and expanded == path:
         problems.append(f"{key}: there is no user {path.partition('/')[0]!r}; write ./{path} for a file ({where})")
-    return _VARIABLE.sub(value_of, expanded)
+    expanded = _VARIABLE.sub(value_of, expanded)
+    if unset:
+        _unset[expanded] = tuple(unset)
+    return expanded
 
 
 def _beside(path: str, where: str) -> str:
@@ -153,6 +160,12 @@ def may_be_there(path: str | Path) -> bool:
     except OSError as error:
         return error.errno in (errno.EACCES, errno.EPERM)
     return True
+
+
+def unset_in(path: str) -> str:
+    """For a message: which variables in a path that leads to nothing the environment has not; empty without any."""
+    names = [name for name in _unset.get(path, ()) if name not in os.environ]
+    return f" (the environment has no variable {' and no '.join(dict.fromkeys(names))})" if names else ""
 
 
 def places_of_lost(path: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from dsmoe.config.errors import Problem, UserError
 from dsmoe.config.inputs import may, where_looked
 from dsmoe.config.partial import UnsoundError
-from dsmoe.config.paths import may_be_there
+from dsmoe.config.paths import may_be_there, unset_in
 from dsmoe.config.schema import Config, Source
 from dsmoe.data.cache import VERIFIED_AT_START, open_folder, verify_files
 from dsmoe.data.files import corpus_files, is_builtin
@@ -47,7 +47,7 @@ def check_sources(config: Config) -> Sources:
     with suppress(UnsoundError):
         runs_dir = Path(config.runs_dir).absolute()
         run = runs_dir / config.name
-        found.problems += _unusable("runs_dir", run if run.is_dir() else runs_dir)
+        found.problems += _unusable("runs_dir", run if os.path.isdir(run) else runs_dir)
     with suppress(UnsoundError):
         cache_dir = Path(config.data.cache_dir).absolute()
         is_whole = True
@@ -134,7 +134,9 @@ def _tokenizer_problems(config: Config) -> list[Problem]:
         return []
     path = config.data.tokenizer
     if not may_be_there(path):
-        return [("data.tokenizer", f"data.tokenizer: there is no file or folder {path}{where_looked(path)}")]
+        return [
+            ("data.tokenizer", f"data.tokenizer: there is no file or folder {path}{unset_in(path)}{where_looked(path)}")
+        ]
     try:
         tokenizer = load_tokenizer(config)
     except UserError as error:

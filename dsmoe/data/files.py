@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.paths import expand_glob, literal_start
+from dsmoe.config.paths import expand_glob, literal_start, unset_in
 from dsmoe.config.schema import Source
 from dsmoe.data import streams
 from dsmoe.data.problems import LostCorpusError, shown, source_error
@@ -129,7 +129,9 @@ def _files_at_path(source: Source) -> Found:
         raise source_error(
             source, "path", f"{shown(error.filename or path)} cannot be listed ({error.strerror})"
         ) from error
-    raise source_error(source, "path", f"there is no file or folder {shown(path)}", LostCorpusError)
+    raise source_error(
+        source, "path", f"there is no file or folder {shown(path)}{unset_in(source.path)}", LostCorpusError
+    )
 
 
 def _folder_files(source: Source, folder: Path) -> Found:
@@ -183,7 +185,7 @@ def _glob_files(source: Source, path: Path) -> Found:
     names = set(expand_glob(path, below)) or set(expand_glob(literal_start(path), below))
     found.files = sorted(_each_once((Path(name) for name in names), found), key=str)
     if not found.files:
-        problem = f"no file matches the glob {shown(path)}"
+        problem = f"no file matches the glob {shown(path)}{unset_in(source.path or '')}"
         left_out = found.what_is_left_out()
         raise source_error(source, "path", "; ".join([problem, *left_out]), UserError if left_out else LostCorpusError)
     return found

@@ -14,6 +14,7 @@ import numpy as np
 
 from dsmoe.config.end_of_document import candidates, end_token, no_end_token, ordinary_token
 from dsmoe.config.errors import UserError
+from dsmoe.config.paths import unset_in
 from dsmoe.config.schema import Config
 from dsmoe.data.literals import literals_as_text
 
@@ -60,7 +61,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if name == "bytes":
         tokenizer: Tokenizer = ByteTokenizer()
     else:
-        tokenizer = _file_tokenizer(Path(name).absolute(), end)
+        tokenizer = _file_tokenizer(name, end)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the vocabulary of data.tokenizer "
@@ -213,8 +214,9 @@ class FileTokenizer:
         return "".join(character for character, has in pairs if not (has or character.isspace()))
 
 
-def _file_tokenizer(path: Path, end: str | None) -> FileTokenizer:
-    return _parsed_once(path, _read(path), end)
+def _file_tokenizer(name: str, end: str | None) -> FileTokenizer:
+    path = Path(name).absolute()
+    return _parsed_once(path, _read(path, unset_in(name)), end)
 
 
 @functools.lru_cache(maxsize=1)
@@ -223,7 +225,7 @@ def _parsed_once(path: Path, content: bytes, end: str | None) -> FileTokenizer:
     return FileTokenizer(path, content, end)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, unset: str) -> bytes:
     try:
         if path.is_file():
             return path.read_bytes()
@@ -231,7 +233,7 @@ def _read(path: Path) -> bytes:
         hint = f"did you mean {inside}?" if inside.is_file() else "give `bytes` or the path of a tokenizer.json"
     except OSError as error:
         raise UserError(f"data.tokenizer: {path} cannot be read ({error.strerror})") from error
-    raise UserError(f"data.tokenizer: there is no file {path}; {hint}")
+    raise UserError(f"data.tokenizer: there is no file {path}{unset}; {hint}")
 
 
 @contextmanager

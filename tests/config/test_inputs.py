@@ -228,6 +228,31 @@ def test_of_names_for_which_there_is_nothing_that_is_said(key: str, said: str, t
 # Paths: one rule for all keys.
 
 
+def test_a_variable_that_is_not_set_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing is there; a file whose name has a dollar sign may be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NOPE", raising=False)
+    path = write(tmp_path, VALID)
+    keys = ["data.tokenizer", "data.sources.0.path", *PATHS[4:], "checkpoint.weights_from"]
+    problems = check(path, *(f"{key}=$NOPE/${{NOPE}}x" for key in keys))
+    for key in keys:
+        assert [
+            f"{key}: there is no file or folder $NOPE/${{NOPE}}x (the environment has no variable NOPE) in" in problem
+            for problem in problems
+        ].count(True) == 1, (key, problems)
+    (problem,) = check(path, "data.sources=[{name: a, path: '$NOPE*.txt'}]")
+    assert "no file matches the glob $NOPE*.txt (the environment has no variable NOPE) in this folder" in problem
+    for override in ("data.tokenizer=$NOPE/t.json", "data.sources.0.path=$NOPE/x"):
+        assert main(["prepare", str(path), override]) == 2
+        assert "(the environment has no variable NOPE)" in capsys.readouterr().err
+    (problem,) = check(path, "data.sources.0.path=$$NOTHING/x")
+    assert "no variable" not in problem
+    write(tmp_path, "text " * 300, "$NOPE.txt")
+    assert check(path, "data.sources=[{name: a, path: $NOPE.txt}]") == []
+
+
 def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch/me")
