@@ -10,6 +10,7 @@ import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def find_files(source: Source) -> Found:
             files of records where `format` is text, or an unknown builtin.
     """
     if is_builtin(source):
-        return Found(_builtin_files(source))
+        with _listing(source, Path(source.path or "")):
+            return Found(_builtin_files(source))
     found = _files_at_path(source)
     if source.format == "text":
         for file in found.files:
@@ -114,7 +116,7 @@ def may_be_lost(source: Source) -> bool:
 def _files_at_path(source: Source) -> Found:
     assert source.path is not None
     path = Path(source.path).absolute()
-    try:
+    with _listing(source, path):
         if path.is_file():
             return Found([path])
         if path.is_dir():
@@ -125,13 +127,19 @@ def _files_at_path(source: Source) -> Found:
             raise source_error(source, "path", f"{shown(path)} is {what}", kind)
         if glob.has_magic(source.path):
             return _glob_files(source, path)
-    except OSError as error:  # a folder that may not be listed, or a name that no system takes
-        raise source_error(
-            source, "path", f"{shown(error.filename or path)} cannot be listed ({error.strerror})"
-        ) from error
     raise source_error(
         source, "path", f"there is no file or folder {shown(path)}{unset_in(source.path)}", LostCorpusError
     )
+
+
+@contextmanager
+def _listing(source: Source, path: Path) -> Iterator[None]:
+    """Report a folder that may not be listed, or a name that no system takes."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise source_error(source, "path", f"{shown(where)} cannot be listed ({error.strerror})") from error
 
 
 def _folder_files(source: Source, folder: Path) -> Found:
@@ -284,6 +292,6 @@ def _builtin_files(source: Source) -> list[Path]:
 
 
 def _standard_library(root: str) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         subfolders[:] = set(subfolders) - _PYTHON_SKIPPED_FOLDERS  # os.walk descends into what is left
         yield from (Path(folder, name) for name in names if name.endswith(".py"))

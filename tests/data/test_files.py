@@ -96,6 +96,16 @@ def test_a_glob_does_not_pass_over_a_folder_that_is_closed(mode: int, pattern: s
     assert "secret/z.jsonl" in read(tmp_path / pattern)
 
 
+def test_a_closed_folder_of_pythons_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.py", "shut/b.py")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    (tmp_path / "shut").chmod(0o000)
+    with without_override(), pytest.raises(UserError, match=r"path: .*shut cannot be listed \(Permission denied\)"):
+        find_files(source("builtin:python", "text"))
+    (tmp_path / "shut").chmod(0o755)
+    assert len(find_files(source("builtin:python", "text")).files) == 2
+
+
 def test_a_glob_reads_through_a_folder_that_may_only_be_searched(tmp_path: Path) -> None:
     """A name that is written out needs no list."""
     write(tmp_path, "shut/in/z.jsonl", "shut/file")
