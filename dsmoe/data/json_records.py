@@ -69,7 +69,7 @@ def json_records(name: str, stream: io.BufferedReader, field: str, may_be_array:
                 yield not_utf8(name, line, offset + error.start, number)
             else:
                 if text and not text.isspace():
-                    yield _text_of(text, field, f"{name}:{number}")
+                    yield null_character(name, line, offset, number) or _text_of(text, field, f"{name}:{number}")
             offset += len(line)
 
 
@@ -87,16 +87,20 @@ def not_utf8(name: str, data: bytes, position: int, line: int) -> BadRecord:
     return BadRecord("path", f"{name} is not UTF-8 at byte {position}, line {line}", f"convert it, {advice}")
 
 
-def null_character(name: str, data: bytes) -> BadRecord | None:
-    """Say where the first null character of a text file is, and why it may be there; None without one.
+def null_character(name: str, data: bytes, offset: int = 0, line: int = 1) -> BadRecord | None:
+    """Say where the first null character of a text is, and why it may be there; None without one.
 
-    `data` is the file, or the beginning of it.
+    Args:
+        name: how messages call the file.
+        data: the file, or a part of it.
+        offset: of that part in the file, in bytes.
+        line: that part begins with, counted from 1.
     """
     position = data.find(b"\0")
     if position < 0:
         return None
-    line = data.count(b"\n", 0, position) + 1
-    problem = f"{name} is no text: byte {position}, line {line}, is a null character"
+    line += data.count(b"\n", 0, position)
+    problem = f"{name} is no text: byte {offset + position}, line {line}, is a null character"
     if not data.strip(b"\0"):
         return BadRecord(
             "path", problem, "null characters stand in the place of its text, as after a crash: get it again"

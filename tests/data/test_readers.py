@@ -233,6 +233,21 @@ def test_a_text_file_without_text(kind: str, compress: bool, tmp_path: Path) -> 
     assert read(tmp_path, "text", bad_records="skip") == ["text"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_records_of_another_encoding(encoding: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", ('{"text": "a"}\n' * 9).encode(encoding))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(UserError, match=rf"{path} is no text: byte [0-3], line 1, is .* iconv -f {name} -t UTF-8"):
+        read(path)
+
+
+def test_null_characters_after_records(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b"}\n' + bytes(2000))
+    with pytest.raises(UserError, match=rf"{path} is no text: byte 28, line 3, is .* as after a crash"):
+        read(path)
+    assert read(path, bad_records="skip") == ["a", "b"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 def test_a_mark_tells_the_encoding(encoding: str, tmp_path: Path) -> None:
     path = put(tmp_path / "a.txt", "déjà".encode(encoding))
