@@ -18,6 +18,9 @@ from dsmoe.config.paths import unset_in
 from dsmoe.config.schema import Config
 from dsmoe.data.literals import literals_as_text
 
+_NO_SPACES = str.maketrans("", "", "▁Ġ")
+"""Takes away what pre-tokenizers write for a space."""
+
 
 class Tokenizer(Protocol):
     """What the data pipeline needs of a tokenizer."""
@@ -192,12 +195,14 @@ class FileTokenizer:
             split = tokenizer.pre_tokenizer
             pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split else [text]
             encoding = tokenizer.encode(character, add_special_tokens=False)
-            known = [
+            known = "".join(
                 self._without_affixes(token)
                 for number, token in zip(encoding.ids, encoding.tokens, strict=True)
                 if number != self._unknown
-            ]
-            self._drops[character] = sum(map(len, known)) < sum(map(len, pieces))
+            )
+            # The space that a pre-tokenizer puts before a text may have no token, and is no character of the text.
+            spelled = "".join(pieces)
+            self._drops[character] = len(known.translate(_NO_SPACES)) < len(spelled.translate(_NO_SPACES))
         return self._drops[character]
 
     def _without_affixes(self, token: str) -> str:

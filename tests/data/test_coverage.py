@@ -41,6 +41,12 @@ def metaspace() -> Tokenizer:
     return tokenizer
 
 
+def without_space() -> Tokenizer:
+    tokenizer = bpe()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
 def wide() -> Tokenizer:
     tokenizer = byte_level(LETTERS)
     tokenizer.normalizer = normalizers.NFKC()
@@ -78,6 +84,7 @@ def word_pieces() -> Tokenizer:
         (lambda: bpe(unk_token="<unk>"), "abc xa yb", "xy"),
         (lambda: bpe(unk_token="<unk>", fuse_unk=True), "xxa", "xx"),
         (lambda: bpe([*"abcx", "a</w>", "b</w>", "c</w>"], end_of_word_suffix="</w>"), "ax aax abc", "xx"),
+        (without_space, "abc xa yb", "xy"),
         (metaspace, "abc xa yb", "xy"),
         (lambda: byte_level("abcé"), "abc é è", "è"),  # whose first byte é has too
         (lambda: byte_level("abcé", "a space before"), "abcé漢", "漢"),
