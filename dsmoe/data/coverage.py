@@ -21,7 +21,7 @@ _DOCUMENTS = 16
 _CHARACTERS = 2000
 """Of each of them."""
 _ENOUGH = 10_000
-"""Characters that are a sample; of a smaller source, all documents are."""
+"""Characters that are worth an early word."""
 _MOST_NAMED = 5
 
 
@@ -38,13 +38,10 @@ class Coverage:
         self._tokenizer = tokenizer
         self._characters = 0
         self._lost: Counter[str] = Counter()
+        self._is_told = False
 
     def look(self, texts: Sequence[str], hashes: Sequence[int]) -> None:
-        """Count in some of the texts, of which these are the hashes.
-
-        Raises:
-            UserError: too much has been lost so far, in a sample that is large enough.
-        """
+        """Count in some of the texts, of which these are the hashes; log early what may be refused in the end."""
         pieces = []
         for number, text in heapq.nsmallest(_DOCUMENTS, zip(hashes, texts, strict=True)):
             begin = number % (len(text) - _CHARACTERS) if len(text) > _CHARACTERS else 0
@@ -52,8 +49,9 @@ class Coverage:
         for lost in self._tokenizer.lost_characters(pieces):
             self._lost.update(lost)
         self._characters += sum(len("".join(piece.split())) for piece in pieces)
-        if self._characters >= _ENOUGH:
-            self._refuse_above(REFUSED_SHARE)
+        if not self._is_told and self._characters >= _ENOUGH and self._share > REFUSED_SHARE:
+            self._is_told = True  # a source may begin with another language than most of it is in
+            logger.warning("so far, %s", self._problem())
 
     def finish(self) -> None:
         """Log a share that is worth a thought.
@@ -61,20 +59,17 @@ class Coverage:
         Raises:
             UserError: too much is lost.
         """
-        self._refuse_above(REFUSED_SHARE)
+        if self._share > REFUSED_SHARE:
+            raise UserError(
+                f"{self._problem()}, more than {REFUSED_SHARE:.0%}; give data.tokenizer a file that was made for such "
+                "text, or one that falls back on bytes"
+            )
         if self._share > WARNED_SHARE:
             logger.warning("%s", self._problem())
 
     @property
     def _share(self) -> float:
         return self._lost.total() / max(1, self._characters)
-
-    def _refuse_above(self, share: float) -> None:
-        if self._share > share:
-            raise UserError(
-                f"{self._problem()}, more than {share:.0%}; give data.tokenizer a file that was made for such text, or "
-                "one that falls back on bytes"
-            )
 
     def _problem(self) -> str:
         most = ", ".join(f"{shown(character)!r}" for character, _ in self._lost.most_common(_MOST_NAMED))

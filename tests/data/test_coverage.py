@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dsmoe.config.errors import UserError
 from dsmoe.data import load_tokenizer, prepare
-from dsmoe.data.packing import pack
+from dsmoe.data.coverage import Coverage
 from dsmoe.data.tokenizer import FileTokenizer
 from tests.data.conftest import MakeConfig
 
@@ -135,16 +136,20 @@ def test_a_little_is_said_and_nothing_of_text_that_is_whole(
         assert ("('x' most often)" in caplog.text) is told
 
 
-def test_a_large_source_is_refused_at_its_beginning(tmp_path: Path, make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(("unknown", "is_refused"), [(5, True), (1, False)])
+def test_a_large_source_is_told_of_early_and_judged_in_the_end(
+    unknown: int, is_refused: bool, tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may begin with a language that little of it is in."""
     words().save(str(tmp_path / "t.json"))
     tokenizer = load_tokenizer(make_config(corpus(tmp_path, "a"), data={"tokenizer": str(tmp_path / "t.json")}))
-    read = []
-
-    def texts():
-        for number in range(100):
-            read.append(number)
-            yield "unknown words " * 20_000
-
-    with pytest.raises(UserError, match=r"no token stands for 100\.00%"):
-        pack("a", texts(), tokenizer, 0, tmp_path / "tokens.bin")
-    assert len(read) < 10
+    coverage = Coverage("a", tokenizer)
+    told_after = []
+    with caplog.at_level(logging.WARNING):
+        for batch in range(10):
+            coverage.look([f"{'xyz' if batch < unknown else 'abc'} " * 500] * 20, range(20))
+            told_after.append(caplog.text.count("so far, data.tokenizer: no token stands for 100.00%"))
+        with pytest.raises(UserError, match=r"for 50\.00%") if is_refused else nullcontext():
+            coverage.finish()
+    assert told_after == [1] * 10
+    assert ("no token stands for 10.00%" in caplog.text) is not is_refused
