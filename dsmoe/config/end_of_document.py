@@ -25,6 +25,14 @@ def end_token(
     return next(((name, vocabulary[name]) for name in names if name in vocabulary), None)
 
 
+def ordinary_token(end: str, where: str, candidates: str) -> UserError:
+    """What is said of an `end` that text gives: `where` it is a token, and what may be meant."""
+    return UserError(
+        f"data.end_of_document ({end!r}) is an ordinary token of {where}, which makes it of text, so that documents "
+        f"would end within; set it to a special token{candidates}"
+    )
+
+
 def no_end_token(path: str, candidates: str) -> str:
     """What is said of a vocabulary, of `data.tokenizer`, without a token of the usual names."""
     return (

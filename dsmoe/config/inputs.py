@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dsmoe.config.errors import Problem
 from dsmoe.config.partial import UnsoundError
-from dsmoe.config.paths import NO_PATHS
+from dsmoe.config.paths import NO_PATHS, may_be_there, unset_in
 from dsmoe.config.schema import Config
 
 _CHECKPOINT = re.compile(r"/step_[0-9]+/manifest\.json$")
@@ -45,17 +45,22 @@ def _checkpoints(config: Config) -> Iterator[Problem]:
         saved = folder / "checkpoints"
         if not saved.is_dir():
             yield key, f"{key}: {path} is neither a checkpoint nor a run's folder"
-        elif not os.access(saved, os.R_OK | os.X_OK):
+        elif not may(saved, os.R_OK | os.X_OK):
             yield key, f"{key}: {saved} cannot be read: permission denied"
         elif not any(map(_CHECKPOINT.search, map(str, saved.glob("step_*/manifest.json")))):
             yield key, f"{key} is the folder of a run, {path}, that has no whole checkpoint"
 
 
 def _unreadable(key: str, path: str) -> Iterator[Problem]:
-    if not os.path.exists(path):
-        yield key, f"{key}: there is no file or folder {path}{where_looked(path)}"
-    elif not os.access(path, os.R_OK):
+    if not may_be_there(path):
+        yield key, f"{key}: there is no file or folder {path}{unset_in(path)}{where_looked(path)}"
+    elif not may(path, os.R_OK):
         yield key, f"{key}: {path} cannot be read: permission denied"
+
+
+def may(path: str | Path, mode: int) -> bool:
+    """Whether this process may use a path so: `os.R_OK`, `os.W_OK`, `os.X_OK`, joined by `|`."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def where_looked(path: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ BUILTIN = "builtin:"
 _SOURCE = re.compile(r"data\.sources\.\d+\.path")
 _lost: dict[str, tuple[str, ...]] = {}
 """Relative paths that led to nothing when they were read, with what they would have been beside the YAML file."""
+_unset: dict[str, tuple[str, ...]] = {}
+"""Paths with the names of variables in them that the environment did not have when they were read."""
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 """`$$` stands for a dollar sign."""
 
@@ -115,6 +120,7 @@ def expand_path(key: str, path: str, where: str, problems: list[str]) -> str:
             return "$"
         if name in os.environ:
             return os.environ[name]
+        unset.append(name)
         if key in _MADE:  # a folder of the variable's name would be made
             problems.append(
                 f"{key}: the environment has no variable {name}, which is in {path!r}; set it, or write $$ for a "
@@ -122,10 +128,14 @@ def expand_path(key: str, path: str, where: str, problems: list[str]) -> str:
             )
         return match[0]
 
+    unset: list[str] = []
     expanded = os.path.expanduser(path)
     if path.startswith("~") and expanded == path:
         problems.append(f"{key}: there is no user {path.partition('/')[0]!r}; write ./{path} for a file ({where})")
-    return _VARIABLE.sub(value_of, expanded)
+    expanded = _VARIABLE.sub(value_of, expanded)
+    if unset:
+        _unset[expanded] = tuple(unset)
+    return expanded
 
 
 def _beside(path: str, where: str) -> str:
@@ -137,10 +147,25 @@ def _beside(path: str, where: str) -> str:
     folders = dict.fromkeys((file.parent, Path(os.path.realpath(file)).parent))
     places = [path if folder == Path() else os.path.normpath(folder / path) for folder in folders]
     for beside in places:
-        if os.path.exists(beside) or (glob.has_magic(path) and _matches(Path(beside))):
+        if may_be_there(beside) or (glob.has_magic(path) and _matches(Path(beside))):
             return beside
     _lost[path] = tuple(places)
     return path
+
+
+def may_be_there(path: str | Path) -> bool:
+    """Whether something is at a path, or may be: in a folder that cannot be searched, which reading it will say."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EPERM)
+    return True
+
+
+def unset_in(path: str) -> str:
+    """For a message: which variables in a path that leads to nothing the environment has not; empty without any."""
+    names = [name for name in _unset.get(path, ()) if name not in os.environ]
+    return f" (the environment has no variable {' and no '.join(dict.fromkeys(names))})" if names else ""
 
 
 def places_of_lost(path: str) -> tuple[str, ...]:
@@ -149,14 +174,77 @@ def places_of_lost(path: str) -> tuple[str, ...]:
 
 
 def _matches(pattern: Path) -> bool:
-    return any(any(glob.iglob(str(one), recursive=True)) for one in (pattern, literal_start(pattern)))
+    """Whether something matches, or may match in a folder that cannot be listed, as is said where it is read."""
+    try:
+        return any(any(expand_glob(one)) for one in (pattern, literal_start(pattern)))
+    except OSError:
+        return True
+
+
+def expand_glob(pattern: Path, below: Callable[[Path], Iterator[str]] | None = None) -> Iterator[str]:
+    """Yield what a glob matches, as `glob.iglob` does, which passes over a folder that cannot be listed.
+
+    Args:
+        pattern: a path with `*`, `?`, `[...]` and `**`.
+        below: gives a folder and all folders below it, for `**`.
+
+    Raises:
+        OSError: a folder that is there cannot be listed or searched; it has the folder's name.
+    """
+    yield from _expand(pattern.anchor, pattern.parts[1:] if pattern.anchor else pattern.parts, below or _below)
+
+
+def _expand(folder: str, parts: tuple[str, ...], below: Callable[[Path], Iterator[str]]) -> Iterator[str]:
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for deeper in below(Path(folder)) if os.path.isdir(folder) else ():
+            yield from _expand(deeper, rest or ("*",), below)
+        return
+    literal = re.sub(r"\[([*?[])\]", r"\1", part)
+    names = [literal] if glob.escape(literal) == part else _listed(folder, part)
+    for name in names:
+        path = os.path.join(folder, name)
+        with _nothing_there():
+            os.stat(path) if rest else os.lstat(path)
+            yield from _expand(path, rest, below)
+
+
+def _listed(folder: str, part: str) -> list[str]:
+    """The names in a folder that match one part of a glob; those that are hidden for a part that says so only."""
+    names: list[str] = []
+    with _nothing_there():
+        names = os.listdir(folder or os.curdir)
+    return sorted(name for name in fnmatch.filter(names, part) if part.startswith(".") or not name.startswith("."))
+
+
+@contextmanager
+def _nothing_there() -> Iterator[None]:
+    """Pass over a path that leads nowhere, or into a file as if that were a folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+
+
+def _below(folder: Path) -> Iterator[str]:
+    for path, subfolders, _ in os.walk(folder, onerror=_raise):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield path
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def literal_start(pattern: Path) -> Path:
     """Escape the beginning of a glob that exists as it is written, such as a folder called `data [v1]`."""
     start = Path()
     for part in pattern.parts:
-        if not (start / part).exists():
+        if not os.path.exists(start / part):  # of a folder that cannot be searched, pathlib raises
             break
         start /= part
     return Path(glob.escape(str(start)), *pattern.parts[len(start.parts) :])

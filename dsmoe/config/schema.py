@@ -50,7 +50,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 """Of a folder, with room for what is put before and behind it: file systems take 255 bytes."""
 Text = Annotated[str, Field(min_length=1)]
 """Of a path or a name: an empty one, as a variable that is set to nothing leaves, would stand for something else."""
-Folder = Text
 
 
 class Section(BaseModel):
@@ -275,7 +274,7 @@ class Data(Section):
     end_of_document: Text | None = None
     """The token of that file that follows every document, as text (`<|im_end|>`); null takes one of the usual names:
     `<|endoftext|>`, `</s>`, `<|end_of_text|>`, `<eos>`."""
-    cache_dir: Folder = ".cache/dsmoe"
+    cache_dir: Text = ".cache/dsmoe"
     """Folder of the tokenized corpora; runs with the same data share it."""
     validation_fraction: Fraction = 0.05
     """Part of each source's bytes held out, whole documents at a time."""
@@ -380,7 +379,7 @@ class Config(Section):
 
     name: Name
     """The run's name, and the name of its folder."""
-    runs_dir: Folder = "runs"
+    runs_dir: Text = "runs"
     """The run folder is `runs_dir/name`."""
     cluster: Cluster = Cluster()
     """The machines."""

@@ -136,7 +136,7 @@ def _blaming(cache_dir: Path) -> Iterator[None]:
         where = f" ({error.filename})" if named else ""
         raise system_error(
             f"data.cache_dir: cannot use {cache_dir}: {error.strerror}{where}; "
-            "give data.cache_dir a folder that can be written and has room",
+            "give data.cache_dir a folder that can be read and written, and has room",
             error,
         ) from error
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.inputs import where_looked
+from dsmoe.config.inputs import may, where_looked
 from dsmoe.config.partial import UnsoundError
+from dsmoe.config.paths import may_be_there, unset_in
 from dsmoe.config.schema import Config, Source
 from dsmoe.data.cache import VERIFIED_AT_START, open_folder, verify_files
 from dsmoe.data.files import corpus_files, is_builtin
@@ -44,10 +44,13 @@ def check_sources(config: Config) -> Sources:
     are wrong.
     """
     found = Sources()
-    for key, folder in _made_folders(config):
-        found.problems += [(key, f"{key}: {problem}") for problem in _unusable(folder)]
+    with suppress(UnsoundError):
+        runs_dir = Path(config.runs_dir).absolute()
+        run = runs_dir / config.name
+        found.problems += _unusable("runs_dir", run if os.path.isdir(run) else runs_dir)
     with suppress(UnsoundError):
         cache_dir = Path(config.data.cache_dir).absolute()
+        is_whole = True
         tokenizer = _tokenizer(config)
         for index, source in enumerate(config.data.sources):
             key = f"data.sources.{index}"
@@ -55,9 +58,14 @@ def check_sources(config: Config) -> Sources:
                 note = _served(source, tokenizer, config, cache_dir)
                 found.notes += [note] if note else []
             except _NotPreparedError:
+                is_whole = False
                 found.problems += [(f"{key}.path", problem) for problem in _problems(source, key, cache_dir)]
             except UserError as error:
                 found.problems.append((f"{key}.path", _renamed(error, source, key)))
+            except OSError as error:  # of the cache: those of the text are translated
+                problem = f"data.cache_dir: cannot use {cache_dir}: {error.strerror} ({error.filename})"
+                found.problems.append(("data.cache_dir", problem))
+        found.problems += _unusable("data.cache_dir", cache_dir, is_written=not is_whole)
     with suppress(UnsoundError):
         found.problems += _tokenizer_problems(config)
     return found
@@ -110,29 +118,25 @@ def _served(source: Source, tokenizer: Tokenizer | None, config: Config, cache_d
     return served_note(place)
 
 
-def _made_folders(config: Config) -> Iterator[tuple[str, Path]]:
-    with suppress(UnsoundError):
-        yield "runs_dir", Path(config.runs_dir).absolute()
-    with suppress(UnsoundError):
-        yield "data.cache_dir", Path(config.data.cache_dir).absolute()
-
-
-def _unusable(folder: Path) -> list[str]:
-    """Why nothing can be made there, as far as what is there tells; a whole cache need not be written to."""
+def _unusable(key: str, folder: Path, is_written: bool = True) -> list[Problem]:
+    """Why nothing can be made in `folder`, as far as what is there tells; a whole cache is not written to."""
     there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    if not there.is_dir():
-        return [f"cannot use {folder}: {there} is no folder"]
-    if there != folder and not os.access(there, os.W_OK | os.X_OK):
-        return [f"cannot make {folder}: nothing may be written in {there}"]
-    return []
+    if not os.path.isdir(there):
+        return [(key, f"{key}: cannot use {folder}: {there} is no folder")]
+    if may(there, os.W_OK | os.X_OK) or (there == folder and not is_written):
+        return []
+    what, where = ("use", "it") if there == folder else ("make", there)
+    return [(key, f"{key}: cannot {what} {folder}: nothing may be written in {where}")]
 
 
 def _tokenizer_problems(config: Config) -> list[Problem]:
     if config.data.tokenizer == ByteTokenizer.identity:  # checked with the other keys
         return []
     path = config.data.tokenizer
-    if not os.path.exists(path):
-        return [("data.tokenizer", f"data.tokenizer: there is no file or folder {path}{where_looked(path)}")]
+    if not may_be_there(path):
+        return [
+            ("data.tokenizer", f"data.tokenizer: there is no file or folder {path}{unset_in(path)}{where_looked(path)}")
+        ]
     try:
         tokenizer = load_tokenizer(config)
     except UserError as error:

@@ -10,11 +10,12 @@ import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.paths import literal_start
+from dsmoe.config.paths import expand_glob, literal_start, unset_in
 from dsmoe.config.schema import Source
 from dsmoe.data import streams
 from dsmoe.data.problems import LostCorpusError, shown, source_error
@@ -83,7 +84,8 @@ def find_files(source: Source) -> Found:
             files of records where `format` is text, or an unknown builtin.
     """
     if is_builtin(source):
-        return Found(_builtin_files(source))
+        with _listing(source, Path(source.path or "")):
+            return Found(_builtin_files(source))
     found = _files_at_path(source)
     if source.format == "text":
         for file in found.files:
@@ -114,7 +116,7 @@ def may_be_lost(source: Source) -> bool:
 def _files_at_path(source: Source) -> Found:
     assert source.path is not None
     path = Path(source.path).absolute()
-    try:
+    with _listing(source, path):
         if path.is_file():
             return Found([path])
         if path.is_dir():
@@ -125,11 +127,19 @@ def _files_at_path(source: Source) -> Found:
             raise source_error(source, "path", f"{shown(path)} is {what}", kind)
         if glob.has_magic(source.path):
             return _glob_files(source, path)
-    except OSError as error:  # a folder that may not be listed, or a name that no system takes
-        raise source_error(
-            source, "path", f"{shown(error.filename or path)} cannot be listed ({error.strerror})"
-        ) from error
-    raise source_error(source, "path", f"there is no file or folder {shown(path)}", LostCorpusError)
+    raise source_error(
+        source, "path", f"there is no file or folder {shown(path)}{unset_in(source.path)}", LostCorpusError
+    )
+
+
+@contextmanager
+def _listing(source: Source, path: Path) -> Iterator[None]:
+    """Report a folder that may not be listed, or a name that no system takes."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise source_error(source, "path", f"{shown(where)} cannot be listed ({error.strerror})") from error
 
 
 def _folder_files(source: Source, folder: Path) -> Found:
@@ -175,26 +185,18 @@ def _without_copies(paths: list[Path], found: Found) -> Iterator[Path]:
 
 def _glob_files(source: Source, path: Path) -> Found:
     found = Found()
-    names = set(_expand(path, found)) or set(_expand(literal_start(path), found))
+
+    def below(folder: Path) -> Iterator[str]:
+        """Unlike glob's, `**` goes through no folder twice, so links may form circles."""
+        return (path for path, _ in _folders(folder, found))
+
+    names = set(expand_glob(path, below)) or set(expand_glob(literal_start(path), below))
     found.files = sorted(_each_once((Path(name) for name in names), found), key=str)
     if not found.files:
-        problem = f"no file matches the glob {shown(path)}"
+        problem = f"no file matches the glob {shown(path)}{unset_in(source.path or '')}"
         left_out = found.what_is_left_out()
         raise source_error(source, "path", "; ".join([problem, *left_out]), UserError if left_out else LostCorpusError)
     return found
-
-
-def _expand(pattern: Path, found: Found) -> Iterator[str]:
-    """Yield what a glob matches. Unlike glob's, `**` goes through no folder twice, so links may form circles."""
-    parts = pattern.parts
-    if "**" not in parts:
-        yield from glob.iglob(str(pattern))
-        return
-    first = parts.index("**")
-    rest = parts[first + 1 :] or ("*",)
-    for start in sorted(glob.glob(str(Path(*parts[:first])))):
-        for folder, _ in _folders(Path(start), found):
-            yield from _expand(Path(glob.escape(folder), *rest), found)
 
 
 def _folders(root: Path, found: Found) -> Iterator[tuple[str, list[str]]]:
@@ -290,6 +292,6 @@ def _builtin_files(source: Source) -> list[Path]:
 
 
 def _standard_library(root: str) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         subfolders[:] = set(subfolders) - _PYTHON_SKIPPED_FOLDERS  # os.walk descends into what is left
         yield from (Path(folder, name) for name in names if name.endswith(".py"))

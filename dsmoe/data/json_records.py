@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from dsmoe.data.problems import BadFileError, BadRecord
@@ -27,6 +28,14 @@ _KINDS = {
     list: "an array",
     dict: "an object",
 }
+
+_MARKS = {  # UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_WITHOUT_MARK = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 
 # A string, or what opens, closes or separates values. Group 1 is the end of a string: without it more text is needed.
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("?)|[\[\]{},]', re.DOTALL)
@@ -60,7 +69,7 @@ def json_records(name: str, stream: io.BufferedReader, field: str, may_be_array:
                 yield not_utf8(name, line, offset + error.start, number)
             else:
                 if text and not text.isspace():
-                    yield _text_of(text, field, f"{name}:{number}")
+                    yield null_character(name, line, offset, number) or _text_of(text, field, f"{name}:{number}")
             offset += len(line)
 
 
@@ -73,9 +82,38 @@ def not_utf8(name: str, data: bytes, position: int, line: int) -> BadRecord:
         position: of the byte in the file, counted from 0.
         line: counted from 1.
     """
-    encoding = "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), None)
     advice = f"it begins like {encoding}: iconv -f {encoding} -t UTF-8" if encoding else "e.g. with iconv -t UTF-8"
     return BadRecord("path", f"{name} is not UTF-8 at byte {position}, line {line}", f"convert it, {advice}")
+
+
+def null_character(name: str, data: bytes, offset: int = 0, line: int = 1) -> BadRecord | None:
+    """Say where the first null character of a text is, and why it may be there; None without one.
+
+    Args:
+        name: how messages call the file.
+        data: the file, or a part of it.
+        offset: of that part in the file, in bytes.
+        line: that part begins with, counted from 1.
+    """
+    position = data.find(b"\0")
+    if position < 0:
+        return None
+    line += data.count(b"\n", 0, position)
+    problem = f"{name} is no text: byte {offset + position}, line {line}, is a null character"
+    if not data.strip(b"\0"):
+        return BadRecord(
+            "path", problem, "null characters stand in the place of its text, as after a crash: get it again"
+        )
+    texts = {}
+    for encoding in _WITHOUT_MARK:
+        with suppress(UnicodeDecodeError):
+            texts[encoding] = data[: len(data) // 4 * 4].decode(encoding)
+    likely = [encoding for encoding, text in texts.items() if "\0" not in text]
+    if likely:  # in the wrong order of bytes a space is U+2000
+        encoding = max(likely, key=lambda encoding: sum(map(texts[encoding].count, " \n")))
+        return BadRecord("path", problem, f"if that is {encoding}, convert it: iconv -f {encoding} -t UTF-8")
+    return BadRecord("path", problem, "get it again, or take it out of the corpus")
 
 
 def _lines(raw: bytes) -> list[bytes]:
@@ -199,6 +237,8 @@ def _array_items(name: str, stream: io.BufferedReader) -> Iterator[str]:
                 if depth == 1:
                     start = token.end()
             elif char != ",":
+                if depth == 1 and char == "}":  # within an item, parsing it shows such a thing
+                    raise BadFileError("format", f"{name}: the array ends with }}, after item {items}, not with ]")
                 depth -= 1
             if (char == "," and depth == 1) or depth == 0:
                 item = text[start : token.start()]

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from dsmoe.config.errors import UserError
+from dsmoe.data.coverage import Coverage
+from dsmoe.data.problems import shown
 from dsmoe.data.stored import FileWriter, StoredFile
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
 
@@ -22,6 +24,8 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
 COPY_BYTES = 1 << 24
 PROGRESS_SECONDS = 5.0
+_EXCERPT = 60
+"""Characters of a document in a message."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,20 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, targe
         target: the file to write.
 
     Raises:
-        UserError: the tokenizer gives a token that is beyond its own vocabulary.
+        UserError: the tokenizer gives a token beyond its own vocabulary, makes the end of a document of text, or loses
+            much of the text (`Coverage`).
     """
     token_counts, byte_counts, hashes = array("q"), array("q"), array("Q")
     separator = [] if tokenizer.end_of_document is None else [tokenizer.end_of_document]
     end_of_document = np.array(separator, dtype=token_dtype(tokenizer.vocab_size))
     max_token = max(separator, default=0)
-    progress = Progress(name)
+    progress, coverage = Progress(name), Coverage(name, tokenizer)
     with target.open("wb") as file:
         for batch in _batches(texts):
             for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 num_bytes = len(text.encode("utf-8"))
+                if tokenizer.end_of_document is not None and (tokens == tokenizer.end_of_document).any():
+                    raise _ends_within(name, len(hashes) + 1, text, tokenizer)
                 hashes.append(document_hash(text, seed))
                 byte_counts.append(num_bytes)
                 token_counts.append(len(tokens) + len(end_of_document))
@@ -80,13 +87,25 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, targe
                 file.write(end_of_document.tobytes())
                 max_token = max(max_token, int(tokens.max(initial=0)))
                 progress.add(num_bytes, token_counts[-1])
+            coverage.look(batch, hashes[-len(batch) :])
             progress.report()
+    coverage.finish()
     if max_token >= tokenizer.vocab_size:
         raise UserError(
             f"data.tokenizer: it has made token {max_token} of the text of data.sources[{name}], and its vocabulary "
             f"ends at {tokenizer.vocab_size - 1}; give data.tokenizer another file"
         )
     return Packed(np.array(token_counts), np.array(byte_counts), np.array(hashes, dtype=np.uint64), max_token)
+
+
+def _ends_within(name: str, number: int, text: str, tokenizer: Tokenizer) -> UserError:
+    """What is said of a document that has the end of a document in it: it would be two."""
+    excerpt = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}..."
+    return UserError(
+        f"data.end_of_document: the tokenizer makes {tokenizer.end_text!r}, the token after every document, of text in "
+        f"document {number:,} of data.sources[{name}], which begins {shown(excerpt)!r}; set data.end_of_document to a "
+        "special token of data.tokenizer that no text gives, or take that document out"
+    )
 
 
 def copy_documents(flat: Path, tokens_D: np.ndarray, chosen_D: np.ndarray, itemsize: int, target: Path) -> StoredFile:

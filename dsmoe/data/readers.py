@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.config.schema import Source
-from dsmoe.data.json_records import json_records, missing_field, not_utf8
+from dsmoe.data.json_records import json_records, missing_field, not_utf8, null_character
 from dsmoe.data.problems import BadFileError, BadRecord, shown
 from dsmoe.data.streams import SUFFIXES, contents
 
@@ -34,9 +34,8 @@ def first_record(source: Source, file: Path) -> str | BadRecord | None:
     """
     if source.format != "text":
         return next(records(source, file), None)
-    for _, stream in contents(file):
-        stream.read(1)
-        break
+    for name, stream in contents(file):
+        return null_character(name, stream.peek(1))
     return None
 
 
@@ -53,8 +52,8 @@ def _text(file: Path, field: str) -> Iterator[str | BadRecord]:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             yield not_utf8(name, data, error.start, data.count(b"\n", 0, error.start) + 1)
-        else:
-            yield text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+            continue
+        yield null_character(name, data) or text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _jsonl(file: Path, field: str) -> Iterator[str | BadRecord]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import logging
 import lzma
+import posixpath
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, cast
 
 from dsmoe.data.problems import BadFileError, shown
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = {
     ".gz": "gzip",
@@ -25,15 +31,16 @@ SUFFIXES = {
 }
 """The compression that the end of a name (in small letters) stands for."""
 
-# No text in UTF-8 begins like this, but for bzip2's, of which all ten bytes are compared.
+# No text in UTF-8 begins like this, but for bzip2's, of which all ten bytes are compared (of an empty stream too).
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
-    **{b"BZh%d1AY&SY" % level: "bz2" for level in range(1, 10)},
+    **{b"BZh%d%s" % (level, rest): "bz2" for level in range(1, 10) for rest in (b"1AY&SY", b"\x17rE8P\x90")},
 }
 _BUFFER = 1 << 20
+_Decoder = lzma.LZMADecompressor | bz2.BZ2Decompressor
 _ZIP_MAGIC = b"PK\x03\x04"
 _TAR_MAGIC = slice(257, 262), b"ustar"
 
@@ -75,27 +82,54 @@ def _decompressed(raw: io.BufferedReader, codec: str | None) -> Iterator[io.Buff
         elif codec == "gzip":
             yield stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER))
         elif codec == "xz":
-            yield stack.enter_context(io.BufferedReader(_Xz(raw), _BUFFER))
+            yield stack.enter_context(io.BufferedReader(_Streams(raw, lzma.LZMADecompressor, b"\0"), _BUFFER))
+        elif codec == "bz2":
+            yield stack.enter_context(io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), _BUFFER))
         else:
             import pyarrow
 
-            # Unlike `bz2`, pyarrow also refuses what follows the last stream and is not one.
             yield stack.enter_context(io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), _BUFFER))
 
 
 def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReader]]:
     with zipfile.ZipFile(raw) as archive:
-        for name in sorted(archive.namelist(), key=_walk_order):
+        hidden = []
+        for name, info in _members(file, archive):
             try:
-                member = archive.open(name)  # also of what is left out: a damaged name is seen here
+                member = archive.open(info)  # also of what is left out: a damaged name is seen here
             except (RuntimeError, NotImplementedError) as error:  # a password, or an unknown compression
-                detail = f"{shown(file)}: cannot unpack {shown(name)} ({error}); unpack the archive"
+                detail = f"{shown(file)}: cannot unpack {shown(info.filename)} ({error}); unpack the archive"
                 raise BadFileError("path", detail) from error
-            if name.endswith("/") or any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+            if info.is_dir():
+                continue
+            if any(part.startswith((".", "__MACOSX")) and part != ".." for part in name.split("/")):
+                hidden.append(info.filename)
                 continue
             stream: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, member), _BUFFER)
             with stream:
                 yield f"{shown(file)}, {shown(name)}", stream
+        if hidden:
+            logger.info("%s: left out: %s hidden (%s)", shown(file), f"{len(hidden):,}", shown(", ".join(hidden[:2])))
+
+
+def _members(file: Path, archive: zipfile.ZipFile) -> list[tuple[str, zipfile.ZipInfo]]:
+    """What is in an archive, with the path of each from the top, in the order of a walk through its folders.
+
+    Raises:
+        BadFileError: there is more in it than its directory tells apart.
+    """
+    members = {posixpath.normpath(info.filename.lstrip("/")): info for info in archive.infolist()}
+    if len(members) < len(archive.infolist()):
+        names = Counter(posixpath.normpath(info.filename.lstrip("/")) for info in archive.infolist())
+        name, count = names.most_common(1)[0]
+        detail = (
+            f"{shown(file)}: {count} of its files are called {shown(name)}, and unpacking it would leave one of them"
+        )
+        raise BadFileError("path", f"{detail}; make the archive again with different names")
+    if members and min(info.header_offset for info in members.values()) > 0:
+        detail = f"{shown(file)}: something stands before its first file, such as another archive that it was joined to"
+        raise BadFileError("path", f"{detail}; unpack it")
+    return sorted(members.items(), key=lambda member: _walk_order(member[0]))
 
 
 def _walk_order(name: str) -> list[tuple[bool, str]]:
@@ -104,15 +138,19 @@ def _walk_order(name: str) -> list[tuple[bool, str]]:
     return [*((True, folder) for folder in folders), (False, file)]
 
 
-class _Xz(io.RawIOBase):
-    """The streams of an xz file, one after another.
+class _Streams(io.RawIOBase):
+    """The streams of an xz or bz2 file, one after another, some of them empty.
 
-    `lzma.LZMAFile` takes a damaged second stream for the end of the file, without an error.
+    `lzma.LZMAFile` and `bz2.BZ2File` take a damaged second stream for the end of the file, without an error.
+    To pyarrow, a bz2 file with an empty stream is damaged.
     """
 
-    def __init__(self, raw: IO[bytes]):
+    def __init__(self, raw: IO[bytes], new_decoder: Callable[[], _Decoder], padding: bytes = b""):
         self._raw = raw
-        self._decoder: lzma.LZMADecompressor | None = lzma.LZMADecompressor()
+        self._new_decoder = new_decoder
+        self._decoder: _Decoder | None = new_decoder()
+        self._padding = padding
+        """What may stand between and after streams."""
         self._pending = b""
 
     def readable(self) -> bool:
@@ -123,18 +161,16 @@ class _Xz(io.RawIOBase):
         """Decompress up to `len(buffer)` bytes; 0 at the end."""
         while True:
             if self._decoder is None:
-                self._pending = self._pending.lstrip(b"\0")  # padding may stand between and after streams
-                self._pending = self._pending or self._raw.read(_BUFFER)
-                if not self._pending:
-                    return 0
-                if not self._pending.strip(b"\0"):
-                    continue
-                self._decoder = lzma.LZMADecompressor()
-                self._pending = self._pending.lstrip(b"\0")
+                self._pending = self._pending.lstrip(self._padding)
+                while not self._pending:
+                    if not (more := self._raw.read(_BUFFER)):
+                        return 0
+                    self._pending = more.lstrip(self._padding)
+                self._decoder = self._new_decoder()
             if self._decoder.needs_input and not self._pending:
                 self._pending = self._raw.read(_BUFFER)
                 if not self._pending:
-                    raise EOFError("the file ends inside of an xz stream")
+                    raise EOFError("the file ends inside of a stream")
             data = self._decoder.decompress(self._pending, len(buffer))
             self._pending = b""
             if self._decoder.eof:

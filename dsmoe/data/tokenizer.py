@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsmoe.config.end_of_document import candidates, end_token, no_end_token
+from dsmoe.config.end_of_document import candidates, end_token, no_end_token, ordinary_token
 from dsmoe.config.errors import UserError
+from dsmoe.config.paths import unset_in
 from dsmoe.config.schema import MOST_TOKENS, Config
+from dsmoe.data.literals import literals_as_text
+
+_NO_SPACES = str.maketrans("", "", "▁Ġ")
+"""Takes away what pre-tokenizers write for a space."""
 
 
 class Tokenizer(Protocol):
@@ -23,6 +29,8 @@ class Tokenizer(Protocol):
     """One more than the largest token number."""
     end_of_document: int | None
     """The token after every document, or None when the vocabulary has none."""
+    end_text: str
+    """The same as text, for a message; empty where it has none."""
     candidates: str
     """For a message: the tokens that may be meant by another end of a document."""
     identity: str
@@ -34,6 +42,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode every text."""
+        ...
+
+    def lost_characters(self, texts: Sequence[str]) -> list[str]:
+        """Of every text, the characters that no token stands for, or the unknown token only; white space aside."""
         ...
 
 
@@ -52,7 +64,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if name == "bytes":
         tokenizer: Tokenizer = ByteTokenizer()
     else:
-        tokenizer = _file_tokenizer(Path(name).absolute(), end)
+        tokenizer = _file_tokenizer(name, end)
     if tokenizer.vocab_size > MOST_TOKENS:
         raise UserError(
             f"data.tokenizer: {name} has a token of the number {tokenizer.vocab_size - 1}, and a model has at most "
@@ -97,6 +109,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_of_document: int | None = 256
+    end_text = ""
     identity = "bytes"
     candidates = ""
 
@@ -108,11 +121,16 @@ class ByteTokenizer:
         """Encode every text."""
         return [self.encode(text) for text in texts]
 
+    def lost_characters(self, texts: Sequence[str]) -> list[str]:
+        """None of any text."""
+        return [""] * len(texts)
+
 
 class FileTokenizer:
     """A tokenizer saved by the `tokenizers` library, as in a Hugging Face model's `tokenizer.json`.
 
-    Text that spells a special token (`<|endoftext|>` inside a document) is encoded as ordinary text.
+    Text that spells a special token (`<|endoftext|>` inside a document) is encoded as ordinary text, also where the
+    model itself would make the token of it (`dsmoe.data.literals`).
 
     Args:
         path: of the file.
@@ -120,21 +138,40 @@ class FileTokenizer:
         end: the token after every document, as text; None takes one of the usual names, if there is one.
 
     Raises:
-        UserError: `content` is not a tokenizer, or has no such token.
+        UserError: `content` is not a tokenizer, or has no such token, or one that it makes of text.
     """
 
     def __init__(self, path: Path, content: bytes, end: str | None = None):
         self._path = path
         self._tokenizer = _parse(path, content)
-        self.identity = content_digest(content)
-        if end is not None:
-            self.identity += f" {end}"
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.candidates = candidates(token.content for token in added if token.special)
         token = end_token(vocabulary, end, f"data.tokenizer {path}", self.candidates)
         self.end_of_document = None if token is None else token[1]
+        self.end_text = "" if token is None else token[0]
+        self.identity = content_digest(content)
+        if end is not None:
+            self.identity += f" {end}"
+        saved = json.loads(content)
+        changed = literals_as_text(saved, self.end_text or None)
+        if changed != saved:  # the tokens of an earlier version are other ones
+            self._tokenizer = _parse(path, json.dumps(changed).encode("utf-8"))
+            self.identity += "  literals are text"
+        model = changed["model"]
+        self._unknown = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token"))
+        self._drops: dict[str, bool] | None = {} if "merges" in model else None
+        """By character, whether a BPE without its token passes over it; other models know no such thing."""
+        affixes = (model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"))
+        self._affixes = tuple(affix for affix in affixes if affix)
+        if self.end_of_document is not None and self._is_ordinary(self.end_text, self.end_of_document):
+            raise ordinary_token(self.end_text, f"data.tokenizer {path}", self.candidates)
+
+    def _is_ordinary(self, token: str, number: int) -> bool:
+        """Whether a token is made of its own name, or of the text that it stands for (`Ġthe`: " the")."""
+        spelled = self._tokenizer.decode([number], skip_special_tokens=False)
+        return any(number in tokens for tokens in self.encode_batch([token, spelled, f" {spelled}"]))
 
     def encode(self, text: str) -> np.ndarray:
         """Turn `text` into tokens, `[tokens]` uint16 or uint32."""
@@ -146,9 +183,50 @@ class FileTokenizer:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
 
+    def lost_characters(self, texts: Sequence[str]) -> list[str]:
+        """Of every text, the characters that no token stands for, or the unknown token only; white space aside."""
+        with _translated(f"data.tokenizer: {self._path} cannot encode the text"):
+            if self._drops is not None:
+                return ["".join(filter(self._is_dropped, "".join(text.split()))) for text in texts]
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [self._without_tokens(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
-def _file_tokenizer(path: Path, end: str | None) -> FileTokenizer:
-    return _parsed_once(path, _read(path), end)
+    def _is_dropped(self, character: str) -> bool:
+        """Whether a BPE, which begins with single characters or bytes, has no token for one, or for a byte of it."""
+        assert self._drops is not None
+        if character not in self._drops:
+            tokenizer = self._tokenizer
+            text = tokenizer.normalizer.normalize_str(character) if tokenizer.normalizer else character
+            split = tokenizer.pre_tokenizer
+            pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split else [text]
+            encoding = tokenizer.encode(character, add_special_tokens=False)
+            known = "".join(
+                self._without_affixes(token)
+                for number, token in zip(encoding.ids, encoding.tokens, strict=True)
+                if number != self._unknown
+            )
+            # The space that a pre-tokenizer puts before a text may have no token, and is no character of the text.
+            spelled = "".join(pieces)
+            self._drops[character] = len(known.translate(_NO_SPACES)) < len(spelled.translate(_NO_SPACES))
+        return self._drops[character]
+
+    def _without_affixes(self, token: str) -> str:
+        for affix in self._affixes:
+            token = token.removeprefix(affix).removesuffix(affix)
+        return token
+
+    def _without_tokens(self, text: str, encoding: Any) -> str:
+        has_token = [False] * len(text)
+        for number, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if number != self._unknown:
+                has_token[begin:end] = [True] * (end - begin)
+        pairs = zip(text, has_token, strict=True)
+        return "".join(character for character, has in pairs if not (has or character.isspace()))
+
+
+def _file_tokenizer(name: str, end: str | None) -> FileTokenizer:
+    path = Path(name).absolute()
+    return _parsed_once(path, _read(path, unset_in(name)), end)
 
 
 @functools.lru_cache(maxsize=1)
@@ -157,12 +235,15 @@ def _parsed_once(path: Path, content: bytes, end: str | None) -> FileTokenizer:
     return FileTokenizer(path, content, end)
 
 
-def _read(path: Path) -> bytes:
-    if path.is_file():
-        return path.read_bytes()
-    inside = path / "tokenizer.json"
-    hint = f"did you mean {inside}?" if inside.is_file() else "give `bytes` or the path of a tokenizer.json"
-    raise UserError(f"data.tokenizer: there is no file {path}; {hint}")
+def _read(path: Path, unset: str) -> bytes:
+    try:
+        if path.is_file():
+            return path.read_bytes()
+        inside = path / "tokenizer.json"
+        hint = f"did you mean {inside}?" if inside.is_file() else "give `bytes` or the path of a tokenizer.json"
+    except OSError as error:
+        raise UserError(f"data.tokenizer: {path} cannot be read ({error.strerror})") from error
+    raise UserError(f"data.tokenizer: there is no file {path}{unset}; {hint}")
 
 
 @contextmanager

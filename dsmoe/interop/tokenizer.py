@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from dsmoe.config.end_of_document import END_OF_DOCUMENT_NAMES, end_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.data.literals import literals_as_text
 from dsmoe.data.tokenizer import ByteTokenizer, content_digest
 
 
@@ -41,12 +43,15 @@ def tokenizer_files(config: Config, given: str | None, trained: str = "") -> Tok
         text, digest = byte_tokenizer_json(), name
     else:
         path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(
                 f"the tokenizer {path.absolute()} (data.tokenizer) is not there; say where it is with --tokenizer "
                 f"FILE, or export without one with --tokenizer none"
             )
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"the tokenizer {path.absolute()} cannot be read ({error.strerror})") from error
         text, digest = content.decode("utf-8", errors="replace"), content_digest(content)  # no text is no JSON either
     if trained and digest != trained and given is None:
         raise UserError(
@@ -72,19 +77,24 @@ def tokenizer_files(config: Config, given: str | None, trained: str = "") -> Tok
     if end is not None:
         settings |= {"eos_token": end[0], "pad_token": end[0]}
     return TokenizerFiles(
-        {"tokenizer.json": _as_trained(text), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"},
+        {
+            "tokenizer.json": _as_trained(text, None if end is None else end[0]),
+            "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        },
         end,
         not trained or digest == trained,
     )
 
 
-def _as_trained(text: str) -> str:
+def _as_trained(text: str, end: str | None) -> str:
     """A tokenizer.json without what training leaves out: special tokens around a text, cutting, padding, dropout.
+
+    With what training adds: text that spells a special token, or `end`, stays text.
 
     A model that was trained without a token before each document has never seen one: its embedding is random numbers.
     """
     content: dict[str, Any] = json.loads(text)
-    changed = {**content, "truncation": None, "padding": None, "post_processor": None}
+    changed = {**literals_as_text(content, end), "truncation": None, "padding": None, "post_processor": None}
     processors = content.get("post_processor") or {}
     offsets = [one for one in (processors.get("processors") or [processors]) if one.get("type") == "ByteLevel"]
     if offsets:  # says where in the text a token is, and adds none

@@ -18,7 +18,7 @@ from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
 from dsmoe.config.locks import HeldError, Lock, take
-from dsmoe.config.paths import NO_PATHS, is_path
+from dsmoe.config.paths import NO_PATHS, is_path, unset_in
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
 from dsmoe.data import PreparedSource
@@ -361,7 +361,7 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
     try:
         return inspect(checkpoint)
     except DamagedError as error:
-        refusal = UserError(f"{key}: {error}")
+        refusal = UserError(f"{key}: {error}{unset_in(str(checkpoint))}")
         refusal.exit_code = exit_code_of(error)
         raise refusal from None
 

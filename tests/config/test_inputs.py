@@ -59,6 +59,24 @@ def test_all_that_is_missing_is_reported_at_once(tmp_path: Path, capsys: pytest.
     assert main(["config", "show", str(path), *overrides]) == 0  # also on a machine that does not have them
 
 
+PATHS = ["runs_dir", "data.cache_dir", "data.tokenizer", "data.sources.0.path", "cluster.hostfile", "checkpoint.resume"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in [*PATHS, "checkpoint.weights_from"] for value in ('""', "$EMPTY")),
+        *((key, '""') for key in ("data.sources.0.hub", "data.sources.0.split")),
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(
+    key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    problems = problems_of(write(tmp_path, VALID), f"{key}={value}")
+    assert any(problem.startswith(f"{key}: expected text that is not empty") for problem in problems)
+
+
 @pytest.mark.parametrize(("size", "added"), [(258, {}), (257, {"<end>": 257})])
 def test_a_tokenizer_larger_than_the_vocabulary(size: int, added: dict[str, int], tmp_path: Path) -> None:
     file = tokenizer(tmp_path / "tokenizer.json", size, **added)
@@ -271,6 +289,31 @@ def test_misspellings_of_every_key_are_guessed(tmp_path: Path) -> None:
 
 
 # Paths: one rule for all keys.
+
+
+def test_a_variable_that_is_not_set_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing is there; a file whose name has a dollar sign may be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NOPE", raising=False)
+    path = write(tmp_path, VALID)
+    keys = ["data.tokenizer", "data.sources.0.path", *PATHS[4:], "checkpoint.weights_from"]
+    problems = check(path, *(f"{key}=$NOPE/${{NOPE}}x" for key in keys))
+    for key in keys:
+        assert [
+            f"{key}: there is no file or folder $NOPE/${{NOPE}}x (the environment has no variable NOPE) in" in problem
+            for problem in problems
+        ].count(True) == 1, (key, problems)
+    (problem,) = check(path, "data.sources=[{name: a, path: '$NOPE*.txt'}]")
+    assert "no file matches the glob $NOPE*.txt (the environment has no variable NOPE) in this folder" in problem
+    for override in ("data.tokenizer=$NOPE/t.json", "data.sources.0.path=$NOPE/x"):
+        assert main(["prepare", str(path), override]) == 2
+        assert "(the environment has no variable NOPE)" in capsys.readouterr().err
+    (problem,) = check(path, "data.sources.0.path=$$NOTHING/x")
+    assert "no variable" not in problem
+    write(tmp_path, "text " * 300, "$NOPE.txt")
+    assert check(path, "data.sources=[{name: a, path: $NOPE.txt}]") == []
 
 
 def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,7 +371,7 @@ def test_a_cache_dir_that_cannot_be_is_named(below: str, corpus: Path, make_conf
         prepare(make_config(spec(corpus), data={"cache_dir": str(cache_dir)}))
     assert re.fullmatch(
         rf"data.cache_dir: cannot use {cache_dir}: Not a directory \({file}.*\); give data.cache_dir a folder that can "
-        "be written and has room",
+        "be read and written, and has room",
         str(caught.value),
     )
 

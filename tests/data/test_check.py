@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from dsmoe.cli import main
-from dsmoe.config import load_config
+from dsmoe.config import ConfigError, load_config
+from dsmoe.config.inputs import input_problems
 from dsmoe.data import prepare
-from dsmoe.data.check import MOST_FILES
+from dsmoe.data.check import MOST_FILES, check_sources
 from dsmoe.interop.tokenizer import byte_tokenizer_json
+from tests.privileges import without_override
 from tests.train.test_run import pretrain, refused, write_config
 
 COMMANDS = (["config", "check"], ["prepare"], ["plan"], ["plan", "--json"], ["launch", "--docker", "--dry-run"])
@@ -194,3 +196,71 @@ def test_of_a_large_folder_the_first_files_are_opened(project: Path, capsys: pyt
         (project / f"text/{number:04d}.txt.gz").write_bytes(b"")
     assert main(["config", "check", "config.yaml"]) == 2
     assert f"{MOST_FILES - 5} more files cannot be read either" in capsys.readouterr().err
+
+
+def closed(path: Path, mode: int, *overrides: str) -> list[str]:
+    """What is said of a project where `path` has this mode, by `config check`; `prepare` is to be refused as well."""
+    before = path.stat().st_mode
+    path.chmod(mode)
+    try:
+        with without_override():
+            assert main(["prepare", "config.yaml", *overrides]) == 2
+            with pytest.raises(ConfigError) as refused:
+                load_config("config.yaml", overrides, input_problems, lambda config: check_sources(config).problems)
+    finally:
+        path.chmod(before)
+    return refused.value.problems
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "overrides", "said"),
+    [
+        ("tok.json", 0, ["data.tokenizer=tok.json"], "data.tokenizer: .*/tok.json cannot be read .Permission denied"),
+        ("shut", 0, ["data.tokenizer=shut/tok.json"], "data.tokenizer: .*/shut/tok.json cannot be read .Permission"),
+        ("cache", 0, [], "data.cache_dir: cannot use .*/cache: Permission denied .*/cache/web-"),
+        ("cache", 0o555, ["data.seed=5"], "data.cache_dir: cannot use .*/cache: nothing may be written in it"),
+        ("text", 0o444, ["data.sources=[{name: w, path: 'text/*.txt'}]"], "data.sources.0.path: .*Permission denied"),
+        ("text", 0o000, ["data.sources=[{name: w, path: 'text/*'}]"], "data.sources.0.path: .*text.*Permission denied"),
+    ],
+)
+def test_what_is_closed_is_said_with_its_key_and_hides_nothing(
+    place: str, mode: int, overrides: list[str], said: str, project: Path
+) -> None:
+    (project / "shut").mkdir(exist_ok=True)
+    for file in (project / "tok.json", project / "shut" / "tok.json"):
+        file.write_text('{"model": {"type": "BPE", "vocab": {"</s>": 0}, "merges": []}}', encoding="utf-8")
+    problems = closed(project / place, mode, *overrides)
+    assert re.search(rf"^{said}", problems[0]), problems
+    problems = closed(project / place, mode, *overrides, "cluster.hostfile=nowhere")
+    assert len(problems) == 2, problems
+
+
+@pytest.mark.parametrize("run", ["", "/test"])
+def test_runs_that_cannot_be_written(run: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = load_config("config.yaml").name
+    folder = project / "there" / name if run else project / "there"
+    folder.mkdir(parents=True)
+    folder.chmod(0o555)
+    with without_override():
+        assert main(["config", "check", "config.yaml", "runs_dir=there"]) == 2
+    assert f"runs_dir: cannot use {folder}: nothing may be written in it" in capsys.readouterr().err
+    folder.chmod(0o755)
+    assert main(["config", "check", "config.yaml", "runs_dir=there"]) == 0
+
+
+def test_a_whole_cache_need_not_be_written_to(project: Path) -> None:
+    (project / "cache").chmod(0o555)
+    with without_override():
+        assert main(["config", "check", "config.yaml"]) == 0
+    (project / "cache").chmod(0o755)
+
+
+@pytest.mark.parametrize("key", ["cluster.hostfile", "checkpoint.resume", "checkpoint.weights_from"])
+def test_what_lies_in_a_closed_folder_is_not_said_to_be_missing(
+    key: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "shut").mkdir(0o000)
+    with without_override():
+        assert main(["config", "check", "config.yaml", f"{key}=shut/x"]) == 2
+    (project / "shut").chmod(0o755)
+    assert f"{key}: shut/x cannot be read: permission denied" in capsys.readouterr().err

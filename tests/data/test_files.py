@@ -1,5 +1,6 @@
 """Which files of a folder or a glob are read, each once, and what is said of the others."""
 
+import glob
 import gzip
 import json
 import logging
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from dsmoe.config.errors import UserError
+from dsmoe.config.paths import expand_glob
 from dsmoe.config.schema import Source
 from dsmoe.data.corpora import documents
 from dsmoe.data.files import corpus_files, find_files
+from tests.privileges import without_override
 
 
 def source(path: Path | str, format_: str = "jsonl", **keys: Any) -> Source:
@@ -71,6 +74,76 @@ def test_a_glob_that_matches_folders_says_so(tmp_path: Path) -> None:
     assert find_files(source(tmp_path / "*.json*")).left_out == {"folders": [tmp_path / "a.jsonl"]}
     with pytest.raises(UserError, match=r"no file matches the glob .*; left out: 1 folders \(.*a.jsonl\)"):
         read(tmp_path / "*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("mode", "pattern"),
+    [
+        *(
+            (mode, pattern)
+            for mode in (0o000, 0o444, 0o111)
+            for pattern in ("*/*.jsonl", "**/*.jsonl", "*/[a-z].jsonl")
+        ),
+        *((0o000, pattern) for pattern in ("*/z.jsonl", "secret/*", "secret/**", "secret/z.jso*", "s*/**/z.jsonl")),
+    ],
+)
+def test_a_glob_does_not_pass_over_a_folder_that_is_closed(mode: int, pattern: str, tmp_path: Path) -> None:
+    write(tmp_path, "open/z.jsonl", "secret/z.jsonl")
+    (tmp_path / "secret").chmod(mode)
+    with without_override(), pytest.raises(UserError, match=r"secret\S* cannot be (listed|read) \(Permission denied\)"):
+        read(tmp_path / pattern)
+    (tmp_path / "secret").chmod(0o755)
+    assert "secret/z.jsonl" in read(tmp_path / pattern)
+
+
+def test_a_closed_folder_of_pythons_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.py", "shut/b.py")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    (tmp_path / "shut").chmod(0o000)
+    with without_override(), pytest.raises(UserError, match=r"path: .*shut cannot be listed \(Permission denied\)"):
+        find_files(source("builtin:python", "text"))
+    (tmp_path / "shut").chmod(0o755)
+    assert len(find_files(source("builtin:python", "text")).files) == 2
+
+
+def test_a_glob_reads_through_a_folder_that_may_only_be_searched(tmp_path: Path) -> None:
+    """A name that is written out needs no list."""
+    write(tmp_path, "shut/in/z.jsonl", "shut/file")
+    (tmp_path / "shut").chmod(0o111)
+    with without_override():
+        assert read(tmp_path / "shut" / "in" / "*.jsonl") == ["shut/in/z.jsonl"]
+        assert read(tmp_path / "sh*" / "in" / "*.jsonl") == ["shut/in/z.jsonl"]
+        with pytest.raises(UserError, match=r"no file matches the glob"):
+            read(tmp_path / "sh*" / "file" / "*.jsonl")
+    (tmp_path / "shut").chmod(0o755)
+
+
+def test_globs_match_what_pythons_do(tmp_path: Path) -> None:
+    write(
+        tmp_path, *("a.jsonl", "b/c.jsonl", "b/.h.jsonl", ".d/e.jsonl", "[x]/f.jsonl", "b/g/h.jsonl", "b/a?b/i.jsonl")
+    )
+    (tmp_path / "link").symlink_to("b")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    patterns = [
+        "*",
+        "*/*",
+        "*/c.jsonl",
+        "b/*",
+        "b/.*",
+        ".*/*",
+        "[[]x]/*",
+        "[[]*/*",
+        "*/*/*",
+        "b/../*",
+        "b/a[?]b/*",
+        "gone/*",
+    ]
+    for pattern in [*patterns, "a.jsonl/*", "[ab]*", "[!a]*", "?", "b/g/h.jsonl", "nowhere/*"]:
+        assert sorted(expand_glob(tmp_path / pattern)) == sorted(glob.glob(str(tmp_path / pattern))), pattern
+    for pattern in ["**/*.jsonl", "b/**/*.jsonl", "*/**/*.jsonl", "**/g/*"]:
+        expected = {path for path in glob.glob(str(tmp_path / pattern), recursive=True) if "/link" not in path}
+        assert {path for path in expand_glob(tmp_path / pattern) if "/link" not in path} == expected, pattern
 
 
 def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import struct
 import tarfile
 import tracemalloc
 import uuid
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.data import json_records
 from dsmoe.data.corpora import corpus_state, documents
+from dsmoe.data.look import source_problems
 from dsmoe.data.problems import translated
 
 TEXTS = [f"document {number} " + "ü" * number for number in range(300)]
@@ -56,6 +58,12 @@ WHOLE = {
     "a.jsonl.gz": gzip.compress(LINES),
     "members.gz": gzip.compress(HALVES[0]) + gzip.compress(HALVES[1]) + bytes(512),
     "a.jsonl.bz2": bz2.compress(HALVES[0]) + bz2.compress(HALVES[1]),
+    "empty_streams.bz2": b"".join(map(bz2.compress, (b"", b"", HALVES[0], b"", HALVES[1], b""))),
+    "empty_streams.xz": b"".join(map(lzma.compress, (b"", HALVES[0], b"", HALVES[1], b""))),
+    "empty_streams.gz": b"".join(map(gzip.compress, (b"", HALVES[0], b"", HALVES[1], b""))),
+    "empty_streams.zst": b"".join(by_arrow(part, "zstd") for part in (b"", HALVES[0], b"", HALVES[1], b"")),
+    "empty_streams.lz4": b"".join(by_arrow(part, "lz4") for part in (b"", HALVES[0], b"", HALVES[1], b"")),
+    "empty_stream_inside.jsonl": bz2.compress(b"") + bz2.compress(LINES),
     "a.jsonl.xz": lzma.compress(HALVES[0]) + bytes(8) + lzma.compress(HALVES[1]) + bytes(4),
     "a.jsonl.lzma": lzma.compress(LINES, format=lzma.FORMAT_ALONE),
     "a.jsonl.zst": SKIPPABLE + by_arrow(HALVES[0], "zstd") + SKIPPABLE + by_arrow(HALVES[1], "zstd"),
@@ -116,6 +124,49 @@ def test_zip(tmp_path: Path) -> None:
     assert read(tmp_path / "a.zip") == names
 
 
+def make_zip(path: Path, *names: str) -> Path:
+    """Each member has a document, which is its name and its number."""
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")  # of two members of one name
+        for number, name in enumerate(names):
+            archive.writestr(name, "" if name.endswith("/") else json.dumps({"text": f"{name} {number}"}))
+    return path
+
+
+def test_what_a_zip_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = (
+        "a.jsonl",
+        "./b.jsonl",
+        "x/../c.jsonl",
+        "../d.jsonl",
+        "/e.jsonl",
+        ".x/f.jsonl",
+        "x/.g.jsonl",
+        "x/",
+        "__MACOSX/h",
+    )
+    path = make_zip(tmp_path / "a.zip", *names)
+    with caplog.at_level(logging.INFO):
+        texts = read(path)
+    assert sorted(texts) == sorted(f"{name} {number}" for number, name in enumerate(names[:5]))
+    assert f"{path}: left out: 3 hidden (.x/f.jsonl, __MACOSX/h)" in caplog.messages
+
+
+@pytest.mark.parametrize("other", ["a.jsonl", "./a.jsonl", "x/../a.jsonl", "/a.jsonl", "x//../a.jsonl", "a.jsonl\0b"])
+def test_a_zip_with_two_files_of_one_name(other: str, tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "a.zip", "b.jsonl", "a.jsonl", other)
+    with pytest.raises(UserError, match=rf"{path}: 2 of its files are called a.jsonl, .* with different names"):
+        read(path)
+
+
+def test_joined_zips(tmp_path: Path) -> None:
+    """Of which only the last is found."""
+    path, other = make_zip(tmp_path / "a.zip", "a.jsonl"), make_zip(tmp_path / "b.zip", "b.jsonl")
+    path.write_bytes(path.read_bytes() + other.read_bytes())
+    with pytest.raises(UserError, match=rf"{path}: something stands before its first file, .*; unpack it"):
+        read(path)
+
+
 def test_archives_are_not_taken_for_text(tmp_path: Path) -> None:
     put(tmp_path / "a.txt", b"text")
     for name in ("b.tar", "b.tar.gz", "b.txt.xz"):
@@ -148,6 +199,66 @@ def test_not_utf_8_inside_names_line_and_byte_of_the_text(tmp_path: Path) -> Non
         assert read(path, bad_records="skip") == ["a", "b"]
     with pytest.raises(UserError, match=r"line 1; convert it, it begins like UTF-16: iconv -f UTF-16"):
         read(put(tmp_path / "b.jsonl", data.decode("latin-1").encode("utf-16")))
+
+
+def old_tar(name: str, data: bytes) -> bytes:
+    """Of version 7, without a magic number."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    header[257:] = bytes(512 - 257)
+    return bytes(header) + data.ljust(10240, b"\0")
+
+
+NOT_TEXT = {
+    "utf-16-le": "if that is UTF-16LE, convert it: iconv -f UTF-16LE -t UTF-8",
+    "utf-16-be": "if that is UTF-16BE, convert it: iconv -f UTF-16BE -t UTF-8",
+    "utf-32-le": "if that is UTF-32LE, convert it: iconv -f UTF-32LE -t UTF-8",
+    "utf-32-be": "if that is UTF-32BE, convert it: iconv -f UTF-32BE -t UTF-8",
+    "nulls": "null characters stand in the place of its text, as after a crash",
+    "tar": "get it again, or take it out of the corpus",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TEXT)
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_text_file_without_text(kind: str, compress: bool, tmp_path: Path) -> None:
+    text = "The quick brown fox\n" * 2000
+    odd = {"nulls": bytes(20_000), "tar": old_tar("a.txt", text.encode())}
+    data = odd[kind] if kind in odd else text.encode(kind)
+    path = put(tmp_path / "a.txt", gzip.compress(data) if compress else data)
+    with pytest.raises(UserError, match=rf"{path} is no text: byte .*, is a null character; {NOT_TEXT[kind]}"):
+        read(path, "text")
+    (problem,) = source_problems(Source(name="corpus", path=str(path)), tmp_path)
+    assert f"{path} is no text" in problem  # before anything is tokenised
+    put(tmp_path / "b.txt", b"text")
+    assert read(tmp_path, "text", bad_records="skip") == ["text"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_records_of_another_encoding(encoding: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", ('{"text": "a"}\n' * 9).encode(encoding))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(UserError, match=rf"{path} is no text: byte [0-3], line 1, is .* iconv -f {name} -t UTF-8"):
+        read(path)
+
+
+def test_null_characters_after_records(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b"}\n' + bytes(2000))
+    with pytest.raises(UserError, match=rf"{path} is no text: byte 28, line 3, is .* as after a crash"):
+        read(path)
+    assert read(path, bad_records="skip") == ["a", "b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_mark_tells_the_encoding(encoding: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "a.txt", "déjà".encode(encoding))
+    with pytest.raises(UserError, match=f"it begins like {encoding.upper()}: iconv -f {encoding.upper()} -t UTF-8"):
+        read(path, "text")
+
+
+def test_a_null_character_late_in_a_text(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.txt", b"line\n" * 100_000 + b"a\0b")
+    with pytest.raises(UserError, match="byte 500001, line 100001, is a null character"):
+        read(path, "text")
 
 
 def test_bad_records_are_skipped_and_counted_where_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,6 +374,17 @@ def test_arrays_that_are_none(text: str, message: str, tmp_path: Path) -> None:
     path = put(tmp_path / "a.json", text.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         read(path)
+
+
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+def test_an_array_that_ends_like_an_object(policy: str, tmp_path: Path) -> None:
+    """As of an array that was cut off within a larger object."""
+    path = put(tmp_path / "a.json", b'[{"text": "a"}, {"text": "b"}}')
+    with pytest.raises(UserError, match=rf"{path}: the array ends with }}, after item 1, not with \]"):
+        read(path, bad_records=policy)
+    for data in (b'[{"text": "a"], {"text": "b"}]', b'[{"text": "a", "x": [1}}, {"text": "b"}]'):
+        with pytest.raises(UserError, match="item 1: not JSON"):
+            read(put(path, data))
 
 
 def test_a_bad_item_is_skipped(tmp_path: Path) -> None:
