@@ -206,12 +206,29 @@ def _check(arguments: argparse.Namespace) -> None:
         notes.extend(found.notes)
         return found.problems
 
-    config = load_config(arguments.config, arguments.overrides, input_problems, host_problems, look, device_problems)
+    looks = (input_problems, host_problems, look, device_problems)
+    config = load_config(arguments.config, arguments.overrides, *looks)
     batch = Batch.from_config(config)  # lays out the topology, too
+    notes += _notes_on_beginning(config)
     print(f"{arguments.config}: ok")
     print(headline(config, batch.topology))
     print(batch.explain())
     _say(notes)
+
+
+def _notes_on_beginning(config: Config) -> Sequence[str]:
+    """What a start would say of its run folder and of the checkpoint that it begins with.
+
+    Raises:
+        UserError: it would refuse them.
+    """
+    start = config.checkpoint
+    has_none = start.resume in ("auto", "never") and start.weights_from is None
+    if has_none and not Path(config.runs_dir, config.name).exists():
+        return ()
+    from dsmoe.train.folder import check_run_folder  # which imports torch
+
+    return check_run_folder(config).notes
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -484,7 +484,7 @@ def test_the_advice_for_other_steps_works(work: Path) -> None:
     ],
 )
 def test_nothing_is_made_for_a_run_that_is_refused(
-    wrong: str, message: str, work: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: str, message: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(work)
     config = load_config("config.yaml", ["name=q", *wrong.split()])
@@ -493,7 +493,20 @@ def test_nothing_is_made_for_a_run_that_is_refused(
     if "data.seed" not in wrong:  # that is known when the text is prepared
         with pytest.raises(UserError, match=message):
             claim_run_folder(config)
+        assert cli(["config", "check", "config.yaml", "name=q", *wrong.split()]) == 2
+        assert message in capsys.readouterr().err
     assert not Path("runs/q").exists()
+
+
+def test_a_check_says_what_a_start_would_say_of_the_run_that_is_there(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(work)
+    assert cli(["config", "check", "config.yaml", "moe.num_experts=8"]) == 2
+    assert "runs/small belongs to another config: moe.num_experts is 4 there and 8 here" in capsys.readouterr().err
+    assert cli(["config", "check", "config.yaml", "train.steps=9"]) == 0
+    assert "changed since the run was last started: train.steps, 4 -> 9" in capsys.readouterr().err
+    assert cli(["config", "check", "config.yaml", "name=q", "checkpoint.resume=always"]) == 2
 
 
 def test_a_start_that_fails_before_its_first_step_binds_the_next_one_to_nothing(work: Path) -> None:
