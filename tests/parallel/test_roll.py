@@ -112,7 +112,7 @@ def test_those_of_an_earlier_attempt_have_not_come(tmp_path: Path) -> None:
             process.join(150)
     said = [(tmp_path / name).read_text(encoding="utf-8") for name in ("0 0", "1 0", "0 1")]
     assert said[:2] == ["all have come"] * 2
-    assert said[2].startswith("1 of 2 ranks, of node 0 (from 0), have not come within 1 s")
+    assert said[2].startswith("1 of 2 ranks (rank 1 on node 0, from 0) have not come within 1 s")
 
 
 def test_a_rank_0_that_is_not_there_is_missed_by_each_host(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def wait_in_vain(what: str) -> tuple[str, float]:
         ("rank 0 is silent", r"rank 0 has given no sign of life for \d+ s"),
         ("rank 1 is silent", r"a long job: rank 1 on \S+ is gone, with no sign of life for \d+ s; last heard of: "),
     ],
+    ids=["rank 0 has failed", "rank 0 is silent", "rank 1 is silent"],
 )
 def test_a_collective_that_would_wait_for_hours_is_left_when_a_rank_is_gone(what: str, message: str) -> None:
     text, seconds = max(run_ranks(2, wait_in_vain, what))
