@@ -186,8 +186,8 @@ MUTATIONS = [
     Mutation(
         "a rank 0 that is silent is never given up",
         "dsmoe/parallel/watch.py",
-        old="            if first.beat != self._first.beat:\n",
-        new="            if first.beat >= self._first.beat:\n",
+        old="self._first_silence.look(beat != self._first_beat)",
+        new="self._first_silence.look(beat >= self._first_beat)",
         caught_by=f"{WATCH}test_a_silent_rank_0_is_given_up_after_the_timeout",
     ),
     Mutation(
@@ -224,7 +224,7 @@ MUTATIONS = [
         "dsmoe/launch/speaker.py",
         old='("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")',
         new='("MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT")',
-        caught_by=f"{WAITING}test_runs_and_attempts_have_voices_of_their_own[MASTER_PORT]",
+        caught_by=f"{WAITING}test_runs_and_attempts_have_speakers_of_their_own[MASTER_PORT]",
     ),
     # Which errors mean that ranks are gone.
     Mutation(
