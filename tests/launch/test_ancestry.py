@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -215,14 +214,14 @@ def sleeping(program: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_process_that_has_stopped_is_there_and_a_zombie_has_gone() -> None:
     with sleeping("sleep") as child:
+        # Popen is back as soon as the program is loaded, a moment before its arguments are there to read.
+        until(lambda: next(ancestry._ancestors(child.pid)).command == ("sleep", "600"))
         process = next(ancestry._ancestors(child.pid))
-        assert process.command == ("sleep", "600")
         os.kill(child.pid, signal.SIGSTOP)
+        until(lambda: ancestry._status(child.pid)[0] == "T")
         assert not process.has_gone()
         os.kill(child.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while not process.has_gone():  # until the kernel has ended it
-            assert time.monotonic() < deadline
+        until(process.has_gone)  # the kernel has ended it
         assert Path(f"/proc/{child.pid}").exists(), "nobody has waited for it"
     assert process.has_gone()
 
@@ -290,16 +289,21 @@ def test_a_rank_that_waits_for_others_ends_with_its_launcher(program: str, tmp_p
     with subprocess.Popen(
         [*PYTHON, str(tmp_path / "torchrun")], env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     ) as launcher:
-        deadline = time.monotonic() + 60
-        while not (ranks := [rank for rank in _below(launcher.pid)[1:] if len(os.listdir(f"/proc/{rank}/task")) > 1]):
-            assert time.monotonic() < deadline  # until it has a second thread: its first one watches
-            time.sleep(0.01)
-        launcher.kill()
+        ranks: list[int] = []
+
+        def watches() -> bool:
+            ranks[:] = _below(launcher.pid)[1:]
+            return any(len(os.listdir(f"/proc/{rank}/task")) > 1 for rank in ranks)  # its second thread is the watch
+
         try:
+            until(watches)
+            launcher.kill()
             _, said = launcher.communicate(timeout=150)  # until nobody has its standard error
         finally:
-            with suppress(ProcessLookupError):
-                os.kill(ranks[0], signal.SIGKILL)
+            launcher.kill()
+            for rank in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
     assert said.splitlines()[-1].endswith("its ranks are told to stop (SIGTERM)"), said
 
 

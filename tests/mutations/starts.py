@@ -16,9 +16,9 @@ INPUTS = "tests/config/test_inputs.py::"
 MUTATIONS = [
     # What is said before torch is imported.
     Mutation(
-        "rank 0 ends before the others have heard its word",
+        "rank 0 ends before the others have its answer",
         "dsmoe/launch/start.py",
-        old="            _stay_for_others(_word(text) + bytes([code]))\n",
+        old="            _stay_for_others(_answer(text) + bytes([code]))\n",
         new="",
         caught_by=f"{START}test_what_all_ranks_have_wrong_is_said_once_without_torch["
         "torch's names-command0-the following arguments are required: --config]",
@@ -26,14 +26,14 @@ MUTATIONS = [
     Mutation(
         "every rank says what rank 0 has said",
         "dsmoe/launch/start.py",
-        old="        if heard[:-1] != _word(text):\n",
-        new="        if heard[:-1] != _word(text) + heard[-1:]:\n",
+        old="        if answer[:-1] != _answer(text):\n",
+        new="        if answer[:-1] != _answer(text) + answer[-1:]:\n",
         caught_by=f"{START}test_a_rank_with_an_error_asks_whether_rank_0_has_it[the same error]",
     ),
     Mutation(
         "a rank without the file ends with another code than rank 0",
         "dsmoe/launch/start.py",
-        old="        return heard[-1]\n",
+        old="        return answer[-1]\n",
         new="        return code\n",
         caught_by=f"{START}test_a_rank_with_an_error_asks_whether_rank_0_has_it[the same error]",
     ),
@@ -64,6 +64,13 @@ MUTATIONS = [
         "dsmoe/launch/ancestry.py",
         old='return state in "ZX"',
         new='return state in "X"',
+        caught_by=f"{ANCESTRY}test_a_process_that_has_stopped_is_there_and_a_zombie_has_gone",
+    ),
+    Mutation(
+        "a launcher that is stopped is taken for gone",
+        "dsmoe/launch/ancestry.py",
+        old='return state in "ZX"',
+        new='return state in "ZXT"',
         caught_by=f"{ANCESTRY}test_a_process_that_has_stopped_is_there_and_a_zombie_has_gone",
     ),
     Mutation(
@@ -119,7 +126,7 @@ MUTATIONS = [
     Mutation(
         "every rank of a launcher takes a port of its own",
         "dsmoe/launch/launchers.py",
-        old="(process.pid + shift)",
+        old="(process + shift)",
         new="(os.getpid() + shift)",
         caught_by=f"{LAUNCHERS}test_the_ranks_of_one_launcher_have_its_port_through_any_shell_and_another_launcher_has_another",
     ),
@@ -134,8 +141,8 @@ MUTATIONS = [
     Mutation(
         "an attempt of a job has the port of the one before",
         "dsmoe/launch/world.py",
-        old='_PORTS_APART * int(environment.get("SLURM_RESTART_COUNT", "0"))',
-        new='_PORTS_APART * int(environment.get("SLURM_RESTARTS", "0"))',
+        old="        attempt += _PORTS_APART * whole",
+        new="        attempt += 0 * whole",
         caught_by=f"{WORLD}test_another_attempt_of_a_job_has_another_port",
     ),
     Mutation(
@@ -162,8 +169,8 @@ MUTATIONS = [
     Mutation(
         "the second node's tasks are thought to be those of the first",
         "dsmoe/launch/world.py",
-        old='int(environment["SLURM_NODEID"]) * per_node\n',
-        new='int(environment["SLURM_LOCALID"]) * per_node\n',
+        old='whole_number(environment, "SLURM_NODEID") * per_node\n',
+        new='whole_number(environment, "SLURM_LOCALID") * per_node\n',
         caught_by=f"{WORLD}test_every_task_of_srun_is_a_rank",
         shown_by=REFUSED,
     ),
@@ -230,7 +237,7 @@ MUTATIONS = [
         "a folder is to be made below a file",
         "dsmoe/data/check.py",
         old="    if not there.is_dir():\n",
-        new="    if not there.exists():\n",
+        new="    if not os.path.lexists(there):\n",
         caught_by=f"{CHECK}test_a_folder_that_cannot_be_made[file-runs_dir]",
     ),
     Mutation(

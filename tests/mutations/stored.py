@@ -12,9 +12,8 @@ IDENTITY = "tests/train/test_identity.py::"
 CHANGED = "tests/train/test_changed.py::"
 DURABLE = "tests/test_durable.py::"
 METER = "tests/observe/test_meter.py::"
-ON_DISK = (
-    "tests/checkpoint/test_crashes.py::test_everything_is_on_the_disk_before_it_has_its_name_and_before_the_old_ones_go"
-)
+CRASHES = "tests/checkpoint/test_crashes.py::"
+ON_DISK = f"{CRASHES}test_everything_is_on_the_disk_before_it_has_its_name_and_before_the_old_ones_go"
 FLOPS = "tests/plan/test_flops.py::"
 
 MUTATIONS = [
@@ -152,8 +151,8 @@ MUTATIONS = [
     Mutation(
         "every rank compares the headers of the first rank's files",
         "dsmoe/checkpoint/checkpoints.py",
-        old="        mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]\n\n",
-        new="        mine = sorted(manifest.files)[:: dist.get_world_size()]\n\n",
+        old="check_headers(checkpoint, manifest, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()])",
+        new="check_headers(checkpoint, manifest, sorted(manifest.files)[:: dist.get_world_size()])",
         caught_by="tests/checkpoint/test_refusals.py::test_tensors_that_are_exchanged_in_the_manifest_are_not_loaded[1]",
     ),
     Mutation(
@@ -166,10 +165,16 @@ MUTATIONS = [
     Mutation(
         "losses of different texts compete to be the best",
         "dsmoe/checkpoint/removal.py",
-        old="losses.setdefault(facts.held_out, [])",
-        new='losses.setdefault("", [])',
-        caught_by="tests/checkpoint/test_crashes.py::"
-        "test_the_best_of_each_text_stays_and_losses_of_two_texts_are_not_compared[1-kept1]",
+        old="losses.setdefault((facts.held_out, length), [])",
+        new='losses.setdefault(("", length), [])',
+        caught_by=f"{CRASHES}test_the_best_of_each_text_stays_and_losses_of_two_texts_are_not_compared[1-kept1]",
+    ),
+    Mutation(
+        "losses of sequences of different lengths compete to be the best",
+        "dsmoe/checkpoint/removal.py",
+        old="losses.setdefault((facts.held_out, length), [])",
+        new='losses.setdefault((facts.held_out, ""), [])',
+        caught_by=f"{CRASHES}test_losses_of_sequences_of_two_lengths_are_not_compared",
     ),
     Mutation(
         "a newest checkpoint that is not whole takes the place of good ones",

@@ -166,6 +166,7 @@ def wait_in_vain(what: str) -> tuple[str, float]:
         ("rank 0 is silent", r"rank 0 has given no sign of life for \d+ s"),
         ("rank 1 is silent", r"a long job: rank 1 on \S+ is gone, with no sign of life for \d+ s; last heard of: "),
     ],
+    ids=["rank 0 has failed", "rank 0 is silent", "rank 1 is silent"],
 )
 def test_a_collective_that_would_wait_for_hours_is_left_when_a_rank_is_gone(what: str, message: str) -> None:
     text, seconds = max(run_ranks(2, wait_in_vain, what))
@@ -205,7 +206,7 @@ def test_a_store_that_never_answers_is_not_waited_for(what: str) -> None:
     assert re.fullmatch(r"rank 0 has given no sign of life for \d+ s", text)
 
 
-def voices(environments: list[dict[str, str]]) -> list[tuple[bool, bool]]:
+def speakers(environments: list[dict[str, str]]) -> list[tuple[bool, bool]]:
     """What processes of these environments hear that ask twice; all of them live until all have asked."""
     context = multiprocessing.get_context("fork")
     answers, together = context.SimpleQueue(), context.Barrier(len(environments))
@@ -226,13 +227,13 @@ def voices(environments: list[dict[str, str]]) -> list[tuple[bool, bool]]:
 
 
 def test_who_speaks_for_a_host_is_one() -> None:
-    assert voices([{"MASTER_PORT": f"no port {os.getpid()}"}] * 4) == [(False, False)] * 3 + [(True, True)]
+    assert speakers([{"MASTER_PORT": f"no port {os.getpid()}"}] * 4) == [(False, False)] * 3 + [(True, True)]
 
 
 @pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"])
-def test_runs_and_attempts_have_voices_of_their_own(name: str) -> None:
+def test_runs_and_attempts_have_speakers_of_their_own(name: str) -> None:
     run = {"MASTER_PORT": f"no port {os.getpid()}", "MASTER_ADDR": "here", "TORCHELASTIC_RESTART_COUNT": "0"}
-    assert voices([run, run, {**run, name: "another"}]) == [(False, False)] + [(True, True)] * 2
+    assert speakers([run, run, {**run, name: "another"}]) == [(False, False)] + [(True, True)] * 2
 
 
 def catches(process: int, number: signal.Signals) -> bool:
