@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -162,14 +163,9 @@ def freeze_between_beats(now: Watch, reading: threading.Lock, kind: str = "save"
 
 
 def wake(process: int) -> None:
-    """Let a process go on, also one that on a busy machine only now comes to where it stops."""
-
-    def go_on() -> None:
-        while True:
-            os.kill(process, signal.SIGCONT)
-            time.sleep(0.5)
-
-    threading.Thread(target=go_on, daemon=True).start()
+    """Let a process go on that stops itself, maybe only later: on a busy machine it may be taken for gone before."""
+    until(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)
+    os.kill(process, signal.SIGCONT)
 
 
 def lock_reading() -> threading.Lock:

@@ -236,7 +236,7 @@ MUTATIONS = [
     Mutation(
         "a folder is to be made below a file",
         "dsmoe/data/check.py",
-        old="    if not there.is_dir():\n",
+        old="    if not os.path.isdir(there):\n",
         new="    if not os.path.lexists(there):\n",
         caught_by=f"{CHECK}test_a_folder_that_cannot_be_made[file-runs_dir]",
     ),
