@@ -201,11 +201,11 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
         same = (str(task.rank), str(task.size))
         if not (is_srun and same == (environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"])):
             join_task(environment, task)
-            _check_meeting(environment)
+            check_meeting(environment)
             return
     if is_srun:
         _join_slurm(environment)
-        _check_meeting(environment)
+        check_meeting(environment)
     elif task is None and environment.get("WORLD_SIZE") and whole_number(environment, "WORLD_SIZE") > 1:
         raise LauncherError(
             f"WORLD_SIZE is {environment['WORLD_SIZE']}, and nothing says which of them this process is (RANK); unset "
@@ -219,23 +219,19 @@ def launcher_has_store(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def check_meeting(environment: Mapping[str, str] = os.environ) -> None:
-    """Check that several ranks know where they meet.
+    """Check that the ranks know where they meet; one alone may take any port, which is 0.
 
     Raises:
         LauncherError: they do not.
     """
-    if whole_number(environment, "WORLD_SIZE") > 1:
-        _check_meeting(environment)
-
-
-def _check_meeting(environment: Mapping[str, str]) -> None:
+    size = whole_number(environment, "WORLD_SIZE")
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if absent:
         raise LauncherError(
-            f"RANK is {environment['RANK']} of {environment['WORLD_SIZE']}, and {' and '.join(absent)} must say where "
-            "rank 0 is: the same on all ranks, its host and a free port of it"
+            f"RANK is {environment['RANK']} of {size}, and {' and '.join(absent)} must say where rank 0 is: the same "
+            "on all ranks, its host and a free port of it"
         )
-    if not 0 < whole_number(environment, "MASTER_PORT") < 65536:
+    if not (size > 1) <= whole_number(environment, "MASTER_PORT") < 65536:
         raise LauncherError(f"MASTER_PORT is {environment['MASTER_PORT']}, and ports are from 1 to 65535")
     check_address(environment, "MASTER_ADDR")
 
@@ -264,8 +260,8 @@ def _check_ranks(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("LOCAL_RANK", environment["SLURM_LOCALID"])
     if size == 1:
         environment.setdefault("LOCAL_RANK", "0")
-        environment.setdefault("MASTER_ADDR", "127.0.0.1")
-        environment.setdefault("MASTER_PORT", "0")
+        for variable, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            environment[variable] = environment.get(variable) or value
     if "LOCAL_RANK" not in environment:
         raise LauncherError(
             f"RANK is {rank} of {size}, and LOCAL_RANK, the number of this process on its host, is not set (0, where a "

@@ -202,6 +202,7 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in names}
 
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 FEW = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", **WHERE}
 REFUSED = [
     ("PMI's rank without a size", {"PMI_RANK": "1"}, "PMI_RANK is 1, and there is no PMI_SIZE"),
@@ -267,6 +268,9 @@ REFUSED = [
     ("LOCAL_RANK of another host", {**FEW, "LOCAL_RANK": "0"}, "RANK is 1, LOCAL_RANK is 0 and LOCAL_WORLD_SIZE is 4"),
     ("no address", without(FEW, "MASTER_ADDR"), "RANK is 1 of 4, and MASTER_ADDR must say where rank 0 is"),
     ("no port", {**FEW, "MASTER_PORT": "0"}, "MASTER_PORT is 0, and ports are from 1 to 65535"),
+    ("a rank alone, and a port beyond the last", {**ALONE, "MASTER_PORT": "99999"}, "MASTER_PORT is 99999, and ports"),
+    ("a rank alone, and no port", {**ALONE, "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc', and is to be a whole number"),
+    ("a rank alone, and no address", {**ALONE, "MASTER_ADDR": "a b"}, "MASTER_ADDR is 'a b', and is to be the name"),
     ("a port beyond the last", {**FEW, "MASTER_PORT": "65536"}, "MASTER_PORT is 65536, and ports are from 1 to 65535"),
     ("a port that is none", {**FEW, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
 ]
