@@ -57,14 +57,16 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, 
         device: the one that this rank drives (`describe_device`); empty for none.
 
     Raises:
-        LostRanksError: some have not come, and which; or rank 0 is not reached from here.
+        LostRanksError: some have not come, and which; or rank 0 is not reached from here, or not known by its address.
         DifferentRanksError: some have other claims than rank 0, could not start, or drive one device; on every rank.
         torch.distributed.DistNetworkError: rank 0 cannot listen at the port.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank == 0:
+        _await_name(address, timeout)
     if world == 1:
         return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and not launcher_has_store()  # this process' next store there is the same one
     if not serves:
         _reach(address, port, timeout)
@@ -177,6 +179,22 @@ def _key(what: object) -> str:
 
 _servers: list[dist.Store] = []
 """What ends with its last reference, and must not."""
+
+
+def _await_name(address: str, timeout: timedelta) -> None:
+    """Wait until rank 0's host knows the address by which all call it; torch's store would wait without a word."""
+    for is_time_to_speak in _moments(timeout):
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if is_time_to_speak:
+            print(f"{socket.gethostname()}: waiting until {address} (MASTER_ADDR) is known here: {reason}", flush=True)
+    raise LostRanksError(
+        f"{socket.gethostname()} has rank 0, and {address} (MASTER_ADDR) is not known there within "
+        f"{timeout.total_seconds():.0f} s: {reason}; is that its name or address?"
+    )
 
 
 def _reach(address: str, port: int, timeout: timedelta) -> None:

@@ -90,6 +90,17 @@ def test_words_are_said_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(roll._moments(timedelta(0))) == [False], "one look at least"
 
 
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_rank_0_whose_host_does_not_know_its_address_says_so(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": world, "MASTER_ADDR": "no.such.host.invalid"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(roll, "WORD_SECONDS", 0.0)
+    with pytest.raises(LostRanksError, match=r"has rank 0, and no\.such\.host\.invalid \(MASTER_ADDR\) is not known"):
+        roll.call_roll(None, timedelta(seconds=0.3), {})
+
+
 def come_again(rank: int, attempt: int, store_port: int, folder: Path) -> None:
     """A rank of two that torchrun, in whose process the store is, has started for the `attempt`th time."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
