@@ -165,7 +165,7 @@ def take_turns(rank: Rank, rounds: int, shape: str, folder: Path) -> dict[str, A
 def dsmoe_turn(contender: Contender, config: Config, folder: Path) -> Iterator[tuple[str, float]]:
     """Save as a run does that waits for the disk, and load that."""
     saved = checkpoints(contender, config, folder, asynchronous=False)
-    yield "save", slowest(lambda: saved.save(1, 0))
+    yield "save", slowest(lambda: saved.save(1, config.train.batch_tokens))
     forget_cached(folder)
     yield "load", slowest(lambda: saved.load(folder / checkpoint_name(1)))
 
@@ -174,7 +174,7 @@ def stall_turn(contender: Contender, config: Config, folder: Path) -> Iterator[t
     """Save as a run does that trains on meanwhile; the second time the host memory has been written before."""
     saved = checkpoints(contender, config, folder, asynchronous=True)
     for step, name in ((1, "first"), (2, "later")):
-        yield name, slowest(lambda step=step: saved.save(step, 0))
+        yield name, slowest(lambda step=step: saved.save(step, step * config.train.batch_tokens))
         saved.flush()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsmoe.checkpoint.state import BUFFER
 from dsmoe.config.errors import UserError
 from dsmoe.durable import check_regular
 from dsmoe.interop.files import Slot, read_header
@@ -102,10 +103,18 @@ def folder_tensors(folder: Path, slots: Mapping[str, Slot], pairs: Sequence[Matc
     for pair in pairs:
         if pair.key is not None:
             tiles.setdefault(pair.key, []).append((pair, slots[pair.theirs]))
-    return {key: _tiled(parts) for key, parts in tiles.items()}
+    return {key: _tiled(key, parts) for key, parts in tiles.items()}
 
 
-def _tiled(parts: Sequence[tuple[Match, Slot]]) -> Tiled:
+def _in_fp32(slot: Slot) -> torch.Tensor:
+    return slot.read().float()
+
+
+def _tiled(key: str, parts: Sequence[tuple[Match, Slot]]) -> Tiled:
+    if key.startswith(f"{BUFFER}/"):  # which a model has in fp32, whatever its weights are in
+        return Tiled(
+            torch.float32, parts[0][0].whole, [Tile(pair.box, partial(_in_fp32, slot)) for pair, slot in parts]
+        )
     dtype = reduce(torch.promote_types, (slot.torch_dtype for _, slot in parts))
     return Tiled(dtype, parts[0][0].whole, [Tile(pair.box, slot.read) for pair, slot in parts])
 

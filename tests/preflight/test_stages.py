@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe.config import dump_config, load_config
+from dsmoe.launch.start import begin_with
 from dsmoe.parallel.local import RanksFailedError, run_ranks
 from dsmoe.preflight import run, stages
 from dsmoe.preflight.measure import copy_rate, link_rates, memory_gib, product_rate, write_rate
@@ -39,7 +40,7 @@ def check(path: Path, overrides: list[str] | None = None) -> int:
     with (path.parent / f"stderr_{dist.get_rank()}").open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     run.leave_processes = lambda: None  # run_ranks does
-    return run.main(["--config", str(path), *(overrides or [])])
+    return run.check_cluster(begin_with(str(path), overrides or []), None)
 
 
 def stderr(folder: Path) -> str:
