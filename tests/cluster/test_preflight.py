@@ -16,12 +16,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, rea
 PREFLIGHT = REPOSITORY / "launch" / "preflight.py"
 OTHER_TORCH = """
 import os
+from dsmoe.launch.start import end_process
 from dsmoe.preflight import run, stages
 
 truth = stages.versions
 if os.environ["RANK"] == "2":
     stages.versions = lambda *where: {**truth(*where), "torch": "2.9.0"}
-run.end_process(run.main())
+end_process(run.main())
 """
 
 
