@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -68,3 +69,37 @@ WAYS = [
     *(cut_off, lengthen, empty, zeros, exchange_within, remove, make_a_folder, make_a_pipe),
 ]
 """All leave other bytes than there were, or none."""
+
+
+def outcomes_of(
+    count: int,
+    spoil: Callable[[random.Random], tuple[str, str]],
+    use: Callable[[], object],
+    refusal: type[Exception],
+    is_clear: Callable[[str], bool],
+) -> dict[str, list[str]]:
+    """Spoil and use something so often, seeded, and sort what happens into refused, accepted and other.
+
+    Args:
+        count: how often.
+        spoil: returns what it has done, and what a message about it has to name.
+        use: fails with `refusal` where it sees that.
+        refusal: any other error is one too many.
+        is_clear: whether a message, besides naming it, is one for people.
+    """
+    found: dict[str, list[str]] = {"refused": [], "accepted": [], "other": []}
+    for number in range(count):
+        done, named = spoil(random.Random(number))
+        what = f"{number}: {done}"
+        try:
+            use()
+            found["accepted"].append(what)
+        except refusal as error:
+            said = str(error)
+            found["refused" if named in said and is_clear(said) else "other"].append(f"{what}: {said}")
+        except BaseException as error:  # Rust's panics are no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            found["other"].append(f"{what}: {error!r}")
+    print({outcome: len(each) for outcome, each in found.items()})
+    return found

@@ -37,22 +37,17 @@ def test_every_damage_is_refused(count: int, tmp_path: Path) -> None:
     whole, checkpoint = tmp_path / "whole", tmp_path / "step_00000002"
     verify(checkpoint)
     shutil.copytree(checkpoint, whole)
-    outcomes: dict[str, list[str]] = {"refused": [], "accepted": [], "other": []}
-    for number in range(count):
-        draw = random.Random(number)
+
+    def spoil(draw: random.Random) -> tuple[str, str]:
         shutil.rmtree(checkpoint)
         shutil.copytree(whole, checkpoint)
         path, way = draw.choice(sorted(checkpoint.iterdir())), draw.choice(WAYS)
         way(path, draw)
-        what = f"{number}: {way.__name__} {path.name}"
-        try:
-            verify(checkpoint)
-            outcomes["accepted"].append(what)
-        except DamagedError as error:
-            is_clear = str(checkpoint) in str(error) and "\n" not in str(error) and len(str(error)) < 600
-            outcomes["refused" if is_clear else "other"].append(f"{what}: {error}")
-        except Exception as error:
-            outcomes["other"].append(f"{what}: {error!r}")
-    print({outcome: len(found) for outcome, found in outcomes.items()})
+        return f"{way.__name__} {path.name}", str(checkpoint)
+
+    def is_clear(said: str) -> bool:
+        return "\n" not in said and len(said) < 600
+
+    outcomes = damage.outcomes_of(count, spoil, lambda: verify(checkpoint), DamagedError, is_clear)
     assert outcomes["accepted"] == outcomes["other"] == []
     assert len(outcomes["refused"]) == count

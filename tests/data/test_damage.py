@@ -91,25 +91,19 @@ def test_every_damage_is_refused(count: int, config: Config, tmp_path: Path) -> 
     cache_dir, whole = Path(config.data.cache_dir), tmp_path / "whole"
     prepare(config)
     shutil.copytree(cache_dir, whole)
-    outcomes: dict[str, list[str]] = {"refused": [], "accepted": [], "other": []}
-    for number in range(count):
-        draw = random.Random(number)
+
+    def spoil(draw: random.Random) -> tuple[str, str]:
         shutil.rmtree(cache_dir)
         shutil.copytree(whole, cache_dir)
         folder = draw.choice(sorted(cache_dir.iterdir()))
         path, way = draw.choice(sorted(folder.iterdir())), draw.choice(WAYS)
-        what = f"{number}: {way.__name__} {path.name}"
         way(path, draw)
-        try:
-            prepare(config)
-            outcomes["accepted"].append(what)
-        except UserError as error:
-            message = str(error)
-            is_clear = message.startswith("data.cache_dir: ") and str(folder) in message and len(message) < 600
-            outcomes["refused" if is_clear else "other"].append(f"{what}: {message}")
-        except Exception as error:
-            outcomes["other"].append(f"{what}: {error!r}")
-    print({outcome: len(found) for outcome, found in outcomes.items()})
+        return f"{way.__name__} {path.name}", str(folder)
+
+    def is_clear(said: str) -> bool:
+        return said.startswith("data.cache_dir: ") and len(said) < 600
+
+    outcomes = damage.outcomes_of(count, spoil, lambda: prepare(config), UserError, is_clear)
     assert outcomes["accepted"] == outcomes["other"] == []
     assert len(outcomes["refused"]) == count
 

@@ -80,9 +80,8 @@ def use(path: Path, make_config: MakeConfig) -> None:
 @pytest.mark.timeout(1800)
 def test_any_file_is_refused_by_name_or_makes_tokens(count: int, tmp_path: Path, make_config: MakeConfig) -> None:
     path = tmp_path / "t.json"
-    outcomes: dict[str, list[str]] = {"refused": [], "used": [], "other": []}
-    for number in range(count):
-        draw = random.Random(number)
+
+    def spoil(draw: random.Random) -> tuple[str, str]:
         if path.is_dir():
             path.rmdir()
         path.unlink(missing_ok=True)
@@ -91,20 +90,12 @@ def test_any_file_is_refused_by_name_or_makes_tokens(count: int, tmp_path: Path,
         if draw.random() < 0.3:
             way = draw.choice(damage.WAYS)
             way(path, draw)
-            what = f"{number}: {model} {way.__name__}"
-        else:
-            content = json.loads(path.read_bytes())
-            mutate(content, draw)
-            path.write_text(json.dumps(content), encoding="utf-8")
-            what = f"{number}: {model}"
-        try:
-            use(path, make_config)
-            outcomes["used"].append(what)
-        except UserError as error:
-            is_clear = "data.tokenizer" in str(error)
-            outcomes["refused" if is_clear else "other"].append(f"{what}: {error}")
-        except BaseException as error:
-            outcomes["other"].append(f"{what}: {error!r}")
-    print({outcome: len(found) for outcome, found in outcomes.items()})
+            return f"{model} {way.__name__}", "data.tokenizer"
+        content = json.loads(path.read_bytes())
+        mutate(content, draw)
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return model, "data.tokenizer"
+
+    outcomes = damage.outcomes_of(count, spoil, lambda: use(path, make_config), UserError, lambda _: True)
     assert not outcomes["other"], "\n".join(outcomes["other"])
     assert len(outcomes["refused"]) > count / 4
