@@ -18,7 +18,7 @@ from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.order import ORDER_VERSION, Mixture
 from dsmoe.plan.batch import Batch
-from dsmoe.plan.text import quantity, table
+from dsmoe.plan.text import quantity, shown, table
 from dsmoe.train.recorded import SavedData, SavedOptimizer, SavedTrain, recorded
 from dsmoe.train.schedule import learning_rate
 
@@ -249,7 +249,7 @@ def changed_held_out(checkpoint: Path, facts: Facts, config: Config, here: Order
     if not facts.held_out or (facts.held_out == held_out and saved.get(length) == now[length]):
         return None
     keys = [key for key in _OF_THE_EVALUATION if key in saved and saved[key] != now.get(key)]
-    changes = [f"{key}, {_shown(saved[key])} -> {_shown(now.get(key))}" for key in keys]
+    changes = [f"{key}, {setting_shown(saved[key])} -> {setting_shown(now.get(key))}" for key in keys]
     texts = facts.order.get("texts")
     if isinstance(texts, dict) and texts != here.texts:
         names = [name for name in {**texts, **here.texts} if texts.get(name) != here.texts.get(name)]
@@ -262,8 +262,9 @@ def changed_held_out(checkpoint: Path, facts: Facts, config: Config, here: Order
     )
 
 
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+def setting_shown(value: object) -> str:
+    """A value of a config, maybe one from a checkpoint, for a message."""
+    return "null" if value is None else shown(str(value))
 
 
 def rate_when_longer(config: Config, steps: int) -> str | None:

@@ -13,8 +13,7 @@ from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.loader import train_sequences
-from dsmoe.plan.text import shown
-from dsmoe.train.changed import Order, changed_order, changed_rate
+from dsmoe.train.changed import Order, changed_order, changed_rate, setting_shown
 from dsmoe.train.identity import changed_values
 
 _OF_THE_START = ("runs_dir", "data.cache_dir", "checkpoint.resume", "checkpoint.weights_from")
@@ -48,14 +47,10 @@ def changed_settings(checkpoint: Path, config: Config) -> list[str]:
     """
     saved = {key: value for key, value in flatten(inspect(checkpoint).facts.config).items() if key != "name"}
     return [
-        f"changed since {checkpoint} was saved: {key}, {_shown(there)} -> {_shown(here)}"
+        f"changed since {checkpoint} was saved: {key}, {setting_shown(there)} -> {setting_shown(here)}"
         for key, there, here in changed_values(saved, config)
         if key not in _OF_THE_START and not (is_path(key, there) or is_path(key, here))
     ]
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else shown(str(value))
 
 
 def check_order(checkpoints: Iterable[Path], config: Config, sources: Sequence[PreparedSource]) -> None:
