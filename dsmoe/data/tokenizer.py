@@ -15,7 +15,8 @@ import numpy as np
 from dsmoe.config.end_of_document import candidates, end_token, no_end_token, ordinary_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.paths import unset_in
-from dsmoe.config.schema import MOST_TOKENS, Config
+from dsmoe.config.schema import Config
+from dsmoe.config.sections.base import MOST_TOKENS
 from dsmoe.data.literals import literals_as_text
 
 _NO_SPACES = str.maketrans("", "", "▁Ġ")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Devices, Layers, Length, NonNegativeFloat, PositiveFloat, Width
+from dsmoe.config.sections.base import Devices, Layers, Length, NonNegativeFloat, PositiveFloat, Width
 from dsmoe.config.yaml_text import show_value
 
 _Count = Annotated[int, Field(ge=0, le=65_536)]

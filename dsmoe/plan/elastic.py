@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 
 from dsmoe.config.checks import cross_field_problems
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.layout_checks import world_size
 from dsmoe.config.nearest import divisors_of, either, neighbours
 from dsmoe.config.schema import Config
+from dsmoe.config.sections.parallel import world_size
 from dsmoe.config.show import flatten
 
 MOST_NODES = 4096
@@ -119,7 +119,7 @@ def _choices(config: Config) -> Iterator[Config]:
 def _micro_batch_size(config: Config) -> int:
     """The largest size up to the config's of which whole ones make up the batch; its own where there is none."""
     train = config.train
-    data, rest = divmod(world_size(config), config.parallel.tensor)
+    data, rest = divmod(world_size(config.cluster), config.parallel.tensor)
     sequences, more = divmod(train.batch_tokens, train.sequence_length * max(data, 1))
     if rest or more or sequences % train.micro_batch_size == 0:
         return train.micro_batch_size

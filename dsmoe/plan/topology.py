@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Config
+from dsmoe.config.schema import Cluster, Config, Parallel
+from dsmoe.config.sections.parallel import LAYOUT_RULES
 
 Axis = Literal["tensor", "data", "expert_tensor", "expert", "expert_data", "exchange"]
 
@@ -51,7 +52,7 @@ class Topology:
     all_to_all: AllToAll = "flat"
 
     def __post_init__(self) -> None:
-        problems = self._too_small() or self._not_dividing() or self._not_two_levels()
+        problems = self._too_small() or self._misfits()
         if problems:
             raise UserError("\n".join(problems))
 
@@ -163,43 +164,9 @@ class Topology:
         }
         return [f"{key} ({size}) must be at least 1" for key, size in sizes.items() if size < 1]
 
-    def _not_dividing(self) -> list[str]:
-        devices = f"{self.nodes} x {self.devices_per_node}"
-        divisions = [
-            ("tensor", self.tensor, "cluster.nodes x cluster.devices_per_node", devices, self.world_size),
-            ("expert_tensor", self.expert_tensor, "cluster.nodes x cluster.devices_per_node", devices, self.world_size),
-        ]
-        if self.world_size % self.expert_tensor == 0:  # otherwise `expert` has nothing to divide yet
-            divisions.append(
-                (
-                    "expert",
-                    self.expert,
-                    "cluster.nodes x cluster.devices_per_node / parallel.expert_tensor",
-                    f"{devices} / {self.expert_tensor}",
-                    self.world_size // self.expert_tensor,
-                )
-            )
-        return [
-            f"parallel.{key} ({degree}) must divide {keys} ({values} = {total}); "
-            f"nearest: {_nearest_divisors(degree, total)}"
-            for key, degree, keys, values, total in divisions
-            if total % degree
-        ]
-
-    def _not_two_levels(self) -> list[str]:
-        copy, per_node = self.exchange, self.devices_per_node
-        if self.all_to_all == "flat" or copy % per_node == 0 or per_node % copy == 0:
-            return []
-        return [
-            f"parallel.all_to_all (hierarchical) wants a copy of the experts to be on whole nodes, or within one: "
-            f"parallel.expert * parallel.expert_tensor ({self.expert} * {self.expert_tensor} = {copy}) must be a "
-            f"multiple or a divisor of cluster.devices_per_node ({per_node}); change one of them, or set "
-            f"parallel.all_to_all: flat"
-        ]
-
-
-def _nearest_divisors(value: int, total: int) -> str:
-    """Name the divisors of `total` next to `value`, which is none: `2 or 4`."""
-    below = next((n for n in range(min(value - 1, total), 0, -1) if total % n == 0), None)
-    above = next((n for n in range(value + 1, total + 1) if total % n == 0), None)
-    return " or ".join(str(n) for n in (below, above) if n is not None)
+    def _misfits(self) -> list[str]:
+        cluster = Cluster.model_construct(nodes=self.nodes, devices_per_node=self.devices_per_node)
+        parallel = Parallel.model_construct(
+            tensor=self.tensor, expert=self.expert, expert_tensor=self.expert_tensor, all_to_all=self.all_to_all
+        )
+        return [message for rule in LAYOUT_RULES for _, message in rule(cluster, parallel)]

@@ -13,7 +13,8 @@ from pydantic import AfterValidator, Field
 from dsmoe.checkpoint.fit import Row, rows
 from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Config, NonNegativeInt, Optimizer, PositiveInt
+from dsmoe.config.schema import Config, Optimizer
+from dsmoe.config.sections.base import NonNegativeInt, PositiveInt
 from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.order import ORDER_VERSION, Mixture

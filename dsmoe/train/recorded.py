@@ -8,7 +8,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dsmoe.checkpoint.manifest import DamagedError
-from dsmoe.config.schema import NonNegativeInt, Optimizer, PositiveFloat, PositiveInt
+from dsmoe.config.schema import Optimizer
+from dsmoe.config.sections.base import NonNegativeInt, PositiveFloat, PositiveInt
 from dsmoe.plan.text import shown
 
 

@@ -9,7 +9,7 @@ import pytest
 from dsmoe.config import Config
 from dsmoe.config.checks import cross_field_problems
 from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS
-from dsmoe.config.layout_checks import world_size
+from dsmoe.config.sections.parallel import world_size
 from dsmoe.config.show import flatten
 
 from .recipes import load, problems
@@ -26,7 +26,7 @@ def check(folder: Path, *overrides: str) -> list[str]:
 def test_the_valid_config_has_no_problem_and_eight_ranks(tmp_path: Path) -> None:
     config = load(tmp_path)
     assert cross_field_problems(config) == []
-    assert world_size(config) == 8
+    assert world_size(config.cluster) == 8
 
 
 def test_a_config_made_in_python_is_checked_as_well(tmp_path: Path) -> None:
@@ -122,7 +122,8 @@ def test_expert_times_expert_tensor_must_divide_the_devices(tmp_path: Path) -> N
 
 def test_no_expert_degree_fits_beside_an_expert_tensor_degree_that_does_not(tmp_path: Path) -> None:
     assert check(tmp_path, "parallel.expert_tensor=3", "moe.expert_ffn_size=48") == [
-        f"parallel.expert * parallel.expert_tensor (4 * 3 = 12) must divide {WORLD}; lower parallel.expert_tensor"
+        f"parallel.expert * parallel.expert_tensor (4 * 3 = 12) must divide {WORLD}; "
+        "nearest parallel.expert_tensor: 2 or 4"
     ]
 
 

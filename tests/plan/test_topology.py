@@ -191,22 +191,22 @@ def test_levels_are_the_equal_places_of_a_copys_nodes_and_the_nodes(world: int) 
     [
         (
             {"tensor": 3},
-            "parallel.tensor (3) must divide cluster.nodes x cluster.devices_per_node (2 x 8 = 16); nearest: 2 or 4",
+            "parallel.tensor (3) must divide the number of devices (2 nodes x 8 = 16); nearest: 2 or 4",
         ),
         (
             {"expert": 64},
-            "parallel.expert (64) must divide cluster.nodes x cluster.devices_per_node / parallel.expert_tensor "
-            "(2 x 8 / 1 = 16); nearest: 16",
+            "parallel.expert * parallel.expert_tensor (64 * 1 = 64) must divide the number of devices "
+            "(2 nodes x 8 = 16); nearest parallel.expert: 16",
         ),
         (
             {"expert": 6, "expert_tensor": 2},
-            "parallel.expert (6) must divide cluster.nodes x cluster.devices_per_node / parallel.expert_tensor "
-            "(2 x 8 / 2 = 8); nearest: 4 or 8",
+            "parallel.expert * parallel.expert_tensor (6 * 2 = 12) must divide the number of devices "
+            "(2 nodes x 8 = 16); nearest parallel.expert: 4 or 8",
         ),
         (
             {"expert_tensor": 5},
-            "parallel.expert_tensor (5) must divide cluster.nodes x cluster.devices_per_node (2 x 8 = 16); "
-            "nearest: 4 or 8",
+            "parallel.expert * parallel.expert_tensor (1 * 5 = 5) must divide the number of devices "
+            "(2 nodes x 8 = 16); nearest parallel.expert_tensor: 4 or 8",
         ),
         ({"tensor": 0}, "parallel.tensor (0) must be at least 1"),
     ],
@@ -221,7 +221,7 @@ def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         Topology(nodes=2, devices_per_node=8, tensor=3, expert=5)
     assert "parallel.tensor (3)" in str(caught.value)
-    assert "parallel.expert (5)" in str(caught.value)
+    assert "parallel.expert * parallel.expert_tensor (5 * 1 = 5)" in str(caught.value)
 
 
 @pytest.mark.parametrize("rank", [-1, 16])

@@ -1,0 +1,31 @@
+"""The section `observe`: what is written down while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dsmoe.config.errors import Problem
+from dsmoe.config.nearest import nearest_multiples_of
+from dsmoe.config.sections.base import Interval, NoEffect, PositiveInt, Section
+
+
+class Observe(Section):
+    """What is written down while training."""
+
+    log_every: NoEffect[PositiveInt] = 1
+    """Steps between lines on the console and in `metrics.jsonl`."""
+    layer_detail_every: NoEffect[Interval] = None
+    """Steps between per-layer metrics (`moe/layer_003/...`), a multiple of `log_every`; null or 0 never."""
+    tensorboard: NoEffect[bool] = True
+    """Write the metrics as TensorBoard events as well."""
+
+
+def interval_problems(observe: Observe) -> Iterator[Problem]:
+    """Check that layers are looked at when there is a line to write."""
+    detail, every = observe.layer_detail_every, observe.log_every
+    if detail is not None and detail % every:
+        yield (
+            "observe.layer_detail_every",
+            f"observe.layer_detail_every ({detail}) must be a multiple of observe.log_every ({every}); "
+            f"nearest: {nearest_multiples_of(detail, every)}",
+        )
