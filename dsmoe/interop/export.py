@@ -18,7 +18,8 @@ from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.durable import write_synced
-from dsmoe.interop.architectures import Architecture, choose, common_settings
+from dsmoe.interop.architectures import choose
+from dsmoe.interop.architectures.architecture import Architecture
 from dsmoe.interop.files import whole_folder
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
 from dsmoe.interop.names import BIAS, Match, matches
@@ -158,7 +159,7 @@ def _write_settings(
     end = None if files.end is None else files.end[1]
     special = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
     name = str(dtype).removeprefix("torch.")
-    settings = common_settings(architecture, config) | special | {"dtype": name, "torch_dtype": name}
+    settings = architecture.export(config) | special | {"dtype": name, "torch_dtype": name}
     _write_json(folder / "config.json", settings)
     _write_json(folder / "generation_config.json", special)
     for file, text in files.files.items():

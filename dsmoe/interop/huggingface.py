@@ -13,10 +13,10 @@ import torch
 from dsmoe.checkpoint.state import BUFFER
 from dsmoe.config.errors import UserError
 from dsmoe.durable import check_regular
+from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.files import Slot, read_header
 from dsmoe.interop.logits import NO_CODE, import_transformers, refuse_code
 from dsmoe.interop.names import Match
-from dsmoe.interop.sections import architecture_of
 from dsmoe.interop.settings import check_settings
 from dsmoe.interop.tensors import Tensors, Tile, Tiled
 

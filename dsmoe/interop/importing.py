@@ -11,11 +11,12 @@ from dsmoe.checkpoint.folder import inspect
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Model, Moe
 from dsmoe.config.yaml_text import write_yaml
+from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.files import whole_folder
 from dsmoe.interop.huggingface import folder_tensors, read_settings, read_slots
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
 from dsmoe.interop.names import matches
-from dsmoe.interop.sections import architecture_of, describe, sections_of
+from dsmoe.interop.sections import describe, sections_of
 from dsmoe.interop.tensors import checkpoint_tensors
 from dsmoe.interop.weights import write_checkpoint
 from dsmoe.launch.quoting import path_override
@@ -28,7 +29,6 @@ def fitting_sections(folder: Path) -> str:
         UserError: no config of ours does.
     """
     settings = read_settings(folder)
-    architecture_of(settings)
     found: dict[str, Any] = sections_of(settings)
     if (folder / "tokenizer.json").is_file():
         found["data"] = {"tokenizer": str(folder.absolute() / "tokenizer.json")}

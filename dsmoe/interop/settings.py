@@ -7,33 +7,23 @@ again with its defaults in them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.sections.base import Devices, Layers, Length, NonNegativeFloat, PositiveFloat, Width
+from dsmoe.config.sections.base import Layers, Length, NonNegativeFloat, PositiveFloat, Width
 from dsmoe.config.yaml_text import show_value
+from dsmoe.interop.architectures import ARCHITECTURES
+from dsmoe.interop.architectures.architecture import Architecture
+from dsmoe.interop.architectures.parts import Count
 
-_Count = Annotated[int, Field(ge=0, le=65_536)]
-_Layer = Annotated[int, Field(ge=0, le=10_000)]
-
-_COMMON = (
+_NEEDED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act"),
     *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
 )
-_NEEDED = {
-    "mixtral": ("num_local_experts", "num_experts_per_tok"),
-    "qwen3_moe": (
-        *("num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-        "decoder_sparse_step",
-    ),
-    "glm4_moe": (
-        *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-        *("n_shared_experts", "routed_scaling_factor", "n_group", "topk_group", "first_k_dense_replace"),
-    ),
-}
-"""What must not be null, by architecture, besides what all of them have."""
+"""What must not be null, besides the keys of the architecture's entry."""
 
 
 class _Part(BaseModel):
@@ -50,7 +40,9 @@ class _Rotary(_Part):
     partial_rotary_factor: PositiveFloat | None = None
 
 
-class _Settings(_Part):
+class _Common(_Part):
+    """The keys that a config of any architecture may have."""
+
     model_type: str | None = None
     vocab_size: Length | None = None
     hidden_size: Width | None = None
@@ -72,21 +64,22 @@ class _Settings(_Part):
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     layer_types: Annotated[list[str], Field(max_length=10_000)] | None = None
-    num_local_experts: _Count | None = None
-    num_experts: _Count | None = None
-    n_routed_experts: _Count | None = None
-    n_shared_experts: _Count | None = None
-    num_experts_per_tok: Devices | None = None
-    moe_intermediate_size: Width | None = None
-    decoder_sparse_step: Layers | None = None
-    mlp_only_layers: Annotated[list[_Layer], Field(max_length=10_000)] | None = None
-    first_k_dense_replace: _Layer | None = None
-    norm_topk_prob: bool | None = None
-    routed_scaling_factor: PositiveFloat | None = None
-    n_group: Devices | None = None
-    topk_group: Devices | None = None
     use_qk_norm: bool | None = None
-    num_labels: _Count | None = None
+    num_labels: Count | None = None
+
+
+@lru_cache(maxsize=16)
+def _kinds(own: Architecture | None, entries: tuple[Architecture, ...]) -> type[_Common]:
+    """The common keys and all entries' (a config without a name may be of any); its own entry's types come first."""
+    keys: dict[str, Any] = {}
+    for entry in entries:
+        for key, kind in {**entry.keys, **entry.optional_keys}.items():
+            keys.setdefault(key, kind)
+    keys = {key: kind for key, kind in keys.items() if key not in _Common.model_fields}
+    if own is not None:
+        keys |= {**own.keys, **own.optional_keys}
+    fields: dict[str, Any] = {key: (kind | None, None) for key, kind in keys.items()}
+    return create_model("_Settings", __base__=_Common, **fields)
 
 
 def check_settings(settings: Mapping[str, Any], with_defaults: bool) -> dict[str, Any]:
@@ -95,14 +88,17 @@ def check_settings(settings: Mapping[str, Any], with_defaults: bool) -> dict[str
     Raises:
         UserError: the values of some keys cannot be; with all of them.
     """
+    own = ARCHITECTURES.get(str(settings.get("model_type")))
     try:
-        values = _Settings.model_validate(dict(settings)).model_dump(exclude_unset=True)
+        values = (
+            _kinds(own, tuple(ARCHITECTURES.values())).model_validate(dict(settings)).model_dump(exclude_unset=True)
+        )
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         problems = [f"{'.'.join(map(str, one['loc']))} ({show_value(one['input'])}): {one['msg']}" for one in found]
         raise UserError("\n  ".join(["not the config of a model:", *problems[:50]])) from None
     if with_defaults:
-        needed = (*_COMMON, *_NEEDED.get(str(values.get("model_type")), ()))
+        needed = (*_NEEDED, *(own.keys if own else ()))
         missing = [key for key in needed if values.get(key) is None]
         rotary = values.get("rope_parameters")
         missing += ["rope_parameters.rope_theta"] if rotary and rotary.get("rope_theta") is None else []

@@ -16,6 +16,11 @@ def num_moe_layers(config: Config) -> int:
     return sum(is_moe_layer(config, index) for index in range(config.model.num_layers))
 
 
+def dense_layers(config: Config) -> list[int]:
+    """Return the layers that are not MoE layers."""
+    return [layer for layer in range(config.model.num_layers) if not is_moe_layer(config, layer)]
+
+
 def head_dim(model: Model) -> int:
     """Return the width of one attention head."""
     return model.head_dim or model.hidden_size // model.num_heads

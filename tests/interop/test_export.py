@@ -18,6 +18,7 @@ from dsmoe.config.schema import Moe, Router
 from dsmoe.data.tokenizer import ByteTokenizer
 from dsmoe.interop import export as exporting
 from dsmoe.interop.architectures import ARCHITECTURES, choose
+from dsmoe.interop.architectures.architecture import Architecture
 from dsmoe.interop.export import export
 from dsmoe.interop.files import read_header, whole_folder
 from dsmoe.interop.importing import import_folder
@@ -154,13 +155,13 @@ def test_where_nothing_fits_all_reasons_are_given(tmp_path: Path) -> None:
 def test_other_logits_end_it_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, MIXTRAL)
     save(config, tmp_path / "checkpoint")
-    right = exporting.common_settings
+    right = Architecture.export
 
     def wrong(*arguments: Any) -> dict[str, Any]:
         rotary = {"rope_type": "default", "rope_theta": 1e4}
         return right(*arguments) | {"rope_theta": 1e4, "rope_parameters": rotary}
 
-    monkeypatch.setattr(exporting, "common_settings", wrong)
+    monkeypatch.setattr(Architecture, "export", wrong)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"computes something else: largest difference"):
         export(tmp_path / "checkpoint", tmp_path / "out")

@@ -18,8 +18,9 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config
 from dsmoe.interop import importing
+from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.importing import fitting_sections, import_folder
-from dsmoe.interop.sections import architecture_of, sections_of
+from dsmoe.interop.sections import sections_of
 from dsmoe.parallel.local import RanksFailedError, run_ranks
 from tests.checkpoint.runs import take_steps, tensors_of
 from tests.interop.models import (

@@ -1,0 +1,199 @@
+"""An entry of the registry: one architecture of Hugging Face's, to it and from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsmoe.config.schema import Config
+from dsmoe.config.yaml_text import show_value
+from dsmoe.interop.architectures.parts import HIDDEN_ACT, Need, Settings
+from dsmoe.interop.names import Names
+from dsmoe.plan.layers import dense_layers, head_dim, num_kv_heads
+
+_QK_NORM_NEEDS = {
+    True: (Need("model.qk_norm", (True,), "its attention norms queries and keys"),),
+    False: (Need("model.qk_norm", (False,), "its attention norms neither queries nor keys"),),
+    None: (),
+}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The MoE layers of an architecture, as its config describes them."""
+
+    layers: Callable[[Settings], list[int]]
+    """Which of its layers are MoE layers."""
+    section: Callable[[Settings], dict[str, Any]]
+    """Our `moe` section."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An architecture that people ask for and that our options cannot be written as."""
+
+    name: str
+    why_not_read: str
+    why_not_written: str | None = None
+    """None where nothing is to be said but that there is no such format."""
+
+
+def _none(_: object) -> Iterator[str]:
+    return iter(())
+
+
+@dataclass(frozen=True, eq=False)  # an entry is equal to itself alone, so that it can be a cache's key
+class Architecture:
+    """One of theirs.
+
+    Attributes:
+        name: its `model_type`.
+        class_name: that of its causal language model.
+        settings: what its config says besides what every config does.
+        names: what it calls the parts of an MoE layer.
+        keys: the types of the keys that its config must have, besides those that every config has.
+        optional_keys: the types of other keys that are read.
+        qk_norm: whether its attention norms queries and keys; None where its config says it (`use_qk_norm`).
+        needs: the values that our options must have, besides `model.qk_norm`.
+        misfits: what else of our options it cannot express, as sentences.
+        settings_misfits: what it does, by its config, that ours cannot, besides what any config may say, as sentences.
+        experts: its MoE layers; None where all of its layers are dense.
+    """
+
+    name: str
+    class_name: str
+    settings: Callable[[Config], dict[str, Any]]
+    names: Names = field(default_factory=Names)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    optional_keys: Mapping[str, Any] = field(default_factory=dict)
+    qk_norm: bool | None = False
+    needs: tuple[Need, ...] = ()
+    misfits: Callable[[Config], Iterator[str]] = _none
+    settings_misfits: Callable[[Settings], Iterator[str]] = _none
+    experts: Experts | None = None
+
+    def refusals(self, config: Config) -> list[str]:
+        """Why the model of `config` is not one of these: each with key, value and what is needed."""
+        unmet = []
+        for need in (*self.needs, *_QK_NORM_NEEDS[self.qk_norm]):
+            value = _value(config, need.key)
+            if value not in need.allowed and not (config.moe is None and need.key.startswith("moe.")):
+                allowed = " or ".join(map(show_value, need.allowed))
+                unmet.append(f"{need.key} ({show_value(value)}) must be {allowed}: {need.reason}")
+        return [*unmet, *self._expert_misfits(config), *self.misfits(config)]
+
+    def _expert_misfits(self, config: Config) -> Iterator[str]:
+        dense = dense_layers(config)
+        if self.experts is None:
+            if len(dense) < config.model.num_layers:
+                yield "moe must be null: it has no experts"
+        elif len(dense) == config.model.num_layers:
+            yield "moe (null) must be there: it has experts"
+        elif config.moe is not None and dense and config.moe.activation != "swiglu":
+            yield (
+                f"moe.activation ({config.moe.activation}) must be swiglu where there are dense layers "
+                f"({', '.join(map(str, dense))}): those are SwiGLU, and it has one activation for both"
+            )
+
+    def export(self, config: Config) -> dict[str, Any]:
+        """Its config for a model that it can express; readers before and after transformers 5 find the rotary base."""
+        model, activation = config.model, "swiglu"
+        if config.moe is not None and len(dense_layers(config)) < model.num_layers:
+            activation = config.moe.activation
+        return {
+            "architectures": [self.class_name],
+            "model_type": self.name,
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.hidden_size,
+            "num_hidden_layers": model.num_layers,
+            "num_attention_heads": model.num_heads,
+            "num_key_value_heads": num_kv_heads(model),
+            "head_dim": head_dim(model),
+            "hidden_act": HIDDEN_ACT[activation],
+            "max_position_embeddings": model.max_sequence_length,
+            "rms_norm_eps": model.norm_eps,
+            "rope_theta": model.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+            "tie_word_embeddings": model.tie_embeddings,
+            "initializer_range": model.init_std,
+            "attention_bias": False,
+            **self.settings(config),
+        }
+
+    def settings_refusals(self, settings: Settings) -> list[str]:
+        """Why a model of its config `settings` is none of ours: each with key, value and what is needed."""
+        return [*self._common_misfits(settings), *self.settings_misfits(settings)]
+
+    def _common_misfits(self, settings: Settings) -> Iterator[str]:
+        for key in ("attention_bias", "mlp_bias"):
+            if settings.get(key):
+                yield f"{key} (true) must be false: our projections have no biases"
+        rotary = _rotary(settings)
+        kind, part = rotary.get("rope_type", "default"), rotary.get("partial_rotary_factor") or 1.0
+        if kind != "default":
+            yield f"rope_parameters.rope_type ({kind}) must be default: our rotary frequencies are not scaled"
+        if part != 1.0:
+            yield f"rope_parameters.partial_rotary_factor ({part}) must be 1: we rotate all of a head's vector"
+        if "full_attention" not in (settings.get("layer_types") or ["full_attention"]):
+            yield "layer_types must have full_attention"
+        sparse, layers = self._moe_layers(settings), settings["num_hidden_layers"]
+        allowed = tuple(HIDDEN_ACT.values()) if len(sparse) == layers else ("silu",)
+        if settings["hidden_act"] not in allowed:
+            yield f"hidden_act ({settings['hidden_act']}) must be {' or '.join(allowed)}"
+        if sparse and _pattern(sparse, layers) is None:
+            yield f"its MoE layers ({', '.join(map(str, sparse))}) must be every n-th one after some dense ones"
+
+    def sections(self, settings: Settings) -> dict[str, Any]:
+        """The `model` and `moe` sections of a model without `settings_refusals`, without what has our default."""
+        sparse = self._moe_layers(settings)
+        model: dict[str, Any] = {
+            "vocab_size": settings["vocab_size"],
+            "hidden_size": settings["hidden_size"],
+            "num_layers": settings["num_hidden_layers"],
+            "num_heads": settings["num_attention_heads"],
+            "num_kv_heads": settings["num_key_value_heads"],
+            "head_dim": settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
+        }
+        if sparse:
+            first, every = _pattern(sparse, settings["num_hidden_layers"])
+            model |= {"dense_layers": first, "moe_every": every}
+        if len(sparse) < settings["num_hidden_layers"]:
+            model["ffn_size"] = settings["intermediate_size"]
+        window = settings.get("sliding_window") or settings["max_position_embeddings"]
+        model |= {
+            # Up to a window's length, attention within the window is attention.
+            "max_sequence_length": min(window, settings["max_position_embeddings"]),
+            "rope_theta": float(_rotary(settings)["rope_theta"]),
+            "norm_eps": float(settings["rms_norm_eps"]),
+            # Asked for where the architecture has none, it is refused once its weights are missing.
+            "qk_norm": self.qk_norm or bool(settings.get("use_qk_norm")),
+            "tie_embeddings": bool(settings["tie_word_embeddings"]),
+        }
+        if settings["initializer_range"] > 0:  # 0 says nothing of a model that has been trained
+            model["init_std"] = float(settings["initializer_range"])
+        return {"model": model, "moe": self.experts.section(settings) if self.experts and sparse else None}
+
+    def _moe_layers(self, settings: Settings) -> list[int]:
+        return [] if self.experts is None else self.experts.layers(settings)
+
+
+def _value(config: Config, key: str) -> object:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _rotary(settings: Settings) -> Mapping[str, Any]:
+    return settings.get("rope_parameters") or {"rope_theta": settings.get("rope_theta", 10_000.0)}
+
+
+def _pattern(sparse: list[int], num_layers: int) -> Any:
+    """(`dense_layers`, `moe_every`) that give these MoE layers; None if none do."""
+    every = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+    candidates = [(sparse[0] + 1 - every, every), (0, sparse[0] + 1)]  # of a single one, the latter has none after it
+    for first, step in candidates:
+        if first >= 0 and [n for n in range(first, num_layers) if (n - first + 1) % step == 0] == sparse:
+            return first, step
+    return None

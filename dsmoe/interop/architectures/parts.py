@@ -1,0 +1,47 @@
+"""What the entries of the registry are made of: keys and options that several architectures share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+Settings = Mapping[str, Any]
+"""A Hugging Face config with all of its defaults."""
+
+Count = Annotated[int, Field(ge=0, le=65_536)]
+LayerIndex = Annotated[int, Field(ge=0, le=10_000)]
+
+HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu"}
+"""Our gated activations by the name that the function of the gate has there."""
+
+
+def activation_of(settings: Settings) -> str:
+    """Our name of the gated activation that a config has."""
+    return next(ours for ours, theirs in HIDDEN_ACT.items() if theirs == settings["hidden_act"])
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an option must be for an architecture, and why."""
+
+    key: str
+    allowed: tuple[object, ...]
+    reason: str
+
+
+HAS_EXPERTS = (
+    Need("moe.router.choice", ("token",), "its tokens choose their experts"),
+    Need("moe.router.force_balanced", (False,), "it goes by the scores"),
+    Need("moe.residual", (False,), "it has no residual MLP mixed in by learned coefficients"),
+    Need("moe.activation", tuple(HIDDEN_ACT), "its experts are gated"),
+)
+SOFTMAX = (
+    Need("moe.router.score", ("softmax",), "its scores are a softmax over the experts"),
+    Need("moe.router.scale", (1.0,), "it has no factor on its router weights"),
+    Need("moe.router.num_groups", (1,), "its experts stand in no groups"),
+    Need("moe.balance.bias_update_rate", (0.0,), "it has no selection bias"),
+    Need("moe.shared_expert_ffn_size", (None,), "it has no shared expert that is simply added"),
+)
