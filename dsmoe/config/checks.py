@@ -15,6 +15,7 @@ from dsmoe.config.layout_checks import LAYOUT_CHECKS, world_size
 from dsmoe.config.moe_checks import MOE_CHECKS
 from dsmoe.config.nearest import divisors_of, nearest_multiples_of, nearest_of
 from dsmoe.config.partial import UnsoundError
+from dsmoe.config.schedules import default_decay_steps, schedule_named, with_decay_steps
 from dsmoe.config.schema import Config, Source
 
 _BYTES_VOCABULARY = 257
@@ -157,11 +158,11 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
             "optimizer.min_lr",
             f"optimizer.min_lr ({optimizer.min_lr:g}) must be at most optimizer.lr ({optimizer.lr:g})",
         )
-    if optimizer.decay_steps is not None and optimizer.schedule != "wsd":
+    if optimizer.decay_steps is not None and not schedule_named(optimizer.schedule).takes_decay_steps:
         yield (
             "optimizer.decay_steps",
             f"optimizer.decay_steps ({optimizer.decay_steps}) would be unused: optimizer.schedule is "
-            f"{optimizer.schedule}; remove it or set optimizer.schedule: wsd",
+            f"{optimizer.schedule}; remove it or set optimizer.schedule: {' or '.join(with_decay_steps())}",
         )
     if optimizer.offload and config.parallel.zero_stage == 0:
         yield (
@@ -187,8 +188,8 @@ def _schedule(config: Config) -> Iterator[Problem]:
             "optimizer.warmup_steps",
             f"optimizer.warmup_steps ({warmup}) must be less than the number of steps ({total})",
         )
-    elif optimizer.schedule == "wsd":
-        decay = optimizer.decay_steps or steps // 5
+    elif schedule_named(optimizer.schedule).takes_decay_steps:
+        decay = optimizer.decay_steps or default_decay_steps(steps)
         origin = "" if optimizer.decay_steps else ", a fifth of the steps"
         if warmup + decay > steps:
             yield (

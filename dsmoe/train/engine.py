@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.config.deepspeed import REDUCE_BUCKET_ELEMENTS, to_deepspeed
 from dsmoe.config.errors import UserError
+from dsmoe.config.schedules import learning_rate
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
 from dsmoe.data.cache import VERIFIED_AT_START
@@ -32,7 +33,6 @@ from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
 from dsmoe.train.alike import claims_of_data, claims_of_run
 from dsmoe.train.gradient_sums import fill_missing_gradients, sum_in_fp32
-from dsmoe.train.schedule import learning_rate
 
 ELEMENTS_PER_PIECE = 2**18
 """Of a gradient on a CPU, when its norm is taken."""
