@@ -36,8 +36,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measuring import seconds, write
-from benchmarks.train_step import SHAPES, Run, make_config
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender
+from benchmarks.workload import SHAPES, Run, make_config
 from dsmoe.checkpoint.checkpoints import Checkpoints
 from dsmoe.checkpoint.folder import checkpoint_name
 from dsmoe.config.schema import Config

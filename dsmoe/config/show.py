@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsmoe.config.paths import write_paths
+from dsmoe.config.schedules import default_decay_steps, with_decay_steps
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import write_yaml
 
@@ -47,8 +48,9 @@ def spelled_out(flat: Mapping[str, Any]) -> dict[str, Any]:
     if flat.get("model.head_dim", width) is None and type(width) is type(heads) is int and heads > 0:
         found["model.head_dim"] = width // heads
     steps = _steps(flat)
-    if flat.get("optimizer.decay_steps", steps) is None and flat.get("optimizer.schedule") == "wsd" and steps:
-        found["optimizer.decay_steps"] = max(1, steps // 5)
+    decays = flat.get("optimizer.schedule") in with_decay_steps()
+    if flat.get("optimizer.decay_steps", steps) is None and decays and steps:
+        found["optimizer.decay_steps"] = default_decay_steps(steps)
     return found
 
 

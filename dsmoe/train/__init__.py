@@ -1,4 +1,4 @@
-"""Training: the engine over DeepSpeed, one readable step, schedule, evaluation, checkpoints."""
+"""Training: the engine over DeepSpeed, one readable step, evaluation, checkpoints."""
 
 from dsmoe.train.engine import initialize
 from dsmoe.train.trainer import Trainer

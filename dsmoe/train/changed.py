@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 from dsmoe.checkpoint.fit import Row, rows
 from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config.errors import UserError
+from dsmoe.config.schedules import learning_rate
 from dsmoe.config.schema import Config, Optimizer
 from dsmoe.config.sections.base import NonNegativeInt, PositiveInt
 from dsmoe.config.show import flatten
@@ -21,7 +22,6 @@ from dsmoe.data.order import ORDER_VERSION, Mixture
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.text import quantity, shown, table
 from dsmoe.train.recorded import SavedData, SavedOptimizer, SavedTrain, recorded
-from dsmoe.train.schedule import learning_rate
 
 _SAME = 1e-12
 """How far apart two shares are that differ by rounding: `weight: 0.3` beside 0.7, and 3 beside 7."""

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.config.deepspeed import REDUCE_BUCKET_ELEMENTS, to_deepspeed
 from dsmoe.config.errors import UserError
+from dsmoe.config.schedules import learning_rate
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
 from dsmoe.data.cache import VERIFIED_AT_START
@@ -32,7 +33,6 @@ from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
 from dsmoe.train.alike import claims_of_data, claims_of_run
 from dsmoe.train.gradient_sums import fill_missing_gradients, sum_in_fp32
-from dsmoe.train.schedule import learning_rate
 
 ELEMENTS_PER_PIECE = 2**18
 """Of a gradient on a CPU, when its norm is taken."""
@@ -64,16 +64,7 @@ def initialize(
     sources = prepare_once(config)
     check_alike(claims_of_data(sources))
     loader = TrainLoader(sources, config, groups.coordinate("data"), groups.topology.data)
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            module.loss_scale = 1.0 / batch.accumulation_steps
-            if (module.ep_size, module.expert_tensor) == (groups.topology.expert, groups.topology.expert_tensor):
-                module.set_expert_group(groups.expert_group(name))
-            if module.tensor_group.size != groups.topology.tensor:
-                raise UserError(
-                    f"the MoE layer {name} was made for {module.tensor_group.size} tensor ranks, and parallel.tensor "
-                    f"is {groups.topology.tensor}: make it with tensor_group=groups.tensor_group()"
-                )
+    _prepare_layers(model, groups, batch.accumulation_steps)
     _copy_first_tensor_rank(model, groups)
     options = config.optimizer
     routers = [module.router.weight for module in model.modules() if isinstance(module, MoE)]
@@ -161,6 +152,26 @@ def prepare_once(config: Config) -> list[PreparedSource]:
     on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data")
     on_first_of_hosts(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data of each host")
     return prepare(config, check=0)
+
+
+def _prepare_layers(model: nn.Module, groups: Groups, accumulation_steps: int) -> None:
+    """Let every MoE layer exchange over `groups`, with balancing losses that count once per optimizer step.
+
+    A layer of another expert degree than the config's is left to ask DeepSpeed for a group, when the engine is made.
+
+    Raises:
+        UserError: a layer was made for another number of tensor ranks.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            module.loss_scale = 1.0 / accumulation_steps
+            if (module.ep_size, module.expert_tensor) == (groups.topology.expert, groups.topology.expert_tensor):
+                module.set_expert_group(groups.expert_group(name))
+            if module.tensor_group.size != groups.topology.tensor:
+                raise UserError(
+                    f"the MoE layer {name} was made for {module.tensor_group.size} tensor ranks, and parallel.tensor "
+                    f"is {groups.topology.tensor}: make it with tensor_group=groups.tensor_group()"
+                )
 
 
 def _reduce_over_own_groups(engine: deepspeed.DeepSpeedEngine, groups: Groups) -> None:

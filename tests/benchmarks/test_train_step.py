@@ -12,7 +12,8 @@ import torch
 
 from benchmarks import train_step
 from benchmarks.measuring import RESULTS, Rows
-from benchmarks.train_step import OPPONENTS, SHAPES, Entrants, Run, make_config, measure, table
+from benchmarks.train_step import OPPONENTS, Entrants, measure, table
+from benchmarks.workload import SHAPES, Run, make_config, sequences_that_fit
 from dsmoe.parallel import Rank
 from dsmoe.plan import count_parameters
 from dsmoe.plan.flops import flops_per_token
@@ -118,7 +119,7 @@ def test_five_contenders_of_the_large_shape_fit_an_80_gb_card() -> None:
 
 @pytest.mark.parametrize(("card", "sequences"), [(79.1, 16), (139.8, 47), (39.4, 1)])
 def test_a_step_fills_the_card_that_there_is(card: float, sequences: int) -> None:
-    assert train_step.sequences_that_fit(int(card * 2**30)) == sequences
+    assert sequences_that_fit(int(card * 2**30)) == sequences
 
 
 def test_figures_follow_from_seconds_bytes_and_flops() -> None:

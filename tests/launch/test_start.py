@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe import cli
+from dsmoe.cli import preparation
 from dsmoe.config.errors import HostError, UserError
 from dsmoe.launch import speaker, start
 from dsmoe.launch.start import Start, begin_with, load_on_host
@@ -194,7 +195,7 @@ def test_every_command_of_several_ranks_watches_its_launcher(
     monkeypatch.chdir(tmp_path)
     watched: list[bool] = []
     monkeypatch.setattr(start, "watch_launcher", lambda: watched.append(True))
-    monkeypatch.setattr(cli, "end_process", lambda code: None)
+    monkeypatch.setattr(preparation, "end_process", lambda code: None)
     cli.main(arguments)
     assert watched == [True]
 
@@ -202,7 +203,8 @@ def test_every_command_of_several_ranks_watches_its_launcher(
 FAILS = """
 import sys
 from dsmoe import cli
-cli._schema = lambda _: open("/none/such")
+from dsmoe.cli import config
+config._schema = lambda _: open("/none/such")
 sys.exit(cli.main(["config", "schema"]))
 """
 
@@ -210,7 +212,7 @@ sys.exit(cli.main(["config", "schema"]))
 def test_an_error_of_the_system_is_said_once_with_its_line(folder: Path) -> None:
     codes, _, err = outcomes(folder, "torch's names", "-c", FAILS)
     assert codes == [2] * RANKS, err
-    assert err.count("error: /none/such: No such file or directory (dsmoe/cli.py:") == 1, err
+    assert err.count("error: /none/such: No such file or directory (dsmoe/cli/command.py:") == 1, err
     assert len(err.splitlines()) == 1
 
 

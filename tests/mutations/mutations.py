@@ -251,7 +251,7 @@ MUTATIONS = [
     Mutation(
         "balancing losses count once per micro-batch instead of once per step",
         "dsmoe/train/engine.py",
-        old="module.loss_scale = 1.0 / batch.accumulation_steps",
+        old="module.loss_scale = 1.0 / accumulation_steps",
         new="module.loss_scale = 1.0",
         caught_by=LAYOUT,
     ),

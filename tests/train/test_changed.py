@@ -15,10 +15,10 @@ import yaml
 
 from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config import UserError, dump_config
+from dsmoe.config.schedules import learning_rate
 from dsmoe.config.schema import Config
 from dsmoe.data.order import Mixture
 from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate, rate_when_longer
-from dsmoe.train.schedule import learning_rate
 from dsmoe.train.summary import _next_steps
 from tests.train.layouts import small_config
 from tests.train.test_run import pretrain

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from dsmoe.config.errors import Problem
+from dsmoe.config.schedules import default_decay_steps, schedule_named, with_decay_steps
 from dsmoe.config.sections.base import (
     Beta,
     MathEffect,
@@ -57,11 +58,11 @@ def learning_rate_problems(optimizer: Optimizer) -> Iterator[Problem]:
             "optimizer.min_lr",
             f"optimizer.min_lr ({optimizer.min_lr:g}) must be at most optimizer.lr ({optimizer.lr:g})",
         )
-    if optimizer.decay_steps is not None and optimizer.schedule != "wsd":
+    if optimizer.decay_steps is not None and not schedule_named(optimizer.schedule).takes_decay_steps:
         yield (
             "optimizer.decay_steps",
             f"optimizer.decay_steps ({optimizer.decay_steps}) would be unused: optimizer.schedule is "
-            f"{optimizer.schedule}; remove it or set optimizer.schedule: wsd",
+            f"{optimizer.schedule}; remove it or set optimizer.schedule: {' or '.join(with_decay_steps())}",
         )
 
 
@@ -89,8 +90,8 @@ def schedule_problems(optimizer: Optimizer, train: Train) -> Iterator[Problem]:
             "optimizer.warmup_steps",
             f"optimizer.warmup_steps ({warmup}) must be less than the number of steps ({total})",
         )
-    elif optimizer.schedule == "wsd":
-        decay = optimizer.decay_steps or steps // 5
+    elif schedule_named(optimizer.schedule).takes_decay_steps:
+        decay = optimizer.decay_steps or default_decay_steps(steps)
         origin = "" if optimizer.decay_steps else ", a fifth of the steps"
         if warmup + decay > steps:
             yield (

@@ -1,0 +1,74 @@
+"""The `dsmoe` command. Exit codes: 0 done, 2 somebody has to change something (one clear message), 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+
+from dsmoe import __version__
+from dsmoe.cli import checkpoint, config, launch, preparation
+from dsmoe.config import UserError
+from dsmoe.config.errors import describe, exit_code_of, located
+from dsmoe.console import finish_streams, open_missing_streams
+from dsmoe.launch.speaker import print_for_host
+from dsmoe.launch.start import INTERRUPTED, Parser, UsageError, wrong_arguments
+
+# Neither this nor a module of a command imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login
+# node. A command that needs more imports it when it runs.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, with the process's own arguments by default, and return the exit code."""
+    open_missing_streams()
+    parser = _parser()
+    try:
+        # argparse takes no more overrides after an option: these come back as unknown.
+        arguments, rest = parser.parse_known_args(argv)
+        if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    except UsageError as error:
+        sys.exit(_say_wrong_arguments(error))
+    if rest:
+        arguments.overrides += rest
+    try:
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read has seen enough (`| head`)
+        finish_streams()
+        return 1
+    except UserError as error:
+        print_for_host(f"error: {error}")  # under a launcher every rank of a host has the same input
+        return exit_code_of(error)
+    except OSError as error:
+        is_of_output = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        print_for_host(f"error: standard output: {describe(error)}" if is_of_output else f"error: {located(error)}")
+        finish_streams()
+        return exit_code_of(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dsmoe", description="Pretrain Mixture-of-Experts language models on DeepSpeed from one YAML file."
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (config, launch, preparation, checkpoint):  # in the order of `dsmoe --help`
+        module.add_commands(commands)
+    return parser
+
+
+def _say_wrong_arguments(error: UsageError) -> int:
+    """Say what is wrong with the arguments, on one of the ranks; returns the exit code."""
+    code = wrong_arguments(error).ended()
+    if code is None:  # rank 0 has other arguments, and waits for this rank
+        from dsmoe.train.run import ended_by
+
+        code = ended_by(error)
+    return code

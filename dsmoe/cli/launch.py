@@ -1,0 +1,82 @@
+"""`dsmoe plan` and `dsmoe launch`: what a run will be, and what starts it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dsmoe.cli.common import load, print_notes, takes_config
+from dsmoe.config import Config
+from dsmoe.launch.job import Request, default_folder
+from dsmoe.launch.programs import activation
+from dsmoe.plan import Batch, Plan, headline
+from dsmoe.plan.devices import device_problems
+
+_WAYS = {
+    "--hostfile": ("hosts", "a hostfile and an environment, for `deepspeed` over ssh"),
+    "--slurm": ("slurm", "job scripts, for sbatch"),
+    "--docker": ("docker", "a compose file, for containers"),
+}
+"""How `dsmoe launch` can start a run: the option, the module of dsmoe.launch that writes it, and what it writes."""
+
+
+def add_commands(commands: Any) -> None:
+    """Add `dsmoe plan` and `dsmoe launch`."""
+    plan = commands.add_parser("plan", help="say what a run will be: its ranks and groups, batch, parameters, FLOPs")
+    plan.add_argument("--json", action="store_true", help="as one JSON object, for a program")
+    takes_config(plan, _plan)
+
+    launch = commands.add_parser("launch", help="write what starts the run on a cluster, and print the command")
+    way = launch.add_mutually_exclusive_group(required=True)
+    for option, (module, what) in _WAYS.items():
+        way.add_argument(option, dest="renderer", action="store_const", const=module, help=what)
+    launch.add_argument("--dry-run", action="store_true", help="print the files' text, and write nothing")
+    launch.add_argument("--out", metavar="DIR", help="the folder to write to (default: launch/NAME of the run)")
+    takes_config(launch, _launch)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    config = load(arguments, device_problems)
+    plan = Plan.from_config(config)
+    notes = _notes_on_sources(config)
+    print(json.dumps(plan.json(), indent=2) if arguments.json else plan.text())
+    print_notes(notes)
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    config = load(arguments, device_problems)
+    topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
+    notes = _notes_on_sources(config)
+    folder = arguments.out or default_folder(config)
+    request = Request(config, arguments.config, tuple(arguments.overrides), folder)
+    job = import_module(f"dsmoe.launch.{arguments.renderer}").job(request)
+    heading = headline(config, topology)
+    if arguments.dry_run:
+        print(heading)
+        for name, text in job.files.items():
+            print(f"\n==> {Path(folder) / name}\n{text}", end="")
+    else:
+        paths = job.write(Path(folder))
+        print("\n".join([heading, *(f"wrote {path}" for path in paths)]))
+    if job.warning:
+        print(f"\n{job.warning}")
+    print_notes(notes)
+    if arguments.renderer == "hosts" and (first := activation("deepspeed")) is not None:
+        print(f"\nthis shell does not find deepspeed by its name; type first:\n{first}")
+    print(f"\nto start it, type in this folder:\n{job.command}")
+
+
+def _notes_on_sources(config: Config) -> list[str]:
+    """Whose text is not here, and whether the cache has it; a plan needs neither."""
+    from dsmoe.data.files import may_be_lost
+
+    lost = [source for source in config.data.sources if may_be_lost(source)]
+    if any(any(Path(config.data.cache_dir).glob(f"{source.name}-*")) for source in lost):
+        from dsmoe.data.check import notes_on_sources  # which takes a while
+
+        return notes_on_sources(config)
+    advice = "`dsmoe config check`, where the run is to be, says whether it is there"
+    return [f"data.sources[{source.name}].path: there is no text at {source.path}; {advice}" for source in lost]

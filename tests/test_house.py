@@ -1,0 +1,120 @@
+"""What holds for every file of the package: it is short, as are its functions and the lists of what they take."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+REPOSITORY = Path(__file__).parents[1]
+FOLDERS = ("dsmoe", "launch", "docker", "benchmarks")
+FILE_LINES, FUNCTION_LINES, PARAMETERS = "lines of a file", "lines of a function", "parameters"
+MOST = {FILE_LINES: 400, FUNCTION_LINES: 60, PARAMETERS: 12}
+
+
+class Exemption(NamedTuple):
+    """A place that may be larger than others, up to `most`, and why it has to be."""
+
+    most: int
+    reason: str
+
+
+EXEMPT: dict[tuple[str, str], Exemption] = {
+    ("dsmoe/moe/layer.py", FILE_LINES): Exemption(442, "being mended"),
+    ("dsmoe/moe/layer.py:MoE.__init__", FUNCTION_LINES): Exemption(114, "being mended"),
+    ("dsmoe/moe/layer.py:MoE.__init__", PARAMETERS): Exemption(
+        43, "takes DeepSpeed's 15, as a drop-in has to, and our own, which are to become 6: 21 together"
+    ),
+}
+
+
+def sizes(file: str, text: str) -> Iterator[tuple[str, str, int]]:
+    """Each place of a file (itself, or FILE:FUNCTION), what is counted of it, and how many there are."""
+    yield file, FILE_LINES, len(text.splitlines())
+    for name, function in functions(ast.parse(text)):
+        assert function.end_lineno is not None
+        yield f"{file}:{name}", FUNCTION_LINES, function.end_lineno - function.lineno + 1
+        if not is_kernel(function):
+            yield f"{file}:{name}", PARAMETERS, parameters(function)
+
+
+def functions(node: ast.AST, within: str = "") -> Iterator[tuple[str, Function]]:
+    """Functions and methods at any depth, by their dotted names."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function | ast.ClassDef):
+            name = f"{within}{child.name}"
+            if isinstance(child, Function):
+                yield name, child
+            yield from functions(child, f"{name}.")
+        else:
+            yield from functions(child, within)
+
+
+def is_kernel(function: Function) -> bool:
+    """Whether Triton compiles it: a kernel's pointers, sizes and strides are its interface, and it takes no objects."""
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+
+
+def parameters(function: Function) -> int:
+    """How many a caller can give; `*args` and `**kwargs` are one each."""
+    taken = function.args
+    positional = [*taken.posonlyargs, *taken.args]
+    of_method = bool(positional) and positional[0].arg in ("self", "cls")
+    rest = [each for each in (taken.vararg, taken.kwarg) if each is not None]
+    return len(positional) - of_method + len(taken.kwonlyargs) + len(rest)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[tuple[str, str], int]:
+    """How large every place of the package is, the largest where a file has a name twice."""
+    found: dict[tuple[str, str], int] = {}
+    for path in (path for folder in FOLDERS for path in sorted((REPOSITORY / folder).rglob("*.py"))):
+        name = path.relative_to(REPOSITORY).as_posix()
+        for place, kind, number in sizes(name, path.read_text(encoding="utf-8")):
+            found[place, kind] = max(number, found.get((place, kind), 0))
+    return found
+
+
+def test_every_folder_is_measured(measured: dict[tuple[str, str], int]) -> None:
+    assert {place.partition("/")[0] for place, _ in measured} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("kind", MOST)
+def test_nothing_is_too_large(kind: str, measured: dict[tuple[str, str], int]) -> None:
+    for (place, counted), number in measured.items():
+        if counted == kind:
+            most = EXEMPT[place, kind].most if (place, kind) in EXEMPT else MOST[kind]
+            assert number <= most, f"{place} has {number} {kind}, and {most} are allowed: split it by what its parts do"
+
+
+def test_every_exemption_is_needed(measured: dict[tuple[str, str], int]) -> None:
+    for (place, kind), exemption in EXEMPT.items():
+        number = measured.get((place, kind))
+        assert number is not None, f"{place}, which is exempt, is not there"
+        assert number > MOST[kind], f"{place} has {number} {kind}, and {MOST[kind]} are allowed without its exemption"
+        assert exemption.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "kind", "number"),
+    [
+        ("\n" * 401, "x.py", FILE_LINES, 401),
+        ("def f():\n" + "    pass\n" * 60, "x.py:f", FUNCTION_LINES, 61),
+        ("async def f():\n" + "    pass\n" * 60, "x.py:f", FUNCTION_LINES, 61),
+        ("class A:\n    def f(self):\n" + "        pass\n" * 60, "x.py:A.f", FUNCTION_LINES, 61),
+        ("def f():\n    def g():\n        pass\n    return g", "x.py:f.g", FUNCTION_LINES, 2),
+        ("if True:\n    def f(a, /, b, *c, d, **e): pass", "x.py:f", PARAMETERS, 5),
+        ("class A:\n    def f(self, a, b): pass", "x.py:A.f", PARAMETERS, 2),
+        ("class A:\n    @classmethod\n    def f(cls, *, a): pass", "x.py:A.f", PARAMETERS, 1),
+        ("@jit\ndef f(a): pass", "x.py:f", PARAMETERS, 1),
+        ("@triton.jit\ndef f(a): pass", "x.py:f", PARAMETERS, None),
+        ("@triton.jit(debug=True)\ndef f(a): pass", "x.py:f", PARAMETERS, None),
+    ],
+)
+def test_what_is_counted(text: str, place: str, kind: str, number: int | None) -> None:
+    found = {(name, counted): many for name, counted, many in sizes("x.py", text)}
+    assert found.get((place, kind)) == number
