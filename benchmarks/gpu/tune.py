@@ -274,29 +274,33 @@ def _activation_inputs(shape: Shape, device: str) -> tuple[torch.Tensor, torch.T
 
 
 def _activation_forward(shape: Shape, device: str) -> list[Case]:
+    from dsmoe.moe.activations import ACTIVATIONS
     from dsmoe.moe.kernels.activation import weighted_activation
 
     inputs = _activation_inputs(shape, device)
-    return [Case(shape.name, inputs, lambda: (weighted_activation(*inputs, "swiglu"),))]
+    return [Case(shape.name, inputs, lambda: (weighted_activation(*inputs, ACTIVATIONS["swiglu"]),))]
 
 
 def _activation_backward(shape: Shape, device: str) -> list[Case]:
+    from dsmoe.moe.activations import ACTIVATIONS
     from dsmoe.moe.kernels.activation import weighted_activation_backward
 
     grad_NI = torch.randn(shape.tokens * shape.top_k, shape.ffn, device=device, dtype=torch.bfloat16)
     inputs = (grad_NI, *_activation_inputs(shape, device))
-    return [Case(shape.name, inputs, lambda: weighted_activation_backward(*inputs, "swiglu"))]
+    return [Case(shape.name, inputs, lambda: weighted_activation_backward(*inputs, ACTIVATIONS["swiglu"]))]
 
 
 def _topk_router(shape: Shape, device: str) -> list[Case]:
     from dsmoe.moe.kernels.topk_router import _Route, route
+    from dsmoe.moe.scores import SCORES, TINY
 
-    rule = ("softmax", True, 1.0, 1e-20)
+    softmax = SCORES["softmax"]
+    rule = (softmax, True, 1.0, TINY)
     # Coarse, so that logits are equal or far apart, and no rounding changes their order.
     logits_TE = torch.randn(shape.tokens, shape.experts, device=device).mul_(64).round_().div_(64)
     scores_TE, weights_TK, experts_TK = route(logits_TE, None, None, shape.top_k, *rule)
     grads = torch.randn_like(scores_TE), torch.randn_like(weights_TK)
-    context = SimpleNamespace(saved_tensors=(scores_TE, experts_TK), rule=rule)
+    context = SimpleNamespace(saved_tensors=(scores_TE, experts_TK), rule=(softmax.kernel, *rule[1:]))
     return [
         Case(f"{shape.name} forward", (logits_TE,), lambda: route(logits_TE, None, None, shape.top_k, *rule)),
         # Without autograd, which would take longer on the host than the kernel on the device.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,41 @@ from dsmoe.moe.draws import uniform
 from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 
-DROP_POLICIES = ("probability", "position", "random")
 DROPS = 1
 """Added to the key of a forward pass for random drops, which so have nothing to do with its noise."""
 LARGEST_MOVE = 0.03
 """The most that `DropRateController.update` changes the factor by at once, as a share of it."""
+
+
+@dataclass(frozen=True)
+class DropPolicy:
+    """Which assignments stay where an expert has more than its capacity.
+
+    Attributes:
+        rank: of the routing and the key to draw from: a number for each assignment [A], token-major, of which the
+            highest stay and the earlier of equals; None keeps the first in sequence order.
+        is_random: whether it draws anything.
+    """
+
+    rank: Callable[[Routing, torch.Tensor | None], torch.Tensor] | None
+    is_random: bool = False
+
+
+def _by_weight(routing: Routing, _: torch.Tensor | None) -> torch.Tensor:
+    return routing.weights_TK.detach().reshape(-1)
+
+
+def _by_lot(routing: Routing, key: torch.Tensor | None) -> torch.Tensor:
+    experts_A = routing.experts_TK.reshape(-1)
+    return uniform(None if key is None else key + DROPS, experts_A.shape, experts_A.device)
+
+
+DROP_POLICIES = {
+    "probability": DropPolicy(_by_weight),
+    "position": DropPolicy(rank=None),
+    "random": DropPolicy(_by_lot, is_random=True),
+}
+"""The highest router weights stay, the first in sequence order, or any with equal chance."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +143,7 @@ class Capacity(nn.Module):
         factor: see `expert_capacity`; None is dropless.
         eval_factor: the same in evaluation.
         minimum: the least capacity.
-        drop_policy: see `limit`.
+        drop_policy: a name in `DROP_POLICIES`.
         renormalize_dropped: spread the weight of a token's dropped choices over its kept ones.
         target_drop_percent: let a `DropRateController` move the factor in training, from `factor` up to `max_factor`,
             to hold this drop rate; None leaves it alone.
@@ -141,12 +172,12 @@ class Capacity(nn.Module):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be > 0, or None for no limit; got {value}")
         if drop_policy not in DROP_POLICIES:
-            raise ValueError(f"drop_policy must be one of {DROP_POLICIES}, not {drop_policy!r}")
+            raise ValueError(f"drop_policy must be one of {tuple(DROP_POLICIES)}, not {drop_policy!r}")
         self._sizes = (top_k, num_experts)
         self._factor = None if factor is None else _text(factor)
         self.eval_factor = eval_factor
         self.minimum = minimum
-        self.drop_policy = drop_policy
+        self.drop_policy = DROP_POLICIES[drop_policy]
         self.renormalize_dropped = renormalize_dropped
         self.max_tokens = max_tokens
         self.controller: DropRateController | None = None
@@ -234,7 +265,7 @@ def limit(
     routing: Routing,
     assigned_E: torch.Tensor,
     capacity: int | None,
-    drop_policy: str,
+    drop_policy: DropPolicy,
     key: torch.Tensor | None = None,
 ) -> Assignments:
     """Sort the assignments by expert and keep the first `capacity` of each.
@@ -243,18 +274,15 @@ def limit(
         routing: the choices.
         assigned_E: how many assignments each expert has.
         capacity: C, or None to keep all.
-        drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order, `random`
-            any C with equal chance. Equal weights are settled by position, so what is kept is exact and, but for
-            chance, the same on every device.
-        key: what `random` draws from (see `dsmoe.moe.draws`); None is torch's generator.
+        drop_policy: an entry of `DROP_POLICIES`. Equal ranks are settled by position, so what is kept is exact and,
+            but for chance, the same on every device.
+        key: what it draws from (see `dsmoe.moe.draws`); None is torch's generator.
     """
     flat_A = routing.experts_TK.reshape(-1)
     num_experts = assigned_E.numel()
     rank_A = None
-    if capacity is not None and drop_policy == "probability":
-        rank_A = routing.weights_TK.detach().reshape(-1)
-    elif capacity is not None and drop_policy == "random":
-        rank_A = uniform(None if key is None else key + DROPS, flat_A.shape, flat_A.device)
+    if capacity is not None and drop_policy.rank is not None:
+        rank_A = drop_policy.rank(routing, key)
     if rank_A is None:
         order_A, expert_A, place_A = _by_expert(flat_A, assigned_E)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dsmoe.moe.ffn import ACTIVATIONS
+from dsmoe.moe.activations import find_activation
 from dsmoe.parallel.draw import normal_from, seed_of
 from dsmoe.parallel.groups import TensorGroup
 from dsmoe.parallel.regions import enter_split
@@ -21,7 +21,7 @@ class FeedForward(nn.Module):
     Args:
         hidden_size: D.
         ffn_size: I.
-        activation: a name in `dsmoe.moe.ffn.ACTIVATIONS`; the gate's rows of `gate_up` stand before the others.
+        activation: a name in `dsmoe.moe.activations.ACTIVATIONS`; the gate's rows of `gate_up` stand before the others.
         group: the ranks over which I is cut; None is this one alone.
     """
 
@@ -29,9 +29,7 @@ class FeedForward(nn.Module):
         self, hidden_size: int, ffn_size: int, activation: str = "swiglu", group: TensorGroup | None = None
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-        self.activation = ACTIVATIONS[activation]
+        self.activation = find_activation(activation)
         self.group = group or TensorGroup.alone()
         parts = 2 if self.activation.gated else 1
         self.gate_up = ColumnLinear(hidden_size, parts * ffn_size, self.group, parts)

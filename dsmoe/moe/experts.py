@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmoe.moe.activations import find_activation
 from dsmoe.moe.dispatch import Dispatched
-from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, expert_ffn, runs_in_groups
+from dsmoe.moe.ffn import ExpertRows, expert_ffn, runs_in_groups
 from dsmoe.moe.router import Router
 from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
 from dsmoe.parallel.draw import normal_from, seed_of
@@ -46,7 +47,7 @@ class StackedExperts(nn.Module):
         hidden_size: D.
         ffn_size: I, over all slices.
         num_local_experts: L.
-        activation: a name in `dsmoe.moe.ffn.ACTIVATIONS`.
+        activation: a name in `dsmoe.moe.activations.ACTIVATIONS`.
         recompute: compute the pre-activation again in the backward pass; see `dsmoe.moe.ffn.ExpertRows`.
         num_slices: into how many parts the experts' inner width is cut; this is one of them.
     """
@@ -66,10 +67,8 @@ class StackedExperts(nn.Module):
             raise ValueError(
                 f"hidden_size ({hidden_size}) and expert_ffn_size ({ffn_size}) must be multiples of 8{each}"
             )
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         self.num_local_experts = num_local_experts
-        self.activation = ACTIVATIONS[activation]
+        self.activation = find_activation(activation)
         self.recompute = recompute
         self.num_slices = num_slices
         width, parts = ffn_size // num_slices, 2 if self.activation.gated else 1

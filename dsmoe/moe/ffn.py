@@ -16,7 +16,6 @@ Shape suffixes: see `dsmoe.moe.dispatch`; Z width of the pre-activation, 2 I whe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,87 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from dsmoe.moe.kernels import on_gpu
+from dsmoe.moe.activations import Activation
 from dsmoe.moe.rows import RowMap
-
-Pointwise = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Activation:
-    """act(z), or act(gate) * up with gate and up the halves of z where `gated`; `slope(grad, x)` is grad * act'(x).
-
-    `act` can be differentiated by autograd, which is how dense blocks use it.
-    """
-
-    name: str
-    gated: bool
-    act: Pointwise
-    slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-    def __reduce__(self) -> tuple[Callable[[str], Activation], tuple[str]]:
-        """Copied and pickled by name: operators of torch cannot be pickled."""
-        return _activation, (self.name,)
-
-    def forward(self, z_NZ: torch.Tensor) -> torch.Tensor:
-        """[N, Z] -> [N, I]."""
-        if not self.gated:
-            return self.act(z_NZ)
-        gate_NI, up_NI = z_NZ.chunk(2, dim=-1)
-        return self.act(gate_NI).mul_(up_NI)
-
-    def backward(
-        self, grad_NI: torch.Tensor, z_NZ: torch.Tensor, weight_N1: torch.Tensor, grad_z_NZ: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backward pass of weight * forward(z), which is computed again on the way.
-
-        Overwrites `grad_NI`, the gradient of the weighted activation, and writes z's gradient into `grad_z_NZ`.
-
-        Returns:
-            The weighted activation [N, I], and the gradient of the weight [N], summed in fp32 at least.
-        """
-        gate_NI, up_NI = z_NZ.chunk(2, dim=-1) if self.gated else (z_NZ, None)
-        act_NI = self.act(gate_NI)
-        hidden_NI = act_NI if up_NI is None else act_NI * up_NI
-        wide = torch.promote_types(grad_NI.dtype, torch.float32)
-        grad_weight_N = (grad_NI * hidden_NI).sum(-1, dtype=wide)
-        grad_NI.mul_(weight_N1)
-        if up_NI is None:
-            grad_z_NZ.copy_(self.slope(grad_NI, gate_NI))
-        else:
-            grad_gate_NI, grad_up_NI = grad_z_NZ.chunk(2, dim=-1)
-            grad_up_NI.copy_(grad_NI).mul_(act_NI)
-            grad_gate_NI.copy_(self.slope(grad_NI.mul_(up_NI), gate_NI))
-        return hidden_NI.mul_(weight_N1), grad_weight_N
-
-    def weighted(self, z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor) -> torch.Tensor:
-        """The weight times forward(z), of the rows up to the last end."""
-        if on_gpu(z_NZ):
-            from dsmoe.moe.kernels.activation import weighted_activation
-
-            return weighted_activation(z_NZ, weight_N, ends_L, self.name)
-        return self.forward(z_NZ).mul_(weight_N[:, None].to(z_NZ.dtype))
-
-    def weighted_backward(
-        self, grad_NI: torch.Tensor, z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `weighted` returns, and the gradients of z and the weight. Overwrites `grad_NI`."""
-        if on_gpu(z_NZ):
-            from dsmoe.moe.kernels.activation import weighted_activation_backward
-
-            return weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, self.name)
-        grad_z_NZ = torch.empty_like(z_NZ)
-        hidden_NI, grad_weight_N = self.backward(grad_NI, z_NZ, weight_N[:, None].to(z_NZ.dtype), grad_z_NZ)
-        return hidden_NI, grad_z_NZ, grad_weight_N
-
-
-ACTIVATIONS = {
-    "swiglu": Activation("swiglu", True, F.silu, torch.ops.aten.silu_backward),
-    "geglu": Activation("geglu", True, F.gelu, torch.ops.aten.gelu_backward),
-    "gelu": Activation("gelu", False, F.gelu, torch.ops.aten.gelu_backward),
-    "relu2": Activation("relu2", False, lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(x) * 2),
-}
-"""SwiGLU and GEGLU (Shazeer 2020), GELU, and squared ReLU (Primer, So et al. 2021)."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +34,7 @@ class ExpertRows:
     Attributes:
         row_map: sorts the choices by expert.
         ends_L: int32, where each expert's rows end; what stands behind the last is not computed.
-        activation: one of `ACTIVATIONS`.
+        activation: an entry of `dsmoe.moe.activations.ACTIVATIONS`.
         recompute: compute z again in the backward pass, so that nothing but the source rows is kept: two ninths more
             products where the activation is gated, else a sixth.
     """
@@ -123,10 +43,6 @@ class ExpertRows:
     ends_L: torch.Tensor
     activation: Activation
     recompute: bool = False
-
-
-def _activation(name: str) -> Activation:
-    return ACTIVATIONS[name]
 
 
 def expert_ffn(

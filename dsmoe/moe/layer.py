@@ -72,7 +72,7 @@ class MoE(DeepSpeedMoE):
         expert_ffn_size: I, where `expert` is None.
         shared_expert_ffn_size: inner width of a dense feed-forward that every token passes, added to the experts'
             output (DeepSeekMoE, arXiv 2401.06066); None makes none. Not with `use_residual`, which is one already.
-        activation: of those, and of the residual MLP: swiglu, geglu, gelu or relu2 (`dsmoe.moe.ffn.ACTIVATIONS`).
+        activation: of those, and of the residual MLP: swiglu, geglu, gelu or relu2 (`dsmoe.moe.activations`).
         recompute_experts: compute the pre-activations of the stacked experts again in the backward pass.
         choice: `token`, or `expert` for expert-choice routing: each expert takes its C best tokens. It needs a
             capacity, drops nothing, and lets a token see what comes after it: not for causal models.
@@ -411,7 +411,7 @@ class MoE(DeepSpeedMoE):
 
     @property
     def _is_random(self) -> bool:
-        return self.router.rule.noise != "none" or self.limit.drop_policy == "random"
+        return self.router.noise.is_random or self.limit.drop_policy.is_random
 
     def _begin_pass(self, x_TD: torch.Tensor) -> torch.Tensor | None:
         """What this forward pass draws from, None where nothing is random; see `dsmoe.moe.draws`."""

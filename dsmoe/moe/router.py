@@ -15,19 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from dsmoe.moe.draws import uniform
 from dsmoe.moe.kernels import on_gpu
+from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES, TINY
 from dsmoe.parallel.groups import TensorGroup
 from dsmoe.parallel.regions import sum_gradients
 
 CHOICES = ("token", "expert")
-SCORES = ("softmax", "sigmoid")
-GROUP_SCORES = ("max", "top2_sum")
-NOISES = ("none", "jitter", "gumbel")
-JITTER = 1e-2
-"""Half-width of the uniform factor that `jitter` multiplies the router's input with (Switch Transformer, sec. 2.2)."""
-_TINY = 1e-20
-"""Added to a sum of scores before dividing by it, as DeepSeek-V3 does: sigmoids can all underflow to 0."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class RoutingRule:
         options = (("choice", CHOICES), ("score", SCORES), ("group_score", GROUP_SCORES), ("noise", NOISES))
         for name, valid in options:
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {valid}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {tuple(valid)}, not {getattr(self, name)!r}")
         if self.choice == "expert":
             for name, idle in (("normalize_weights", False), ("num_groups", 1), ("force_balanced", False)):
                 if getattr(self, name) != idle:
@@ -123,6 +116,9 @@ class Router(nn.Module):
         rule.check(num_experts)
         self.num_experts = num_experts
         self.rule = rule
+        self.score = SCORES[rule.score]
+        self.group_score = GROUP_SCORES[rule.group_score]
+        self.noise = NOISES[rule.noise]
         self.tensor_group = TensorGroup.alone()
         # On meta, so that torch draws no weight only to have it replaced.
         self.wg = nn.Linear(hidden_size, num_experts, bias=False, device="meta")
@@ -157,15 +153,12 @@ class Router(nn.Module):
             capacity: C, how many tokens an expert chooses where experts choose.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            if self.training and self.rule.noise == "jitter":
-                x_TD = x_TD.float()
-                x_TD = x_TD * (1.0 - JITTER + 2 * JITTER * uniform(key, x_TD.shape, x_TD.device))
+            if self.training and self.noise.on_input is not None:
+                x_TD = self.noise.on_input(x_TD, key)
             logits_TE = _Logits.apply(x_TD, sum_gradients(self.weight, self.tensor_group))
         decide = self._decide_fused if on_gpu(logits_TE) and self.rule.choice == "token" else self._decide
         scores_TE, weights_TK, experts_TK, valid_TK = decide(logits_TE, mask_T, bias_E, key, capacity)
-        probabilities_TE = scores_TE
-        if self.rule.score == "sigmoid":
-            probabilities_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + _TINY)
+        probabilities_TE = self.score.over_experts(scores_TE)
         if valid_TK is not None:
             experts_TK = torch.where(valid_TK, experts_TK, self.num_experts)
             weights_TK = torch.where(valid_TK, weights_TK, 0.0)
@@ -180,12 +173,12 @@ class Router(nn.Module):
         capacity: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Scores [T, E]; weights and experts [T, K], and which of them count, [T, K] or [T, 1]; None: all."""
-        scores_TE = self._score(logits_TE)
+        scores_TE = self.score.of_logits(logits_TE)
         with torch.no_grad():
             experts_TK, valid_TK = self._choose(logits_TE, scores_TE, mask_T, bias_E, key, capacity)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.rule.normalize_weights:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _TINY)
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
         if self.rule.scale != 1.0:
             weights_TK = weights_TK * self.rule.scale
         return scores_TE, weights_TK, experts_TK, valid_TK
@@ -202,16 +195,13 @@ class Router(nn.Module):
         from dsmoe.moe.kernels.topk_router import route
 
         rule, preference_TE = self.rule, None
-        if rule.force_balanced or rule.num_groups > 1 or (self.training and rule.noise == "gumbel"):
+        if rule.force_balanced or rule.num_groups > 1 or (self.training and self.noise.on_choice is not None):
             with torch.no_grad():
-                preference_TE = self._preference(logits_TE, self._score(logits_TE), mask_T, bias_E, key)
+                preference_TE = self._preference(logits_TE, self.score.of_logits(logits_TE), mask_T, bias_E, key)
         scores_TE, weights_TK, experts_TK = route(
-            logits_TE, bias_E, preference_TE, rule.top_k, rule.score, rule.normalize_weights, rule.scale, _TINY
+            logits_TE, bias_E, preference_TE, rule.top_k, self.score, rule.normalize_weights, rule.scale, TINY
         )
         return scores_TE, weights_TK, experts_TK, None if mask_T is None else mask_T[:, None]
-
-    def _score(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        return logits_TE.softmax(dim=-1) if self.rule.score == "softmax" else logits_TE.sigmoid()
 
     def _choose(
         self,
@@ -248,9 +238,8 @@ class Router(nn.Module):
         if self.rule.force_balanced:
             return self._in_turn(scores_TE, mask_T)
         preference_TE = scores_TE
-        if self.training and self.rule.noise == "gumbel":
-            gumbel_TE = -uniform(key, logits_TE.shape, logits_TE.device).log().neg().log()
-            preference_TE = self._score(logits_TE + gumbel_TE)
+        if self.training and self.noise.on_choice is not None:
+            preference_TE = self.score.of_logits(self.noise.on_choice(logits_TE, key))
         if bias_E is not None:
             preference_TE = preference_TE + bias_E
         if self.rule.num_groups > 1:
@@ -261,10 +250,7 @@ class Router(nn.Module):
         """The preferences, with -inf for every expert outside of the token's best groups."""
         rule = self.rule
         by_group_TGx = preference_TE.unflatten(1, (rule.num_groups, -1))
-        if rule.group_score == "max":
-            worth_TG = by_group_TGx.amax(dim=-1)
-        else:
-            worth_TG = by_group_TGx.topk(2, dim=-1).values.sum(dim=-1)
+        worth_TG = self.group_score(by_group_TGx)
         best = _largest(worth_TG, rule.top_k_groups)
         outside_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter_(1, best, False)
         return by_group_TGx.masked_fill(outside_TG[..., None], -torch.inf).flatten(1)

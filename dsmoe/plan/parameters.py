@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsmoe.config.schema import Config
+from dsmoe.config.sections.moe import GATED
 from dsmoe.plan.layers import head_dim, num_kv_heads, num_moe_layers
 from dsmoe.plan.topology import Topology
 
@@ -95,9 +96,6 @@ class ParameterCounts:
         )
 
 
-GATED_ACTIVATIONS = ("swiglu", "geglu")
-
-
 def count_parameters(config: Config) -> ParameterCounts:
     """Count the parameters of the model that `config`, checked by `load_config`, describes."""
     model, moe = config.model, config.moe
@@ -107,7 +105,7 @@ def count_parameters(config: Config) -> ParameterCounts:
     dense_layers = model.num_layers - moe_layers
     assert model.ffn_size or not dense_layers, "load_config refuses dense layers without a width"
     table = model.vocab_size * D
-    matrices = 3 if moe and moe.activation in GATED_ACTIVATIONS else 2  # gate, up, down
+    matrices = 3 if moe and GATED[moe.activation] else 2  # gate, up, down
     expert = matrices * D * moe.expert_ffn_size if moe else 0
     shared_expert = matrices * D * (moe.shared_expert_ffn_size or 0) if moe else 0
     is_residual = moe is not None and moe.residual

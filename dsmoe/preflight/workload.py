@@ -11,8 +11,8 @@ from typing import Literal, cast
 
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.schema import Config
+from dsmoe.config.sections.moe import GATED
 from dsmoe.plan import Plan, Topology, head_dim, num_moe_layers
-from dsmoe.plan.parameters import GATED_ACTIVATIONS
 from dsmoe.plan.topology import Axis, RankGroups
 
 Operation = Literal["all_reduce", "all_to_all"]
@@ -94,7 +94,7 @@ def products(config: Config) -> list[Product]:
     _, name, width = max(candidates, key=lambda c: c[0] * c[2])
     found = [Product(name, tokens, hidden, max(1, width // topology.tensor))]
     if moe is not None and num_moe_layers(config):
-        parts = 2 if moe.activation in GATED_ACTIVATIONS else 1
+        parts = 2 if GATED[moe.activation] else 1
         width, experts = parts * moe.expert_ffn_size // topology.expert_tensor, moe.num_experts // topology.expert
         # Every rank of a balanced exchange gets as many rows as it sends.
         rows = max(experts, _exchanged_rows(config, topology) // experts * experts)

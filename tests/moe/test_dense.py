@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsmoe.moe.activations import ACTIVATIONS
 from dsmoe.moe.dense import FeedForward
-from dsmoe.moe.ffn import ACTIVATIONS
 
 from .test_ffn import FORMULAS, INNER
 

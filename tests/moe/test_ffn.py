@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsmoe.moe.capacity import limit
-from dsmoe.moe.ffn import ACTIVATIONS, ExpertRows, _Grouped, _Looped, expert_ffn
+from dsmoe.moe.activations import ACTIVATIONS
+from dsmoe.moe.capacity import DROP_POLICIES, limit
+from dsmoe.moe.ffn import ExpertRows, _Grouped, _Looped, expert_ffn
 from dsmoe.moe.router import Routing
 from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
 from tests.moe import DEVICE
@@ -50,7 +51,7 @@ class Case:
         routing = Routing(scores_TE, scores_TE, scores_TE, self.inputs[1], experts_TK, mask_T)
         assigned_E = torch.bincount(experts_TK.flatten(), minlength=E + 1)[:E]
         self.experts_TK = experts_TK
-        self.assignments = limit(routing, assigned_E, capacity, "position")
+        self.assignments = limit(routing, assigned_E, capacity, DROP_POLICIES["position"])
         ends_L = self.assignments.kept_E.cumsum(0)
         self.row_map = RowMap.of(self.assignments, ends_L - self.assignments.kept_E, T * K)
         self.ends_L = ends_L.int()

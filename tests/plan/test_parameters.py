@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dsmoe.config.sections.moe import GATED
 from dsmoe.plan import Topology, count_parameters, head_dim, is_moe_layer, num_kv_heads, num_moe_layers
 
 from .configs import make_config
@@ -126,6 +127,20 @@ def test_which_layers_are_moe(dense_layers: int, moe_every: int, moe_layers: lis
     )
     assert [index for index in range(6) if is_moe_layer(config, index)] == moe_layers
     assert not any(is_moe_layer(config.model_copy(update={"moe": None}), index) for index in range(6))
+
+
+def test_what_is_gated_is_said_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(moe={"num_experts": 4, "expert_ffn_size": 8, "shared_expert_ffn_size": 24})
+    assert config.moe is not None
+    moe_layers, D = num_moe_layers(config), config.model.hidden_size
+    other = config.model_copy(update={"moe": config.moe.model_copy(update={"activation": "made up"})})
+    with pytest.raises(KeyError, match="made up"):
+        count_parameters(other)
+    for gated, matrices in ((True, 3), (False, 2)):
+        monkeypatch.setitem(GATED, "made up", gated)
+        counts = count_parameters(other)
+        assert counts.experts == moe_layers * 4 * matrices * D * 8
+        assert counts.shared_experts == moe_layers * matrices * D * 24
 
 
 def test_shapes_that_are_left_out_follow_from_others() -> None:

@@ -88,6 +88,10 @@ class Capacity(Section):
     """Exchange full [E, C, D] buffers (static shapes, no host read) instead of only what is kept."""
 
 
+GATED = {"swiglu": True, "geglu": True, "gelu": False, "relu2": False}
+"""Whether each `moe.activation` is gated: an expert then has three matrices (gate, up, down), else two."""
+
+
 class Experts(Section):
     """The feed-forwards of an MoE layer: the experts', and the dense one that every token passes besides, if any."""
 

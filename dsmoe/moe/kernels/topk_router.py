@@ -9,14 +9,18 @@ Shape suffixes: see `dsmoe.moe.router`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from dsmoe.moe.kernels import kernel_code
 from dsmoe.moe.kernels.blocks import SIZES
+
+if TYPE_CHECKING:
+    from dsmoe.moe.scores import Score
 
 
 def route(
@@ -24,7 +28,7 @@ def route(
     bias_E: torch.Tensor | None,
     preference_TE: torch.Tensor | None,
     top_k: int,
-    score: str,
+    score: Score,
     normalize: bool,
     scale: float,
     tiny: float,
@@ -39,7 +43,7 @@ def route(
         bias_E: fp32, added to the scores to choose by; None adds nothing.
         preference_TE: fp32, what to choose by instead of scores plus bias.
         top_k: K.
-        score: `softmax` or `sigmoid`.
+        score: an entry of `dsmoe.moe.scores.SCORES`.
         normalize: divide the chosen scores by their sum plus `tiny`.
         scale: what the weights are then multiplied by.
         tiny: see `normalize`.
@@ -47,8 +51,12 @@ def route(
     Returns:
         Scores [T, E] and weights [T, K], fp32 with a gradient, and the experts [T, K], int64, in order of falling
         preference.
+
+    Raises:
+        NotImplementedError: the kernel has no code for the score.
     """
-    return _Route.apply(logits_TE, bias_E, preference_TE, top_k, score, normalize, scale, tiny)
+    code = kernel_code(score.name, score.kernel, "dsmoe.moe.scores.SCORES", __name__)
+    return _Route.apply(logits_TE, bias_E, preference_TE, top_k, code, normalize, scale, tiny)
 
 
 class _Route(torch.autograd.Function):
@@ -141,8 +149,10 @@ def _forward(
         logit = tl.where(exists, logit, float("-inf"))
         power = tl.exp(logit - tl.max(logit, axis=1)[:, None])
         score = power / tl.sum(power, axis=1)[:, None]
-    else:
+    elif SCORE == "sigmoid":
         score = 1.0 / (1.0 + tl.exp(-logit))
+    else:
+        tl.static_assert(False, f"this kernel has no branch for the score {SCORE}")
     tl.store(scores + place, score, mask=mask)
     preference = score
     if preferences is not None:
@@ -208,6 +218,8 @@ def _backward(
         grad += tl.load(grad_scores + place, mask=mask, other=0.0)
     if SCORE == "softmax":
         grad = score * (grad - tl.sum(grad * score, axis=1)[:, None])
-    else:
+    elif SCORE == "sigmoid":
         grad *= score * (1.0 - score)
+    else:
+        tl.static_assert(False, f"this kernel has no branch for the score {SCORE}")
     tl.store(grad_logits + place, grad, mask=mask)

@@ -1,5 +1,7 @@
 """Compiles every launch of the kernels for an H100, on any machine: writes what it became to a file, as JSON.
 
+With it, what the compiler says of scores and activations that the kernels have no branch for.
+
 Those of the default sizes; of others also, but for bf16 only: some of the tests' own, and the table's for an H100.
 
 Run as a program of its own that is given the file, without Triton's interpreter. The functions are called as ever, so
@@ -13,21 +15,28 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
+from dsmoe.moe.activations import ACTIVATIONS
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
 from dsmoe.moe.kernels.bag_sum import bag_sum
 from dsmoe.moe.kernels.blocks import SIZES, TABLE, choose, read
 from dsmoe.moe.kernels.permute import sort_by_expert
-from dsmoe.moe.kernels.topk_router import route
+from dsmoe.moe.kernels.topk_router import _Route, route
+from dsmoe.moe.scores import SCORES
+from tests.moe import made_up
 from tests.moe.kernels import OTHER_SIZES
 
 T, D, E, K, INNER = 1000, 2048, 128, 8, 768
@@ -66,7 +75,8 @@ def main() -> None:
         SIZES.update(sizes)
         for part in launches(all_dtypes=not name):
             case = name + part
-    Path(sys.argv[1]).write_text(json.dumps(reports), encoding="utf-8")
+    found = {"launches": reports, "refusals": refusals()}
+    Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
 
 
 def launches(all_dtypes: bool) -> Iterator[str]:
@@ -76,9 +86,9 @@ def launches(all_dtypes: bool) -> Iterator[str]:
     for dtype, names in dtypes.items() if all_dtypes else [(torch.bfloat16, ("swiglu",))]:
         for name in names:
             yield f"{dtype} {name}"
-            z_NZ = torch.zeros(T, INNER * (2 if name in ("swiglu", "geglu") else 1), dtype=dtype)
-            hidden_NI = weighted_activation(z_NZ, torch.zeros(T), ends_L, name)
-            weighted_activation_backward(hidden_NI, z_NZ, torch.zeros(T), ends_L, name)
+            z_NZ = torch.zeros(T, INNER * (2 if ACTIVATIONS[name].gated else 1), dtype=dtype)
+            hidden_NI = weighted_activation(z_NZ, torch.zeros(T), ends_L, ACTIVATIONS[name])
+            weighted_activation_backward(hidden_NI, z_NZ, torch.zeros(T), ends_L, ACTIVATIONS[name])
         for size in (K, 1):
             yield f"{dtype} bags of {size}"
             bag_sum(torch.zeros(T, D, dtype=dtype), torch.zeros(T, size, dtype=torch.int64))
@@ -91,8 +101,28 @@ def launches(all_dtypes: bool) -> Iterator[str]:
     ):
         yield score if preference_TE is None else f"{score} by preference"
         logits_TE = torch.zeros(T, E, requires_grad=True)
-        scores_TE, weights_TK, _ = route(logits_TE, bias_E, preference_TE, K, score, True, 1.0, 1e-20)
+        scores_TE, weights_TK, _ = route(logits_TE, bias_E, preference_TE, K, SCORES[score], True, 1.0, 1e-20)
         (scores_TE.sum() + weights_TK.sum()).backward()
+
+
+def refusals() -> list[str]:
+    """What is said of a made-up score and a made-up activation, in the forward and the backward kernel."""
+    softplus, tanh = replace(made_up.SOFTPLUS, kernel="softplus"), replace(made_up.TANH, kernel="tanh")
+    z_NZ, weight_N, ends_E = torch.zeros(T, INNER), torch.zeros(T), torch.zeros(E, dtype=torch.int32)
+    scores_TE, experts_TK = torch.zeros(T, E), torch.zeros(T, K, dtype=torch.int64)
+    context = SimpleNamespace(saved_tensors=(scores_TE, experts_TK), rule=("softplus", True, 1.0, 1e-20))
+    said = []
+    for run in (
+        lambda: route(scores_TE, None, None, K, softplus, True, 1.0, 1e-20),
+        lambda: _Route.backward(context, scores_TE, None, None),
+        lambda: weighted_activation(z_NZ, weight_N, ends_E, tanh),
+        lambda: weighted_activation_backward(z_NZ, z_NZ, weight_N, ends_E, tanh),
+    ):
+        try:
+            run()
+        except CompilationError as error:
+            said.append("".join(traceback.format_exception(error)))
+    return said
 
 
 def report(kernel: Any) -> dict[str, int]:

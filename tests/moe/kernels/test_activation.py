@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsmoe.moe.ffn import ACTIVATIONS
+from dsmoe.moe.activations import ACTIVATIONS
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
 from tests.moe import DEVICE
 from tests.moe.kernels import DTYPES, ROUNDING
@@ -35,8 +35,10 @@ def test_kernels_are_their_twin(name: str, num_rows: int, inner: int, dtype: tor
         grad_NI.double(), wide_NZ, wide_weight_N1, expected_grad_z_NZ
     )
 
-    hidden_NI = weighted_activation(z_NZ, weight_N, ends_L, name)
-    again_NI, grad_z_NZ, grad_weight_N = weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, name)
+    hidden_NI = weighted_activation(z_NZ, weight_N, ends_L, ACTIVATIONS[name])
+    again_NI, grad_z_NZ, grad_weight_N = weighted_activation_backward(
+        grad_NI, z_NZ, weight_N, ends_L, ACTIVATIONS[name]
+    )
 
     assert (hidden_NI.dtype, grad_z_NZ.dtype, grad_weight_N.dtype) == (dtype, dtype, torch.float32)
     assert torch.equal(hidden_NI, again_NI)
@@ -54,12 +56,12 @@ def test_kernels_are_their_twin(name: str, num_rows: int, inner: int, dtype: tor
 def test_rows_behind_the_last_expert_are_neither_read_nor_written(name: str, end: int) -> None:
     z_NZ, grad_NI, weight_N = inputs(name, 100, 24, torch.float32)
     ends_L = torch.tensor([0, end // 2, end], dtype=torch.int32, device=DEVICE)
-    clean = [weighted_activation(z_NZ, weight_N, ends_L, name)]
-    clean += weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, name)
+    clean = [weighted_activation(z_NZ, weight_N, ends_L, ACTIVATIONS[name])]
+    clean += weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, ACTIVATIONS[name])
     for tensor in (z_NZ, grad_NI, weight_N):
         tensor[end:] = torch.nan
-    garbage = [weighted_activation(z_NZ, weight_N, ends_L, name)]
-    garbage += weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, name)
+    garbage = [weighted_activation(z_NZ, weight_N, ends_L, ACTIVATIONS[name])]
+    garbage += weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, ACTIVATIONS[name])
     for before, after in zip(clean, garbage, strict=True):
         assert torch.equal(before[:end], after[:end])
         assert after[:end].isfinite().all()
@@ -72,5 +74,5 @@ def test_far_tails_stay_finite() -> None:
         grad_NI = torch.ones(1, 3 if activation.gated else 6, device=DEVICE)
         ends_L = torch.ones(1, dtype=torch.int32, device=DEVICE)
         weight_N = torch.ones(1, device=DEVICE)
-        for result in weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, name):
+        for result in weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, ACTIVATIONS[name]):
             assert result.isfinite().all()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dsmoe
+from dsmoe.moe.activations import ACTIVATIONS
 from dsmoe.moe.kernels import blocks
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
 from dsmoe.moe.kernels.bag_sum import bag_sum
@@ -63,8 +64,12 @@ def test_what_is_not_summed_within_a_program_has_the_same_bits_at_any_size(
     ends_L = torch.tensor([37], dtype=torch.int32, device=DEVICE)
 
     def results() -> list[torch.Tensor]:
-        backward = weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, "swiglu")
-        return [bag_sum(rows_ND, row_SK), weighted_activation(z_NZ, weight_N, ends_L, "swiglu"), *backward[:2]]
+        backward = weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, ACTIVATIONS["swiglu"])
+        return [
+            bag_sum(rows_ND, row_SK),
+            weighted_activation(z_NZ, weight_N, ends_L, ACTIVATIONS["swiglu"]),
+            *backward[:2],
+        ]
 
     expected = results()
     for sizes in SETS:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import dsmoe
-from dsmoe.moe import balance, capacity, ffn, router, rows
+from dsmoe.moe import activations, balance, capacity, ffn, router, rows
 from tests.moe import DEVICE
 
 T, D, E = 21, 16, 8
@@ -65,7 +65,7 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch, used: bool) -> set[Any]:
     """As on a GPU, with the kernels or without them; the modules that have asked."""
     asked: set[Any] = set()
     monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
-    for module in (balance, capacity, ffn, router, rows):
+    for module in (activations, balance, capacity, router, rows):
         monkeypatch.setattr(module, "on_gpu", lambda tensor, module=module: bool(asked.add(module)) or used)
     return asked
 
@@ -78,7 +78,7 @@ def test_kernels_change_nothing(name: str, masked: bool, monkeypatch: pytest.Mon
     plain = outcome(OPTIONS[name], masked)
     asked = use_kernels(monkeypatch, True)
     fused = outcome(OPTIONS[name], masked)
-    assert asked == {balance, capacity, router, rows} | ({ffn} if "expert" not in OPTIONS[name] else set())
+    assert asked == {balance, capacity, router, rows} | ({activations} if "expert" not in OPTIONS[name] else set())
     for key, expected in plain.items():
         torch.testing.assert_close(
             fused[key], expected, rtol=2e-5, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}"

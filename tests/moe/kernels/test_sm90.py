@@ -1,4 +1,7 @@
-"""The kernels compile for an H100 on any machine, keep to its registers and move whole vectors."""
+"""The kernels compile for an H100 on any machine, keep to its registers and move whole vectors.
+
+With codes that they have no branch for they do not.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ def test_kernels_compile_for_sm90_without_spills_in_whole_vectors(tmp_path: Path
     command = [sys.executable, "-m", "tests.moe.kernels.sm90", str(found)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    reports = json.loads(found.read_text(encoding="utf-8"))
+    results = json.loads(found.read_text(encoding="utf-8"))
+    reports, refusals = results["launches"], results["refusals"]
+    for message, name in zip(refusals, ["score softplus"] * 2 + ["activation tanh"] * 2, strict=True):
+        assert f"this kernel has no branch for the {name}" in message
     assert len(reports) == 22 + 12 * (2 if "sm_90" in read(TABLE) else 1)
     for name, report in reports.items():
         assert report["spill stores"] == report["spill loads"] == 0, (name, report)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsmoe.moe.kernels.topk_router import route
+from dsmoe.moe.scores import SCORES
 from tests.moe import DEVICE
 
 TINY = 1e-20
@@ -46,7 +47,7 @@ def test_kernels_are_their_twin(
     logits_TE = (2 * torch.randn(num_tokens, num_experts, generator=generator)).to(DEVICE).requires_grad_()
     wide_TE = logits_TE.detach().double().requires_grad_()
 
-    scores_TE, weights_TK, experts_TK = route(logits_TE, None, None, top_k, score, normalize, scale, TINY)
+    scores_TE, weights_TK, experts_TK = route(logits_TE, None, None, top_k, SCORES[score], normalize, scale, TINY)
     expected = by_hand(wide_TE, experts_TK, score, normalize, scale)
 
     assert (experts_TK.dtype, experts_TK.shape) == (torch.int64, (num_tokens, top_k))
@@ -65,7 +66,7 @@ def test_kernels_are_their_twin(
 def test_gradients_that_come_expanded(score: str) -> None:
     """What `.sum()` sends back has strides of 0."""
     logits_TE = torch.randn(20, 6, device=DEVICE, requires_grad=True)
-    scores_TE, weights_TK, experts_TK = route(logits_TE, None, None, 2, score, False, 1.0, TINY)
+    scores_TE, weights_TK, experts_TK = route(logits_TE, None, None, 2, SCORES[score], False, 1.0, TINY)
     (scores_TE.sum() + weights_TK.sum()).backward()
     wide_TE = logits_TE.detach().double().requires_grad_()
     sum(tensor.sum() for tensor in by_hand(wide_TE, experts_TK, score, False, 1.0)).backward()
@@ -75,7 +76,7 @@ def test_gradients_that_come_expanded(score: str) -> None:
 def test_bias_chooses_and_does_not_weigh() -> None:
     logits_TE = torch.randn(50, 10, device=DEVICE)
     bias_E = torch.linspace(-1, 1, 10, device=DEVICE)
-    scores_TE, weights_TK, experts_TK = route(logits_TE, bias_E, None, 3, "sigmoid", False, 1.0, TINY)
+    scores_TE, weights_TK, experts_TK = route(logits_TE, bias_E, None, 3, SCORES["sigmoid"], False, 1.0, TINY)
     assert torch.equal(experts_TK, in_order(scores_TE + bias_E, 3))
     assert not torch.equal(experts_TK, in_order(scores_TE, 3))
     assert torch.equal(weights_TK, scores_TE.gather(1, experts_TK))
@@ -86,7 +87,7 @@ def test_a_preference_chooses_instead() -> None:
     logits_TE = torch.randn(60, 12, device=DEVICE)
     preference_TE = torch.randint(-2, 3, (60, 12)).float().to(DEVICE)
     preference_TE[:, 3:] = preference_TE[:, 3:].masked_fill(torch.rand(60, 9, device=DEVICE) < 0.8, -torch.inf)
-    _, _, experts_TK = route(logits_TE, None, preference_TE, 5, "softmax", True, 1.0, TINY)
+    _, _, experts_TK = route(logits_TE, None, preference_TE, 5, SCORES["softmax"], True, 1.0, TINY)
     assert torch.equal(experts_TK, in_order(preference_TE, 5))
 
 
@@ -95,10 +96,10 @@ def test_the_lower_of_equal_experts_goes_first(score: str) -> None:
     logits_TE = torch.randint(0, 3, (100, 20)).float().to(DEVICE)
     logits_TE[0], logits_TE[1] = 0.0, -300.0
     logits_TE[2] = torch.cat([torch.full((10,), -300.0), torch.full((10,), 300.0)])
-    scores_TE, _, experts_TK = route(logits_TE, None, None, 6, score, True, 1.0, TINY)
+    scores_TE, _, experts_TK = route(logits_TE, None, None, 6, SCORES[score], True, 1.0, TINY)
     assert torch.equal(experts_TK, in_order(scores_TE, 6))
     zeros_TE = torch.tensor([[-0.0, 0.0, -0.0, 0.0]], device=DEVICE)
-    assert route(zeros_TE, None, zeros_TE, 4, score, True, 1.0, TINY)[2].tolist() == [[0, 1, 2, 3]]
+    assert route(zeros_TE, None, zeros_TE, 4, SCORES[score], True, 1.0, TINY)[2].tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -106,6 +107,6 @@ def test_experts_exist_and_differ_whatever_the_logits(score: str) -> None:
     logits_TE = torch.randn(6, 5, device=DEVICE)
     logits_TE[0], logits_TE[1, 2], logits_TE[2], logits_TE[3, 1] = torch.nan, torch.nan, torch.inf, torch.inf
     logits_TE[4], logits_TE[5, 3] = -torch.inf, -torch.nan
-    _, weights_TK, experts_TK = route(logits_TE, None, logits_TE, 4, score, True, 1.0, TINY)
+    _, weights_TK, experts_TK = route(logits_TE, None, logits_TE, 4, SCORES[score], True, 1.0, TINY)
     assert torch.equal(experts_TK, in_order(logits_TE, 4))
     assert weights_TK[1].isnan().any()
