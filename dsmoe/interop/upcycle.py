@@ -42,6 +42,7 @@ from dsmoe.interop.sections import describe, sections_of
 from dsmoe.interop.tensors import Tensors, Tile, Tiled, checkpoint_tensors
 from dsmoe.interop.weights import write_checkpoint
 from dsmoe.launch.quoting import path_override
+from dsmoe.moe.scores import SCORES
 from dsmoe.parallel.boxes import Box
 from dsmoe.parallel.draw import normal_from, seed_of
 from dsmoe.plan.layers import dense_layers, is_moe_layer
@@ -186,7 +187,8 @@ def cut_of(dense: Config, config: Config) -> Cut:
     exact, std = moe.router.normalize_weights, config.model.init_std
     total = moe.router.scale
     if not exact:
-        total *= moe.top_k / (moe.num_experts if moe.router.score == "softmax" else 2)
+        even_E = SCORES[moe.router.score].of_logits(torch.zeros(moe.num_experts, dtype=torch.float64))
+        total *= moe.top_k * float(even_E[0])
         std = min(std, SMALL_LOGITS / math.sqrt(config.model.hidden_size))
     return Cut(inner, shared, slices, slices / total, std, exact)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dsmoe.interop.upcycle import cut_of, upcycle
 from dsmoe.parallel.local import run_ranks
 from tests.checkpoint.runs import tensors_of
 from tests.interop.models import LLAMA, QWEN3, load_sections, make_config, save, save_theirs, tiled, train_on
+from tests.moe import made_up
 
 BIAS_KEY = "buffer/blocks.1.ffn.balance.bias"
 INNER = 48
@@ -127,6 +129,20 @@ def test_weights_that_are_not_normalised_are_scaled_to_nearly_the_same(
     unscaled = upcycling.Cut(cut.inner, cut.shared, cut.slices, 1.0, cut.router_std, False)
     far = compare(our_logits(config, upcycling.upcycled(dense, config, unscaled)), dense.logits())
     assert far.largest > 5 * near.largest
+
+
+def test_any_score_says_what_weights_that_are_not_normalised_begin_with(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.register(monkeypatch)
+    router = {"normalize_weights": False, "scale": 1.5}
+    config = moe_config(tmp_path, {"num_experts": 8, "top_k": 2, "expert_ffn_size": INNER, "router": router})
+    assert config.moe is not None
+    dense = upcycling.read_dense(llama, config).config
+    for score, at_zero in (("softmax", 1 / 8), ("sigmoid", 1 / 2), ("softplus", math.log(2))):
+        named = config.moe.router.model_copy(update={"score": score})
+        other = config.model_copy(update={"moe": config.moe.model_copy(update={"router": named})})
+        assert cut_of(dense, other).factor == pytest.approx(1 / (1.5 * 2 * at_zero), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
