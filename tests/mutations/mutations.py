@@ -126,6 +126,13 @@ MUTATIONS = [
         new="dense_TD = self._dense(x_TD.detach())",
         caught_by="tests/moe/test_reference.py::test_what_every_token_passes[False-None-shared]",
     ),
+    Mutation(
+        "the kernels take an activation that they do not know for none",
+        "dsmoe/moe/kernels/activation.py",
+        old='tl.static_assert(False, f"this kernel has no branch for the activation {ACT}")',
+        new="return x, x",
+        caught_by="tests/moe/kernels/test_registries.py::test_a_code_without_a_branch_does_not_compile[True]",
+    ),
     # Tensor and sequence parallelism.
     Mutation(
         "the router's gradient is that of one tensor rank's tokens",

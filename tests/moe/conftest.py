@@ -1,0 +1,10 @@
+"""Entries of the registries that dsmoe does not have."""
+
+import pytest
+
+from . import made_up
+
+
+@pytest.fixture
+def made_up_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up.register(monkeypatch)
