@@ -10,19 +10,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsmoe.config import Config, ConfigError, load_config
+    from dsmoe.config import Balance, Capacity, Config, ConfigError, Experts, Router, load_config
     from dsmoe.model import build_model
-    from dsmoe.moe import MoE
+    from dsmoe.moe import Layout, MoE
     from dsmoe.parallel import Groups
     from dsmoe.plan import Topology
     from dsmoe.train import initialize
 
 __version__ = "0.1.0"
 __all__ = [
+    "Balance",
+    "Capacity",
     "Config",
     "ConfigError",
+    "Experts",
     "Groups",
+    "Layout",
     "MoE",
+    "Router",
     "Topology",
     "__version__",
     "build_model",
@@ -37,6 +42,8 @@ _HOME = {
     "Topology": "dsmoe.plan",
     "Groups": "dsmoe.parallel",
     "MoE": "dsmoe.moe",
+    "Layout": "dsmoe.moe",
+    **dict.fromkeys(("Balance", "Capacity", "Experts", "Router"), "dsmoe.config"),
     "build_model": "dsmoe.model",
     "initialize": "dsmoe.train",
 }

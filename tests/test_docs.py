@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import dsmoe
 from dsmoe.config import schema
 from dsmoe.data import files, streams
+from tests.moe.flat import moe_layer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -28,7 +28,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_code_runs(page: Path) -> None:
-    layer = dsmoe.MoE(8, expert_ffn_size=8, num_experts=2, target_drop_percent=1.0, bias_update_rate=0.1)
+    layer = moe_layer(8, expert_ffn_size=8, num_experts=2, target_drop_percent=1.0, bias_update_rate=0.1)
     for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         exec(code, {"layers": [layer], "step": 0, "percent": 2.0})
 

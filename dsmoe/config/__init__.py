@@ -2,7 +2,17 @@
 
 from dsmoe.config.errors import ConfigError, UserError
 from dsmoe.config.load import load_config
-from dsmoe.config.schema import Config
+from dsmoe.config.schema import Balance, Capacity, Config, Experts, Router
 from dsmoe.config.show import dump_config
 
-__all__ = ["Config", "ConfigError", "UserError", "dump_config", "load_config"]
+__all__ = [
+    "Balance",
+    "Capacity",
+    "Config",
+    "ConfigError",
+    "Experts",
+    "Router",
+    "UserError",
+    "dump_config",
+    "load_config",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,17 @@ class PassingError(UserError):
     """What may be right at another try: a lock that is held, a full disk, storage that does not answer."""
 
     exit_code = 1
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Refuse what a constructor was given, by the keys' names within their sections: its arguments have none.
+
+    Raises:
+        UserError: there are problems; a line for each.
+    """
+    messages = [re.sub(r"\b(cluster|parallel|model|moe)\.(?=[a-z])", "", message) for _, message in problems]
+    if messages:
+        raise UserError("\n".join(messages))
 
 
 _FOR_A_PERSON = frozenset(

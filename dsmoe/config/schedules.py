@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.registry import entry_named
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.optimizer import Optimizer
@@ -64,9 +64,7 @@ def schedule_named(name: str) -> Schedule:
     Raises:
         UserError: it has none.
     """
-    if name not in SCHEDULES:
-        raise UserError(f"optimizer.schedule ({name!r}) is not a known schedule; known: {', '.join(SCHEDULES)}")
-    return SCHEDULES[name]
+    return entry_named(SCHEDULES, "optimizer.schedule", name)
 
 
 def with_decay_steps() -> list[str]:

@@ -15,6 +15,7 @@ from dsmoe.model.init import initialise
 from dsmoe.model.loss import token_losses
 from dsmoe.moe.dense import FeedForward
 from dsmoe.moe.layer import MoE
+from dsmoe.moe.layout import Layout
 from dsmoe.parallel.groups import ExpertGroup, Groups, TensorGroup
 from dsmoe.parallel.regions import enter_split, enter_tokens, leave_columns, leave_tokens
 from dsmoe.parallel.tensor import ColumnLinear, RMSNorm, VocabEmbedding
@@ -120,41 +121,23 @@ def _moe_layer(config: Config, expert_group: ExpertGroup, tensor_group: TensorGr
     assert moe is not None
     if expert_group.size == 1:  # the whole model in one process, whatever the config's layout
         num_slices = 1
+    layout = Layout(
+        expert_tensor=num_slices,
+        tensor_group=tensor_group,
+        max_tokens=config.train.micro_batch_size * config.train.sequence_length // tensor_group.size,
+        overlap_chunks=config.parallel.overlap_chunks,
+        recompute_experts=config.train.recompute == "selective",
+    )
     layer = MoE(
         config.model.hidden_size,
         num_experts=moe.num_experts,
         ep_size=expert_group.size // num_slices,
         k=moe.top_k,
-        capacity_factor=moe.capacity.factor,
-        eval_capacity_factor=moe.capacity.eval_factor,
-        min_capacity=moe.capacity.minimum,
-        use_residual=moe.residual,
-        expert_ffn_size=moe.expert_ffn_size,
-        shared_expert_ffn_size=moe.shared_expert_ffn_size,
-        activation=moe.activation,
-        recompute_experts=config.train.recompute == "selective",
-        choice=moe.router.choice,
-        normalize_weights=moe.router.normalize_weights,
-        score=moe.router.score,
-        weight_scale=moe.router.scale,
-        num_groups=moe.router.num_groups,
-        top_k_groups=moe.router.top_k_groups,
-        group_score=moe.router.group_score,
-        noise=moe.router.noise,
-        force_balanced=moe.router.force_balanced,
-        drop_policy=moe.capacity.drop_policy,
-        renormalize_dropped=moe.capacity.renormalize_dropped,
-        target_drop_percent=moe.capacity.target_drop_percent,
-        max_capacity_factor=moe.capacity.max_factor,
-        pad=moe.capacity.pad,
-        max_tokens=config.train.micro_batch_size * config.train.sequence_length // tensor_group.size,
-        overlap_chunks=config.parallel.overlap_chunks,
-        aux_loss=moe.balance.aux_loss,
-        balance_scope=moe.balance.scope,
-        z_loss=moe.balance.z_loss,
-        bias_update_rate=moe.balance.bias_update_rate,
-        expert_tensor=num_slices,
-        tensor_group=tensor_group,
+        router=moe.router,
+        balance=moe.balance,
+        capacity=moe.capacity,
+        experts=moe,
+        layout=layout,
         seed=0,  # `initialise` draws the weights, by layer
     )
     layer.set_expert_group(expert_group)

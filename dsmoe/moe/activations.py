@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dsmoe.config.registry import entry_named
 from dsmoe.config.sections.moe import GATED
 from dsmoe.moe.kernels import on_gpu
 
@@ -116,8 +117,6 @@ def find_activation(name: str) -> Activation:
     """The activation of this name.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {name!r}")
-    return ACTIVATIONS[name]
+    return entry_named(ACTIVATIONS, "activation", name)

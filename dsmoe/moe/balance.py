@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dsmoe.config import schema
 from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 from dsmoe.parallel.groups import TensorGroup
 from dsmoe.parallel.regions import reduce, sum_over_ranks
-
-SCOPES = ("micro_batch", "sequence", "global")
 
 
 class BalanceLosses(NamedTuple):
@@ -35,12 +34,12 @@ class Balance(nn.Module):
 
     Args:
         num_experts: E.
-        aux_loss: coefficient of the load-balancing loss; 0 attaches none.
-        scope: what f is counted over: `micro_batch`, the tokens of a data rank's micro-batch (Switch, GShard);
-            `sequence`, each sequence by itself (DeepSeek-V3, eq. 17 to 20); `global`, all ranks and micro-batches of
-            the optimizer step *before* this one.
-        z_loss: coefficient of the router z-loss; 0 attaches none.
-        bias_update_rate: > 0 keeps a selection bias (DeepSeek-V3, arXiv 2408.15664) and moves it by this much per step.
+        options: which means, and how strong; a coefficient of 0 attaches no loss. The `scope` says what f is counted
+            over: `micro_batch`, the tokens of a data rank's micro-batch (Switch, GShard); `sequence`, each sequence by
+            itself (DeepSeek-V3, eq. 17 to 20); `global`, all ranks and micro-batches of the optimizer step *before*
+            this one. A `bias_update_rate` above 0 keeps a selection bias (DeepSeek-V3, arXiv 2408.15664).
+        tensor_group: the ranks that each have as many tokens of every sequence of one micro-batch. The losses are those
+            of the whole micro-batch, and each rank's gradient is that of its tokens.
 
     Attributes:
         bias: [E] fp32, added to the scores for selection; None where there is none. Saved with the model.
@@ -56,25 +55,13 @@ class Balance(nn.Module):
     bias: torch.Tensor | None
     load_share: torch.Tensor | None
 
-    def __init__(
-        self,
-        num_experts: int,
-        aux_loss: float = 0.0,
-        scope: str = "micro_batch",
-        z_loss: float = 0.0,
-        bias_update_rate: float = 0.0,
-    ) -> None:
+    def __init__(self, num_experts: int, options: schema.Balance, tensor_group: TensorGroup | None = None) -> None:
         super().__init__()
-        if scope not in SCOPES:
-            raise ValueError(f"balance_scope must be one of {SCOPES}, not {scope!r}")
-        self.aux_loss = aux_loss
-        self.scope = scope
-        self.z_loss = z_loss
-        self.bias_update_rate = bias_update_rate
-        self.tensor_group = TensorGroup.alone()
-        self.register_buffer("bias", torch.zeros(num_experts) if bias_update_rate else None)
+        self.options = options
+        self.tensor_group = tensor_group or TensorGroup.alone()
+        self.register_buffer("bias", torch.zeros(num_experts) if options.bias_update_rate else None)
         even = torch.full((num_experts,), 1.0 / num_experts)
-        self.register_buffer("load_share", even if scope == "global" else None)
+        self.register_buffer("load_share", even if options.scope == "global" else None)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Balance:
         """Move with the model, but stay fp32: bf16 would swallow steps of 0.001 from a bias of 0.5 on."""
@@ -94,7 +81,7 @@ class Balance(nn.Module):
     def losses(self, routing: Routing, assigned_E: torch.Tensor, num_sequences: int) -> BalanceLosses:
         """The losses of one micro-batch of `num_sequences` sequences, one after the other."""
         group = self.tensor_group
-        if self.scope == "sequence":
+        if self.options.scope == "sequence":
             balance = sequence_balancing_loss(routing, num_sequences, group)
         else:
             share_E = self.load_share
@@ -106,10 +93,10 @@ class Balance(nn.Module):
 
     def attach(self, weights_TK: torch.Tensor, losses: BalanceLosses, scale: float) -> torch.Tensor:
         """Return the router weights, whose gradient takes that of the weighted losses along."""
-        if self.aux_loss:
-            weights_TK = attach_loss(weights_TK, losses.balance, self.aux_loss * scale)
-        if self.z_loss:
-            weights_TK = attach_loss(weights_TK, losses.z, self.z_loss * scale)
+        if self.options.aux_loss:
+            weights_TK = attach_loss(weights_TK, losses.balance, self.options.aux_loss * scale)
+        if self.options.z_loss:
+            weights_TK = attach_loss(weights_TK, losses.z, self.options.z_loss * scale)
         return weights_TK
 
     @torch.no_grad()
@@ -120,7 +107,7 @@ class Balance(nn.Module):
         (arXiv 2408.15664, alg. 1). f_e = count_e / sum(count) serves the next step's loss.
         """
         if self.bias is not None:
-            self.bias += self.bias_update_rate * (counts_E.mean() - counts_E).sign().to(self.bias.dtype)
+            self.bias += self.options.bias_update_rate * (counts_E.mean() - counts_E).sign().to(self.bias.dtype)
         if self.load_share is not None:
             self.load_share.copy_(counts_E / counts_E.sum().clamp(min=1))
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dsmoe.config import schema
+from dsmoe.config.errors import refuse
+from dsmoe.config.registry import entry_named
+from dsmoe.config.sections.moe import capacity_problems
 from dsmoe.moe.balance import count_experts
 from dsmoe.moe.draws import uniform
 from dsmoe.moe.kernels import on_gpu
@@ -138,55 +142,30 @@ class Capacity(nn.Module):
     """How much each expert accepts, what is dropped, and what becomes of the weights of the rest.
 
     Args:
-        top_k: K.
         num_experts: E.
-        factor: see `expert_capacity`; None is dropless.
-        eval_factor: the same in evaluation.
-        minimum: the least capacity.
-        drop_policy: a name in `DROP_POLICIES`.
-        renormalize_dropped: spread the weight of a token's dropped choices over its kept ones.
-        target_drop_percent: let a `DropRateController` move the factor in training, from `factor` up to `max_factor`,
-            to hold this drop rate; None leaves it alone.
-        max_factor: the highest factor that the controller may choose.
+        top_k: K.
+        options: the factors (see `expert_capacity`), the policy, and whether a `DropRateController` moves the factor in
+            training, from `factor` up to `max_factor`, to hold a drop rate.
         max_tokens: the most tokens that any rank brings to a forward pass; None where that is not known beforehand.
 
     Attributes:
         controller: the `DropRateController`, or None.
+        drop_policy: the entry of `DROP_POLICIES`.
     """
 
-    def __init__(
-        self,
-        top_k: int,
-        num_experts: int,
-        factor: float | None,
-        eval_factor: float | None,
-        minimum: int,
-        drop_policy: str = "probability",
-        renormalize_dropped: bool = False,
-        target_drop_percent: float | None = None,
-        max_factor: float = 2.0,
-        max_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, num_experts: int, top_k: int, options: schema.Capacity, max_tokens: int | None = None) -> None:
         super().__init__()
-        for name, value in (("capacity_factor", factor), ("eval_capacity_factor", eval_factor)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be > 0, or None for no limit; got {value}")
-        if drop_policy not in DROP_POLICIES:
-            raise ValueError(f"drop_policy must be one of {tuple(DROP_POLICIES)}, not {drop_policy!r}")
+        refuse(capacity_problems(options))
         self._sizes = (top_k, num_experts)
-        self._factor = None if factor is None else _text(factor)
-        self.eval_factor = eval_factor
-        self.minimum = minimum
-        self.drop_policy = DROP_POLICIES[drop_policy]
-        self.renormalize_dropped = renormalize_dropped
+        self.options = options
+        self._factor = None if options.factor is None else _text(options.factor)
+        self._eval_factor = None if options.eval_factor is None else _text(options.eval_factor)
+        self.drop_policy = entry_named(DROP_POLICIES, "drop_policy", options.drop_policy)
         self.max_tokens = max_tokens
         self.controller: DropRateController | None = None
-        if target_drop_percent is not None:
-            if not 0 <= target_drop_percent < 100:
-                raise ValueError(f"target_drop_percent must be at least 0 and below 100, not {target_drop_percent}")
-            if factor is None or factor > max_factor:
-                raise ValueError(f"target_drop_percent needs a capacity_factor of at most {max_factor}, not {factor}")
-            self.controller = DropRateController(factor, target_drop_percent, max_factor)
+        if options.target_drop_percent is not None:
+            assert options.factor is not None, "checked by `capacity_problems`"
+            self.controller = DropRateController(options.factor, options.target_drop_percent, options.max_factor)
 
     @property
     def factor(self) -> float | None:
@@ -200,14 +179,10 @@ class Capacity(nn.Module):
         """The factor in evaluation."""
         return None if self._eval_factor is None else float(self._eval_factor)
 
-    @eval_factor.setter
-    def eval_factor(self, value: float | None) -> None:
-        self._eval_factor = None if value is None else _text(value)
-
     def of(self, num_tokens: int) -> int | None:
         """C for this many tokens, in training or evaluation as the module is; see `expert_capacity`."""
         factor = self.factor if self.training else self.eval_factor
-        return expert_capacity(num_tokens, *self._sizes, factor, self.minimum)
+        return expert_capacity(num_tokens, *self._sizes, factor, self.options.minimum)
 
     def forward(self, routing: Routing, assigned_E: torch.Tensor, key: torch.Tensor | None) -> Assignments:
         """Sort the assignments by expert and keep what the capacity for this many tokens allows."""
@@ -219,7 +194,7 @@ class Capacity(nn.Module):
 
     def weights(self, routing: Routing, assignments: Assignments) -> torch.Tensor:
         """The weights [T, K] to combine the experts' outputs with; those of dropped choices have no effect."""
-        if not self.renormalize_dropped or assignments.capacity is None:
+        if not self.options.renormalize_dropped or assignments.capacity is None:
             return routing.weights_TK
         return renormalize(routing.weights_TK, assignments)
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmoe.config import schema
+from dsmoe.config.errors import refuse
+from dsmoe.config.sections.moe import row_problems
 from dsmoe.moe.activations import find_activation
 from dsmoe.moe.dispatch import Dispatched
 from dsmoe.moe.ffn import ExpertRows, expert_ffn, runs_in_groups
@@ -45,9 +48,8 @@ class StackedExperts(nn.Module):
 
     Args:
         hidden_size: D.
-        ffn_size: I, over all slices.
         num_local_experts: L.
-        activation: a name in `dsmoe.moe.activations.ACTIVATIONS`.
+        options: `expert_ffn_size` is I over all slices.
         recompute: compute the pre-activation again in the backward pass; see `dsmoe.moe.ffn.ExpertRows`.
         num_slices: into how many parts the experts' inner width is cut; this is one of them.
     """
@@ -55,20 +57,17 @@ class StackedExperts(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        ffn_size: int,
         num_local_experts: int,
-        activation: str = "swiglu",
+        options: schema.Experts,
         recompute: bool = False,
         num_slices: int = 1,
     ) -> None:
         super().__init__()
-        if hidden_size % 8 or ffn_size % (8 * num_slices):
-            each = f" for each of {num_slices} slices" if num_slices > 1 else ""
-            raise ValueError(
-                f"hidden_size ({hidden_size}) and expert_ffn_size ({ffn_size}) must be multiples of 8{each}"
-            )
+        ffn_size = options.expert_ffn_size
+        assert ffn_size is not None, "without a width, experts are copies of a module"
+        refuse(row_problems(hidden_size, ffn_size, num_slices))
         self.num_local_experts = num_local_experts
-        self.activation = find_activation(activation)
+        self.activation = find_activation(options.activation)
         self.recompute = recompute
         self.num_slices = num_slices
         width, parts = ffn_size // num_slices, 2 if self.activation.gated else 1

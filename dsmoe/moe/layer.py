@@ -13,19 +13,14 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
-from dsmoe.moe.arguments import (
-    check_dense,
-    check_expert_choice,
-    check_experts,
-    check_not_negative,
-    check_sizes,
-    one_noise,
-)
+from dsmoe.config import schema
+from dsmoe.config.errors import UserError
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch
 from dsmoe.moe.draws import Draws, repeating
+from dsmoe.moe.drop_in import DeepSpeedArguments, Sections, to_sections
 from dsmoe.moe.experts import (
     ExpertDraw,
     ModuleExperts,
@@ -34,28 +29,30 @@ from dsmoe.moe.experts import (
     mark_expert_parameters,
 )
 from dsmoe.moe.hierarchical import choose_dispatch
-from dsmoe.moe.router import Router, RoutingRule
+from dsmoe.moe.layout import Layout, check_sizes
+from dsmoe.moe.router import Router
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.parallel.draw import seed_of, uniform_from
-from dsmoe.parallel.groups import ExpertGroup, TensorGroup
+from dsmoe.parallel.groups import ExpertGroup
 from dsmoe.parallel.regions import sum_gradients
 
 
 class MoE(DeepSpeedMoE):
     """A Mixture-of-Experts layer that DeepSpeed's engine recognises as its own.
 
-    Takes every argument of `deepspeed.moe.layer.MoE` with its meaning and default; changing the import is enough.
+    Takes every argument of `deepspeed.moe.layer.MoE` with its meaning and default; changing the import is enough. What
+    DeepSpeed's layer cannot do is said by the sections that a YAML file has: `dsmoe.Router`, `dsmoe.Balance`,
+    `dsmoe.Capacity` and `dsmoe.Experts` document every option; docs/moe_layer.md has the formulas.
     On purpose it differs in this: evaluation is deterministic, experts start different from each other (drawn by
     their global id), every k has one semantics, and what is dropped is exact (`drop_policy`) and random only where
-    asked: `use_rts`, `use_tutel` and `top2_2nd_expert_sampling` are accepted and change nothing. docs/moe_layer.md
-    has the whole table, and every option's formula.
+    asked: `use_rts`, `use_tutel` and `top2_2nd_expert_sampling` are accepted and change nothing.
 
     Args:
         hidden_size: D, the width of a token.
         expert: a module that maps [n, D] to [n, D]; L copies of it are made. None makes experts of inner width
-            `expert_ffn_size` in stacked weights, which is the fast way.
+            `experts.expert_ffn_size` in stacked weights, which is the fast way.
         num_experts: E, over all ranks.
-        ep_size: R, the ranks (times `expert_tensor`) that share one copy of all experts.
+        ep_size: R, the ranks (times `layout.expert_tensor`) that share one copy of all experts.
         k: experts per token.
         capacity_factor: see `dsmoe.moe.capacity.expert_capacity`; None is dropless.
         eval_capacity_factor: the same in evaluation, on its own: a layer that trains dropless with
@@ -67,55 +64,29 @@ class MoE(DeepSpeedMoE):
         drop_tokens: False is dropless, whatever the factors say.
         use_rts: no effect.
         use_tutel: no effect.
-        enable_expert_tensor_parallelism: must be False under tensor parallelism; `expert_tensor` cuts experts.
+        enable_expert_tensor_parallelism: must be False under tensor parallelism; `layout.expert_tensor` cuts experts.
         top2_2nd_expert_sampling: no effect.
-        expert_ffn_size: I, where `expert` is None.
-        shared_expert_ffn_size: inner width of a dense feed-forward that every token passes, added to the experts'
-            output (DeepSeekMoE, arXiv 2401.06066); None makes none. Not with `use_residual`, which is one already.
-        activation: of those, and of the residual MLP: swiglu, geglu, gelu or relu2 (`dsmoe.moe.activations`).
-        recompute_experts: compute the pre-activations of the stacked experts again in the backward pass.
-        choice: `token`, or `expert` for expert-choice routing: each expert takes its C best tokens. It needs a
-            capacity, drops nothing, and lets a token see what comes after it: not for causal models.
-        normalize_weights: divide the chosen scores by their sum; None means for k > 1 where tokens choose.
-        score: `softmax` or `sigmoid`; this and the next six are explained at `dsmoe.moe.router.RoutingRule`.
-        weight_scale: what the router weights are multiplied by, normalised or not.
-        num_groups: groups that the experts stand in.
-        top_k_groups: how many of a token's best groups it can choose from.
-        group_score: `max` or `top2_sum`.
-        noise: `none`, `jitter` or `gumbel`, in training only.
-        force_balanced: for benchmarks: tokens take the experts in turn.
-        drop_policy: `probability` keeps the highest router weights, `position` the first in sequence order, `random`
-            any with equal chance.
-        renormalize_dropped: spread the weight of a token's dropped choices over its kept ones.
-        target_drop_percent: move the capacity factor in training so that this share is dropped; see
-            `dsmoe.moe.steps.hold_drop_rate`, which must be called. None leaves it alone.
-        max_capacity_factor: the ceiling of that.
-        pad: with a capacity, exchange full static buffers rather than only what is kept.
-        max_tokens: the most tokens that any rank brings to a forward pass, the same on all ranks. With it a padded
-            exchange has a static size; without it, the ranks agree on one at every pass, which reads a number on the
-            host.
-        overlap_chunks: into how many parts the exchange is cut, so that the experts work on one while others travel.
-            Whether tokens go to other nodes one by one or in two levels is the expert group's to say.
+        router: how a token chooses its experts, instead of `noisy_gate_policy`. None divides the chosen scores by
+            their sum for k > 1, as DeepSpeed does.
+        balance: what keeps the experts evenly used. Its `aux_loss` flows by itself with the output's gradient; None
+            leaves that loss to the caller, who adds the returned one as with DeepSpeed.
+        capacity: what an expert accepts, instead of `capacity_factor`, `eval_capacity_factor`, `min_capacity` and
+            `drop_tokens`.
+        experts: the widths and the activation of the stacked experts and of the dense path.
+        layout: how the layer is laid over ranks and memory.
+        seed: what all weights (but those of an `expert` without `reset_parameters`), noise and random drops are drawn
+            from; None draws one from torch's generator.
         redraw_experts: draw each copy of `expert` anew, by its global id, through the `reset_parameters` of its
             modules, so that experts start different. False keeps the weights that `expert` came with in every copy,
             as DeepSpeed does (for pretrained or specially initialised ones).
-        aux_loss: coefficient of the load-balancing loss that flows by itself with the output's gradient. 0 leaves it
-            to the caller, who adds the returned loss as with DeepSpeed.
-        balance_scope: what the load is counted over for that loss: `micro_batch`, `sequence` (the last dimension but
-            one of `hidden_states`) or `global`, which needs `dsmoe.moe.steps.update_routers` after every step.
-        z_loss: coefficient of the router z-loss, which always flows by itself.
-        bias_update_rate: > 0 balances by a bias on the selection, moved by this much in every `update_routers`.
-        expert_tensor: the ranks over which the inner width of each expert is cut, neighbours; 1 keeps experts whole.
-        tensor_group: the ranks of one micro-batch, each of which brings its equal part of every sequence. The balancing
-            losses are those of the whole micro-batch, the gradients of what all ranks have are summed over them, and
-            the shared expert is cut over them; capacity stays each rank's own. None is this rank alone.
-        seed: what all weights (but those of an `expert` without `reset_parameters`), noise and random drops are drawn
-            from; None draws one from torch's generator.
 
     Attributes:
         loss_scale: what the attached losses are multiplied by; `dsmoe.initialize` sets it to 1 / accumulation steps,
             as the engine does with the model's loss. In a loop of your own that scales its loss (accumulation, fp16),
             set it to the same factor.
+
+    Raises:
+        UserError: arguments that make no layer, or say the same thing twice.
     """
 
     def __init__(
@@ -136,127 +107,77 @@ class MoE(DeepSpeedMoE):
         enable_expert_tensor_parallelism: bool = False,
         top2_2nd_expert_sampling: bool = True,
         *,
-        expert_ffn_size: int | None = None,
-        shared_expert_ffn_size: int | None = None,
-        activation: str = "swiglu",
-        recompute_experts: bool = False,
-        choice: str = "token",
-        normalize_weights: bool | None = None,
-        score: str = "softmax",
-        weight_scale: float = 1.0,
-        num_groups: int = 1,
-        top_k_groups: int = 1,
-        group_score: str = "top2_sum",
-        noise: str = "none",
-        force_balanced: bool = False,
-        drop_policy: str = "probability",
-        renormalize_dropped: bool = False,
-        target_drop_percent: float | None = None,
-        max_capacity_factor: float = 2.0,
-        pad: bool = True,
-        max_tokens: int | None = None,
-        overlap_chunks: int = 1,
-        redraw_experts: bool = True,
-        aux_loss: float = 0.0,
-        balance_scope: str = "micro_batch",
-        z_loss: float = 0.0,
-        bias_update_rate: float = 0.0,
-        expert_tensor: int = 1,
-        tensor_group: TensorGroup | None = None,
+        router: schema.Router | None = None,
+        balance: schema.Balance | None = None,
+        capacity: schema.Capacity | None = None,
+        experts: schema.Experts | None = None,
+        layout: Layout | None = None,
         seed: int | None = None,
+        redraw_experts: bool = True,
     ) -> None:
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
-        check_sizes(
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            ep_size=ep_size,
-            k=k,
-            expert_ffn_size=expert_ffn_size,
-            shared_expert_ffn_size=shared_expert_ffn_size,
-            max_tokens=max_tokens,
-            expert_tensor=expert_tensor,
-            overlap_chunks=overlap_chunks,
-        )
-        check_not_negative(
-            min_capacity=min_capacity, aux_loss=aux_loss, z_loss=z_loss, bias_update_rate=bias_update_rate
-        )
-        check_experts(expert, expert_ffn_size, num_experts, ep_size, expert_tensor)
-        check_dense(expert, use_residual, shared_expert_ffn_size, tensor_group)
+        check_sizes(hidden_size=hidden_size, num_experts=num_experts, ep_size=ep_size, k=k)
         if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:
-            raise ValueError("enable_expert_tensor_parallelism is not supported; set it to False, give expert_tensor")
+            raise UserError(
+                "enable_expert_tensor_parallelism is not supported; set it to False, give Layout(expert_tensor=...)"
+            )
         if use_tutel:
             warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=2)
+        given = DeepSpeedArguments(
+            capacity_factor, eval_capacity_factor, min_capacity, use_residual, noisy_gate_policy, drop_tokens
+        )
+        sections = to_sections(k, expert, given, router, balance, capacity, experts)
+        self.layout = layout or Layout()
+        self.layout.check(num_experts, ep_size, expert, sections.experts)
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
-        self.ep_size = ep_size
-        self.expert_tensor = expert_tensor
+        self.num_experts, self.num_local_experts, self.k, self.ep_size = num_experts, num_experts // ep_size, k, ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
-        self.num_experts = num_experts
-        self.k = k
-        self.pad = pad
-        self.overlap_chunks = overlap_chunks
+        self.pad = sections.capacity.pad
         self.loss_scale = 1.0
-        normalize = choice == "token" and k > 1 if normalize_weights is None else normalize_weights
-        noise = one_noise(noise, noisy_gate_policy)
-        groups = (num_groups, top_k_groups, group_score)
-        rule = RoutingRule(k, choice, score, normalize, weight_scale, *groups, noise, force_balanced)
-        router = Router(hidden_size, num_experts, rule)
-        self.balance = Balance(num_experts, aux_loss, balance_scope, z_loss, bias_update_rate)
-        factors = (capacity_factor, eval_capacity_factor) if drop_tokens else (None, None)
-        if choice == "expert":
-            check_expert_choice(*factors, target_drop_percent, bias_update_rate)
-            drop_policy = "position"  # nothing is dropped, and this one sorts least
-        sizes = (k, num_experts, *factors, min_capacity)
-        control = (target_drop_percent, max_capacity_factor)
-        self.limit = Capacity(*sizes, drop_policy, renormalize_dropped, *control, max_tokens)
-        self.num_local_experts = num_experts // ep_size
+        self._make_modules(hidden_size, expert, sections)
+        seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
+        exchange = ep_size * self.layout.expert_tensor
+        rank = dist.get_rank() % exchange if dist.is_initialized() else 0
+        copies = expert is not None and not redraw_experts
+        self._draw = ExpertDraw(seed, rank, self.layout.expert_tensor, copies)
+        self.reset_experts()
+        self._draw_dense_weights()
+        self._draws = Draws()
+        self._dispatches: dict[bool, Dispatch] = {}
+        if exchange == 1:
+            self.set_expert_group(ExpertGroup.alone())
+
+    def _make_modules(self, hidden_size: int, expert: nn.Module | None, sections: Sections) -> None:
+        """Make the parts of the layer, without drawing their weights.
+
+        The dense path's names lack "expert": DeepSpeed's checkpoints leave out what has it (0.19.8,
+        runtime/engine.py:5003).
+        """
+        layout, options, tensor_group = self.layout, sections.experts, self.layout.tensor_group
+        self.balance = Balance(self.num_experts, sections.balance, tensor_group)
+        self.limit = Capacity(self.num_experts, self.k, sections.capacity, layout.max_tokens)
         experts: StackedExperts | ModuleExperts
         if expert is None:
-            assert expert_ffn_size is not None
-            stack = (hidden_size, expert_ffn_size, self.num_local_experts)
-            experts = StackedExperts(*stack, activation, recompute_experts, expert_tensor)
+            recompute, num_slices = layout.recompute_experts, layout.expert_tensor
+            experts = StackedExperts(hidden_size, self.num_local_experts, options, recompute, num_slices)
         else:
             experts = ModuleExperts(expert, self.num_local_experts)
         mark_expert_parameters(experts, self.expert_group_name)
-        self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, ep_size)
-        self.tensor_group = tensor_group or TensorGroup.alone()
-        self.router.tensor_group = self.balance.tensor_group = self.tensor_group
-        self._make_dense(hidden_size, expert, expert_ffn_size, activation, use_residual, shared_expert_ffn_size)
-        self.statistics = RoutingStatistics(num_experts)
-        seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
-        place = dist.get_rank() % (ep_size * expert_tensor) if dist.is_initialized() else 0
-        self._draw = ExpertDraw(seed, place, expert_tensor, copies=expert is not None and not redraw_experts)
-        self.reset_experts()
-        self._draw_what_all_tokens_pass()
-        self._draws = Draws()
-        self._dispatches: dict[bool, Dispatch] = {}
-        if ep_size * expert_tensor == 1:
-            self.set_expert_group(ExpertGroup.alone())
-
-    def _make_dense(
-        self,
-        hidden_size: int,
-        expert: nn.Module | None,
-        expert_ffn_size: int | None,
-        activation: str,
-        use_residual: bool,
-        shared_expert_ffn_size: int | None,
-    ) -> None:
-        """Make what every token passes: a shared expert, a residual MLP, or nothing. To DeepSpeed they are dense.
-
-        Their names lack "expert": DeepSpeed's checkpoints leave out what has it (0.19.8, runtime/engine.py:5003).
-        """
-        # Within the layer every rank has its own tokens, as between the blocks under sequence parallelism.
-        group = replace(self.tensor_group, sequence=True)
-        self.use_residual = use_residual
+        router = Router(hidden_size, self.num_experts, self.k, sections.router, tensor_group)
+        self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, self.ep_size)
+        self.use_residual = options.residual
         self.shared = self.mlp = None
-        if shared_expert_ffn_size is not None:
-            self.shared = FeedForward(hidden_size, shared_expert_ffn_size, activation, group)
-        if use_residual:
+        # Within the layer every rank has its own tokens, as between the blocks under sequence parallelism.
+        over_sequence = replace(tensor_group, sequence=True)
+        if options.shared_expert_ffn_size is not None:
+            self.shared = FeedForward(hidden_size, options.shared_expert_ffn_size, options.activation, over_sequence)
+        if options.residual:
             self.mlp = expert
-            if expert_ffn_size is not None:
-                self.mlp = FeedForward(hidden_size, expert_ffn_size, activation, group)
+            if options.expert_ffn_size is not None:
+                self.mlp = FeedForward(hidden_size, options.expert_ffn_size, options.activation, over_sequence)
             self.coefficient = nn.Linear(hidden_size, 2)
+        self.statistics = RoutingStatistics(self.num_experts)
 
     @property
     def router(self) -> Router:
@@ -273,7 +194,7 @@ class MoE(DeepSpeedMoE):
         self._draw = replace(self._draw, seed=self._draw.seed if seed is None else seed, stds=(std, down_std))
         self._draw.fill(self.experts)
 
-    def _draw_what_all_tokens_pass(self) -> None:
+    def _draw_dense_weights(self) -> None:
         """Draw router, shared expert and residual MLP from the layer's seed: torch's draws would go by their slices."""
         for name, dense in (("shared", self.shared), ("mlp", self.mlp)):
             if isinstance(dense, FeedForward):
@@ -292,11 +213,15 @@ class MoE(DeepSpeedMoE):
         Raises:
             RuntimeError: they would have to be, but have been changed since.
         """
-        size = self.ep_size * self.expert_tensor
-        assert group.size == size, f"expert group of {group.size} for ep_size {self.ep_size} x {self.expert_tensor}"
+        size = self.ep_size * self.layout.expert_tensor
+        assert group.size == size, (
+            f"expert group of {group.size} for ep_size {self.ep_size} x {self.layout.expert_tensor}"
+        )
         mark_expert_parameters(self.experts, self.expert_group_name)
         self._draw = self._draw.moved_to(group.rank, self.experts)
-        self._dispatches = {padded: choose_dispatch(group, padded, self.overlap_chunks) for padded in (False, True)}
+        self._dispatches = {
+            padded: choose_dispatch(group, padded, self.layout.overlap_chunks) for padded in (False, True)
+        }
 
     @property
     def expert_place(self) -> tuple[int, int]:
@@ -344,7 +269,7 @@ class MoE(DeepSpeedMoE):
 
     def _compiles(self, hidden_states: torch.Tensor) -> bool:
         """Whether torch.compile can trace a pass: one rank, static shapes, nothing read on the host, nothing random."""
-        alone = self.ep_size * self.expert_tensor * self.tensor_group.size == 1
+        alone = self.ep_size * self.layout.expert_tensor * self.layout.tensor_group.size == 1
         return alone and not self._is_random and self.experts.compiles(hidden_states)
 
     def _forward(
@@ -361,9 +286,9 @@ class MoE(DeepSpeedMoE):
         if self.training:
             weights_TK = self.balance.attach(weights_TK, losses, self.loss_scale)
         sent, sent_weights_TK = assignments, weights_TK
-        if self.expert_tensor > 1:
-            sent = spread_over_slices(assignments, self.expert_tensor, self.num_local_experts)
-            sent_weights_TK = weights_TK.repeat_interleave(self.expert_tensor, dim=1)
+        if self.layout.expert_tensor > 1:
+            sent = spread_over_slices(assignments, self.layout.expert_tensor, self.num_local_experts)
+            sent_weights_TK = weights_TK.repeat_interleave(self.layout.expert_tensor, dim=1)
         exchange = self._exchange(assignments.capacity)
         arrivals = exchange.dispatch(x_TD, sent_weights_TK, sent)
         dense_TD = self._dense(x_TD)  # while the rows are on their way
@@ -377,7 +302,7 @@ class MoE(DeepSpeedMoE):
         if self.training and first:
             self.statistics.count(routing, assignments, losses)
         output = y_TD.view(hidden_states.shape)
-        l_aux = losses.balance.detach() if self.balance.aux_loss else losses.balance
+        l_aux = losses.balance.detach() if self.balance.options.aux_loss else losses.balance
         if first:
             self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts = l_aux, assigned_E
         return output, l_aux, assigned_E
@@ -432,7 +357,9 @@ class MoE(DeepSpeedMoE):
 
     def _mix(self, x_TD: torch.Tensor) -> torch.Tensor:
         """What experts and residual MLP count for each token, [T, 2]."""
-        weight, bias = (sum_gradients(p, self.tensor_group) for p in (self.coefficient.weight, self.coefficient.bias))
+        weight, bias = (
+            sum_gradients(p, self.layout.tensor_group) for p in (self.coefficient.weight, self.coefficient.bias)
+        )
         return nn.functional.linear(x_TD, weight, bias).softmax(dim=-1)
 
     def _dense(self, x_TD: torch.Tensor) -> torch.Tensor | None:

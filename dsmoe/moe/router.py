@@ -8,6 +8,7 @@ G groups of experts, B sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -15,69 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from dsmoe.config import schema
+from dsmoe.config.errors import refuse
+from dsmoe.config.registry import entry_named
+from dsmoe.config.sections.moe import choice_problems, group_problems
 from dsmoe.moe.kernels import on_gpu
 from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES, TINY
 from dsmoe.parallel.groups import TensorGroup
 from dsmoe.parallel.regions import sum_gradients
-
-CHOICES = ("token", "expert")
-
-
-@dataclass(frozen=True)
-class RoutingRule:
-    """How scores become choices and weights; the same for every k.
-
-    Attributes:
-        top_k: K, experts per token; the mean over the tokens where experts choose.
-        choice: every `token` chooses its K experts, or every `expert` its C tokens (Zhou et al. 2022, arXiv
-            2202.09368): even loads by construction, but a token's experts then depend on the tokens after it.
-        score: `softmax` over the experts (Shazeer et al. 2017), or `sigmoid` of each logit (DeepSeek-V3, eq. 15).
-        normalize_weights: divide the K chosen scores by their sum (Mixtral, Qwen3; DeepSeek-V3, eq. 13).
-        scale: what the weights are then multiplied by (DeepSeek-V3 uses 2.5).
-        num_groups: G. Experts stand in G groups of E / G neighbours (DeepSeek-V3, sec. 2.1.2: one group per node).
-        top_k_groups: only experts of a token's best so many groups can be chosen.
-        group_score: what a group is worth: its best expert's score (`max`, DeepSeek-V2) or the sum of its best two
-            (`top2_sum`, DeepSeek-V3).
-        noise: in training only: `jitter` multiplies the router's input by uniform noise (Switch Transformer),
-            `gumbel` adds Gumbel noise to the logits that choose, so that experts are drawn without replacement in
-            proportion to their softmax scores (Kool et al. 2019); the weights are those without the noise.
-        force_balanced: for benchmarks: tokens take the experts in turn, whatever the scores; weights as routed.
-    """
-
-    top_k: int
-    choice: str = "token"
-    score: str = "softmax"
-    normalize_weights: bool = True
-    scale: float = 1.0
-    num_groups: int = 1
-    top_k_groups: int = 1
-    group_score: str = "top2_sum"
-    noise: str = "none"
-    force_balanced: bool = False
-
-    def check(self, num_experts: int) -> None:
-        """Raise ValueError where the rule cannot choose among `num_experts`."""
-        options = (("choice", CHOICES), ("score", SCORES), ("group_score", GROUP_SCORES), ("noise", NOISES))
-        for name, valid in options:
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {tuple(valid)}, not {getattr(self, name)!r}")
-        if self.choice == "expert":
-            for name, idle in (("normalize_weights", False), ("num_groups", 1), ("force_balanced", False)):
-                if getattr(self, name) != idle:
-                    raise ValueError(f"{name} has no meaning where choice is 'expert'; leave it at {idle}")
-        if not 1 <= self.top_k <= num_experts:
-            raise ValueError(f"k ({self.top_k}) must be between 1 and num_experts ({num_experts})")
-        if not self.scale > 0:
-            raise ValueError(f"weight_scale must be > 0, not {self.scale}")
-        if self.num_groups < 1 or num_experts % self.num_groups:
-            raise ValueError(f"num_groups ({self.num_groups}) must divide num_experts ({num_experts})")
-        if not 1 <= self.top_k_groups <= self.num_groups:
-            raise ValueError(f"top_k_groups ({self.top_k_groups}) must be between 1 and num_groups ({self.num_groups})")
-        size = num_experts // self.num_groups
-        if self.top_k > self.top_k_groups * size:
-            raise ValueError(f"k ({self.top_k}) must fit into {self.top_k_groups} groups of {size} experts")
-        if self.num_groups > 1 and self.group_score == "top2_sum" and size < 2:
-            raise ValueError("group_score 'top2_sum' needs groups of at least 2 experts; use 'max'")
 
 
 @dataclass(frozen=True)
@@ -100,26 +46,40 @@ class Routing:
 
 
 class Router(nn.Module):
-    """A linear map to one logit per expert, and a `RoutingRule`; all of it in fp32 whatever the model's dtype.
+    """A linear map to one logit per expert, and what makes choices and weights of them, the same for every k.
+
+    All of it is in fp32 whatever the model's dtype.
 
     Args:
         hidden_size: D.
         num_experts: E.
-        rule: how logits become choices and weights.
-
-    Attributes:
+        top_k: K, experts per token; the mean over the tokens where experts choose.
+        options: how logits become choices and weights. With `num_groups` G above 1, experts stand in G groups of E / G
+            neighbours (DeepSeek-V3, sec. 2.1.2: one group per node). Where experts choose (Zhou et al. 2022, arXiv
+            2202.09368), loads are even by construction, but a token's experts depend on the tokens after it.
         tensor_group: the ranks that have the same weight and each route other tokens of one micro-batch.
+
+    Raises:
+        UserError: the options cannot choose among so many experts.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, rule: RoutingRule) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        options: schema.Router,
+        tensor_group: TensorGroup | None = None,
+    ) -> None:
         super().__init__()
-        rule.check(num_experts)
+        refuse(chain(choice_problems(num_experts, top_k, options), group_problems(num_experts, top_k, options)))
         self.num_experts = num_experts
-        self.rule = rule
-        self.score = SCORES[rule.score]
-        self.group_score = GROUP_SCORES[rule.group_score]
-        self.noise = NOISES[rule.noise]
-        self.tensor_group = TensorGroup.alone()
+        self.k = top_k
+        self.options = options
+        self.score = entry_named(SCORES, "score", options.score)
+        self.group_score = entry_named(GROUP_SCORES, "group_score", options.group_score)
+        self.noise = entry_named(NOISES, "noise", options.noise)
+        self.tensor_group = tensor_group or TensorGroup.alone()
         # On meta, so that torch draws no weight only to have it replaced.
         self.wg = nn.Linear(hidden_size, num_experts, bias=False, device="meta")
         self.wg.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
@@ -129,11 +89,6 @@ class Router(nn.Module):
     def weight(self) -> nn.Parameter:
         """[E, D]; `wg.weight`, as in DeepSpeed's gate."""
         return cast("nn.Parameter", self.wg.weight)
-
-    @property
-    def k(self) -> int:
-        """K, as in DeepSpeed's gate."""
-        return self.rule.top_k
 
     def forward(
         self,
@@ -156,7 +111,7 @@ class Router(nn.Module):
             if self.training and self.noise.on_input is not None:
                 x_TD = self.noise.on_input(x_TD, key)
             logits_TE = _Logits.apply(x_TD, sum_gradients(self.weight, self.tensor_group))
-        decide = self._decide_fused if on_gpu(logits_TE) and self.rule.choice == "token" else self._decide
+        decide = self._decide_fused if on_gpu(logits_TE) and self.options.choice == "token" else self._decide
         scores_TE, weights_TK, experts_TK, valid_TK = decide(logits_TE, mask_T, bias_E, key, capacity)
         probabilities_TE = self.score.over_experts(scores_TE)
         if valid_TK is not None:
@@ -177,10 +132,10 @@ class Router(nn.Module):
         with torch.no_grad():
             experts_TK, valid_TK = self._choose(logits_TE, scores_TE, mask_T, bias_E, key, capacity)
         weights_TK = scores_TE.gather(1, experts_TK)
-        if self.rule.normalize_weights:
+        if self.options.normalize_weights:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
-        if self.rule.scale != 1.0:
-            weights_TK = weights_TK * self.rule.scale
+        if self.options.scale != 1.0:
+            weights_TK = weights_TK * self.options.scale
         return scores_TE, weights_TK, experts_TK, valid_TK
 
     def _decide_fused(
@@ -194,12 +149,12 @@ class Router(nn.Module):
         """`_decide` where tokens choose, as one kernel unless the choice goes by more than scores and bias."""
         from dsmoe.moe.kernels.topk_router import route
 
-        rule, preference_TE = self.rule, None
-        if rule.force_balanced or rule.num_groups > 1 or (self.training and self.noise.on_choice is not None):
+        options, preference_TE = self.options, None
+        if options.force_balanced or options.num_groups > 1 or (self.training and self.noise.on_choice is not None):
             with torch.no_grad():
                 preference_TE = self._preference(logits_TE, self.score.of_logits(logits_TE), mask_T, bias_E, key)
         scores_TE, weights_TK, experts_TK = route(
-            logits_TE, bias_E, preference_TE, rule.top_k, self.score, rule.normalize_weights, rule.scale, TINY
+            logits_TE, bias_E, preference_TE, self.k, self.score, options.normalize_weights, options.scale, TINY
         )
         return scores_TE, weights_TK, experts_TK, None if mask_T is None else mask_T[:, None]
 
@@ -215,8 +170,8 @@ class Router(nn.Module):
         """Experts [T, K], and which of them count, [T, K] or [T, 1]; None: all."""
         valid_T1 = None if mask_T is None else mask_T[:, None]
         preference_TE = self._preference(logits_TE, scores_TE, mask_T, bias_E, key)
-        if self.rule.choice == "token":
-            return _largest(preference_TE, self.rule.top_k), valid_T1
+        if self.options.choice == "token":
+            return _largest(preference_TE, self.k), valid_T1
         assert capacity is not None, "experts choose as many tokens as they have room for"
         if valid_T1 is not None:
             preference_TE = preference_TE.masked_fill(~valid_T1, -torch.inf)
@@ -235,23 +190,22 @@ class Router(nn.Module):
         key: torch.Tensor | None,
     ) -> torch.Tensor:
         """What the choice goes by, [T, E]: the scores, with all that is added to them for the choice alone."""
-        if self.rule.force_balanced:
+        if self.options.force_balanced:
             return self._in_turn(scores_TE, mask_T)
         preference_TE = scores_TE
         if self.training and self.noise.on_choice is not None:
             preference_TE = self.score.of_logits(self.noise.on_choice(logits_TE, key))
         if bias_E is not None:
             preference_TE = preference_TE + bias_E
-        if self.rule.num_groups > 1:
+        if self.options.num_groups > 1:
             preference_TE = self._within_best_groups(preference_TE)
         return preference_TE
 
     def _within_best_groups(self, preference_TE: torch.Tensor) -> torch.Tensor:
         """The preferences, with -inf for every expert outside of the token's best groups."""
-        rule = self.rule
-        by_group_TGx = preference_TE.unflatten(1, (rule.num_groups, -1))
+        by_group_TGx = preference_TE.unflatten(1, (self.options.num_groups, -1))
         worth_TG = self.group_score(by_group_TGx)
-        best = _largest(worth_TG, rule.top_k_groups)
+        best = _largest(worth_TG, self.options.top_k_groups)
         outside_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter_(1, best, False)
         return by_group_TGx.masked_fill(outside_TG[..., None], -torch.inf).flatten(1)
 
@@ -260,7 +214,7 @@ class Router(nn.Module):
         device = scores_TE.device
         turn_T = torch.arange(len(scores_TE), device=device) if mask_T is None else (mask_T.cumsum(0) - 1).clamp(min=0)
         expert_E = torch.arange(self.num_experts, device=device)
-        return -((expert_E - turn_T[:, None] * self.rule.top_k) % self.num_experts).float()
+        return -((expert_E - turn_T[:, None] * self.k) % self.num_experts).float()
 
 
 def _largest(x_Tn: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -167,10 +167,11 @@ def _prepare_layers(model: nn.Module, groups: Groups, accumulation_steps: int) -
             module.loss_scale = 1.0 / accumulation_steps
             if (module.ep_size, module.expert_tensor) == (groups.topology.expert, groups.topology.expert_tensor):
                 module.set_expert_group(groups.expert_group(name))
-            if module.tensor_group.size != groups.topology.tensor:
+            if module.layout.tensor_group.size != groups.topology.tensor:
                 raise UserError(
-                    f"the MoE layer {name} was made for {module.tensor_group.size} tensor ranks, and parallel.tensor "
-                    f"is {groups.topology.tensor}: make it with tensor_group=groups.tensor_group()"
+                    f"the MoE layer {name} was made for {module.layout.tensor_group.size} tensor ranks, and "
+                    f"parallel.tensor is {groups.topology.tensor}: make it with "
+                    f"layout=dsmoe.Layout(tensor_group=groups.tensor_group())"
                 )
 
 

@@ -89,9 +89,7 @@ def test_a_schedule_is_an_entry_of_the_registry(tmp_path: Path, monkeypatch: pyt
 
 def test_an_unknown_schedule_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
     unknown = with_schedule(tmp_path, schedule="cosin")
-    with pytest.raises(
-        UserError, match=r"optimizer.schedule \('cosin'\) is not a known schedule; known: cosine, wsd, "
-    ):
+    with pytest.raises(UserError, match=r"optimizer\.schedule must be one of cosine, wsd, .*, not 'cosin'"):
         learning_rate(unknown.optimizer, 8, 0)
 
 

@@ -228,7 +228,8 @@ def balancing_loss(tokens: list[Token], length: int, num_experts: int, settings:
             continue
         for_each = []
         for expert in range(num_experts):
-            share = sum(expert in token.chosen for token in inside) / sum(len(token.chosen) for token in inside)
+            choices = sum(len(token.chosen) for token in inside)  # 0 where experts chose tokens of other sequences only
+            share = sum(expert in token.chosen for token in inside) / max(choices, 1)
             if settings.load_share is not None:
                 share = settings.load_share[expert]
             mean = total(token.scores[expert] / total(token.scores) for token in inside) / len(inside)

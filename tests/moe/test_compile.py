@@ -17,11 +17,11 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import dsmoe
 from dsmoe.moe import ffn
 from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from tests.moe.flat import moe_layer
 
 D, E = 16, 4
 SHAPES = [(2, 6), (2, 5), (3, 7), (1, 1), (2, 6)]
@@ -44,7 +44,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         experts: dict[str, Any] = {"expert": Expert()} if modules else {"expert_ffn_size": 24}
         self.before, self.recompute = nn.Linear(D, D), recompute
-        self.moe = dsmoe.MoE(D, num_experts=E, seed=0, **{"k": 2, "aux_loss": 0.1, **experts, **options})
+        self.moe = moe_layer(D, num_experts=E, seed=0, **{"k": 2, "aux_loss": 0.1, **experts, **options})
         nn.init.normal_(self.moe.router.weight, generator=torch.Generator().manual_seed(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_a_compiled_recomputation_counts_once(monkeypatch: pytest.MonkeyPatch) -
 def test_a_factor_that_moves_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
     torch._dynamo.reset()
-    layer = dsmoe.MoE(D, num_experts=E, k=2, expert_ffn_size=8, min_capacity=1, target_drop_percent=50.0, seed=0)
+    layer = moe_layer(D, num_experts=E, k=2, expert_ffn_size=8, min_capacity=1, target_drop_percent=50.0, seed=0)
     compiled = torch.compile(layer.bfloat16(), backend="aot_eager", dynamic=True)
     kept = []
     for factor in (1.0, 0.5, 0.25):

@@ -16,6 +16,7 @@ from torch import nn
 
 import dsmoe
 from dsmoe.parallel.local import run_ranks
+from tests.moe.flat import moe_layer
 
 D, E = 16, 4
 
@@ -32,7 +33,7 @@ def both_layers(**arguments: Any) -> tuple[DeepSpeedMoE, dsmoe.MoE]:
         for parameter in theirs.parameters():
             parameter.normal_(std=0.3)
         theirs.deepspeed_moe.gate.wg.weight.normal_()
-    ours = dsmoe.MoE(D, mlp(), E, **arguments)
+    ours = moe_layer(D, mlp(), E, **arguments)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -93,7 +94,7 @@ class TestSameWeights:
     def test_drop_the_same_where_every_expert_is_chosen(self) -> None:
         """With k = E the normalised weights are the scores, so both drop the same, and renormalise on request."""
         theirs, ours = both_layers(k=E, capacity_factor=0.5, min_capacity=1)
-        ours.limit.renormalize_dropped = True
+        ours.limit.options = ours.limit.options.model_copy(update={"renormalize_dropped": True})
         x = torch.randn(48, D)
         torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-5)
         assert not ours(x)[0].equal(both_layers(k=E, **NO_DROP)[1](x)[0]), "nothing was dropped"
@@ -131,7 +132,7 @@ class TestNames:
         assert torch.equal(copy.deepcopy(ours)(x)[0], expected)
 
     def test_stacked_experts_are_saved_one_by_one(self) -> None:
-        first, other = (dsmoe.MoE(D, num_experts=E, expert_ffn_size=8, seed=seed) for seed in (1, 2))
+        first, other = (moe_layer(D, num_experts=E, expert_ffn_size=8, seed=seed) for seed in (1, 2))
         saved = first.state_dict()
         prefix = "deepspeed_moe.experts.deepspeed_experts"
         assert [*saved] == [
@@ -246,7 +247,7 @@ def save_and_load(folder: Path, zero_stage: int, written_by: type[nn.Module], ar
     engine.save_checkpoint(str(folder), client_state={"note": "theirs"})
     expected = [whole_state(engine), train(engine, range(2, 4))]
     torch.manual_seed(1)
-    engine = start(Net(dsmoe.MoE, ep_size=2, **arguments), zero_stage)
+    engine = start(Net(moe_layer, ep_size=2, **arguments), zero_stage)
     path, state = engine.load_checkpoint(str(folder))
     assert path is not None
     assert state["note"] == "theirs"
@@ -259,8 +260,8 @@ COPIES = {"k": 2, "use_residual": True, "bias_update_rate": 0.1, "target_drop_pe
 @pytest.mark.parametrize(
     ("zero_stage", "written_by", "arguments"),
     [
-        *((stage, dsmoe.MoE, COPIES) for stage in (0, 1, 2)),
-        (1, dsmoe.MoE, {"k": 2, "expert_ffn_size": 8}),
+        *((stage, moe_layer, COPIES) for stage in (0, 1, 2)),
+        (1, moe_layer, {"k": 2, "expert_ffn_size": 8}),
         (1, DeepSpeedMoE, {"k": 2, "use_residual": True, **NO_DROP}),
     ],
     ids=["copies-0", "copies-1", "copies-2", "stacked", "DeepSpeed's"],

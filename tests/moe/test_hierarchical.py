@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import dsmoe
 from dsmoe.moe.hierarchical import HierarchicalDispatch
 from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from tests.moe.flat import moe_layer
 from tests.moe.test_parallel import cases, check_case
 from tests.moe.test_static import no_host_reads
 
@@ -60,7 +60,7 @@ def choose_at_random(topology: Topology, tokens: int, chunks: int) -> dict[str, 
     """Experts chosen by each token, uniformly among all sets of K, and bytes over (intra, inter) in both passes."""
     groups = Groups(topology)
     options = {"capacity_factor": None, "expert_ffn_size": 8, "seed": 0, "overlap_chunks": chunks}
-    layer = dsmoe.MoE(D, num_experts=D, ep_size=topology.expert, k=4, **options)
+    layer = moe_layer(D, num_experts=D, ep_size=topology.expert, k=4, **options)
     layer.set_expert_group(groups.expert_group())
     torch.nn.init.eye_(layer.router.weight)
     torch.manual_seed(groups.rank)
@@ -107,7 +107,7 @@ def test_rows_across_nodes_are_as_many_as_expected(nodes: int, times_less: float
 
 
 def count_host_reads(topology: Topology, chunks: int) -> int:
-    layer = dsmoe.MoE(D, num_experts=8, ep_size=topology.expert, k=2, expert_ffn_size=8, seed=0, overlap_chunks=chunks)
+    layer = moe_layer(D, num_experts=8, ep_size=topology.expert, k=2, expert_ffn_size=8, seed=0, overlap_chunks=chunks)
     layer.set_expert_group(Groups(topology).expert_group())
     reads, tolist = [], torch.Tensor.tolist
     with no_host_reads(), pytest.MonkeyPatch.context() as patch:

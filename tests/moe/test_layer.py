@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import dsmoe
+from dsmoe.config import UserError
 from dsmoe.model.transformer import Block, Transformer
 from dsmoe.moe import LayerStatistics, read_statistics
 from dsmoe.moe.capacity import renormalize
 from dsmoe.parallel import ExpertGroup, TensorGroup
 from dsmoe.parallel.local import run_ranks
+from tests.moe.flat import moe_layer
 from tests.plan.configs import make_config
 
 from .reference import Settings, run_reference
@@ -49,7 +52,7 @@ def make_layer(**arguments: Any) -> dsmoe.MoE:
     defaults = {"num_experts": E, "k": 2, "capacity_factor": None, "eval_capacity_factor": None, "seed": 0}
     if "expert" not in arguments:
         defaults["expert_ffn_size"] = 24
-    layer = dsmoe.MoE(D, **{**defaults, **arguments})
+    layer = moe_layer(D, **{**defaults, **arguments})
     nn.init.normal_(layer.router.weight)
     return layer
 
@@ -166,7 +169,7 @@ class TestInitialWeights:
 
     def test_can_be_made_on_the_meta_device(self) -> None:
         with torch.device("meta"):
-            layer = dsmoe.MoE(D, expert_ffn_size=8, num_experts=E)
+            layer = moe_layer(D, expert_ffn_size=8, num_experts=E)
         assert layer.experts.gate_up.is_meta
 
     def test_another_place_in_the_group_draws_that_places_experts(self) -> None:
@@ -217,7 +220,7 @@ class TestSharedExpert:
         assert shared.down.weight.shape == (D, 40)
 
     def test_does_not_go_with_a_residual_mlp(self) -> None:
-        with pytest.raises(ValueError, match=r"use_residual and shared_expert_ffn_size \(8\) both add"):
+        with pytest.raises(UserError, match=r"residual \(true\) and shared_expert_ffn_size \(8\) both add"):
             make_layer(shared_expert_ffn_size=8, use_residual=True)
 
 
@@ -317,8 +320,8 @@ class TestRandomDraws:
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_evaluation_repeats_itself_and_disturbs_nothing(self, arguments: dict[str, Any]) -> None:
+        arguments = {**arguments, "eval_capacity_factor": arguments.get("capacity_factor")}
         layer, undisturbed, x = make_layer(**arguments), make_layer(**arguments), torch.randn(64, D)
-        layer.limit.eval_factor = layer.limit.factor
         layer.begin_step(2)
         first = layer.eval()(x)[0]
         layer.begin_step(3)
@@ -414,50 +417,93 @@ class TestCapacity:
         assert output.any(dim=1).tolist() == [True] * 10 + [False] * 30
 
 
-EXPERTS_CHOOSE = {"choice": "expert", "capacity_factor": 1.0, "eval_capacity_factor": 1.0}
+EXPERTS_CHOOSE = dsmoe.Router(choice="expert", normalize_weights=False)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"ep_size": 3}, r"ep_size \(3\) must divide num_experts \(4\)"),
-        ({"expert": mlp(), "expert_ffn_size": 8}, "either expert .* or expert_ffn_size .* not both"),
-        ({"expert": None}, "either expert .* or expert_ffn_size"),
-        ({"drop_policy": "last"}, r"drop_policy must be one of \('probability', 'position', 'random'\), not 'last'"),
-        ({"score": "tanh"}, r"score must be one of \('softmax', 'sigmoid'\), not 'tanh'"),
-        ({"noise": "Jitter"}, "noise must be one of .* not 'Jitter'"),
-        ({"noise": "gumbel", "noisy_gate_policy": "Jitter"}, "noise 'gumbel' and .* 'Jitter' contradict each other"),
-        ({"balance_scope": "batch"}, "balance_scope must be one of .* not 'batch'"),
-        ({"weight_scale": 0.0}, r"weight_scale must be > 0, not 0.0"),
-        ({"num_groups": 3}, r"num_groups \(3\) must divide num_experts \(4\)"),
-        ({"num_groups": 2, "top_k_groups": 3}, r"top_k_groups \(3\) must be between 1 and num_groups \(2\)"),
-        ({"num_groups": 2, "k": 3}, r"k \(3\) must fit into 1 groups of 2 experts"),
-        ({"num_groups": 4, "k": 1}, "group_score 'top2_sum' needs groups of at least 2 experts"),
-        ({"capacity_factor": 0.0}, r"capacity_factor must be > 0, or None for no limit; got 0.0"),
-        ({"target_drop_percent": 1.0}, r"target_drop_percent needs a capacity_factor of at most 2.0, not None"),
-        ({"k": 5}, r"k \(5\) must be between 1 and num_experts \(4\)"),
-        ({"overlap_chunks": 0}, "overlap_chunks must be a whole number of at least 1, not 0"),
+        ({"expert": mlp()}, "either expert .* or experts=.*expert_ffn_size.* not both"),
+        ({"experts": None}, "either expert .* or experts=.*expert_ffn_size"),
+        ({"experts": dsmoe.Experts(expert_ffn_size=8, residual=True, shared_expert_ffn_size=8)}, "both add a dense"),
+        ({"experts": dsmoe.Experts(expert_ffn_size=12)}, r"expert_ffn_size \(12\) must be a multiple of 8 .* 8 or 16"),
+        ({"router": dsmoe.Router(num_groups=3)}, r"router.num_groups \(3\) must divide num_experts \(4\)"),
+        (
+            {"router": dsmoe.Router(num_groups=2, top_k_groups=3)},
+            r"router.top_k_groups \(3\) must be at most router.num_groups \(2\)",
+        ),
+        ({"router": dsmoe.Router(num_groups=2), "k": 3}, r"top_k \(3\) must fit into the router.top_k_groups"),
+        ({"router": dsmoe.Router(num_groups=4, normalize_weights=False), "k": 1}, "top2_sum.* needs two experts"),
+        (
+            {"router": dsmoe.Router(), "k": 1},
+            r"normalize_weights \(true\) with top_k \(1\) makes every weight 1",
+        ),
+        ({"k": 5}, r"top_k \(5\) must be at most num_experts \(4\)"),
         ({"k": 0}, "k must be a whole number of at least 1, not 0"),
         ({"k": 2.0}, r"k must be a whole number of at least 1, not 2\.0"),
-        ({"expert_ffn_size": -8}, "expert_ffn_size must be a whole number of at least 1, not -8"),
-        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1, not 0"),
-        ({"aux_loss": -0.1}, r"aux_loss must be a finite number of at least 0, not -0\.1"),
-        ({"z_loss": float("nan")}, "z_loss must be a finite number of at least 0, not nan"),
-        ({"capacity_factor": float("inf")}, "capacity_factor must be > 0, or None for no limit; got inf"),
-        ({"capacity_factor": 1.0, "target_drop_percent": 200.0}, "target_drop_percent must be .* below 100, not 200"),
-        ({"expert": "mlp", "expert_ffn_size": None}, "expert must be a torch.nn.Module, not 'mlp'"),
-        ({"choice": "both"}, r"choice must be one of \('token', 'expert'\), not 'both'"),
-        ({"choice": "expert", "normalize_weights": True}, "normalize_weights has no meaning where choice is 'expert'"),
-        ({"choice": "expert"}, "choice 'expert' needs capacity_factor and eval_capacity_factor"),
-        ({**EXPERTS_CHOOSE, "bias_update_rate": 0.1}, "bias_update_rate has no meaning where choice is 'expert'"),
-        ({**EXPERTS_CHOOSE, "target_drop_percent": 1.0}, "target_drop_percent has no meaning where choice is 'expert'"),
+        ({"capacity_factor": 0.0}, r"capacity_factor, .* factor \(0\.0\): Input should be greater than 0"),
+        ({"min_capacity": -1}, r"min_capacity make a Capacity: minimum \(-1\)"),
+        (
+            {"capacity_factor": 2.0, "capacity": dsmoe.Capacity()},
+            r"capacity_factor \(2\.0\) and capacity= say",
+        ),
+        ({"drop_tokens": False, "capacity": dsmoe.Capacity()}, r"drop_tokens \(False\) and capacity= say the same"),
+        ({"noisy_gate_policy": "Jitter", "router": dsmoe.Router()}, r"noisy_gate_policy \('Jitter'\) and router= say"),
         ({"noisy_gate_policy": "jitter"}, "noisy_gate_policy must be one of .* not 'jitter'"),
-        ({"expert_ffn_size": 12}, r"hidden_size \(16\) and expert_ffn_size \(12\) must be multiples of 8"),
+        (
+            {"capacity": dsmoe.Capacity(target_drop_percent=1.0)},
+            r"capacity.target_drop_percent \(1\) needs a capacity.factor to begin with",
+        ),
+        (
+            {"capacity": dsmoe.Capacity(factor=3.0, target_drop_percent=1.0)},
+            r"capacity.factor \(3\) must be at most capacity.max_factor \(2\)",
+        ),
+        ({"router": dsmoe.Router(choice="expert")}, "router.normalize_weights .* has no meaning with router.choice"),
+        (
+            {"router": EXPERTS_CHOOSE, "capacity": dsmoe.Capacity(factor=1.0)},
+            r"capacity.eval_factor \(null\) must be set with router.choice: expert",
+        ),
+        (
+            {"router": EXPERTS_CHOOSE, "balance": dsmoe.Balance(bias_update_rate=0.1)},
+            r"balance.bias_update_rate \(0\.1\) has no meaning with router.choice: expert",
+        ),
+        (
+            {
+                "router": EXPERTS_CHOOSE,
+                "capacity": dsmoe.Capacity(factor=1.0, eval_factor=1.0, target_drop_percent=1.0),
+            },
+            r"capacity.target_drop_percent \(1\.0\) has no meaning with router.choice: expert",
+        ),
+        ({"expert": "mlp", "experts": None}, "expert must be a torch.nn.Module, not 'mlp'"),
+        (
+            {"expert": mlp(), "experts": None, "layout": dsmoe.Layout(expert_tensor=2)},
+            r"expert_tensor \(2\) cuts stacked experts only",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_with_their_values(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_layer(**arguments)
+    with pytest.raises(UserError, match=message):
+        dsmoe.MoE(D, **{"num_experts": E, "k": 2, "experts": dsmoe.Experts(expert_ffn_size=24), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dsmoe.Router(score="tanh"), r"Router: score \('tanh'\): Input should be 'softmax' or 'sigmoid'"),
+        (lambda: dsmoe.Router(scores="softmax"), "Router: scores: unknown; did you mean 'score'"),
+        (lambda: dsmoe.Balance(aux_loss=-0.1), r"Balance: aux_loss \(-0\.1\): .* greater than or equal to 0"),
+        (lambda: dsmoe.Balance(z_loss=float("nan")), r"Balance: z_loss \(nan\)"),
+        (lambda: dsmoe.Capacity(factor=float("inf")), r"Capacity: factor \(inf\)"),
+        (lambda: dsmoe.Capacity(drop_policy="last"), r"Capacity: drop_policy \('last'\)"),
+        (lambda: dsmoe.Experts(expert_ffn_size=-8), r"Experts: expert_ffn_size \(-8\)"),
+        (lambda: dsmoe.Layout(overlap_chunks=0), "overlap_chunks must be a whole number of at least 1, not 0"),
+        (lambda: dsmoe.Layout(max_tokens=0), "max_tokens must be a whole number of at least 1, not 0"),
+    ],
+)
+def test_wrong_options_are_refused_where_they_are_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def test_expert_tensor_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

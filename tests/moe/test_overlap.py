@@ -16,6 +16,7 @@ import dsmoe
 from dsmoe.parallel import ExpertGroup, Groups, collectives
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from tests.moe.flat import moe_layer
 
 D = 16
 
@@ -23,7 +24,7 @@ D = 16
 def make_layer(dense: str, factor: float | None, **options: Any) -> dsmoe.MoE:
     more: dict[str, Any] = {"use_residual": True} if dense == "residual" else {"shared_expert_ffn_size": 24}
     sizes = {"num_experts": 4, "ep_size": 2, "expert_ffn_size": 8, "max_tokens": 12}
-    return dsmoe.MoE(D, k=2, capacity_factor=factor, seed=0, **sizes, **more, **options)
+    return moe_layer(D, k=2, capacity_factor=factor, seed=0, **sizes, **more, **options)
 
 
 class Network:

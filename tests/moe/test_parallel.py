@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from dsmoe.parallel import Groups
 from dsmoe.parallel.agreement import DisagreementError
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from tests.moe.flat import moe_layer
 
 D, E = 16, 4
 
@@ -41,7 +42,7 @@ class Case:
     def layer(self, ep_size: int, expert_tensor: int = 1) -> dsmoe.MoE:
         torch.manual_seed(0)
         expert = nn.Sequential(nn.Linear(D, 8), nn.GELU(), nn.Linear(8, D)) if self.users else None
-        layer = dsmoe.MoE(
+        layer = moe_layer(
             D,
             expert,
             self.experts,
@@ -161,7 +162,7 @@ def check_case(case: Case, layer: dsmoe.MoE, groups: Groups) -> None:
     for (name, actual), wanted in zip(expert_gradients(layer).items(), expert_gradients(whole).values(), strict=True):
         dist.all_reduce(actual, group=groups.handle("expert_data"))
         mine_L = wanted[first : first + layer.num_local_experts]
-        if layer.expert_tensor > 1:
+        if layer.layout.expert_tensor > 1:
             gate_up, down = layer.experts.shards(groups.coordinate("expert_tensor"))
             mine_L = torch.stack([(down if name == "down" else gate_up).of(expert) for expert in mine_L])
         same(f"{name}.grad", actual, mine_L)
@@ -232,7 +233,7 @@ def exchange_differently(what: str) -> str:
     layer = Case("", (9, 9), factor=1.0).layer(2)
     layer.pad = what == "padding" and dist.get_rank() == 1
     if what == "choices" and dist.get_rank() == 1:
-        layer.router.rule = replace(layer.router.rule, top_k=1)
+        layer.router.k = 1
     layer.set_expert_group(Groups(Topology(1, 2, expert=2)).expert_group("blocks.3.ffn"))
     with pytest.raises(DisagreementError) as caught:
         layer(torch.randn(8, D))
@@ -258,7 +259,7 @@ SENT = [[2, 1, 0, 3], [1, 1, 2, 0], [0, 4, 0, 1], [2, 0, 0, 3]]
 def measure_traffic(factor: float | None, pad: bool) -> dict[str, Any]:
     """Bytes over (intra, inter) after the forward pass, and those that the backward pass adds."""
     groups = Groups(Topology(nodes=2, devices_per_node=2, expert=4))
-    layer = dsmoe.MoE(
+    layer = moe_layer(
         D, num_experts=4, ep_size=4, capacity_factor=factor, min_capacity=1, pad=pad, expert_ffn_size=8, seed=0
     )
     layer.set_expert_group(groups.expert_group())

@@ -22,6 +22,7 @@ from dsmoe.moe.draws import Draws, uniform
 from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from tests.moe.flat import moe_layer
 
 D, E, T = 16, 8, 24
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -63,8 +64,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"drop_policy": "random", "k": 2, "renormalize_dropped": True, "shared_expert_ffn_size": 8, **TIGHT},
     {"drop_policy": "position", "k": 2, "recompute_experts": True, "target_drop_percent": 5.0, **TIGHT},
     {"noise": "jitter", "choice": "expert", "k": 1, "capacity_factor": 1.0},
-    {"noise": "gumbel", "k": 2, "balance_scope": "global", "bias_update_rate": 0.01},
-    {"k": 2, "balance_scope": "sequence"},
+    {"noise": "gumbel", "k": 2, "scope": "global", "bias_update_rate": 0.01},
+    {"k": 2, "scope": "sequence"},
 ]
 
 
@@ -85,7 +86,7 @@ def make_layer(options: dict[str, Any], experts: str = "stacked", ep_size: int =
     if experts != "stacked":
         options = {key: value for key, value in options.items() if key != "recompute_experts"}
     defaults = {"capacity_factor": None, "eval_capacity_factor": 1.0, "aux_loss": 0.1, "z_loss": 0.01, "seed": 5}
-    layer = dsmoe.MoE(D, num_experts=E, ep_size=ep_size, **{**defaults, **expert, **options})
+    layer = moe_layer(D, num_experts=E, ep_size=ep_size, **{**defaults, **expert, **options})
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             seed = sum(map(ord, name))

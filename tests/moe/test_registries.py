@@ -18,8 +18,9 @@ from dsmoe.config.sections import moe as schema
 from dsmoe.moe import ffn
 from dsmoe.moe.activations import ACTIVATIONS, find_activation
 from dsmoe.moe.capacity import DROP_POLICIES
-from dsmoe.moe.router import CHOICES, Router, Routing, RoutingRule
+from dsmoe.moe.router import Router, Routing
 from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES
+from tests.moe.flat import moe_layer
 
 T, D, E, K, INNER = 40, 16, 6, 2, 8
 
@@ -27,7 +28,6 @@ T, D, E, K, INNER = 40, 16, 6, 2, 8
 @pytest.mark.parametrize(
     ("section", "field", "registry"),
     [
-        (schema.Router, "choice", CHOICES),
         (schema.Router, "score", SCORES),
         (schema.Router, "group_score", GROUP_SCORES),
         (schema.Router, "noise", NOISES),
@@ -46,6 +46,11 @@ def test_the_schema_says_what_is_gated() -> None:
     assert {name: activation.gated for name, activation in ACTIVATIONS.items()} == schema.GATED
 
 
+def options(**values: Any) -> schema.Router:
+    """Options that the schema does not know."""
+    return schema.Router().model_copy(update=values)
+
+
 def softplus(logits_TE: torch.Tensor) -> torch.Tensor:
     return (1 + logits_TE.exp()).log()
 
@@ -59,7 +64,7 @@ def route(router: Router, x_TD: torch.Tensor) -> Routing:
 @pytest.mark.usefixtures("made_up_entries")
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_score_needs_an_entry_only(normalize: bool) -> None:
-    router = Router(D, E, RoutingRule(K, score="softplus", normalize_weights=normalize, scale=1.5))
+    router = Router(D, E, K, options(score="softplus", normalize_weights=normalize, scale=1.5))
     x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
     routing = route(router, x_TD)
 
@@ -85,8 +90,8 @@ def test_a_score_needs_an_entry_only(normalize: bool) -> None:
 
 @pytest.mark.usefixtures("made_up_entries")
 def test_a_group_score_and_a_noise_need_an_entry_only() -> None:
-    rule = RoutingRule(K, score="softplus", num_groups=2, top_k_groups=1, group_score="min", noise="contrary")
-    router = Router(D, E, rule)
+    chosen = options(score="softplus", num_groups=2, top_k_groups=1, group_score="min", noise="contrary")
+    router = Router(D, E, K, chosen)
     x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(1))
     for training in (True, False):
         router.train(training)
@@ -104,7 +109,7 @@ def test_a_group_score_and_a_noise_need_an_entry_only() -> None:
 
 
 def layer_of(activation: str, **options: Any) -> dsmoe.MoE:
-    layer = dsmoe.MoE(D, num_experts=E, k=K, expert_ffn_size=INNER, seed=0, activation=activation, **options)
+    layer = moe_layer(D, num_experts=E, k=K, expert_ffn_size=INNER, seed=0, activation=activation, **options)
     nn.init.normal_(layer.router.weight)
     layer.reset_experts(0.3, 0.3)
     return layer
@@ -192,8 +197,8 @@ def test_names_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["score", "group_score", "noise"])
 def test_a_router_refuses_a_name_that_is_in_no_registry(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be one of \(.*\), not 'best'"):
-        Router(D, E, RoutingRule(K, **{name: "best"}))
+    with pytest.raises(ValueError, match=rf"{name} must be one of .*, .*, not 'best'"):
+        Router(D, E, K, options(**{name: "best"}))
 
 
 def test_an_unknown_activation_is_named() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsmoe.moe.router import Router, RoutingRule, _largest
+from dsmoe.config import schema
+from dsmoe.moe.router import Router, _largest
 
 
 def test_the_first_of_equals_stands_first_in_the_order_of_the_numbers() -> None:
@@ -20,6 +21,6 @@ def test_the_first_of_equals_stands_first_in_the_order_of_the_numbers() -> None:
 
 @pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "top_k_groups": 2, "group_score": "max"}])
 def test_equal_logits_choose_the_lowest_experts(groups: dict[str, int]) -> None:
-    router = Router(8, 64, RoutingRule(3, **groups))
+    router = Router(8, 64, 3, schema.Router(**groups))
     torch.nn.init.zeros_(router.weight)
     assert router(torch.randn(5, 8)).experts_TK.tolist() == [[0, 1, 2]] * 5

@@ -24,6 +24,7 @@ from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
 from tests.moe import DEVICE
+from tests.moe.flat import moe_layer
 
 D, E, T = 16, 4, 12
 needs_grouped_kernel = pytest.mark.skipif(
@@ -78,7 +79,7 @@ def train_once(layer: dsmoe.MoE, used: torch.Tensor | None = None) -> None:
 
 
 def make_layer(ep_size: int = 1, **options: Any) -> dsmoe.MoE:
-    return dsmoe.MoE(D, num_experts=E, ep_size=ep_size, k=2, expert_ffn_size=8, seed=0, **options)
+    return moe_layer(D, num_experts=E, ep_size=ep_size, k=2, expert_ffn_size=8, seed=0, **options)
 
 
 ONE_RANK = [
@@ -86,8 +87,8 @@ ONE_RANK = [
     {"capacity_factor": 1.0, "drop_policy": "probability", "recompute_experts": True},
     {"capacity_factor": 0.5, "drop_policy": "position", "renormalize_dropped": True},
     {"capacity_factor": 1.0, "choice": "expert", "shared_expert_ffn_size": 8},
-    {"capacity_factor": None, "aux_loss": 0.1, "z_loss": 0.1, "balance_scope": "sequence", "bias_update_rate": 0.1},
-    {"capacity_factor": 1.0, "aux_loss": 0.1, "balance_scope": "global", "score": "sigmoid", "num_groups": 2},
+    {"capacity_factor": None, "aux_loss": 0.1, "z_loss": 0.1, "scope": "sequence", "bias_update_rate": 0.1},
+    {"capacity_factor": 1.0, "aux_loss": 0.1, "scope": "global", "score": "sigmoid", "num_groups": 2},
 ]
 RANDOM = [
     {"capacity_factor": 1.0, "drop_policy": "random"},

@@ -13,6 +13,7 @@ import dsmoe
 from dsmoe.moe import begin_step, hold_drop_rate, steps, update_routers
 from dsmoe.moe.capacity import DropRateController
 from dsmoe.parallel.local import run_ranks
+from tests.moe.flat import moe_layer
 
 D, E = 8, 4
 RATE = 0.25
@@ -22,7 +23,7 @@ CHOICES = [[[0, 0, 0], [0, 1, 2]], [[0, 0, 2], [2, 3, 3]], [[0, 0, 1], [1, 2, 2]
 
 def chooser(**arguments: Any) -> dsmoe.MoE:
     """Token e_i has the logits e_i, times 4, so that it chooses expert i unless a bias of more than that says no."""
-    layer = dsmoe.MoE(
+    layer = moe_layer(
         D, num_experts=E, expert_ffn_size=8, capacity_factor=None, normalize_weights=False, seed=0, **arguments
     )
     with torch.no_grad():
@@ -36,7 +37,7 @@ def tokens(choices: list[int]) -> torch.Tensor:
 
 def two_steps() -> dict[str, Any]:
     """Two layers take the step of CHOICES twice; the second has no state."""
-    layers = [chooser(bias_update_rate=RATE, balance_scope="global"), chooser()]
+    layers = [chooser(bias_update_rate=RATE, scope="global"), chooser()]
     layers.append(chooser(bias_update_rate=RATE / 2))
     num_calls = 0
     all_reduce = dist.all_reduce
@@ -97,7 +98,7 @@ def test_a_bias_moves_the_choice_and_not_the_weight() -> None:
 
 def test_an_expert_that_is_overloaded_loses_tokens_until_the_loads_are_even() -> None:
     torch.manual_seed(0)
-    layer = dsmoe.MoE(
+    layer = moe_layer(
         D, num_experts=E, expert_ffn_size=8, k=2, capacity_factor=None, score="sigmoid", bias_update_rate=0.02, seed=0
     )
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_without_processes_this_process_is_all_there_is() -> None:
 
 def global_gradients(ranks: int) -> torch.Tensor:
     """The router's gradient of the global loss in the second of two steps, averaged over ranks and micro-batches."""
-    layer = chooser(aux_loss=1.0, balance_scope="global")
+    layer = chooser(aux_loss=1.0, scope="global")
     every = [tokens(micro_batch) for rank in CHOICES for micro_batch in rank]
     mine = every[dist.get_rank() * len(every) // ranks : (dist.get_rank() + 1) * len(every) // ranks]
     layer.loss_scale = 1 / len(mine)
@@ -158,7 +159,7 @@ class TestPersistence:
         assert not [name for name in chooser().state_dict() if name.startswith(("balance", "limit"))]
 
     def test_state_survives_a_cast_in_full(self) -> None:
-        layer = chooser(bias_update_rate=1e-3, balance_scope="global")
+        layer = chooser(bias_update_rate=1e-3, scope="global")
         layer.balance.bias[0] = 1 + 1e-3
         before = {name: value.clone() for name, value in layer.balance.state_dict().items()}
         layer.bfloat16().double().float()
@@ -167,9 +168,9 @@ class TestPersistence:
             assert torch.equal(value, before[name])
 
     def test_all_of_it_is_in_the_state_dict(self) -> None:
-        arguments: dict[str, Any] = {"bias_update_rate": 0.1, "balance_scope": "global"}
+        arguments: dict[str, Any] = {"bias_update_rate": 0.1, "scope": "global"}
         layer, other = (
-            dsmoe.MoE(D, num_experts=E, expert_ffn_size=8, seed=0, target_drop_percent=1.0, **arguments)
+            moe_layer(D, num_experts=E, expert_ffn_size=8, seed=0, target_drop_percent=1.0, **arguments)
             for _ in range(2)
         )
         layer(torch.randn(30, D))
@@ -198,7 +199,7 @@ class TestDropRate:
 
     def test_holds_the_rate_of_a_skewed_layer(self) -> None:
         torch.manual_seed(0)
-        layer = dsmoe.MoE(D, num_experts=E, expert_ffn_size=8, k=2, min_capacity=1, seed=0, target_drop_percent=5.0)
+        layer = moe_layer(D, num_experts=E, expert_ffn_size=8, k=2, min_capacity=1, seed=0, target_drop_percent=5.0)
         nn.init.normal_(layer.router.weight)
         rates = []
         for step in range(60):
@@ -212,6 +213,6 @@ class TestDropRate:
         assert layer.limit.eval_factor == 1.0
 
     def test_leaves_other_layers_alone(self) -> None:
-        layer = dsmoe.MoE(D, num_experts=E, expert_ffn_size=8, capacity_factor=1.25, seed=0)
+        layer = moe_layer(D, num_experts=E, expert_ffn_size=8, capacity_factor=1.25, seed=0)
         hold_drop_rate([layer], 50.0)
         assert layer.limit.factor == 1.25

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import dsmoe
 from dsmoe.moe import MoE, hold_drop_rate
 from dsmoe.observe import Meter
 from dsmoe.observe import meter as meter_module
@@ -19,6 +18,7 @@ from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Batch, Topology
 from dsmoe.plan.devices import DeviceFacts
 from dsmoe.plan.flops import Flops
+from tests.moe.flat import moe_layer
 
 FLOPS = Flops(forward=10**9, attention=2 * 10**8)
 KNOWN = DeviceFacts("a test's", memory_gib=1.0, peak_tflops=0.5)
@@ -135,7 +135,7 @@ def routed_steps() -> list[Metrics]:
     """Tokens choose experts by hand: rank 0 sends 4 to expert 0; rank 1 sends 1 to expert 0 and 3 to expert 2."""
     rank, clock = dist.get_rank(), Clock()
     groups = Groups(Topology(1, 2, expert=2))
-    layer = dsmoe.MoE(8, num_experts=4, ep_size=2, expert_ffn_size=8, drop_tokens=False)
+    layer = moe_layer(8, num_experts=4, ep_size=2, expert_ffn_size=8, drop_tokens=False)
     layer.set_expert_group(groups.expert_group())
     with torch.no_grad():
         layer.router.weight.copy_(torch.eye(4, 8))
@@ -178,7 +178,7 @@ def with_held_drop_rate() -> list[Metrics]:
     """The metrics of a layer that holds a drop rate, before and after it has moved, and of one that does not."""
     results = []
     for target in (5.0, None):
-        layer = dsmoe.MoE(8, num_experts=4, expert_ffn_size=8, seed=0, target_drop_percent=target)
+        layer = moe_layer(8, num_experts=4, expert_ffn_size=8, seed=0, target_drop_percent=target)
         meter = make_meter(Clock(), None, [(3, layer)])
         for _ in range(2):
             meter.begin_step()

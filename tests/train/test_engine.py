@@ -18,6 +18,7 @@ from dsmoe.model import build_model
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import engine as engine_module
 from dsmoe.train.engine import clip_gradients, initialize, parameter_groups
+from tests.moe.flat import moe_layer
 from tests.train.layouts import make_trainer, small_config
 
 
@@ -122,7 +123,9 @@ class Small(nn.Module):
     def __init__(self, ep_size: int) -> None:
         super().__init__()
         self.inner = nn.Linear(16, 16)
-        self.sparse = MoE(16, num_experts=4, ep_size=ep_size, k=2, expert_ffn_size=16, seed=3, capacity_factor=None)
+        self.sparse = moe_layer(
+            16, num_experts=4, ep_size=ep_size, k=2, expert_ffn_size=16, seed=3, capacity_factor=None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.sparse(self.inner(x))[0]

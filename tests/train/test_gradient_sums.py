@@ -16,11 +16,12 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from dsmoe import Groups, MoE, Topology, initialize
+from dsmoe import Groups, Topology, initialize
 from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train.gradient_sums import sum_in_fp32
+from tests.moe.flat import moe_layer
 from tests.train.layouts import small_config
 
 FP32_ROUNDING = 2e-6
@@ -35,7 +36,9 @@ class Mixed(nn.Module):
     def __init__(self, expert: int) -> None:
         super().__init__()
         self.dense = nn.Linear(16, 16)
-        self.sparse = MoE(16, num_experts=4, ep_size=expert, k=2, expert_ffn_size=16, seed=3, capacity_factor=None)
+        self.sparse = moe_layer(
+            16, num_experts=4, ep_size=expert, k=2, expert_ffn_size=16, seed=3, capacity_factor=None
+        )
         self.unused = nn.Linear(3, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

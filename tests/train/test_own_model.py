@@ -16,6 +16,7 @@ from dsmoe.parallel.local import run_ranks
 from dsmoe.parallel.regions import enter_tokens, leave_tokens
 from dsmoe.plan import Topology
 from dsmoe.train.compare import TOLERANCES, Training, difference, whole_weights
+from tests.moe.flat import moe_layer
 from tests.train.layouts import small_config
 
 STEPS = 4
@@ -35,8 +36,8 @@ class Net(nn.Module):
         second = {"ep_size": second_ep_size, "expert_ffn_size": 24, "z_loss": 0.01}
         self.layers = nn.ModuleList(
             [
-                dsmoe.MoE(32, num_experts=8, k=2, seed=1, expert_ffn_size=16, **first, **common),
-                dsmoe.MoE(32, num_experts=4, k=1, seed=2, **second, **common),
+                moe_layer(32, num_experts=8, k=2, seed=1, expert_ffn_size=16, **first, **common),
+                moe_layer(32, num_experts=4, k=1, seed=2, **second, **common),
             ]
         )
         for layer in self.layers:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from dsmoe.config.errors import UserError
+from dsmoe.config.nearest import closest_key
 
 Level = Literal["tensor", "math", "step", "free"]
 
@@ -79,3 +82,25 @@ class Section(BaseModel):
     """A frozen mapping that refuses keys it does not know; numbers are not accepted as strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        """Make a section in Python; the loader has its own words for what is wrong in a file.
+
+        Raises:
+            UserError: some values cannot be; a line for each, with its key and the value.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError("\n".join(map(self._refusal, error.errors(include_url=False)))) from None
+
+    # So that pydantic does not call it for the sections within others, whose errors need their place.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def _refusal(cls, found: Any) -> str:
+        key = ".".join(map(str, found["loc"]))
+        if found["type"] != "extra_forbidden":
+            return f"{cls.__name__}: {key} ({found['input']!r}): {found['msg']}"
+        meant = closest_key(key, cls.model_fields)
+        return f"{cls.__name__}: {key}: unknown; {f'did you mean {meant!r}?' if meant else ', '.join(cls.model_fields)}"

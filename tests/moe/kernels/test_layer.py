@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-import dsmoe
 from dsmoe.moe import activations, balance, capacity, ffn, router, rows
 from tests.moe import DEVICE
+from tests.moe.flat import moe_layer
 
 T, D, E = 21, 16, 8
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"capacity_factor": 0.6, "drop_policy": "random"},
     "DeepSeek-V3": {
         "score": "sigmoid",
-        "weight_scale": 2.5,
+        "scale": 2.5,
         "num_groups": 4,
         "top_k_groups": 2,
         "bias_update_rate": 0.1,
@@ -46,7 +46,7 @@ def outcome(
     options: dict[str, Any], masked: bool, device: str = DEVICE, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
     settings = {"k": 2, "expert_ffn_size": 8, **options}
-    layer = dsmoe.MoE(D, num_experts=E, seed=3, **settings).to(device, dtype)
+    layer = moe_layer(D, num_experts=E, seed=3, **settings).to(device, dtype)
     generator = torch.Generator().manual_seed(0)
     # The router's weight stays fp32, as in training.
     layer.router.wg.weight = nn.Parameter(torch.randn(E, D, generator=generator).to(device))

@@ -12,11 +12,11 @@ import pytest
 import torch
 from triton.errors import TritonError
 
-import dsmoe
 from dsmoe.moe.activations import Activation
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
 from dsmoe.moe.kernels.topk_router import _Route, route
 from tests.moe import DEVICE, made_up
+from tests.moe.flat import moe_layer
 from tests.moe.kernels import test_activation
 from tests.moe.kernels.test_layer import outcome, use_kernels
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("made_up_entries")
 def test_a_layer_refuses_what_has_no_kernel(
     options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = dsmoe.MoE(16, num_experts=4, k=2, expert_ffn_size=8, seed=0, **options).to(DEVICE)
+    layer = moe_layer(16, num_experts=4, k=2, expert_ffn_size=8, seed=0, **options).to(DEVICE)
     use_kernels(monkeypatch, False)
     layer(torch.randn(5, 16, device=DEVICE))[0].sum().backward()
     use_kernels(monkeypatch, True)

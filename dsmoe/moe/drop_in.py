@@ -1,0 +1,104 @@
+"""DeepSpeed's words for an MoE layer in dsmoe's: from the arguments of its layer to the sections of a config."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from dsmoe.config.errors import UserError, refuse
+from dsmoe.config.schema import Balance, Capacity, Experts, Router
+from dsmoe.config.sections.moe import capacity_problems, dense_path_problems, expert_choice_problems
+
+_NOISE: dict[str | None, Literal["none", "jitter", "gumbel"]] = {
+    None: "none",
+    "None": "none",
+    "Jitter": "jitter",
+    "RSample": "gumbel",
+}
+"""Our `noise` for its `noisy_gate_policy`."""
+
+
+class Sections(NamedTuple):
+    """What a layer does, as a config says it."""
+
+    router: Router
+    balance: Balance
+    capacity: Capacity
+    experts: Experts
+
+
+class DeepSpeedArguments(NamedTuple):
+    """The arguments of `deepspeed.moe.layer.MoE` that a section can say as well, with their defaults."""
+
+    capacity_factor: float | None = 1.0
+    eval_capacity_factor: float | None = 1.0
+    min_capacity: int = 4
+    use_residual: bool = False
+    noisy_gate_policy: str | None = None
+    drop_tokens: bool = True
+
+
+def to_sections(
+    k: int,
+    expert: nn.Module | None,
+    given: DeepSpeedArguments,
+    router: Router | None,
+    balance: Balance | None,
+    capacity: Capacity | None,
+    experts: Experts | None,
+) -> Sections:
+    """The sections that are given, and for the others what DeepSpeed's arguments say.
+
+    Raises:
+        UserError: an argument cannot be, or both it and a section say the same thing.
+    """
+    if given.noisy_gate_policy not in _NOISE:
+        raise UserError(f"noisy_gate_policy must be one of {tuple(_NOISE)}, not {given.noisy_gate_policy!r}")
+    if router is not None:
+        _refuse_both("router", given, "noisy_gate_policy")
+    if capacity is not None:
+        _refuse_both("capacity", given, "capacity_factor", "eval_capacity_factor", "min_capacity", "drop_tokens")
+    # DeepSpeed divides the chosen scores by their sum for k > 1 alone: the one of k = 1 would always be 1.
+    router = router or Router(normalize_weights=k > 1, noise=_NOISE[given.noisy_gate_policy])
+    balance = balance or Balance(aux_loss=0.0)
+    capacity = capacity or _capacity(given)
+    experts = experts or Experts()
+    experts = experts.model_copy(update={"residual": experts.residual or given.use_residual})
+    if (expert is None) == (experts.expert_ffn_size is None):
+        raise UserError(
+            "give either expert (a module of yours) or experts=dsmoe.Experts(expert_ffn_size=...) (stacked experts), "
+            "and not both"
+        )
+    if expert is not None and not isinstance(expert, nn.Module):
+        raise UserError(f"expert must be a torch.nn.Module, not {expert!r}")
+    refuse(
+        chain(
+            dense_path_problems(experts),
+            expert_choice_problems(router, balance, capacity),
+            capacity_problems(capacity),
+        )
+    )
+    if router.choice == "expert":  # nothing is dropped, and this policy sorts least
+        capacity = capacity.model_copy(update={"drop_policy": "position"})
+    return Sections(router, balance, capacity, experts)
+
+
+def _capacity(given: DeepSpeedArguments) -> Capacity:
+    """DeepSpeed's `min_capacity=0` is our 1: no factor gives less for any token."""
+    factors = (given.capacity_factor, given.eval_capacity_factor) if given.drop_tokens else (None, None)
+    try:
+        return Capacity(factor=factors[0], eval_factor=factors[1], minimum=given.min_capacity or 1)
+    except UserError as error:
+        raise UserError(f"capacity_factor, eval_capacity_factor and min_capacity make a {error}") from None
+
+
+def _refuse_both(section: str, given: DeepSpeedArguments, *names: str) -> None:
+    defaults = DeepSpeedArguments._field_defaults
+    for name in names:
+        if getattr(given, name) != defaults[name]:
+            raise UserError(
+                f"{name} ({getattr(given, name)!r}) and {section}= say the same thing; leave {name} out, and put it "
+                f"into {section}=dsmoe.{section.capitalize()}(...)"
+            )
