@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dsmoe.config import UserError, dump_config
-from dsmoe.config.effects import effect_of, is_free, level_of_change, value_at
+from dsmoe.config.effects import effect_of, is_free, level_of_change, tensor_part, value_at
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import Effect, Section
@@ -121,6 +121,38 @@ def test_a_key_as_it_is_flattened_has_an_effect(key: str, level: str | None) -> 
 def test_some_values_decide_whether_there_are_tensors(key: str, before: object, after: object, level: str) -> None:
     assert level_of_change(key, before, after) == level
     assert level_of_change(key, after, before) == level
+
+
+def test_a_key_of_the_model_that_only_another_version_has_counts(tmp_path: Path) -> None:
+    config = layout_config(tmp_path).model_dump(mode="json")
+    ours = tensor_part(config)
+    config["model"] |= {"window": 8, "init_std": 0.5}
+    config["moe"]["of_another_version"] = 1
+    assert tensor_part(config) == {**ours, "model.window": 8}
+
+
+@pytest.mark.parametrize("key", ["model", "moe.top_k", "moe.balance.scope", "moe.balance", "moe"])
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_config_that_is_none_of_ours_has_no_tensors(key: str, weights_only: bool, tmp_path: Path) -> None:
+    config = layout_config(tmp_path).model_dump(mode="json")
+    *sections, name = key.split(".")
+    (value_at(config, ".".join(sections)) if sections else config)[name] = "x"
+    if name in ("top_k", "scope"):
+        del value_at(config, ".".join(sections))[name]
+    with pytest.raises((KeyError, TypeError, AttributeError)):
+        tensor_part(config, weights_only)
+
+
+def test_what_decides_about_tensors_that_may_begin_anew_is_left_out_for_weights(tmp_path: Path) -> None:
+    config = layout_config(tmp_path).model_dump(mode="json")
+    whole, weights = tensor_part(config), tensor_part(config, weights_only=True)
+    assert whole == {
+        **weights,
+        "moe.balance.scope is global": True,
+        "moe.capacity.target_drop_percent is set": False,
+    }
+    assert weights["moe.balance.bias_update_rate is above 0"] is True
+    assert list(tensor_part({**config, "moe": None}))[-1] == "moe"
 
 
 # What the effects mean, tried with other values of every key on a run that has a checkpoint.
