@@ -79,11 +79,10 @@ def tensor_part(config: Mapping[str, Any], weights_only: bool = False) -> dict[s
     """
     model = spelled_out({f"model.{key}": value for key, value in config["model"].items()})
     found = {key: value for key, value in model.items() if key not in EFFECTS or EFFECTS[key].level == "tensor"}
-    if config.get("moe") is None:
-        return {**found, "moe": None}
-    found |= {key: value_at(config, key) for key in keys_of("tensor", "moe.")}
+    is_dense = config.get("moe") is None
+    found |= {"moe": None} if is_dense else {key: value_at(config, key) for key in keys_of("tensor", "moe.")}
     for key, effect in EFFECTS.items():
-        if effect.switch is not None:
+        if effect.switch is not None and not (is_dense and key.startswith("moe.")):
             is_on = effect.switch.is_on(value_at(config, key))
             if effect.switch.level == "tensor" or not weights_only:
                 found[f"{key} {effect.switch.said}"] = is_on
