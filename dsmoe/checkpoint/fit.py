@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
+from dsmoe.config.effects import step_part, tensor_part
 from dsmoe.config.errors import UserError
-from dsmoe.config.show import spelled_out
 from dsmoe.plan.text import quantity, shown, table
 
 Row = tuple[str, str, str]
 """A key, its value in the checkpoint, its value here."""
 
-_NO_PART = ("model.init_std", "model.max_sequence_length")
-"""Of the model section, what neither shapes a tensor nor changes what one means."""
-_EXPERT_KEYS = ("num_experts", "expert_ffn_size", "shared_expert_ffn_size", "residual", "activation", "top_k")
-_ROUTER_KEYS = ("choice", "score", "normalize_weights", "scale", "num_groups", "top_k_groups", "group_score")
-_RUN_KEYS = ("batch_tokens", "sequence_length")
-"""Of the train section, what a step is: the place in the data and the count of tokens follow from the steps."""
 _SHOWN = 30
 
 
@@ -37,18 +31,12 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
         DamagedError: its config is none of dsmoe's, or the optimizer's state is missing.
     """
     try:
-        saved, here = identity(manifest.facts.config), identity(config)
-        steps, steps_here = (
-            {f"train.{key}": c["train"][key] for key in _RUN_KEYS} for c in (manifest.facts.config, config)
-        )
-    except (KeyError, TypeError) as error:
+        saved, here = (tensor_part(c, weights_only=optimizer is None) for c in (manifest.facts.config, config))
+        steps, steps_here = step_part(manifest.facts.config), step_part(config)
+    except (KeyError, TypeError, AttributeError) as error:
         raise DamagedError(
             f"{checkpoint / MANIFEST} is damaged: its config is none of dsmoe's ({shown(str(error))})"
         ) from None
-    if optimizer is None:
-        # What balances the experts may begin anew; a bias is part of what the weights compute.
-        begins_anew = {"moe.balance.scope is global", "moe.capacity.target_drop_percent is set"}
-        saved, here = ({key: d[key] for key in d if key not in begins_anew} for d in (saved, here))
     refuse(checkpoint, "another model", rows(saved, here))
     if optimizer is not None:
         refuse(checkpoint, "another optimizer", rows({"optimizer": manifest.facts.optimizer}, {"optimizer": optimizer}))
@@ -62,24 +50,6 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
             "a run with other steps (for its weights alone: checkpoint.weights_from)",
             rows(steps, steps_here),
         )
-
-
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides which tensors there are, their shapes and their meaning."""
-    model = spelled_out({f"model.{key}": value for key, value in config["model"].items()})
-    found = {key: value for key, value in model.items() if key not in _NO_PART}
-    moe = config.get("moe")
-    if moe is None:
-        return {**found, "moe": None}
-    balance, capacity = moe["balance"], moe["capacity"]
-    return {
-        **found,
-        **{f"moe.{key}": moe[key] for key in _EXPERT_KEYS},
-        **{f"moe.router.{key}": moe["router"][key] for key in _ROUTER_KEYS},
-        "moe.balance.scope is global": balance["scope"] == "global",
-        "moe.balance.bias_update_rate is above 0": balance["bias_update_rate"] > 0,
-        "moe.capacity.target_drop_percent is set": capacity["target_drop_percent"] is not None,
-    }
 
 
 def rows(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from dsmoe.config.sections.base import MathEffect, Name, NoEffect, Section, Text
+from dsmoe.config.sections.base import MathEffect, Name, NoEffect, Section, TensorEffect, Text
 from dsmoe.config.sections.checkpoint import Checkpoint
 from dsmoe.config.sections.cluster import Cluster, Device
 from dsmoe.config.sections.data import Data, Source
@@ -55,7 +55,7 @@ class Config(Section):
     """The layout over them."""
     model: Model
     """The transformer around the experts."""
-    moe: Moe | None = None
+    moe: TensorEffect[Moe | None] = None
     """The experts; null trains a dense model."""
     data: Data
     """The corpora and the tokenizer."""

@@ -8,11 +8,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.effects import keys_of
 from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Config, Moe
+from dsmoe.config.schema import Config
+from dsmoe.config.show import flatten, spelled_out
 from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.architectures.parts import Settings
-from dsmoe.plan.layers import dense_layers, head_dim, num_kv_heads
+from dsmoe.plan.layers import dense_layers
 
 _ANY_RUN: dict[str, Any] = {
     "name": "any",
@@ -20,7 +22,10 @@ _ANY_RUN: dict[str, Any] = {
     "optimizer": {"lr": 1.0},
     "train": {"steps": 1, "batch_tokens": 1, "sequence_length": 1},
 }
-_ROUTER_KEYS = ("score", "normalize_weights", "scale", "num_groups", "top_k_groups", "group_score")
+_KINDS_OF_LAYERS = ("model.dense_layers", "model.moe_every", "model.ffn_size")
+"""Compared as the list of dense layers, and their width if there are any."""
+_GROUPS = ("moe.router.num_groups", "moe.router.top_k_groups", "moe.router.group_score")
+"""Without a meaning where there is one group."""
 
 
 def sections_of(settings: Settings) -> dict[str, Any]:
@@ -55,26 +60,12 @@ def _unloadable(sections: Mapping[str, Any]) -> Iterator[str]:
 
 def describe(config: Config) -> dict[str, Any]:
     """What a model computes from its weights, by our keys, the same for configs that say the same in another way."""
-    model, dense = config.model, dense_layers(config)
-    found: dict[str, Any] = {
-        **{f"model.{key}": getattr(model, key) for key in ("vocab_size", "hidden_size", "num_layers", "num_heads")},
-        "model.num_kv_heads": num_kv_heads(model),
-        "model.head_dim": head_dim(model),
-        **{f"model.{key}": getattr(model, key) for key in ("rope_theta", "norm_eps", "qk_norm", "tie_embeddings")},
-        "dense layers": ", ".join(map(str, dense)) or "none",
-    }
+    settings, dense = spelled_out(flatten(config.model_dump())), dense_layers(config)
+    found = {key: settings[key] for key in keys_of("tensor", "model.") if key not in _KINDS_OF_LAYERS}
+    found["dense layers"] = ", ".join(map(str, dense)) or "none"
     if dense:
-        found["model.ffn_size"] = model.ffn_size
-    if config.moe is not None and len(dense) < model.num_layers:
-        found |= _describe_moe(config.moe)
+        found["model.ffn_size"] = settings["model.ffn_size"]
+    if config.moe is not None and len(dense) < config.model.num_layers:
+        unused = _GROUPS if config.moe.router.num_groups == 1 else ()
+        found |= {key: settings[key] for key in keys_of("tensor", "moe.") if key not in unused}
     return found
-
-
-def _describe_moe(moe: Moe) -> dict[str, Any]:
-    keys = ["num_experts", "top_k", "expert_ffn_size", "shared_expert_ffn_size", "residual", "activation"]
-    router = [key for key in _ROUTER_KEYS if moe.router.num_groups > 1 or "group" not in key]
-    return {
-        **{f"moe.{key}": getattr(moe, key) for key in keys},
-        "moe.router.choice": moe.router.choice,
-        **{f"moe.router.{key}": getattr(moe.router, key) for key in router},
-    }

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from dsmoe.config.effects import effect_of
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Parallel
+from dsmoe.config.sections.base import Level
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -130,9 +132,9 @@ def all_of(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
 def comparable(config: Config, steps: int, precision: str) -> dict[str, Any]:
     """The settings under which every layout is to train the same model to rounding, by key.
 
-    Token drops, noise and `force_balanced` go by the tokens that one rank has, so they go. The learning rate starts
-    high, so that a few steps move the weights, and Adam's eps is large enough that the rounding of a gradient near zero
-    does not become a whole step of its weight.
+    They change what a step computes, and never a tensor or the size of a step. Token drops, noise and `force_balanced`
+    go by the tokens that one rank has, so they go. The learning rate starts high, so that a few steps move the weights,
+    and Adam's eps is large enough that the rounding of a gradient near zero does not become a whole step of its weight.
     """
     settings: dict[str, Any] = {
         "train.steps": steps,
@@ -156,7 +158,7 @@ def comparable(config: Config, steps: int, precision: str) -> dict[str, Any]:
             "moe.router.noise": "none",
             "moe.router.force_balanced": False,
         }
-    return settings
+    return _only("math", settings)
 
 
 MICRO_BATCHES = 4
@@ -167,28 +169,46 @@ def shrunk(config: Config, layouts: Sequence[Layout], text: str) -> dict[str, An
     """The settings that make `config` small enough for any machine, by key.
 
     Its experts, choices, layers' kinds, optimizer and options stay; widths, layers, sequences and the batch become
-    small, and the corpus is the file `text`, byte by byte.
+    small, and the corpus is the file `text`, byte by byte. What a step computes stays but for `_small_corpus`.
     """
     tensors = {layout.tensor for layout in layouts}
     unit = math.lcm(*tensors, *(layout.overrides["parallel.expert_tensor"] for layout in layouts))
     sequence, micro_batch = math.lcm(SMALL_SEQUENCE, unit), min(config.train.micro_batch_size, 2)
-    settings = {
+    data_ranks = math.lcm(*(layout.data for layout in layouts))
+    batch = {
         "train.sequence_length": sequence,
+        "train.batch_tokens": MICRO_BATCHES * data_ranks * micro_batch * sequence,
+    }
+    evaluation = {
         "train.micro_batch_size": micro_batch,
-        "train.batch_tokens": MICRO_BATCHES * math.lcm(*(layout.data for layout in layouts)) * micro_batch * sequence,
         "train.eval_sequences": 4 * micro_batch,
         "train.eval_batches": None,
+    }
+    return {
+        **_only("step", batch),
+        **_only("free", evaluation),
+        **_only("tensor", {**_small_model(config, unit, tensors), **_small_experts(config, unit)}),
+        **_small_corpus(config, text, sequence),
+    }
+
+
+def _only(level: Level, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, none of which changes more than others of this level; free ones may be among them."""
+    effects = {key: effect_of(key) for key in settings}
+    others = [key for key, effect in effects.items() if effect is None or effect.level not in (level, "free")]
+    assert not others, f"{', '.join(others)}: not of the effect {level}"
+    return settings
+
+
+def _small_corpus(config: Config, text: str, sequence: int) -> dict[str, Any]:
+    """What is read, and what of the model's mathematics has to go with it and with the small sizes."""
+    return {
         "data.sources": [{"name": "sums", "path": text}],
         "data.tokenizer": "bytes",
         "data.validation_fraction": 0.05,
-        "model.max_sequence_length": sequence,
-        **_small_model(config, unit, tensors),
+        "model.max_sequence_length": sequence,  # as long as its sequences
+        "model.init_std": max(config.model.init_std, 0.08),  # gradients as large as a wide model's
     }
-    if config.moe is not None:
-        settings["moe.expert_ffn_size"] = SMALL_WIDTH * unit
-        if config.moe.shared_expert_ffn_size is not None:
-            settings["moe.shared_expert_ffn_size"] = SMALL_WIDTH * unit
-    return settings
 
 
 def as_overrides(settings: Overrides) -> list[str]:
@@ -226,9 +246,16 @@ def _small_model(config: Config, unit: int, tensors: set[int]) -> dict[str, Any]
         "ffn_size": None if model.ffn_size is None else SMALL_WIDTH * unit,
         "dense_layers": dense_layers,
         "moe_every": moe_every,
-        "init_std": max(model.init_std, 0.08),  # gradients as large as a wide model's
     }
     return {f"model.{name}": value for name, value in sizes.items()}
+
+
+def _small_experts(config: Config, unit: int) -> dict[str, Any]:
+    moe, width = config.moe, SMALL_WIDTH * unit
+    if moe is None:
+        return {}
+    shared = {} if moe.shared_expert_ffn_size is None else {"moe.shared_expert_ffn_size": width}
+    return {"moe.expert_ffn_size": width, **shared}
 
 
 def _pair(part: str, text: str) -> tuple[str, Any]:

@@ -16,6 +16,7 @@ from dsmoe.checkpoint.folder import Found, all_checkpoints, inspect, look, step_
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config import load_config
+from dsmoe.config.effects import level_of_change
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
 from dsmoe.config.locks import HeldError, Lock, take
 from dsmoe.config.paths import NO_PATHS, is_path, unset_in
@@ -32,10 +33,6 @@ from dsmoe.train.run_files import LOCK, TOKEN, refuse_special
 
 logger = logging.getLogger(__name__)
 
-_OTHER_MODEL = ("model.", "moe", "data.tokenizer")
-"""Where these differ, a checkpoint is of no use."""
-_OTHER_STEPS = ("train.batch_tokens", "train.sequence_length")
-"""Where these differ, a checkpoint's weights may be begun with, and nothing else of it."""
 LOOKS = (1.0, 4.0)
 """Seconds before each further look at checkpoints that could not be read."""
 _held: dict[Path, Lock] = {}
@@ -369,13 +366,13 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
 def _of_another_config(config: Config, folder: Path, found: Found, differing: Sequence[Difference]) -> str:
     """What differs, and what works instead: the old values, or a folder of its own with this run's state or without."""
     text = shown("; ".join(f"{key} is {there} there and {here} here" for key, there, here in differing))
-    keys = [key for key, _, _ in differing]
+    levels = {level_of_change(*difference) for difference in differing}
     newest = next(iter(found.whole), None)
     name = f"name={free_name(config)}"
-    if newest is None or any(key.startswith(_OTHER_MODEL) for key in keys):
+    if newest is None or "tensor" in levels:  # no checkpoint is of use
         return f"{folder} belongs to another config: {text}. Set them back, or give this run another name ({name})"
     onward = f"{name} checkpoint.resume={newest} goes on from its newest checkpoint"
-    if any(key in _OTHER_STEPS for key in keys):
+    if "step" in levels:
         onward = f"{name} checkpoint.weights_from={newest} begins with its newest weights"
     return (
         f"{folder} belongs to another config: {text}. Set them back, or give this run another name: {onward}, and "

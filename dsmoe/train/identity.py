@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dsmoe.checkpoint.manifest import MANIFEST
+from dsmoe.config.effects import is_free
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten, spelled_out
@@ -19,32 +20,9 @@ from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
 from dsmoe.durable import check_regular, write_whole
 
-# What may change when a run goes on: how long, how often, where, and what one changes after a divergence. Everything
-# else is the run's identity; of data.tokenizer and data.sources, the contents are.
-_CHANGEABLE = (
-    "runs_dir",
-    "cluster",
-    "parallel",
-    "checkpoint",
-    "observe",
-    "deepspeed",
-    "data.cache_dir",
-    "optimizer.lr",
-    "optimizer.min_lr",
-    "optimizer.warmup_steps",
-    "optimizer.grad_clip",
-    "optimizer.offload",
-    "train.steps",
-    "train.tokens",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.eval_sequences",
-    "data.changed_order",
-    "train.recompute",
-    "train.micro_batch_size",
-)
 _OF_THE_ORDER = ("data.sources", "data.seed", "data.validation_fraction")
-"""What may change besides where `data.changed_order` accepts it. Where there are checkpoints, `check_order` decides."""
+"""What may change besides free keys where `data.changed_order` accepts it. Where there are checkpoints, `check_order`
+decides."""
 RECORD = ".contents.json"
 ABSENT = "absent"
 
@@ -140,12 +118,12 @@ def differences(
             passed over until it is.
     """
     order = _OF_THE_ORDER if has_checkpoints or config.data.changed_order == "accept" else ()
-    free = tuple(f"{key}." for key in (*_CHANGEABLE, *order))
+    accepted = tuple(f"{key}." for key in order)
     here = flatten(config.model_dump(mode="json"))
     checksums = None if sources is None else {source.name: source.checksum for source in sources}
     found: list[Difference] = []
     for key, there, now in _pairs(before, here):
-        if f"{key}.".startswith(free):
+        if is_free(key) or f"{key}.".startswith(accepted):
             continue
         if key == "data.tokenizer":
             found += _tokenizers(there, now, contents.tokenizer, tokenizer_digest(config))

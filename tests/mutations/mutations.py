@@ -94,8 +94,8 @@ MUTATIONS = [
     Mutation(
         "the partial sums of an expert's slices are averaged",
         "dsmoe/moe/layer.py",
-        old="weights_TK.repeat_interleave(self.expert_tensor, dim=1)",
-        new="weights_TK.repeat_interleave(self.expert_tensor, dim=1) / self.expert_tensor",
+        old="weights_TK.repeat_interleave(self.layout.expert_tensor, dim=1)",
+        new="weights_TK.repeat_interleave(self.layout.expert_tensor, dim=1) / self.layout.expert_tensor",
         caught_by="tests/moe/test_parallel.py::test_every_dispatch_equals_one_rank[2-1-2]",
     ),
     Mutation(

@@ -9,6 +9,7 @@ DAMAGE = "tests/data/test_damage.py::"
 CACHE = "tests/data/test_cache.py::"
 FAULTS = "tests/checkpoint/test_faults.py::"
 IDENTITY = "tests/train/test_identity.py::"
+EFFECTS = "tests/config/test_effects.py::"
 CHANGED = "tests/train/test_changed.py::"
 DURABLE = "tests/test_durable.py::"
 METER = "tests/observe/test_meter.py::"
@@ -212,7 +213,28 @@ MUTATIONS = [
         new="        if max(self.failed, self.put_off) < 2:\n",
         caught_by=f"{FAULTS}test_misses_are_counted_from_the_last_checkpoint_on",
     ),
-    # A run's identity.
+    # A run's identity, and what the effects of keys decide.
+    Mutation(
+        "a key of the model that only another version has does not count",
+        "dsmoe/config/effects.py",
+        old='if key not in EFFECTS or EFFECTS[key].level == "tensor"}',
+        new='if key in EFFECTS and EFFECTS[key].level == "tensor"}',
+        caught_by=f"{EFFECTS}test_a_key_of_the_model_that_only_another_version_has_counts",
+    ),
+    Mutation(
+        "counts of a balancing loss begin anew on a resume",
+        "dsmoe/config/effects.py",
+        old='if effect.switch.level == "tensor" or not weights_only:',
+        new='if effect.switch.level == "tensor":',
+        caught_by=f"{EFFECTS}test_a_start_does_with_another_value_what_the_effect_says[moe.balance.scope]",
+    ),
+    Mutation(
+        "weights are taken over without the selection bias that they need",
+        "dsmoe/config/sections/moe.py",
+        old='lambda rate: rate > 0, "tensor")',
+        new='lambda rate: rate > 0, "step")',
+        caught_by=f"{EFFECTS}test_what_decides_about_tensors_that_may_begin_anew_is_left_out_for_weights",
+    ),
     Mutation(
         "a run goes on with another corpus at another path",
         "dsmoe/train/identity.py",

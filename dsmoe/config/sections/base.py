@@ -6,12 +6,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.nearest import closest_key
 
 Level = Literal["tensor", "math", "step", "free"]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What of a key's value decides whether there are certain tensors beside the weights.
+
+    Attributes:
+        said: the condition, as messages have it behind the key: `is above 0`.
+        is_on: whether a value meets it.
+        level: of a change from a value that meets it to one that does not, or back: `tensor`, or `step` where weights
+            are of use without these tensors, which then begin anew.
+    """
+
+    said: str
+    is_on: Callable[[Any], bool]
+    level: Level
 
 
 @dataclass(frozen=True)
@@ -23,11 +49,15 @@ class Effect:
             `step`: steps of another size, so that the place in the data is another; weights can be taken over.
             `math`: steps that compute something else; another run, which can begin from a checkpoint of this one.
             `free`: the same run, which may go on so.
-        tensors: of a key whose values are alike but for a few, what of a value decides which tensors there are.
+        switch: of a key whose values are alike but for a few, what these decide.
     """
 
     level: Level
-    tensors: Callable[[Any], object] | None = None
+    switch: Switch | None = None
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The key's part of the JSON Schema, with the level: `"x-effect": "math"`."""
+        return {**handler(schema), "x-effect": self.level}
 
 
 T = TypeVar("T")

@@ -18,12 +18,19 @@ from dsmoe.config.sections.base import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Switch,
     TensorEffect,
     Width,
     whole_number,
 )
 
 BalanceScope = Literal["micro_batch", "sequence", "global"]
+
+# The running counts of a balancing loss over all ranks, and a capacity that moves, may begin anew; a selection bias is
+# part of what the weights compute.
+_SCOPE = Switch("is global", lambda scope: scope == "global", "step")
+_BIAS = Switch("is above 0", lambda rate: rate > 0, "tensor")
+_MOVING_FACTOR = Switch("is set", lambda percent: percent is not None, "step")
 
 
 class Router(Section):
@@ -58,12 +65,12 @@ class Balance(Section):
 
     aux_loss: MathEffect[NonNegativeFloat] = 0.01
     """Coefficient of the Switch/GShard load-balancing loss."""
-    scope: Annotated[BalanceScope, Effect("math", lambda scope: scope == "global")] = "micro_batch"
+    scope: Annotated[BalanceScope, Effect("math", _SCOPE)] = "micro_batch"
     """What that loss counts the experts' shares over: a rank's micro-batch, each sequence (DeepSeek-V3), or all ranks
     and micro-batches of the optimizer step before."""
     z_loss: MathEffect[NonNegativeFloat] = 0.0
     """Coefficient of the ST-MoE router z-loss."""
-    bias_update_rate: Annotated[NonNegativeFloat, Effect("math", lambda rate: rate > 0)] = 0.0
+    bias_update_rate: Annotated[NonNegativeFloat, Effect("math", _BIAS)] = 0.0
     """Balance by a bias on the choice of experts that moves by this much per step (DeepSeek-V3: 0.001)."""
 
 
@@ -80,7 +87,7 @@ class Capacity(Section):
     """Which assignments stay: the highest router weights, the first in sequence order, or any with equal chance."""
     renormalize_dropped: MathEffect[bool] = False
     """Spread the weight of a token's dropped choices over its kept ones."""
-    target_drop_percent: Annotated[Percent | None, Effect("math", lambda percent: percent is not None)] = None
+    target_drop_percent: Annotated[Percent | None, Effect("math", _MOVING_FACTOR)] = None
     """Let the factor move slowly, on log steps, so that this share of the assignments is dropped; null leaves it."""
     max_factor: MathEffect[PositiveFloat] = 2.0
     """The highest factor that `target_drop_percent` may lead to, which bounds the memory."""
