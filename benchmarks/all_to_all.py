@@ -113,8 +113,16 @@ def work(options: argparse.Namespace) -> None:
     layers = []
     for way, chunks in EXCHANGES:
         topology = Topology(options.worker, options.ranks_per_host, expert=rank.world_size, all_to_all=way)
-        sizes = {"expert_ffn_size": options.ffn, "num_experts": EXPERTS, "ep_size": rank.world_size, "k": TOP_K}
-        layer = dsmoe.MoE(options.hidden, **sizes, capacity_factor=None, overlap_chunks=chunks, seed=0)
+        layer = dsmoe.MoE(
+            options.hidden,
+            num_experts=EXPERTS,
+            ep_size=rank.world_size,
+            k=TOP_K,
+            drop_tokens=False,
+            experts=dsmoe.Experts(expert_ffn_size=options.ffn),
+            layout=dsmoe.Layout(overlap_chunks=chunks),
+            seed=0,
+        )
         torch.nn.init.normal_(layer.router.weight, generator=torch.Generator().manual_seed(0))
         layer.to(torch.bfloat16).set_expert_group(Groups(topology).expert_group())
         layers.append(layer)

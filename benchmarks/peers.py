@@ -148,8 +148,8 @@ def dsmoe_layer(shape: Shape, capacity: float | None) -> nn.Module:
         shape.hidden,
         num_experts=shape.experts,
         k=shape.top_k,
-        expert_ffn_size=shape.ffn,
         capacity_factor=capacity,
+        experts=dsmoe.Experts(expert_ffn_size=shape.ffn),
         seed=0,
     )
 

@@ -165,7 +165,7 @@ def _prepare_layers(model: nn.Module, groups: Groups, accumulation_steps: int) -
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             module.loss_scale = 1.0 / accumulation_steps
-            if (module.ep_size, module.expert_tensor) == (groups.topology.expert, groups.topology.expert_tensor):
+            if (module.ep_size, module.layout.expert_tensor) == (groups.topology.expert, groups.topology.expert_tensor):
                 module.set_expert_group(groups.expert_group(name))
             if module.layout.tensor_group.size != groups.topology.tensor:
                 raise UserError(

@@ -30,7 +30,8 @@ rank = join_processes("cpu")
 torch.manual_seed(0)
 groups = Groups(Topology(nodes=2, devices_per_node=1, expert=2))
 factor = 1.25 if sys.argv[1] == "padded" else None
-layer = dsmoe.MoE(256, expert_ffn_size=16, num_experts=8, ep_size=2, k=2, capacity_factor=factor)
+experts = dsmoe.Experts(expert_ffn_size=16)
+layer = dsmoe.MoE(256, num_experts=8, ep_size=2, k=2, capacity_factor=factor, experts=experts)
 layer.set_expert_group(groups.expert_group())
 x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(rank.rank), requires_grad=True)
 layer(x)[0].sum().backward()  # makes the connections, and the ranks agree
