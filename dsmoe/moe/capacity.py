@@ -156,7 +156,7 @@ class Capacity(nn.Module):
     def __init__(self, num_experts: int, top_k: int, options: schema.Capacity, max_tokens: int | None = None) -> None:
         super().__init__()
         refuse(capacity_problems(options))
-        self._sizes = (top_k, num_experts)
+        self.num_experts, self.top_k = num_experts, top_k
         self.options = options
         self._factor = None if options.factor is None else _text(options.factor)
         self._eval_factor = None if options.eval_factor is None else _text(options.eval_factor)
@@ -182,7 +182,7 @@ class Capacity(nn.Module):
     def of(self, num_tokens: int) -> int | None:
         """C for this many tokens, in training or evaluation as the module is; see `expert_capacity`."""
         factor = self.factor if self.training else self.eval_factor
-        return expert_capacity(num_tokens, *self._sizes, factor, self.options.minimum)
+        return expert_capacity(num_tokens, self.top_k, self.num_experts, factor, self.options.minimum)
 
     def forward(self, routing: Routing, assigned_E: torch.Tensor, key: torch.Tensor | None) -> Assignments:
         """Sort the assignments by expert and keep what the capacity for this many tokens allows."""
