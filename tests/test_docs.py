@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import dsmoe
 from dsmoe.config import schema
 from dsmoe.data import files, streams
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("section", [schema.Router, schema.Balance, schema.Capacity])
-def test_the_layers_page_explains_every_key(section: type[schema.Section]) -> None:
+SECTIONS = (dsmoe.Router, dsmoe.Balance, dsmoe.Capacity, dsmoe.Experts)
+OPTIONS = [*map(list, (kind.model_fields for kind in SECTIONS)), [field.name for field in fields(dsmoe.Layout)]]
+
+
+@pytest.mark.parametrize("keys", OPTIONS)
+def test_the_layers_page_explains_every_key(keys: list[str]) -> None:
     page = (DOCS / "moe_layer.md").read_text(encoding="utf-8")
-    assert not [key for key in section.model_fields if not re.search(rf"`{key}\b", page)]
+    assert not [key for key in keys if not re.search(rf"`{key}\b", page)]
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

@@ -37,7 +37,8 @@ def _where_experts(rule: Callable[[Config, Moe], Iterable[Problem]]) -> Rule:
 _RULES: tuple[Rule, ...] = (
     lambda c: parallel.tensor_degree_problems(c.cluster, c.parallel),
     lambda c: parallel.sequence_problems(c.parallel),
-    lambda c: parallel.tensor_slice_problems(c.parallel, c.model, c.moe, c.train),
+    lambda c: parallel.tensor_slice_problems(c.parallel, c.model, c.train),
+    _where_experts(lambda c, m: moe.dense_path_slice_problems(m, c.parallel.tensor)),
     lambda c: parallel.spread_problems(c.cluster, c.parallel, c.moe),
     lambda c: parallel.expert_degree_problems(c.cluster, c.parallel),
     lambda c: parallel.exchange_problems(c.cluster, c.parallel),

@@ -31,6 +31,7 @@ from dsmoe.checkpoint.show import one_checkpoint
 from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Moe
+from dsmoe.config.sections.model import DENSE_ACTIVATION
 from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.export import config_of
 from dsmoe.interop.files import whole_folder
@@ -195,7 +196,7 @@ def cut_of(dense: Config, config: Config) -> Cut:
 
 def _obstacles(moe: Moe, inner: int, shared: int) -> Iterator[str]:
     required = {
-        "moe.activation": (moe.activation, "swiglu", "it is that of the dense feed-forward"),
+        "moe.activation": (moe.activation, DENSE_ACTIVATION, "it is that of the dense feed-forward"),
         "moe.residual": (moe.residual, False, "its experts and its MLP are mixed by other coefficients for each token"),
         "moe.router.choice": (moe.router.choice, "token", "a token has no fixed number of experts otherwise"),
         "moe.router.force_balanced": (moe.router.force_balanced, False, "slices are chosen together by their scores"),

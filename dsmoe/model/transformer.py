@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe.config.schema import Config
+from dsmoe.config.sections.model import DENSE_ACTIVATION
 from dsmoe.model.attention import Attention, Rotary
 from dsmoe.model.init import initialise
 from dsmoe.model.loss import token_losses
@@ -87,7 +88,7 @@ class Block(nn.Module):
             self.ffn = _moe_layer(config, expert_group, group)
         else:
             assert model.ffn_size is not None, "checked when the config is loaded"
-            self.ffn = FeedForward(model.hidden_size, model.ffn_size, group=group)
+            self.ffn = FeedForward(model.hidden_size, model.ffn_size, DENSE_ACTIVATION, group)
 
     def forward(self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -136,7 +137,7 @@ def _moe_layer(config: Config, expert_group: ExpertGroup, tensor_group: TensorGr
         router=moe.router,
         balance=moe.balance,
         capacity=moe.capacity,
-        experts=moe,
+        experts=moe.experts,
         layout=layout,
         seed=0,  # `initialise` draws the weights, by layer
     )

@@ -1,7 +1,7 @@
 """The experts' activations by name: forward, backward, and the kernels' code for them.
 
-A new one needs an entry here, a place in the field's type and in `GATED` in `dsmoe.config.sections.moe`, and a branch
-in `dsmoe.moe.kernels.activation` unless that has its function already.
+A new one needs an entry here, one in `ACTIVATION_SHAPES` beside the field's type in `dsmoe.config.sections.moe`, and a
+branch in `dsmoe.moe.kernels.activation` unless that has its function already.
 
 Shape suffixes: see `dsmoe.moe.ffn`.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dsmoe.config.registry import entry_named
-from dsmoe.config.sections.moe import GATED
+from dsmoe.config.sections.moe import ACTIVATION_SHAPES, ActivationShape
 from dsmoe.moe.kernels import on_gpu
 
 Pointwise = Callable[[torch.Tensor], torch.Tensor]
@@ -27,14 +27,14 @@ class Activation:
 
     Attributes:
         name: its key in `ACTIVATIONS`.
-        gated: `dsmoe.config.sections.moe.GATED` of the name, from which the planner counts matrices.
+        shape: the entry of `ACTIVATION_SHAPES`, by which the planner counts.
         act: a new tensor; autograd can differentiate it, which is how dense blocks use it.
         slope: of (grad, x): grad * act'(x).
         kernel: what `dsmoe.moe.kernels.activation` knows `act` by; None where it has no code for it.
     """
 
     name: str
-    gated: bool
+    shape: ActivationShape
     act: Pointwise
     slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     kernel: str | None
@@ -42,6 +42,11 @@ class Activation:
     def __reduce__(self) -> tuple[Callable[[str], Activation], tuple[str]]:
         """Copied and pickled by name: operators of torch cannot be pickled."""
         return find_activation, (self.name,)
+
+    @property
+    def gated(self) -> bool:
+        """Whether z has two halves, gate and up."""
+        return self.shape.gated
 
     def forward(self, z_NZ: torch.Tensor) -> torch.Tensor:
         """[N, Z] -> [N, I]."""
@@ -105,10 +110,10 @@ def _relu2_slope(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 _ATEN = torch.ops.aten
 ACTIVATIONS = {
-    "swiglu": Activation("swiglu", GATED["swiglu"], F.silu, _ATEN.silu_backward, kernel="silu"),
-    "geglu": Activation("geglu", GATED["geglu"], F.gelu, _ATEN.gelu_backward, kernel="gelu"),
-    "gelu": Activation("gelu", GATED["gelu"], F.gelu, _ATEN.gelu_backward, kernel="gelu"),
-    "relu2": Activation("relu2", GATED["relu2"], _relu2, _relu2_slope, kernel="relu2"),
+    "swiglu": Activation("swiglu", ACTIVATION_SHAPES["swiglu"], F.silu, _ATEN.silu_backward, kernel="silu"),
+    "geglu": Activation("geglu", ACTIVATION_SHAPES["geglu"], F.gelu, _ATEN.gelu_backward, kernel="gelu"),
+    "gelu": Activation("gelu", ACTIVATION_SHAPES["gelu"], F.gelu, _ATEN.gelu_backward, kernel="gelu"),
+    "relu2": Activation("relu2", ACTIVATION_SHAPES["relu2"], _relu2, _relu2_slope, kernel="relu2"),
 }
 """SwiGLU and GEGLU (Shazeer 2020), GELU, and squared ReLU (Primer, So et al. 2021)."""
 

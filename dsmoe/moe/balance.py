@@ -45,8 +45,6 @@ class Balance(nn.Module):
         bias: [E] fp32, added to the scores for selection; None where there is none. Saved with the model.
         load_share: [E] fp32, f of the previous optimizer step, at first 1 / E; None but under scope `global`. Saved
             with the model, so that a resumed run goes on exactly.
-        tensor_group: the ranks that each have as many tokens of every sequence of one micro-batch. The losses are those
-            of the whole micro-batch, and each rank's gradient is that of its tokens.
     """
 
     _keep_in_fp32_modules_strict = ("bias", "load_share")
@@ -130,7 +128,7 @@ def load_balancing_loss(routing: Routing, share_E: torch.Tensor, group: TensorGr
     """The Switch/GShard loss E * sum_e f_e * P_e, a scalar that is 1 under perfect balance.
 
     f_e (`share_E`) is the share of the assignments that chose expert e, before dropping, and P_e the mean over the
-    tokens of e's score, normalised over the experts where it is a sigmoid's (Switch Transformer, eq. 4 to 6; for
+    tokens of e's score as a probability, by the score's `over_experts` (Switch Transformer, eq. 4 to 6; for
     k > 1, f is divided by k as in GShard, so the optimum stays 1; DeepSeek-V3, eq. 19). The tokens are those of all
     ranks of `group`.
     """

@@ -318,7 +318,7 @@ def renormalize(weights_TK: torch.Tensor, assignments: Assignments) -> torch.Ten
     """Give a token's kept choices the weight of all its choices, each in proportion; the dropped get 0.
 
     w'_k = w_k * sum_j w_j / sum_(j kept) w_j. Where the weights are normalised, that is w_k over the sum of the kept,
-    times `weight_scale`; where they are not, a token that loses nothing keeps its weights. A token that loses all
+    times `scale`; where they are not, a token that loses nothing keeps its weights. A token that loses all
     its choices has weights 0.
     """
     kept_A = torch.empty_like(assignments.kept_A).scatter_(0, assignments.order_A, assignments.kept_A)

@@ -25,13 +25,11 @@ class FeedForward(nn.Module):
         group: the ranks over which I is cut; None is this one alone.
     """
 
-    def __init__(
-        self, hidden_size: int, ffn_size: int, activation: str = "swiglu", group: TensorGroup | None = None
-    ) -> None:
+    def __init__(self, hidden_size: int, ffn_size: int, activation: str, group: TensorGroup | None = None) -> None:
         super().__init__()
         self.activation = find_activation(activation)
         self.group = group or TensorGroup.alone()
-        parts = 2 if self.activation.gated else 1
+        parts = self.activation.shape.input_matrices
         self.gate_up = ColumnLinear(hidden_size, parts * ffn_size, self.group, parts)
         self.down = RowLinear(ffn_size, hidden_size, self.group)
 

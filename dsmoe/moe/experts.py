@@ -70,7 +70,7 @@ class StackedExperts(nn.Module):
         self.activation = find_activation(options.activation)
         self.recompute = recompute
         self.num_slices = num_slices
-        width, parts = ffn_size // num_slices, 2 if self.activation.gated else 1
+        width, parts = ffn_size // num_slices, self.activation.shape.input_matrices
         self.gate_up = nn.Parameter(torch.empty(num_local_experts, parts * width, hidden_size))
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, width))
 
@@ -99,7 +99,7 @@ class StackedExperts(nn.Module):
 
     def shards(self, slice_index: int) -> tuple[Shard, Shard]:
         """Which part of each expert's `gate_up` [Z, D] and `down` [D, I] slice number `slice_index` is."""
-        parts = 2 if self.activation.gated else 1
+        parts = self.activation.shape.input_matrices
         return Shard(0, slice_index, self.num_slices, parts), Shard(1, slice_index, self.num_slices)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

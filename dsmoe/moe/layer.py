@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,13 +13,12 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from dsmoe.config import schema
-from dsmoe.config.errors import UserError
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
+from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, Sections, check_switches, to_sections
 from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch
 from dsmoe.moe.draws import Draws, repeating
-from dsmoe.moe.drop_in import DeepSpeedArguments, Sections, to_sections
 from dsmoe.moe.experts import (
     ExpertDraw,
     ModuleExperts,
@@ -118,14 +116,14 @@ class MoE(DeepSpeedMoE):
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
         check_sizes(hidden_size=hidden_size, num_experts=num_experts, ep_size=ep_size, k=k)
-        if enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None:
-            raise UserError(
-                "enable_expert_tensor_parallelism is not supported; set it to False, give Layout(expert_tensor=...)"
-            )
-        if use_tutel:
-            warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=2)
+        check_switches(enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None, use_tutel)
         given = DeepSpeedArguments(
-            capacity_factor, eval_capacity_factor, min_capacity, use_residual, noisy_gate_policy, drop_tokens
+            capacity_factor=capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            min_capacity=min_capacity,
+            use_residual=use_residual,
+            noisy_gate_policy=noisy_gate_policy,
+            drop_tokens=drop_tokens,
         )
         sections = to_sections(k, expert, given, router, balance, capacity, experts)
         self.layout = layout or Layout()

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from dsmoe.config.errors import UserError
+from dsmoe.config.errors import UserError, refuse
 from dsmoe.config.nearest import divisors_of, nearest_of
 from dsmoe.config.schema import Experts
+from dsmoe.config.sections.moe import dense_path_slice_problems
 from dsmoe.parallel.groups import TensorGroup
 
 
@@ -54,6 +55,7 @@ class Layout:
                 f"expert_tensor ({self.expert_tensor}) cuts stacked experts only; give expert_ffn_size in Experts(...) "
                 f"instead of expert"
             )
+        refuse(dense_path_slice_problems(experts, self.tensor_group.size))
         if expert is not None and experts.residual and self.tensor_group.size > 1:
             raise UserError(
                 f"a residual MLP over {self.tensor_group.size} tensor ranks needs expert_ffn_size in Experts(...), not "

@@ -34,7 +34,8 @@ class Routing:
     score with what the selection adds to it (bias, Gumbel noise). Tokens that are masked out have expert E, which does
     not exist, and weight 0. Where experts choose, K is E: column e is expert e's, and has expert E and weight 0 for
     the tokens that e did not choose. `logits_TE` and `scores_TE` (fp32) are without bias and Gumbel noise; jitter is in
-    them, as it is in the router's input. `probabilities_TE` are the scores over their sum (softmax scores themselves).
+    them, as it is in the router's input. `probabilities_TE` are the scores by the
+    entry's `over_experts`: they add up to 1.
     """
 
     logits_TE: torch.Tensor

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsmoe.config.registry import entry_named
 from dsmoe.config.schema import Config
-from dsmoe.config.sections.moe import GATED
+from dsmoe.config.sections.model import DENSE_ACTIVATION
+from dsmoe.config.sections.moe import ACTIVATION_SHAPES
 from dsmoe.plan.layers import head_dim, num_kv_heads, num_moe_layers
 from dsmoe.plan.topology import Topology
 
@@ -105,7 +107,7 @@ def count_parameters(config: Config) -> ParameterCounts:
     dense_layers = model.num_layers - moe_layers
     assert model.ffn_size or not dense_layers, "load_config refuses dense layers without a width"
     table = model.vocab_size * D
-    matrices = 3 if moe and GATED[moe.activation] else 2  # gate, up, down
+    matrices = entry_named(ACTIVATION_SHAPES, "moe.activation", moe.activation).matrices if moe else 0
     expert = matrices * D * moe.expert_ffn_size if moe else 0
     shared_expert = matrices * D * (moe.shared_expert_ffn_size or 0) if moe else 0
     is_residual = moe is not None and moe.residual
@@ -116,7 +118,7 @@ def count_parameters(config: Config) -> ParameterCounts:
         attention=model.num_layers * 2 * D * (query_width + kv_width),  # query and output; key and value
         key_value=model.num_layers * 2 * D * kv_width,
         num_kv_heads=num_kv_heads(model),
-        dense_ffn=dense_layers * 3 * D * (model.ffn_size or 0),
+        dense_ffn=dense_layers * ACTIVATION_SHAPES[DENSE_ACTIVATION].matrices * D * (model.ffn_size or 0),
         router=moe_layers * moe.num_experts * D if moe else 0,
         experts=moe_layers * moe.num_experts * expert if moe else 0,
         active_experts=moe_layers * moe.top_k * expert if moe else 0,

@@ -23,13 +23,11 @@ from typing import Literal, get_args
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Cluster, Config, Parallel
-from dsmoe.config.sections.parallel import LAYOUT_RULES
+from dsmoe.config.sections.parallel import LAYOUT_RULES, AllToAll
 
 Axis = Literal["tensor", "data", "expert_tensor", "expert", "expert_data", "exchange"]
 
 AXES: tuple[Axis, ...] = get_args(Axis)
-
-AllToAll = Literal["flat", "hierarchical"]
 
 RankGroups = tuple[tuple[int, ...], ...]
 """Disjoint groups of ranks: ranks ascending, groups in order of their first rank."""
@@ -40,8 +38,8 @@ class Topology:
     """How the ranks of a run are laid out; rank r is device `r % devices_per_node` of node `r // devices_per_node`.
 
     Raises:
-        UserError: a degree does not divide the number of devices; every such degree is named with its nearest valid
-            values. Or the exchange of tokens is hierarchical, and nodes have unequal parts of a copy of the experts.
+        UserError: what the sections `cluster` and `parallel` would be refused for: a degree does not divide the number
+            of devices, or nodes have unequal parts of a copy of the experts in a hierarchical exchange.
     """
 
     nodes: int
@@ -52,7 +50,11 @@ class Topology:
     all_to_all: AllToAll = "flat"
 
     def __post_init__(self) -> None:
-        problems = self._too_small() or self._misfits()
+        cluster = Cluster(nodes=self.nodes, devices_per_node=self.devices_per_node)
+        parallel = Parallel(
+            tensor=self.tensor, expert=self.expert, expert_tensor=self.expert_tensor, all_to_all=self.all_to_all
+        )
+        problems = [message for rule in LAYOUT_RULES for _, message in rule(cluster, parallel)]
         if problems:
             raise UserError("\n".join(problems))
 
@@ -153,20 +155,3 @@ class Topology:
         if not 0 <= rank < self.world_size:
             raise IndexError(f"rank {rank} is not among the {self.world_size} ranks of {self}")
         return rank
-
-    def _too_small(self) -> list[str]:
-        sizes = {
-            "cluster.nodes": self.nodes,
-            "cluster.devices_per_node": self.devices_per_node,
-            "parallel.tensor": self.tensor,
-            "parallel.expert": self.expert,
-            "parallel.expert_tensor": self.expert_tensor,
-        }
-        return [f"{key} ({size}) must be at least 1" for key, size in sizes.items() if size < 1]
-
-    def _misfits(self) -> list[str]:
-        cluster = Cluster.model_construct(nodes=self.nodes, devices_per_node=self.devices_per_node)
-        parallel = Parallel.model_construct(
-            tensor=self.tensor, expert=self.expert, expert_tensor=self.expert_tensor, all_to_all=self.all_to_all
-        )
-        return [message for rule in LAYOUT_RULES for _, message in rule(cluster, parallel)]

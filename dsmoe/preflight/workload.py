@@ -11,7 +11,8 @@ from typing import Literal, cast
 
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.schema import Config
-from dsmoe.config.sections.moe import GATED
+from dsmoe.config.sections.model import DENSE_ACTIVATION
+from dsmoe.config.sections.moe import ACTIVATION_SHAPES
 from dsmoe.plan import Plan, Topology, head_dim, num_moe_layers
 from dsmoe.plan.topology import Axis, RankGroups
 
@@ -89,12 +90,12 @@ def products(config: Config) -> list[Product]:
     candidates = [
         (1, "output head", model.vocab_size),
         (model.num_layers, "query", model.num_heads * head_dim(model)),
-        (dense_layers, "dense FFN", 2 * (model.ffn_size or 0)),
+        (dense_layers, "dense FFN", ACTIVATION_SHAPES[DENSE_ACTIVATION].input_matrices * (model.ffn_size or 0)),
     ]
     _, name, width = max(candidates, key=lambda c: c[0] * c[2])
     found = [Product(name, tokens, hidden, max(1, width // topology.tensor))]
     if moe is not None and num_moe_layers(config):
-        parts = 2 if GATED[moe.activation] else 1
+        parts = ACTIVATION_SHAPES[moe.activation].input_matrices
         width, experts = parts * moe.expert_ffn_size // topology.expert_tensor, moe.num_experts // topology.expert
         # Every rank of a balanced exchange gets as many rows as it sends.
         rows = max(experts, _exchanged_rows(config, topology) // experts * experts)

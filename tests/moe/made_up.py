@@ -5,11 +5,13 @@ Their formulas once more, for results to be held against, are in the tests.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dsmoe.config.sections.moe import GATED
+from dsmoe.config.sections.moe import ACTIVATION_SHAPES, ActivationShape
 from dsmoe.moe.activations import ACTIVATIONS, Activation
 from dsmoe.moe.capacity import DROP_POLICIES, DropPolicy
 from dsmoe.moe.router import Routing
@@ -35,9 +37,9 @@ def _contrary(logits_TE: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
 
 
 SOFTPLUS = Score("softplus", F.softplus, over_their_sum, kernel=None)
-TANH = Activation("tanh", False, torch.tanh, _tanh_slope, kernel=None)
-TANH_GLU = Activation("tanh_glu", True, torch.tanh, _tanh_slope, kernel=None)
-RELU2_GLU = Activation("relu2_glu", True, ACTIVATIONS["relu2"].act, ACTIVATIONS["relu2"].slope, kernel="relu2")
+TANH = Activation("tanh", ActivationShape(gated=False), torch.tanh, _tanh_slope, kernel=None)
+TANH_GLU = Activation("tanh_glu", ActivationShape(gated=True), torch.tanh, _tanh_slope, kernel=None)
+RELU2_GLU = replace(ACTIVATIONS["relu2"], name="relu2_glu", shape=ActivationShape(gated=True))
 """Made of a function that the kernels have."""
 
 
@@ -45,7 +47,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Add all of them for the time of a test."""
     monkeypatch.setitem(SCORES, SOFTPLUS.name, SOFTPLUS)
     for activation in (TANH, TANH_GLU, RELU2_GLU):
-        monkeypatch.setitem(GATED, activation.name, activation.gated)
+        monkeypatch.setitem(ACTIVATION_SHAPES, activation.name, activation.shape)
         monkeypatch.setitem(ACTIVATIONS, activation.name, activation)
     monkeypatch.setitem(DROP_POLICIES, "last", DropPolicy(_later))
     monkeypatch.setitem(GROUP_SCORES, "min", _worst)

@@ -21,7 +21,7 @@ from dsmoe.moe import ffn
 from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 D, E = 16, 4
 SHAPES = [(2, 6), (2, 5), (3, 7), (1, 1), (2, 6)]

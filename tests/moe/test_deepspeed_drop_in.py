@@ -16,7 +16,7 @@ from torch import nn
 
 import dsmoe
 from dsmoe.parallel.local import run_ranks
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 D, E = 16, 4
 

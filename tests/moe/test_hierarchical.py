@@ -13,7 +13,7 @@ from dsmoe.moe.hierarchical import HierarchicalDispatch
 from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 from tests.moe.test_parallel import cases, check_case
 from tests.moe.test_static import no_host_reads
 

@@ -18,12 +18,14 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import dsmoe
 from dsmoe.config import UserError
+from dsmoe.config.schema import Moe
 from dsmoe.model.transformer import Block, Transformer
 from dsmoe.moe import LayerStatistics, read_statistics
 from dsmoe.moe.capacity import renormalize
+from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments
 from dsmoe.parallel import ExpertGroup, TensorGroup
 from dsmoe.parallel.local import run_ranks
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 from tests.plan.configs import make_config
 
 from .reference import Settings, run_reference
@@ -73,6 +75,11 @@ class TestDropIn:
             assert ours[name].kind == parameter.kind, name
             assert ours[name].default == (None if name == "expert" else parameter.default), name
         assert all(ours[name].kind == inspect.Parameter.KEYWORD_ONLY for name in list(ours)[len(theirs) :])
+
+    def test_the_sections_stand_for_deepspeeds_defaults(self) -> None:
+        theirs = inspect.signature(DeepSpeedMoE).parameters
+        for name, default in DeepSpeedArguments._field_defaults.items():
+            assert theirs[name].default == default, name
 
     def test_forward_takes_deepspeeds_arguments(self) -> None:
         theirs, ours = (inspect.signature(layer.forward).parameters for layer in (DeepSpeedMoE, dsmoe.MoE))
@@ -434,7 +441,7 @@ EXPERTS_CHOOSE = dsmoe.Router(choice="expert", normalize_weights=False)
             r"router.top_k_groups \(3\) must be at most router.num_groups \(2\)",
         ),
         ({"router": dsmoe.Router(num_groups=2), "k": 3}, r"top_k \(3\) must fit into the router.top_k_groups"),
-        ({"router": dsmoe.Router(num_groups=4, normalize_weights=False), "k": 1}, "top2_sum.* needs two experts"),
+        ({"router": dsmoe.Router(num_groups=4, normalize_weights=False), "k": 1}, "top2_sum.* needs 2 experts"),
         (
             {"router": dsmoe.Router(), "k": 1},
             r"normalize_weights \(true\) with top_k \(1\) makes every weight 1",
@@ -474,6 +481,16 @@ EXPERTS_CHOOSE = dsmoe.Router(choice="expert", normalize_weights=False)
                 "capacity": dsmoe.Capacity(factor=1.0, eval_factor=1.0, target_drop_percent=1.0),
             },
             r"capacity.target_drop_percent \(1\.0\) has no meaning with router.choice: expert",
+        ),
+        ({"router": "sigmoid"}, r"router must be a dsmoe\.Router\(\.\.\.\), not 'sigmoid'"),
+        ({"balance": {"aux_loss": 0.1}}, r"balance must be a dsmoe\.Balance\(\.\.\.\), not \{'aux_loss': 0\.1\}"),
+        ({"experts": Moe(num_experts=8, expert_ffn_size=8)}, "experts is the section moe as a whole"),
+        (
+            {
+                "experts": dsmoe.Experts(expert_ffn_size=16, shared_expert_ffn_size=9),
+                "layout": dsmoe.Layout(tensor_group=TensorGroup(None, 2, 0)),
+            },
+            r"shared_expert_ffn_size \(9\) must be a multiple of tensor \(2\); the next is 10",
         ),
         ({"expert": "mlp", "experts": None}, "expert must be a torch.nn.Module, not 'mlp'"),
         (

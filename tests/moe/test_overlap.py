@@ -16,7 +16,7 @@ import dsmoe
 from dsmoe.parallel import ExpertGroup, Groups, collectives
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 D = 16
 

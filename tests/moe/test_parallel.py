@@ -17,7 +17,7 @@ from dsmoe.parallel import Groups
 from dsmoe.parallel.agreement import DisagreementError
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 D, E = 16, 4
 

@@ -22,7 +22,7 @@ from dsmoe.moe.draws import Draws, uniform
 from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 D, E, T = 16, 8, 24
 Function = Callable[[torch.Tensor], torch.Tensor]

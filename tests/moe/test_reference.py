@@ -13,7 +13,7 @@ import dsmoe
 from dsmoe.moe import read_statistics
 from dsmoe.moe.capacity import DROPS
 from dsmoe.moe.draws import uniform
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 from .reference import Expected, Settings, capacity_of, run_reference, swiglu_expert
 

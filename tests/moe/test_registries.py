@@ -20,7 +20,7 @@ from dsmoe.moe.activations import ACTIVATIONS, find_activation
 from dsmoe.moe.capacity import DROP_POLICIES
 from dsmoe.moe.router import Router, Routing
 from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 T, D, E, K, INNER = 40, 16, 6, 2, 8
 
@@ -33,7 +33,8 @@ T, D, E, K, INNER = 40, 16, 6, 2, 8
         (schema.Router, "noise", NOISES),
         (schema.Capacity, "drop_policy", DROP_POLICIES),
         (schema.Moe, "activation", ACTIVATIONS),
-        (schema.Moe, "activation", schema.GATED),
+        (schema.Moe, "activation", schema.ACTIVATION_SHAPES),
+        (schema.Router, "group_score", schema.LEAST_IN_GROUP),
     ],
 )
 def test_the_schema_has_the_names_of_the_registry(section: Any, field: str, registry: Any) -> None:
@@ -43,7 +44,8 @@ def test_the_schema_has_the_names_of_the_registry(section: Any, field: str, regi
 def test_the_schema_says_what_is_gated() -> None:
     for registry in (SCORES, ACTIVATIONS):
         assert [entry.name for entry in registry.values()] == list(registry)
-    assert {name: activation.gated for name, activation in ACTIVATIONS.items()} == schema.GATED
+    gated = {name: activation.gated for name, activation in ACTIVATIONS.items()}
+    assert gated == {"swiglu": True, "geglu": True, "gelu": False, "relu2": False}
 
 
 def options(**values: Any) -> schema.Router:

@@ -24,7 +24,7 @@ from dsmoe.parallel import Groups
 from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
 from tests.moe import DEVICE
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 D, E, T = 16, 4, 12
 needs_grouped_kernel = pytest.mark.skipif(

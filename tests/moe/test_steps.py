@@ -13,7 +13,7 @@ import dsmoe
 from dsmoe.moe import begin_step, hold_drop_rate, steps, update_routers
 from dsmoe.moe.capacity import DropRateController
 from dsmoe.parallel.local import run_ranks
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 D, E = 8, 4
 RATE = 0.25

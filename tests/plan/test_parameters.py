@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dsmoe.config.sections.moe import GATED
+from dsmoe.config.errors import UserError
+from dsmoe.config.sections.moe import ACTIVATION_SHAPES, ActivationShape
 from dsmoe.plan import Topology, count_parameters, head_dim, is_moe_layer, num_kv_heads, num_moe_layers
 
 from .configs import make_config
@@ -134,10 +135,10 @@ def test_what_is_gated_is_said_in_one_place(monkeypatch: pytest.MonkeyPatch) -> 
     assert config.moe is not None
     moe_layers, D = num_moe_layers(config), config.model.hidden_size
     other = config.model_copy(update={"moe": config.moe.model_copy(update={"activation": "made up"})})
-    with pytest.raises(KeyError, match="made up"):
+    with pytest.raises(UserError, match=r"moe\.activation must be one of swiglu, .*, not 'made up'"):
         count_parameters(other)
     for gated, matrices in ((True, 3), (False, 2)):
-        monkeypatch.setitem(GATED, "made up", gated)
+        monkeypatch.setitem(ACTIVATION_SHAPES, "made up", ActivationShape(gated))
         counts = count_parameters(other)
         assert counts.experts == moe_layers * 4 * matrices * D * 8
         assert counts.shared_experts == moe_layers * matrices * D * 24

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -208,10 +209,11 @@ def test_levels_are_the_equal_places_of_a_copys_nodes_and_the_nodes(world: int) 
             "parallel.expert * parallel.expert_tensor (1 * 5 = 5) must divide the number of devices "
             "(2 nodes x 8 = 16); nearest parallel.expert_tensor: 4 or 8",
         ),
-        ({"tensor": 0}, "parallel.tensor (0) must be at least 1"),
+        ({"tensor": 0}, "Parallel: tensor (0): Input should be greater than or equal to 1"),
+        ({"all_to_all": "hier"}, "Parallel: all_to_all ('hier'): Input should be 'flat' or 'hierarchical'"),
     ],
 )
-def test_a_degree_that_does_not_divide_is_named_with_its_remedy(degrees: dict[str, int], message: str) -> None:
+def test_what_cannot_be_laid_out_is_named_with_its_remedy(degrees: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         Topology(nodes=2, devices_per_node=8, **degrees)
     assert str(caught.value) == message

@@ -18,7 +18,7 @@ from dsmoe.model import build_model
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import engine as engine_module
 from dsmoe.train.engine import clip_gradients, initialize, parameter_groups
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 from tests.train.layouts import make_trainer, small_config
 
 

@@ -21,7 +21,7 @@ from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train.gradient_sums import sum_in_fp32
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 from tests.train.layouts import small_config
 
 FP32_ROUNDING = 2e-6

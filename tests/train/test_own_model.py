@@ -16,7 +16,7 @@ from dsmoe.parallel.local import run_ranks
 from dsmoe.parallel.regions import enter_tokens, leave_tokens
 from dsmoe.plan import Topology
 from dsmoe.train.compare import TOLERANCES, Training, difference, whole_weights
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 from tests.train.layouts import small_config
 
 STEPS = 4

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from dsmoe.config.sections.moe import Moe
 
 
+DENSE_ACTIVATION = "swiglu"
+"""Of the dense blocks; `moe.activation` is that of the experts."""
+
+
 class Model(Section):
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -95,8 +96,39 @@ class Capacity(Section):
     """Exchange full [E, C, D] buffers (static shapes, no host read) instead of only what is kept."""
 
 
-GATED = {"swiglu": True, "geglu": True, "gelu": False, "relu2": False}
-"""Whether each `moe.activation` is gated: an expert then has three matrices (gate, up, down), else two."""
+@dataclass(frozen=True)
+class ActivationShape:
+    """What of an activation decides the shapes of weights, and so parameters and FLOPs.
+
+    Attributes:
+        gated: act(gate x) * (up x) rather than act(up x).
+        hidden_act: what Hugging Face calls the function of the gate; None where its experts cannot have it.
+    """
+
+    gated: bool
+    hidden_act: str | None = None
+
+    @property
+    def input_matrices(self) -> int:
+        """Matrices that the input is multiplied by: gate and up, or up alone."""
+        return 2 if self.gated else 1
+
+    @property
+    def matrices(self) -> int:
+        """All matrices of a feed-forward: those, and down."""
+        return self.input_matrices + 1
+
+
+ACTIVATION_SHAPES = {
+    "swiglu": ActivationShape(gated=True, hidden_act="silu"),
+    "geglu": ActivationShape(gated=True, hidden_act="gelu"),
+    "gelu": ActivationShape(gated=False),
+    "relu2": ActivationShape(gated=False),
+}
+"""By the names of `moe.activation`; what each computes is in `dsmoe.moe.activations`."""
+
+LEAST_IN_GROUP = {"max": 1, "top2_sum": 2}
+"""How many experts a group needs for each `moe.router.group_score`."""
 
 
 class Experts(Section):
@@ -128,6 +160,11 @@ class Moe(Experts):
     capacity: Capacity = Capacity()
     """How much an expert accepts."""
 
+    @property
+    def experts(self) -> Experts:
+        """The feed-forwards alone, as a layer takes them."""
+        return Experts(**{name: getattr(self, name) for name in Experts.model_fields})
+
 
 _ROW_ALIGNMENT = 8
 """grouped_mm reads rows in pieces of 16 bytes: 8 numbers in bf16."""
@@ -154,6 +191,17 @@ def dense_path_problems(experts: Experts) -> Iterator[Problem]:
             "feed-forward that every token passes; remove one: the shared expert is added, the residual MLP is mixed "
             "in by learned coefficients",
         )
+
+
+def dense_path_slice_problems(experts: Experts, tensor: int) -> Iterator[Problem]:
+    """Check that tensor ranks get equal parts of the dense path."""
+    sizes = {"moe.shared_expert_ffn_size": experts.shared_expert_ffn_size}
+    if experts.residual:
+        sizes["moe.expert_ffn_size"] = experts.expert_ffn_size
+    for key, size in sizes.items():
+        if size is not None and size % tensor:
+            larger = -(-size // tensor) * tensor
+            yield key, f"{key} ({size}) must be a multiple of parallel.tensor ({tensor}); the next is {larger}"
 
 
 def row_problems(hidden_size: int, expert_ffn_size: int, slices: int) -> Iterator[Problem]:
@@ -227,11 +275,11 @@ def group_problems(num_experts: int, top_k: int, router: Router) -> Iterator[Pro
             f"moe.top_k ({top_k}) must fit into the moe.router.top_k_groups that a token may use ({within} "
             f"experts); raise moe.router.top_k_groups to {-(-top_k // size)}",
         )
-    if router.num_groups > 1 and router.group_score == "top2_sum" and size < 2:
+    if router.num_groups > 1 and size < (least := LEAST_IN_GROUP.get(router.group_score, 1)):
         yield (
             "moe.router.group_score",
-            f"moe.router.group_score (top2_sum) needs two experts in a group, and moe.router.num_groups "
-            f"({router.num_groups}) leaves one; set moe.router.group_score: max",
+            f"moe.router.group_score ({router.group_score}) needs {least} experts in a group, and "
+            f"moe.router.num_groups ({router.num_groups}) leaves {size}; set moe.router.group_score: max",
         )
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from dsmoe.config.sections.train import Train
 
 
+AllToAll = Literal["flat", "hierarchical"]
+
+
 class Parallel(Section):
     """How the model is laid over the devices. The data degrees are derived."""
 
@@ -29,7 +32,7 @@ class Parallel(Section):
     """Devices that share one expert, each holding a slice of its matrices."""
     sequence: NoEffect[bool] = False
     """With `tensor`: between the blocks, each of its devices holds a slice of the sequence instead of all of it."""
-    all_to_all: NoEffect[Literal["flat", "hierarchical"]] = "flat"
+    all_to_all: NoEffect[AllToAll] = "flat"
     """How tokens reach experts on other nodes: one row for every choice, or one per node and token, which is handed on
     inside the node. The same where all experts of a layer are within one node."""
     overlap_chunks: NoEffect[Devices] = 1
@@ -94,7 +97,7 @@ def sequence_problems(parallel: Parallel) -> Iterator[Problem]:
         )
 
 
-def tensor_slice_problems(parallel: Parallel, model: Model, moe: Moe | None, train: Train) -> Iterator[Problem]:
+def tensor_slice_problems(parallel: Parallel, model: Model, train: Train) -> Iterator[Problem]:
     """Check that tensor ranks get equal parts of all that is cut."""
     tensor = parallel.tensor
     num_kv_heads = model.num_kv_heads or model.num_heads
@@ -105,10 +108,6 @@ def tensor_slice_problems(parallel: Parallel, model: Model, moe: Moe | None, tra
     }
     if model.ffn_size is not None:
         sizes["model.ffn_size"] = model.ffn_size
-    if moe is not None and moe.shared_expert_ffn_size is not None:
-        sizes["moe.shared_expert_ffn_size"] = moe.shared_expert_ffn_size
-    if moe is not None and moe.residual:
-        sizes["moe.expert_ffn_size"] = moe.expert_ffn_size
     for key, size in sizes.items():
         if size % tensor:
             larger = -(-size // tensor) * tensor

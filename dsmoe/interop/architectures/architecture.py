@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsmoe.config.schema import Config
+from dsmoe.config.sections.model import DENSE_ACTIVATION
 from dsmoe.config.yaml_text import show_value
 from dsmoe.interop.architectures.parts import HIDDEN_ACT, Need, Settings
 from dsmoe.interop.names import Names
@@ -90,15 +91,15 @@ class Architecture:
                 yield "moe must be null: it has no experts"
         elif len(dense) == config.model.num_layers:
             yield "moe (null) must be there: it has experts"
-        elif config.moe is not None and dense and config.moe.activation != "swiglu":
+        elif config.moe is not None and dense and config.moe.activation != DENSE_ACTIVATION:
             yield (
-                f"moe.activation ({config.moe.activation}) must be swiglu where there are dense layers "
+                f"moe.activation ({config.moe.activation}) must be {DENSE_ACTIVATION} where there are dense layers "
                 f"({', '.join(map(str, dense))}): those are SwiGLU, and it has one activation for both"
             )
 
     def export(self, config: Config) -> dict[str, Any]:
         """Its config for a model that it can express; readers before and after transformers 5 find the rotary base."""
-        model, activation = config.model, "swiglu"
+        model, activation = config.model, DENSE_ACTIVATION
         if config.moe is not None and len(dense_layers(config)) < model.num_layers:
             activation = config.moe.activation
         return {
@@ -138,7 +139,7 @@ class Architecture:
         if "full_attention" not in (settings.get("layer_types") or ["full_attention"]):
             yield "layer_types must have full_attention"
         sparse, layers = self._moe_layers(settings), settings["num_hidden_layers"]
-        allowed = tuple(HIDDEN_ACT.values()) if len(sparse) == layers else ("silu",)
+        allowed = tuple(HIDDEN_ACT.values()) if len(sparse) == layers else (HIDDEN_ACT[DENSE_ACTIVATION],)
         if settings["hidden_act"] not in allowed:
             yield f"hidden_act ({settings['hidden_act']}) must be {' or '.join(allowed)}"
         if sparse and _pattern(sparse, layers) is None:

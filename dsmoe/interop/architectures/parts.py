@@ -8,13 +8,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from dsmoe.config.sections.moe import ACTIVATION_SHAPES
+
 Settings = Mapping[str, Any]
 """A Hugging Face config with all of its defaults."""
 
 Count = Annotated[int, Field(ge=0, le=65_536)]
 LayerIndex = Annotated[int, Field(ge=0, le=10_000)]
 
-HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu"}
+HIDDEN_ACT = {name: shape.hidden_act for name, shape in ACTIVATION_SHAPES.items() if shape.hidden_act is not None}
 """Our gated activations by the name that the function of the gate has there."""
 
 

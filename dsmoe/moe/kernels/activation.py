@@ -62,7 +62,7 @@ def weighted_activation_backward(
 
 
 def _inner(z_NZ: torch.Tensor, activation: Activation) -> int:
-    return z_NZ.shape[1] // 2 if activation.gated else z_NZ.shape[1]
+    return z_NZ.shape[1] // activation.shape.input_matrices
 
 
 def _code(activation: Activation) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dsmoe.moe import activations, balance, capacity, ffn, router, rows
 from tests.moe import DEVICE
-from tests.moe.flat import moe_layer
+from tests.moe.layer_options import moe_layer
 
 T, D, E = 21, 16, 8
 OPTIONS: dict[str, dict[str, Any]] = {

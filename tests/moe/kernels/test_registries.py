@@ -12,13 +12,14 @@ import pytest
 import torch
 from triton.errors import TritonError
 
+from dsmoe.config.sections.moe import ActivationShape
 from dsmoe.moe.activations import Activation
 from dsmoe.moe.kernels.activation import weighted_activation, weighted_activation_backward
 from dsmoe.moe.kernels.topk_router import _Route, route
 from tests.moe import DEVICE, made_up
-from tests.moe.flat import moe_layer
 from tests.moe.kernels import test_activation
 from tests.moe.kernels.test_layer import outcome, use_kernels
+from tests.moe.layer_options import moe_layer
 
 pytestmark = pytest.mark.usefixtures("made_up_entries")
 
@@ -58,7 +59,7 @@ def test_the_activations_functions_refuse_it(activation: Activation) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_code_without_a_branch_does_not_compile(gated: bool) -> None:
-    for run in calls(replace(made_up.TANH, gated=gated, kernel="tanh")):
+    for run in calls(replace(made_up.TANH, shape=ActivationShape(gated), kernel="tanh")):
         assert_refused(run, "activation tanh")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import dsmoe
-from dsmoe.moe.drop_in import DeepSpeedArguments, to_sections
+from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, to_sections
 
 LAYOUT = [field.name for field in fields(dsmoe.Layout)]
 

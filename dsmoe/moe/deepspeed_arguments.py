@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import chain
 from typing import Literal, NamedTuple
 
 from torch import nn
 
+from dsmoe.config import schema
 from dsmoe.config.errors import UserError, refuse
-from dsmoe.config.schema import Balance, Capacity, Experts, Router
-from dsmoe.config.sections.moe import capacity_problems, dense_path_problems, expert_choice_problems
+from dsmoe.config.schema import Balance, Capacity, Experts, Moe, Router
+from dsmoe.config.sections.base import Section
+from dsmoe.config.sections.moe import dense_path_problems, expert_choice_problems
 
 _NOISE: dict[str | None, Literal["none", "jitter", "gumbel"]] = {
     None: "none",
@@ -40,6 +43,24 @@ class DeepSpeedArguments(NamedTuple):
     drop_tokens: bool = True
 
 
+def check_switches(cuts_experts: bool, use_tutel: bool) -> None:
+    """Refuse, or warn of, switches of DeepSpeed's layer that a layer of ours does not have.
+
+    Args:
+        cuts_experts: `enable_expert_tensor_parallelism`, where there is tensor parallelism.
+        use_tutel: `use_tutel`.
+
+    Raises:
+        UserError: experts are to be cut DeepSpeed's way.
+    """
+    if cuts_experts:
+        raise UserError(
+            "enable_expert_tensor_parallelism is not supported; set it to False, give Layout(expert_tensor=...)"
+        )
+    if use_tutel:
+        warnings.warn("use_tutel has no effect: dsmoe has its own dispatch", stacklevel=3)
+
+
 def to_sections(
     k: int,
     expert: nn.Module | None,
@@ -54,6 +75,12 @@ def to_sections(
     Raises:
         UserError: an argument cannot be, or both it and a section say the same thing.
     """
+    for name, value in (("router", router), ("balance", balance), ("capacity", capacity), ("experts", experts)):
+        kind: type[Section] = getattr(schema, name.capitalize())
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{name} must be a dsmoe.{kind.__name__}(...), not {value!r}")
+    if isinstance(experts, Moe):
+        raise UserError("experts is the section moe as a whole, which has a number of experts of its own; give Experts")
     if given.noisy_gate_policy not in _NOISE:
         raise UserError(f"noisy_gate_policy must be one of {tuple(_NOISE)}, not {given.noisy_gate_policy!r}")
     if router is not None:
@@ -73,13 +100,7 @@ def to_sections(
         )
     if expert is not None and not isinstance(expert, nn.Module):
         raise UserError(f"expert must be a torch.nn.Module, not {expert!r}")
-    refuse(
-        chain(
-            dense_path_problems(experts),
-            expert_choice_problems(router, balance, capacity),
-            capacity_problems(capacity),
-        )
-    )
+    refuse(chain(dense_path_problems(experts), expert_choice_problems(router, balance, capacity)))
     if router.choice == "expert":  # nothing is dropped, and this policy sorts least
         capacity = capacity.model_copy(update={"drop_policy": "position"})
     return Sections(router, balance, capacity, experts)
