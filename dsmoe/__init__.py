@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsmoe.config import Balance, Capacity, Config, ConfigError, Experts, Router, load_config
+    from dsmoe.config import Balance, Capacity, Config, ConfigError, Experts, Router, UserError, load_config
     from dsmoe.model import build_model
     from dsmoe.moe import Layout, MoE
     from dsmoe.parallel import Groups
@@ -29,6 +29,7 @@ __all__ = [
     "MoE",
     "Router",
     "Topology",
+    "UserError",
     "__version__",
     "build_model",
     "initialize",
@@ -43,7 +44,7 @@ _HOME = {
     "Groups": "dsmoe.parallel",
     "MoE": "dsmoe.moe",
     "Layout": "dsmoe.moe",
-    **dict.fromkeys(("Balance", "Capacity", "Experts", "Router"), "dsmoe.config"),
+    **dict.fromkeys(("Balance", "Capacity", "Experts", "Router", "UserError"), "dsmoe.config"),
     "build_model": "dsmoe.model",
     "initialize": "dsmoe.train",
 }

@@ -19,8 +19,11 @@ def entry_named(entries: Mapping[str, T], key: str, name: str) -> T:
         name: the name.
 
     Raises:
-        UserError: there is no such entry; names those that there are.
+        UserError: there is no such entry, and names those that there are; or it has the name of another.
     """
     if name not in entries:
         raise UserError(f"{key} must be one of {', '.join(entries)}, not {name!r}")
-    return entries[name]
+    entry = entries[name]
+    if getattr(entry, "name", name) != name:  # it is copied and pickled by its own name
+        raise UserError(f"{key}: the entry of {name!r} is called {getattr(entry, 'name', None)!r}; give it its key")
+    return entry

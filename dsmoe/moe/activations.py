@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dsmoe.config.errors import UserError
 from dsmoe.config.registry import entry_named
 from dsmoe.config.sections.moe import ACTIVATION_SHAPES, ActivationShape
 from dsmoe.moe.kernels import on_gpu
@@ -122,6 +123,9 @@ def find_activation(name: str) -> Activation:
     """The activation of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the planner counts its weights otherwise.
     """
-    return entry_named(ACTIVATIONS, "activation", name)
+    activation = entry_named(ACTIVATIONS, "moe.activation", name)
+    if activation.shape != ACTIVATION_SHAPES.get(name):
+        raise UserError(f"moe.activation: ACTIVATION_SHAPES[{name!r}] is not {activation.shape}, as its entry says")
+    return activation

@@ -160,7 +160,7 @@ class Capacity(nn.Module):
         self.options = options
         self._factor = None if options.factor is None else _text(options.factor)
         self._eval_factor = None if options.eval_factor is None else _text(options.eval_factor)
-        self.drop_policy = entry_named(DROP_POLICIES, "drop_policy", options.drop_policy)
+        self.drop_policy = entry_named(DROP_POLICIES, "moe.capacity.drop_policy", options.drop_policy)
         self.max_tokens = max_tokens
         self.controller: DropRateController | None = None
         if options.target_drop_percent is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import chain
 from typing import Literal, NamedTuple
@@ -11,7 +12,6 @@ from torch import nn
 from dsmoe.config import schema
 from dsmoe.config.errors import UserError, refuse
 from dsmoe.config.schema import Balance, Capacity, Experts, Moe, Router
-from dsmoe.config.sections.base import Section
 from dsmoe.config.sections.moe import dense_path_problems, expert_choice_problems
 
 _NOISE: dict[str | None, Literal["none", "jitter", "gumbel"]] = {
@@ -41,6 +41,16 @@ class DeepSpeedArguments(NamedTuple):
     use_residual: bool = False
     noisy_gate_policy: str | None = None
     drop_tokens: bool = True
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse what is no section of this kind.
+
+    Raises:
+        UserError: names the argument, the value and what to give.
+    """
+    if not isinstance(value, kind):
+        raise UserError(f"{name} must be a dsmoe.{kind.__name__}(...), not {value!r}")
 
 
 def check_switches(cuts_experts: bool, use_tutel: bool) -> None:
@@ -76,9 +86,8 @@ def to_sections(
         UserError: an argument cannot be, or both it and a section say the same thing.
     """
     for name, value in (("router", router), ("balance", balance), ("capacity", capacity), ("experts", experts)):
-        kind: type[Section] = getattr(schema, name.capitalize())
-        if value is not None and not isinstance(value, kind):
-            raise UserError(f"{name} must be a dsmoe.{kind.__name__}(...), not {value!r}")
+        if value is not None:
+            check_kind(name, value, getattr(schema, name.capitalize()))
     if isinstance(experts, Moe):
         raise UserError("experts is the section moe as a whole, which has a number of experts of its own; give Experts")
     if given.noisy_gate_policy not in _NOISE:
@@ -107,12 +116,16 @@ def to_sections(
 
 
 def _capacity(given: DeepSpeedArguments) -> Capacity:
-    """DeepSpeed's `min_capacity=0` is our 1: no factor gives less for any token."""
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(given, name)
+        if factor is not None and not (isinstance(factor, int | float) and 0 < factor < math.inf):
+            raise UserError(f"{name} must be a number above 0, or None for no limit, not {factor!r}")
+    least = given.min_capacity
+    if not isinstance(least, int) or least < 0:
+        raise UserError(f"min_capacity must be a whole number of at least 0, not {least!r}")
     factors = (given.capacity_factor, given.eval_capacity_factor) if given.drop_tokens else (None, None)
-    try:
-        return Capacity(factor=factors[0], eval_factor=factors[1], minimum=given.min_capacity or 1)
-    except UserError as error:
-        raise UserError(f"capacity_factor, eval_capacity_factor and min_capacity make a {error}") from None
+    # No factor gives less than 1 for any token.
+    return Capacity(factor=factors[0], eval_factor=factors[1], minimum=max(least, 1))
 
 
 def _refuse_both(section: str, given: DeepSpeedArguments, *names: str) -> None:

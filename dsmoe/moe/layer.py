@@ -15,7 +15,7 @@ from torch import nn
 from dsmoe.config import schema
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
-from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, Sections, check_switches, to_sections
+from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, Sections, check_kind, check_switches, to_sections
 from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch
 from dsmoe.moe.draws import Draws, repeating
@@ -126,7 +126,8 @@ class MoE(DeepSpeedMoE):
             drop_tokens=drop_tokens,
         )
         sections = to_sections(k, expert, given, router, balance, capacity, experts)
-        self.layout = layout or Layout()
+        self.layout = Layout() if layout is None else layout
+        check_kind("layout", self.layout, Layout)
         self.layout.check(num_experts, ep_size, expert, sections.experts)
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.num_experts, self.num_local_experts, self.k, self.ep_size = num_experts, num_experts // ep_size, k, ep_size

@@ -29,7 +29,7 @@ class Layout:
         recompute_experts: compute the pre-activations of stacked experts again in the backward pass.
 
     Raises:
-        UserError: a size is no whole number of at least 1.
+        UserError: a value is of another type, or a size no whole number of at least 1.
     """
 
     expert_tensor: int = 1
@@ -39,7 +39,13 @@ class Layout:
     recompute_experts: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(expert_tensor=self.expert_tensor, max_tokens=self.max_tokens, overlap_chunks=self.overlap_chunks)
+        if not isinstance(self.tensor_group, TensorGroup):
+            raise UserError(f"tensor_group must be groups.tensor_group() or left out, not {self.tensor_group!r}")
+        if not isinstance(self.recompute_experts, bool):
+            raise UserError(f"recompute_experts must be True or False, not {self.recompute_experts!r}")
+        check_sizes(expert_tensor=self.expert_tensor, overlap_chunks=self.overlap_chunks)
+        if self.max_tokens is not None:
+            check_sizes(max_tokens=self.max_tokens)
 
     def check(self, num_experts: int, ep_size: int, expert: nn.Module | None, experts: Experts) -> None:
         """Check that a layer's experts and dense path can be laid so.
@@ -63,12 +69,12 @@ class Layout:
             )
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Refuse a size that is no whole number of at least 1; None is no size.
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size that is no whole number of at least 1.
 
     Raises:
         UserError: names the first such size.
     """
     for name, value in sizes.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")

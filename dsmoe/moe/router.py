@@ -77,9 +77,9 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.k = top_k
         self.options = options
-        self.score = entry_named(SCORES, "score", options.score)
-        self.group_score = entry_named(GROUP_SCORES, "group_score", options.group_score)
-        self.noise = entry_named(NOISES, "noise", options.noise)
+        self.score = entry_named(SCORES, "moe.router.score", options.score)
+        self.group_score = entry_named(GROUP_SCORES, "moe.router.group_score", options.group_score)
+        self.noise = entry_named(NOISES, "moe.router.noise", options.noise)
         self.tensor_group = tensor_group or TensorGroup.alone()
         # On meta, so that torch draws no weight only to have it replaced.
         self.wg = nn.Linear(hidden_size, num_experts, bias=False, device="meta")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from dsmoe.config.deepspeed import to_deepspeed
+from dsmoe.config.registry import entry_named
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.model import DENSE_ACTIVATION
 from dsmoe.config.sections.moe import ACTIVATION_SHAPES
@@ -95,7 +96,7 @@ def products(config: Config) -> list[Product]:
     _, name, width = max(candidates, key=lambda c: c[0] * c[2])
     found = [Product(name, tokens, hidden, max(1, width // topology.tensor))]
     if moe is not None and num_moe_layers(config):
-        parts = ACTIVATION_SHAPES[moe.activation].input_matrices
+        parts = entry_named(ACTIVATION_SHAPES, "moe.activation", moe.activation).input_matrices
         width, experts = parts * moe.expert_ffn_size // topology.expert_tensor, moe.num_experts // topology.expert
         # Every rank of a balanced exchange gets as many rows as it sends.
         rows = max(experts, _exchanged_rows(config, topology) // experts * experts)

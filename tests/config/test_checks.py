@@ -206,7 +206,7 @@ def test_top_k_must_fit_into_the_best_groups(tmp_path: Path) -> None:
 def test_the_best_two_of_a_group_need_two_in_it(tmp_path: Path) -> None:
     overrides = ["moe.router.num_groups=8", "moe.router.top_k_groups=4"]
     assert check(tmp_path, *overrides) == [
-        "moe.router.group_score (top2_sum) needs 2 experts in a group, and moe.router.num_groups (8) leaves one; "
+        "moe.router.group_score (top2_sum) needs 2 experts in a group, and moe.router.num_groups (8) leaves 1; "
         "set moe.router.group_score: max"
     ]
     assert load(tmp_path, *overrides, "moe.router.group_score=max")

@@ -203,6 +203,15 @@ def test_a_router_refuses_a_name_that_is_in_no_registry(name: str) -> None:
         Router(D, E, K, options(**{name: "best"}))
 
 
+def test_an_entry_has_the_name_and_the_shape_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ACTIVATIONS, "gelu", ACTIVATIONS["relu2"])
+    with pytest.raises(ValueError, match="the entry of 'gelu' is called 'relu2'"):
+        find_activation("gelu")
+    monkeypatch.setitem(schema.ACTIVATION_SHAPES, "swiglu", schema.ActivationShape(gated=False))
+    with pytest.raises(ValueError, match=r"ACTIVATION_SHAPES\['swiglu'\] is not ActivationShape\(gated=True"):
+        find_activation("swiglu")
+
+
 def test_an_unknown_activation_is_named() -> None:
     with pytest.raises(ValueError, match=r"activation must be one of swiglu, geglu, .*, not 'silu'"):
         find_activation("silu")

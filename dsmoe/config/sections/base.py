@@ -132,5 +132,5 @@ class Section(BaseModel):
         key = ".".join(map(str, found["loc"]))
         if found["type"] != "extra_forbidden":
             return f"{cls.__name__}: {key} ({found['input']!r}): {found['msg']}"
-        meant = closest_key(key, cls.model_fields)
+        meant = closest_key(key, cls.model_fields) if len(found["loc"]) == 1 else ""
         return f"{cls.__name__}: {key}: unknown; {f'did you mean {meant!r}?' if meant else ', '.join(cls.model_fields)}"
