@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from dsmoe.config.schema import Config
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import Trainer
 from dsmoe.train.engine import initialize
+from dsmoe.train.guard import UpdateGuard
 from dsmoe.train.trainer import TrainingDivergedError
 from tests.train.layouts import make_trainer, small_config
 
@@ -167,3 +169,43 @@ def test_a_loop_of_ones_own_needs_nothing_of_the_guard(tmp_path: Path) -> None:
     ((expected, none),) = run_ranks(1, partial(own_loop, leave_out=True), config, 2)
     assert weights == expected
     assert (skipped, none) == (1, 0)
+
+
+class CopyEvent:
+    """An event of a device on which a copy has ended only when somebody waits."""
+
+    def __init__(self, on_host: torch.Tensor) -> None:
+        self.on_host, self.calls = on_host, ""
+
+    def record(self) -> None:
+        self.calls += "record "
+        self.copied = self.on_host.clone()
+        self.on_host.fill_(not self.copied)
+
+    def synchronize(self) -> None:
+        self.calls += "synchronize "
+        self.on_host.copy_(self.copied)
+
+
+@pytest.mark.parametrize("norm", [1.0, math.inf])
+def test_on_a_gpu_the_host_waits_for_its_copy_and_only_when_it_settles(norm: float) -> None:
+    weight = nn.Parameter(torch.ones(1))
+    adam = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0 + step)
+    engine: Any = SimpleNamespace(
+        device=torch.device("cpu"), lr_scheduler=scheduler, skipped_steps=0, was_step_applied=lambda: True
+    )
+    guard = UpdateGuard(engine)
+    guard._on_host = torch.tensor(False)
+    event = guard._copied = CopyEvent(guard._on_host)  # type: ignore[assignment]
+    weight.grad = torch.ones(1)
+    guard.stop_unless_finite(adam, torch.tensor(norm))
+    adam.step()
+    scheduler.step()
+    assert (weight.item() == 1.0, bool(guard.was_applied())) == (norm == math.inf, norm == 1.0)
+    assert event.calls == "record "  # type: ignore[attr-defined]
+    guard.settle()
+    guard.settle()
+    assert event.calls == "record synchronize "  # type: ignore[attr-defined]
+    assert (engine.skipped_steps, scheduler.last_epoch) == ((0, 1) if norm == 1.0 else (1, 0))
+    assert adam.param_groups[0]["lr"] == pytest.approx(0.2 if norm == 1.0 else 0.1)
