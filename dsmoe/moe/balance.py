@@ -98,16 +98,19 @@ class Balance(nn.Module):
         return weights_TK
 
     @torch.no_grad()
-    def update(self, counts_E: torch.Tensor) -> None:
+    def update(self, counts_E: torch.Tensor, applied: torch.Tensor | None = None) -> None:
         """Take in the assignments of one optimizer step, summed over all ranks and micro-batches; no host read.
 
         bias_e += rate * sign(mean(count) - count_e): an expert with less than its part becomes easier to choose
-        (arXiv 2408.15664, alg. 1). f_e = count_e / sum(count) serves the next step's loss.
+        (arXiv 2408.15664, alg. 1). f_e = count_e / sum(count) serves the next step's loss. Both stay as they are
+        where `applied`, a bool on the device, is false.
         """
         if self.bias is not None:
-            self.bias += self.options.bias_update_rate * (counts_E.mean() - counts_E).sign().to(self.bias.dtype)
+            change_E = self.options.bias_update_rate * (counts_E.mean() - counts_E).sign().to(self.bias.dtype)
+            self.bias += change_E if applied is None else change_E * applied
         if self.load_share is not None:
-            self.load_share.copy_(counts_E / counts_E.sum().clamp(min=1))
+            share_E = (counts_E / counts_E.sum().clamp(min=1)).to(self.load_share.dtype)
+            self.load_share.copy_(share_E if applied is None else torch.where(applied, share_E, self.load_share))
 
 
 def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -20,20 +20,26 @@ def begin_step(layers: Sequence[MoE], step: int) -> None:
         layer.begin_step(step)
 
 
-def update_routers(layers: Sequence[MoE]) -> None:
+def update_routers(layers: Sequence[MoE], applied: bool | torch.Tensor = True) -> None:
     """Bring selection biases and global load shares up to date with the step's counts; collective.
 
     The counts are those of `layer.statistics` since `begin_step`: once per assignment, also under recompute. One
     all-reduce over all ranks serves all layers, and the host reads nothing. Without such layers nothing is done.
+
+    Args:
+        layers: the model's MoE layers.
+        applied: whether the optimizer has applied the step, the same on all ranks; bool, on the host or the device.
+            Where it has not (`engine.update_guard.was_applied()`), everything stays as it is.
     """
     waiting = [layer for layer in layers if layer.balance.needs_counts]
-    if not waiting:
+    on_device = applied if isinstance(applied, torch.Tensor) else None
+    if not waiting or (on_device is None and not applied):
         return
     counts = torch.cat([layer.statistics.assigned for layer in waiting])
     if dist.is_initialized():
         dist.all_reduce(counts)
     for layer, counts_E in zip(waiting, counts.split([layer.num_experts for layer in waiting]), strict=True):
-        layer.balance.update(counts_E)
+        layer.balance.update(counts_E, on_device)
 
 
 def hold_drop_rate(layers: Sequence[MoE], dropped_percent: float) -> None:

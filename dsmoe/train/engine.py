@@ -33,6 +33,7 @@ from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
 from dsmoe.train.alike import claims_of_data, claims_of_run
 from dsmoe.train.gradient_sums import fill_missing_gradients, sum_in_fp32
+from dsmoe.train.guard import UpdateGuard
 
 ELEMENTS_PER_PIECE = 2**18
 """Of a gradient on a CPU, when its norm is taken."""
@@ -52,7 +53,8 @@ def initialize(
         groups: this rank's process groups. What no tensor rank has a part of alone becomes the first one's on all.
 
     Returns:
-        DeepSpeed's engine; its optimizer; the training data; the learning-rate scheduler, which the engine steps.
+        DeepSpeed's engine, with an `update_guard` (`dsmoe.train.guard`); its optimizer; the training data; the
+        learning-rate scheduler, which the engine steps.
 
     Raises:
         UserError: the config, the data or the model are wrong.
@@ -89,6 +91,7 @@ def initialize(
     _reduce_over_own_groups(engine, groups)
     set_timeout_everywhere(timedelta(seconds=config.cluster.collective_timeout_seconds))
     fragments(engine)  # refuses now what a checkpoint could not save
+    engine.update_guard = UpdateGuard(engine)
     if config.parallel.zero_stage == 0:
         _forget_the_dry_step(engine)
         _clip_before_each_step(engine, groups, options.grad_clip)
@@ -281,10 +284,13 @@ def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: f
 
 
 def _clip_before_each_step(engine: deepspeed.DeepSpeedEngine, groups: Groups, max_norm: float) -> None:
-    """At ZeRO stage 0, clip when the engine steps, and tell the engine the norm."""
+    """At ZeRO stage 0, clip when the engine steps, tell it the norm, and stop the step if that is not finite."""
+    guard: UpdateGuard = engine.update_guard
 
     def clip(adam: torch.optim.Optimizer, *_: Any) -> None:
-        engine.optimizer._global_grad_norm = clip_gradients(adam, groups, max_norm)
+        guard.settle()  # for a loop that does not: the learning rate is read after this
+        engine.optimizer._global_grad_norm = norm = clip_gradients(adam, groups, max_norm)
+        guard.stop_unless_finite(adam, norm)
 
     inner_optimizer(engine).register_step_pre_hook(clip)
 

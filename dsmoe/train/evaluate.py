@@ -13,6 +13,7 @@ from torch import nn
 from dsmoe.data import PreparedSource, ValidationLoader, bigram_nats
 from dsmoe.parallel.jobs import Job
 from dsmoe.parallel.watch import note
+from dsmoe.train.phases import Phase
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def evaluate(
         for row, part in zip(sums, held_out, strict=True):
             job.at(part.source.name)
             for tokens, weight in part.loader:
-                note("evaluation")  # a dense model has nothing else to note, and the watch ends what stands still
+                note(
+                    Phase.EVALUATION.value
+                )  # a dense model has nothing else to note, and the watch ends what stands still
                 losses_BS = model(tokens.to(device))
                 row[0] += (losses_BS.double().sum(dim=1) * weight.to(device)).sum()
                 row[1] += weight.to(device).sum() * losses_BS.shape[1]

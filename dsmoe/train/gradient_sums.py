@@ -20,7 +20,7 @@ added, two with `overlap_comm`; and at every stage, in the backward pass, the bf
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -44,6 +44,23 @@ def sum_in_fp32(engine: DeepSpeedEngine) -> None:
         # runtime/zero/stage_1_and_2.py:3256). The sum over all ranks is kept in `gradient_accumulation_dtype` (:1040).
         optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
         optimizer.gradient_accumulation_dtype = torch.float32
+        _forget_sums_of_skipped_steps(optimizer)
+
+
+def _forget_sums_of_skipped_steps(optimizer: Any) -> None:
+    """With the optimizer on the host, begin the sums anew after a step that was skipped.
+
+    ZeRO keeps them (0.19.8, runtime/zero/stage_1_and_2.py:3055): what is not finite would stay in the sums of a bf16
+    model for ever, and every later step would be skipped.
+    """
+    reset = optimizer.reset_cpu_buffers
+
+    def reset_with_sums() -> None:
+        """Called when a step has been taken, and then there are none, and when it is skipped."""
+        reset()
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+
+    optimizer.reset_cpu_buffers = reset_with_sums
 
 
 def fill_missing_gradients(module: nn.Module) -> None:

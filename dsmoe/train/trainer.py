@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,6 @@ from dsmoe.observe import Meter, Sink, console_line
 from dsmoe.observe.meter import Constants
 from dsmoe.parallel.distributed import Rank, on_first_rank
 from dsmoe.parallel.groups import Groups
-from dsmoe.parallel.watch import SAVING, process_watch
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
@@ -35,6 +34,8 @@ from dsmoe.plan.text import quantity
 from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate
 from dsmoe.train.engine import initialize
 from dsmoe.train.evaluate import HeldOut, evaluate, text_of
+from dsmoe.train.guard import UpdateGuard, propagate_non_finite
+from dsmoe.train.phases import Phase, phase
 from dsmoe.train.placement import placements
 from dsmoe.train.signals import StopSignals
 from dsmoe.train.summary import HELD_OUT, after_divergence
@@ -72,6 +73,9 @@ class Trainer:
         self.used_learning_rate = 0.0
         """That of the last step."""
         self._skipped_in_a_row = 0
+        """Up to the last step that is counted."""
+        self._is_counted = True
+        """Whether the last step is; see `_count_skips`."""
         self._odd_steps = torch.zeros((), dtype=torch.int64, device=rank.device)
         """Of this rank's steps since the last look, those whose loss or gradient norm was not finite."""
         self._looked_at = self._begun_at = 0
@@ -86,6 +90,7 @@ class Trainer:
         self.model = model
         self.moe_layers = [layer for _, layer in model.moe_layers()]
         self.engine, _, self.loader, self.scheduler = initialize(model=model, config=config, groups=groups)
+        self.guard: UpdateGuard = self.engine.update_guard
         self.sources = prepare(config, check=0)
         self.order = Order.of_run(config, self.sources, [len(train_sequences(s, config)) for s in self.sources])
         self.signals = StopSignals(timedelta(seconds=config.cluster.collective_timeout_seconds))
@@ -107,6 +112,7 @@ class Trainer:
         Raises:
             UserError: it would read other text than that run, and `data.changed_order` does not accept it.
         """
+        self._count_skips()  # of the state that is left
         for change in on_first_rank(lambda: self._changes(checkpoint)):
             logger.warning("%s", change)
         facts, self._begun_with = self.checkpoints.load(checkpoint), checkpoint
@@ -150,8 +156,8 @@ class Trainer:
         stop = is_due = False
         while self.step_index < self.batch.steps and not stop:
             grad_norm = self.step()
-            process_watch().note("agreeing whether to stop")
-            stop, last = self.signals.agreed(), self.step_index == self.batch.steps
+            with phase(Phase.AGREEMENT):
+                stop, last = self.signals.agreed(), self.step_index == self.batch.steps
             if last or stop or self.step_index % self.config.observe.log_every == 0:
                 self.log(grad_norm)
             # The sender of a signal waits half a minute or so: that is for saving.
@@ -160,45 +166,61 @@ class Trainer:
             is_due_now = bool(save_every and self.step_index % save_every == 0)
             is_due = is_due or is_due_now
             # While gradients are not finite nothing is learnt, and soon nothing good would be left to go back to.
-            if last or stop or (is_due and self._skipped_in_a_row == 0):
+            if last or stop or (is_due and self._count_skips() == 0):
                 self.save()
                 is_due = False
             elif is_due_now:
                 self.checkpoints.put_off(self.step_index)
         self.signals.finish()
-        process_watch().note(SAVING)
-        self.checkpoints.finish(self.signals.told, is_stopping=stop)
+        with phase(Phase.SAVE):
+            self.checkpoints.finish(self.signals.told, is_stopping=stop)
         return self.step_index == self.batch.steps
 
     def step(self) -> torch.Tensor | float:
-        """One optimizer step; returns the gradient norm before clipping, on the device where it is there."""
-        watch = process_watch()
-        watch.note("reading data", self.step_index + 1)
+        """One optimizer step; returns the gradient norm before clipping, on the device where it is there.
+
+        If that or a loss is not finite, on any rank, the state stays as it was; see `dsmoe.train.guard`.
+        """
         self.meter.begin_step()
         begin_step(self.moe_layers, self.step_index)
-        waits: list[float] = []
-        for tokens in timed(self.loader.micro_batches(self.step_index), waits):
-            watch.note("forward pass")
-            losses_BS = self.engine(self._on_device(tokens))
-            watch.note("backward pass")
-            self.engine.backward(losses_BS.mean())
-            watch.note("optimizer step")
-            self.used_learning_rate = self.engine.get_lr()[0]
-            self.engine.step()
+        micro_batches, data_wait = self.loader.micro_batches(self.step_index), 0.0
+        for number in range(self.batch.accumulation_steps):
+            with phase(Phase.DATA, self.step_index + 1):
+                begun = time.perf_counter()
+                tokens = next(micro_batches)
+                data_wait += time.perf_counter() - begun
+            with phase(Phase.FORWARD):
+                losses_BS = self.engine(self._on_device(tokens))
+            with phase(Phase.BACKWARD):
+                self.engine.backward(propagate_non_finite(losses_BS.mean()))
+            with phase(Phase.OPTIMIZER):
+                if number == 0:
+                    self._count_skips()  # of the step before, which has ended while this pass is under way
+                self.used_learning_rate = self.engine.get_lr()[0]
+                self.engine.step()
             self.meter.add_micro_batch(losses_BS)
-        update_routers(self.moe_layers)
-        self.meter.end_step(sum(waits))
+        update_routers(self.moe_layers, self.guard.was_applied())
+        self._is_counted = False
+        self.meter.end_step(data_wait)
         self.step_index += 1
-        self._skipped_in_a_row = 0 if self.engine.was_step_applied() else self._skipped_in_a_row + 1
         grad_norm = self.engine.get_global_grad_norm()
         self._odd_steps += ~(self.meter.is_loss_finite() & _is_finite(grad_norm))
         return grad_norm
 
+    def _count_skips(self) -> int:
+        """The steps up to the last that were skipped in a row; waits for the device where only that knows."""
+        if not self._is_counted:
+            self.guard.settle()
+            self._skipped_in_a_row = 0 if self.engine.was_step_applied() else self._skipped_in_a_row + 1
+            self._is_counted = True
+        return self._skipped_in_a_row
+
     def log(self, grad_norm: torch.Tensor | float) -> None:
         """Reduce the step's figures over all ranks and write them down."""
         detail_every = self.config.observe.layer_detail_every
-        process_watch().note("reducing metrics")
-        metrics = self.meter.read(layer_detail=bool(detail_every) and self.step_index % (detail_every or 1) == 0)
+        with phase(Phase.METRICS):
+            metrics = self.meter.read(layer_detail=bool(detail_every) and self.step_index % (detail_every or 1) == 0)
+        self._count_skips()
         if self.moe_layers:
             hold_drop_rate(self.moe_layers, metrics["moe/dropped_percent"])
         metrics["optim/grad_norm"] = float(grad_norm)
@@ -211,8 +233,8 @@ class Trainer:
         logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
         only_skips = self._only_skips()
         if not math.isfinite(metrics["train/loss"]) or only_skips:
-            process_watch().note(SAVING)
-            self.checkpoints.wait()
+            with phase(Phase.SAVE):
+                self.checkpoints.wait()
             if only_skips:
                 self._set_dead_end_aside()
             skipped = self.skipped_steps() or "no step was skipped"
@@ -226,23 +248,25 @@ class Trainer:
     def _only_skips(self) -> bool:
         """Whether no step is taken any more: for long, or at the last step for more than half of this start's steps."""
         at_end = self.step_index == self.batch.steps
-        most = 2 * self._skipped_in_a_row > self.step_index - self._begun_at
-        return self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW or (at_end and most)
+        skipped = self._count_skips()
+        most = 2 * skipped > self.step_index - self._begun_at
+        return skipped >= MAX_SKIPPED_IN_A_ROW or (at_end and most)
 
     def skipped_steps(self) -> str:
         """How many steps of this start were skipped, and how many at its end; empty where none was."""
+        in_a_row = self._count_skips()
         skipped = self.engine.skipped_steps - self._skipped_before
         if not skipped:
             return ""
         total = quantity(self.step_index - self._begun_at, "step")
-        last = f", the last {self._skipped_in_a_row} in a row" if self._skipped_in_a_row else ""
+        last = f", the last {in_a_row} in a row" if in_a_row else ""
         return f"{skipped} of {total} were skipped{last}, because gradients were not finite"
 
     def evaluate(self) -> dict[str, float]:
         """Held-out losses of every source, written down."""
-        process_watch().note("evaluation")
-        what = f"the evaluation after step {self.step_index}"
-        metrics = evaluate(self.model, self.held_out, self.rank.device, what)
+        with phase(Phase.EVALUATION):
+            what = f"the evaluation after step {self.step_index}"
+            metrics = evaluate(self.model, self.held_out, self.rank.device, what)
         self._validation_loss, self._validated_step = metrics["eval/loss"], self.step_index
         self._write({**metrics, HELD_OUT: self.held_out_text})
         each = "  ".join(f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.sources)
@@ -265,21 +289,21 @@ class Trainer:
             TrainingDivergedError: the loss of this step or the state is not finite: it would take the place of a good
                 checkpoint, and nothing can go on from it.
         """
-        process_watch().note(SAVING)
-        begun = time.perf_counter()
-        if not self.checkpoints.is_finite(self.meter.is_loss_finite()):
-            since = self.step_index - self._looked_at
-            self._end_diverged(
-                f"the loss, a weight or the optimizer's state is not finite (of the last {since} steps, "
-                f"{self._odd_steps} had such a loss or gradient norm), and it is not saved"
-            )
-        is_known = self._validated_step == self.step_index and math.isfinite(self._validation_loss)
-        loss = self._validation_loss if is_known else None
-        tokens, tidies = self.step_index * self.batch.tokens_per_step, self._skipped_in_a_row == 0
-        path = self.checkpoints.save(self.step_index, tokens, loss, tidies=tidies)
-        self.meter.restart_clock()
-        self.meter.add_stall(time.perf_counter() - begun)
-        return path
+        with phase(Phase.SAVE):
+            begun = time.perf_counter()
+            if not self.checkpoints.is_finite(self.meter.is_loss_finite()):
+                since = self.step_index - self._looked_at
+                self._end_diverged(
+                    f"the loss, a weight or the optimizer's state is not finite (of the last {since} steps, "
+                    f"{self._odd_steps} had such a loss or gradient norm), and it is not saved"
+                )
+            is_known = self._validated_step == self.step_index and math.isfinite(self._validation_loss)
+            loss = self._validation_loss if is_known else None
+            tokens, tidies = self.step_index * self.batch.tokens_per_step, self._count_skips() == 0
+            path = self.checkpoints.save(self.step_index, tokens, loss, tidies=tidies)
+            self.meter.restart_clock()
+            self.meter.add_stall(time.perf_counter() - begun)
+            return path
 
     def _set_dead_end_aside(self) -> None:
         """Rename what this start has saved of the state after which every step was skipped: it is finite and bad."""
@@ -318,14 +342,3 @@ class Trainer:
 def _is_finite(number: torch.Tensor | float) -> torch.Tensor | bool:
     """Whether it is, where it is: nothing is copied."""
     return torch.isfinite(number) if isinstance(number, torch.Tensor) else math.isfinite(number)
-
-
-def timed(items: Iterator[torch.Tensor], waits: list[float]) -> Iterator[torch.Tensor]:
-    """Pass the items on, and append to `waits` the seconds that each took to come."""
-    while True:
-        begun = time.perf_counter()
-        item = next(items, None)
-        waits.append(time.perf_counter() - begun)
-        if item is None:
-            return
-        yield item

@@ -122,6 +122,16 @@ def test_without_processes_this_process_is_all_there_is() -> None:
     assert layer.balance.bias.tolist() == [-RATE, 0.0, 0.0, RATE]
 
 
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_step_that_was_not_applied_moves_neither_bias_nor_load_share(applied: bool, on_device: bool) -> None:
+    layer = chooser(bias_update_rate=RATE, scope="global")
+    layer(tokens([0, 0, 1, 2]))
+    update_routers([layer], torch.tensor(applied) if on_device else applied)
+    assert layer.balance.bias.tolist() == ([-RATE, 0.0, 0.0, RATE] if applied else [0.0] * E)
+    assert layer.balance.load_share.tolist() == ([0.5, 0.25, 0.25, 0.0] if applied else [0.25] * E)
+
+
 def global_gradients(ranks: int) -> torch.Tensor:
     """The router's gradient of the global loss in the second of two steps, averaged over ranks and micro-batches."""
     layer = chooser(aux_loss=1.0, scope="global")

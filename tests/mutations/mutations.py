@@ -19,6 +19,8 @@ TENSOR_LAYOUT = LAYOUT.replace("ep=2,zero=0-selective", "tp=2,sp=true,ep=4,zero=
 SUMS = "tests/train/test_gradient_sums.py::"
 CLAIMS = "tests/parallel/test_claims.py::test_what_differs_is_named_with_both_values_and_the_ranks"
 OWN_PROGRAM = "tests/train/test_alike.py::test_another_"
+GUARD = "tests/train/test_guard.py::"
+NOTHING_CHANGES = f"{GUARD}test_a_step_that_is_not_finite_on_one_rank_changes_nothing"
 NOT_FINITE = "tests/checkpoint/test_not_finite.py::"
 
 MUTATIONS = [
@@ -325,6 +327,42 @@ MUTATIONS = [
         old='groups.coordinate("data"), groups.topology.data)',
         new="groups.rank % groups.topology.data, groups.topology.data)",
         caught_by=TENSOR_LAYOUT,
+    ),
+    # Steps that are not finite.
+    Mutation(
+        "fp32 without ZeRO takes steps that are not finite",
+        "dsmoe/train/guard.py",
+        old="self._stopped.float()  #",
+        new="torch.zeros_like(norm)  #",
+        caught_by=f"{NOTHING_CHANGES}[0-fp32-False]",
+    ),
+    Mutation(
+        "a loss that is not finite and has a finite gradient is learnt from",
+        "dsmoe/train/trainer.py",
+        old="propagate_non_finite(losses_BS.mean())",
+        new="losses_BS.mean()",
+        caught_by=f"{NOTHING_CHANGES}[1-bf16-False]",
+    ),
+    Mutation(
+        "selection biases follow the loads of a step that was skipped",
+        "dsmoe/train/trainer.py",
+        old="update_routers(self.moe_layers, self.guard.was_applied())",
+        new="update_routers(self.moe_layers)",
+        caught_by=f"{NOTHING_CHANGES}[1-fp32-False]",
+    ),
+    Mutation(
+        "with the optimizer on the host a gradient that is not finite stays for ever",
+        "dsmoe/train/gradient_sums.py",
+        old="        _forget_sums_of_skipped_steps(optimizer)\n",
+        new="",
+        caught_by=f"{NOTHING_CHANGES}[2-bf16-True]",
+    ),
+    Mutation(
+        "a step that the device has skipped moves the schedule",
+        "dsmoe/train/guard.py",
+        old="scheduler.last_epoch -= 2",
+        new="scheduler.last_epoch -= 1",
+        caught_by=f"{GUARD}test_a_loop_of_ones_own_needs_nothing_of_the_guard",
     ),
     # Sums of gradients.
     Mutation(

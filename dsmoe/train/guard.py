@@ -1,0 +1,83 @@
+"""Stop the update of an optimizer step whose loss or gradient norm is not finite on any rank.
+
+Such a step changes no weight, master, moment, selection bias or load share, and counts neither in Adam's bias
+correction nor in the learning rate's schedule. All ranks have the same norm, so all of them stop. A loss that is not
+finite may have a finite gradient; `propagate_non_finite` brings it into the norm.
+
+| ZeRO stage | who stops the update |
+|---|---|
+| 1, 2 | DeepSpeed, which reads the norm on the host (0.19.8, runtime/zero/stage_1_and_2.py:3043) |
+| 0, bf16 | DeepSpeed, which reads on the host whether gradients are finite (runtime/fp16/unfused_optimizer.py:205); \
+where they are and their norm is not, the device |
+| 0, fp32 | the device: torch's fused AdamW changes nothing where its `found_inf` is 1, on CPUs and GPUs |
+
+The host does not wait for what the device decides. It learns of that in the next step (`UpdateGuard.settle`): before
+the update, which needs the learning rate, and after a forward and backward pass were launched, so that the device has
+work meanwhile.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class UpdateGuard:
+    """Stops updates of one engine on the device, and tells the engine; `dsmoe.initialize` makes it."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = engine
+        self._stopped: torch.Tensor | None = None
+        """Whether the device stopped the last update: bool, on the device; None where the host knows."""
+        self._on_host: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+        if engine.device.type == "cuda":
+            self._on_host = torch.zeros((), dtype=torch.bool, pin_memory=True)
+            self._copied = torch.cuda.Event()
+
+    def stop_unless_finite(self, adam: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+        """Let the step that `adam` is about to take change nothing if `norm`, 0-d on the device, is not finite.
+
+        `found_inf` is how torch's gradient scaler stops a fused optimizer.
+        """
+        self._stopped = ~torch.isfinite(norm)
+        adam.found_inf = self._stopped.float()  # type: ignore[attr-defined]
+        if self._on_host is not None and self._copied is not None:
+            self._on_host.copy_(self._stopped, non_blocking=True)
+            self._copied.record()
+
+    def was_applied(self) -> bool | torch.Tensor:
+        """Whether the last update was applied: a bool where the host knows, else one on the device."""
+        applied = bool(self._engine.was_step_applied())
+        return ~self._stopped if applied and self._stopped is not None else applied
+
+    def settle(self) -> None:
+        """Make the engine count a last update that the device stopped as skipped, and set its schedule back.
+
+        Waits for that update. Call it before the engine steps again; nothing happens the second time.
+        """
+        if self._stopped is None:
+            return
+        if self._on_host is not None and self._copied is not None:
+            self._copied.synchronize()
+        stopped = bool(self._stopped if self._on_host is None else self._on_host)
+        self._stopped = None
+        if not stopped:
+            return
+        self._engine._step_applied = False
+        self._engine.skipped_steps += 1
+        scheduler = self._engine.lr_scheduler
+        scheduler.last_epoch -= 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch may miss an optimizer step before this one
+            scheduler.step()
+
+
+def propagate_non_finite(loss: torch.Tensor) -> torch.Tensor:
+    """Return the loss times 1, or times NaN where it is not finite: its gradient then is NaN too."""
+    return loss * (0 * loss.detach() + 1)
