@@ -40,17 +40,18 @@ ELEMENTS_PER_PIECE = 2**18
 
 
 def initialize(
-    *, model: nn.Module, config: Config, groups: Groups
+    *, model: nn.Module, config: Config, groups: Groups, sources: Sequence[PreparedSource] | None = None
 ) -> tuple[deepspeed.DeepSpeedEngine, torch.optim.Optimizer, TrainLoader, LambdaLR]:
     """Wrap `model` for training by `config`.
 
     Collective: every rank calls it, with the same config but for paths, the same code and the same data, which are
-    compared. The data are tokenised by the first rank where no cache of them exists yet.
+    compared.
 
     Args:
         model: any module; its `dsmoe.MoE` layers exchange tokens over `groups`.
         config: the run.
         groups: this rank's process groups. What no tensor rank has a part of alone becomes the first one's on all.
+        sources: the data, as `prepare_data` returns them; None prepares them.
 
     Returns:
         DeepSpeed's engine, with an `update_guard` (`dsmoe.train.guard`); its optimizer; the training data; the
@@ -63,8 +64,7 @@ def initialize(
     check_alike(claims_of_run(config))  # first: a rank with another tokenizer would make a cache of its own
     batch = Batch.from_config(config)
     for_deepspeed = accepted_by_deepspeed(config, batch.accumulation_steps)  # before data that take hours are prepared
-    sources = prepare_once(config)
-    check_alike(claims_of_data(sources))
+    sources = prepare_data(config) if sources is None else sources
     loader = TrainLoader(sources, config, groups.coordinate("data"), groups.topology.data)
     _prepare_layers(model, groups, batch.accumulation_steps)
     _copy_first_tensor_rank(model, groups)
@@ -145,16 +145,22 @@ def _device_of_its_own() -> SimpleNamespace | None:
     return SimpleNamespace(device_rank=device_index(local_rank))
 
 
-def prepare_once(config: Config) -> list[PreparedSource]:
-    """The prepared data of `config`, tokenised by one rank while the others wait; collective.
+def prepare_data(config: Config) -> list[PreparedSource]:
+    """Prepare the data of `config`, tokenised by one rank while the others wait; collective.
 
     Where nodes do not share `data.cache_dir`, the first rank of each node makes its own, in its own time: nobody waits
     with a limit. That rank also looks whether the files are what was written (`prepare`'s `check`); the others check
     what they read.
+
+    Raises:
+        UserError: the data are wrong.
+        DifferentRanksError: ranks have other data than rank 0.
     """
     on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data")
     on_first_of_hosts(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data of each host")
-    return prepare(config, check=0)
+    sources = prepare(config, check=0)
+    check_alike(claims_of_data(sources))
+    return sources
 
 
 def _prepare_layers(model: nn.Module, groups: Groups, accumulation_steps: int) -> None:

@@ -34,7 +34,6 @@ from dsmoe.launch.start import Start, begin, pretrain_program
 from dsmoe.launch.world import for_this_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.claims import check_alike
 from dsmoe.parallel.distributed import DeviceError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.roll import report_at_roll
@@ -43,8 +42,8 @@ from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments
 from dsmoe.plan.report import Plan
 from dsmoe.plan.text import shown
-from dsmoe.train.alike import claims_of_data, claims_of_run
-from dsmoe.train.engine import prepare_once
+from dsmoe.train.alike import claims_of_run
+from dsmoe.train.engine import prepare_data
 from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
 from dsmoe.train.folder import (
@@ -116,8 +115,7 @@ def pretrain(given: Config) -> bool:
     _log_to_console(rank)
     groups = Groups(plan.topology, timeout)
     on_first_rank(lambda: claim_run_folder(given), f"looking at {folder}")
-    sources = prepare_once(config)
-    check_alike(claims_of_data(sources))
+    sources = prepare_data(config)
     is_new = not os.path.lexists(folder / "config.yaml")
     beginning, token = on_first_rank(lambda: make_run_folder(given, sources), f"looking at {folder}")
     on_every_rank(lambda: check_shared(folder, token), f"looking at {folder}")
@@ -134,7 +132,7 @@ def pretrain(given: Config) -> bool:
         if adjusted := adjustments(given, config):
             logger.info("elastic: %s", "; ".join(adjusted))
     try:
-        trainer = Trainer(config, groups, rank, folder / "checkpoints")
+        trainer = Trainer(config, groups, rank, folder / "checkpoints", sources)
         resumed = _begin(trainer, beginning)
     except Exception:
         if rank.is_first and is_new:

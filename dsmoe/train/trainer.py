@@ -19,7 +19,7 @@ from dsmoe.checkpoint.checkpoints import Checkpoints
 from dsmoe.checkpoint.folder import all_checkpoints, inspect, step_of
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config.schema import Config
-from dsmoe.data import ValidationLoader, prepare
+from dsmoe.data import PreparedSource, ValidationLoader
 from dsmoe.data.loader import train_sequences
 from dsmoe.model import build_model
 from dsmoe.moe import begin_step, hold_drop_rate, update_routers
@@ -32,7 +32,7 @@ from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
 from dsmoe.plan.text import quantity
 from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate
-from dsmoe.train.engine import initialize
+from dsmoe.train.engine import initialize, prepare_data
 from dsmoe.train.evaluate import HeldOut, evaluate, text_of
 from dsmoe.train.guard import UpdateGuard, propagate_non_finite
 from dsmoe.train.phases import Phase, phase
@@ -61,9 +61,17 @@ class Trainer:
         groups: this rank's process groups.
         rank: who this process is.
         checkpoint_folder: where checkpoints are saved.
+        sources: the data, as `prepare_data` returns them; None prepares them.
     """
 
-    def __init__(self, config: Config, groups: Groups, rank: Rank, checkpoint_folder: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        rank: Rank,
+        checkpoint_folder: Path,
+        sources: Sequence[PreparedSource] | None = None,
+    ) -> None:
         self.config = config
         self.groups = groups
         self.rank = rank
@@ -86,12 +94,14 @@ class Trainer:
         self._validated_step = -1
         self.sinks: Sequence[Sink] = ()
         """Where rank 0 writes metrics."""
+        self.sources = prepare_data(config) if sources is None else sources
         model = build_model(config, groups, rank.device)
         self.model = model
         self.moe_layers = [layer for _, layer in model.moe_layers()]
-        self.engine, _, self.loader, self.scheduler = initialize(model=model, config=config, groups=groups)
+        self.engine, _, self.loader, self.scheduler = initialize(
+            model=model, config=config, groups=groups, sources=self.sources
+        )
         self.guard: UpdateGuard = self.engine.update_guard
-        self.sources = prepare(config, check=0)
         self.order = Order.of_run(config, self.sources, [len(train_sequences(s, config)) for s in self.sources])
         self.signals = StopSignals(timedelta(seconds=config.cluster.collective_timeout_seconds))
         data_rank, data_degree = groups.coordinate("data"), groups.topology.data

@@ -14,12 +14,14 @@ from dsmoe import Groups, MoE, Topology
 from dsmoe.checkpoint.fragments import fragments
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.data import PreparedSource
 from dsmoe.model import build_model
 from dsmoe.parallel.local import run_ranks
 from dsmoe.train import engine as engine_module
-from dsmoe.train.engine import clip_gradients, initialize, parameter_groups
+from dsmoe.train.engine import clip_gradients, initialize, parameter_groups, prepare_data
+from dsmoe.train.trainer import Trainer
 from tests.moe.layer_options import moe_layer
-from tests.train.layouts import make_trainer, small_config
+from tests.train.layouts import make_trainer, small_config, this_rank
 
 
 class Mixed(nn.Module):
@@ -129,6 +131,31 @@ class Small(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.sparse(self.inner(x))[0]
+
+
+def prepare_how_often(config: Config) -> list[int]:
+    """Calls of `prepare`: for `prepare_data`, and for a trainer that is given what it returns."""
+    calls: list[int] = []
+    whole = engine_module.prepare
+
+    def counted(*arguments: Any, **options: Any) -> list[PreparedSource]:
+        calls.append(1)
+        return whole(*arguments, **options)
+
+    engine_module.prepare = counted
+    sources = prepare_data(config)
+    first = len(calls)
+    trainer = Trainer(
+        config, Groups(Topology.from_config(config)), this_rank(), Path(config.runs_dir) / "checkpoints", sources
+    )
+    assert trainer.sources == sources
+    return [first, len(calls) - first]
+
+
+def test_data_are_prepared_once(tmp_path: Path) -> None:
+    """On the first rank for all, on the first of each host for that host, and on every rank to open what is there."""
+    config = small_config(tmp_path, ranks=2)
+    assert run_ranks(2, prepare_how_often, config) == [[3, 0], [1, 0]]
 
 
 def clipped_through_initialize(config: Config, elements: int) -> tuple[float, dict[str, torch.Tensor]]:

@@ -79,15 +79,15 @@ MEANWHILE = """
 import os, shutil, sys
 from pathlib import Path
 from dsmoe.train import run
-prepare_once = run.prepare_once
+prepare_data = run.prepare_data
 def meanwhile(config):
-    sources = prepare_once(config)
+    sources = prepare_data(config)
     here = Path("runs/small/checkpoints")
     for step in (2, 3):
         shutil.rmtree(here / f"step_{step:08d}")
     os.rename("newer", here / "step_00000004")
     return sources
-run.prepare_once = meanwhile
+run.prepare_data = meanwhile
 os._exit(run.main())
 """
 
