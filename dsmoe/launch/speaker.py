@@ -9,13 +9,12 @@ import sys
 import time
 from collections.abc import Mapping
 
-from dsmoe.launch.launchers import LAUNCHERS, WITHOUT_SIZE, first_rank_known, launcher_process
+from dsmoe.launch.launchers import first_rank_known, is_alone, name_of_run
+from dsmoe.launch.rendezvous import Rendezvous
 
 LINGER_SECONDS = 5.0
 """How long a rank that has printed for its host stays: those that come later would print the same."""
 
-_RANKS = (*(launcher.rank for launcher in LAUNCHERS), *WITHOUT_SIZE)
-_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", *(name for launcher in LAUNCHERS for name in launcher.size))
 _held: list[socket.socket] = []
 """What makes this process the one that prints for its host, until it ends."""
 
@@ -30,8 +29,9 @@ def speaks_for_host(environment: Mapping[str, str] = os.environ) -> bool:
     if _held:
         return True
     if sys.platform != "linux":
-        return environment.get("LOCAL_RANK", "0") == "0"
-    name = hashlib.sha256(f"{os.getuid()}/{_run_of(environment)}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return Rendezvous.from_environment(environment).is_first_of_host
+    run = f"{os.getuid()}/{name_of_run(environment)}"
+    name = hashlib.sha256(run.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         bound.bind(f"\0dsmoe/speaker/{name}")
@@ -47,7 +47,7 @@ def print_for_host(text: str, environment: Mapping[str, str] = os.environ) -> No
 
     A process of which no launcher says that there are others prints at once, and does not wait.
     """
-    if _is_alone(environment):
+    if is_alone(environment):
         print(text, file=sys.stderr, flush=True)
         return
     if speaks_for_host(environment):
@@ -55,19 +55,3 @@ def print_for_host(text: str, environment: Mapping[str, str] = os.environ) -> No
         who = "" if rank == "0" else f"[rank {rank} on {socket.gethostname()}] "
         print(f"{who}{text}", file=sys.stderr, flush=True)
     time.sleep(LINGER_SECONDS)  # also where another prints: launchers end all ranks as soon as one has ended
-
-
-def _run_of(environment: Mapping[str, str]) -> str:
-    """What the ranks of one run on one host have in common: where they meet, or else the process that started them."""
-    if environment.get("MASTER_PORT"):
-        where = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-        return "/".join(environment.get(name, "") for name in where)
-    of_launchers = tuple(name for name in (*_RANKS, "SLURM_PROCID") if name in environment)
-    names = of_launchers or ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    return f"launcher {launcher_process(environment, names)}"
-
-
-def _is_alone(environment: Mapping[str, str]) -> bool:
-    sizes = [environment[name].strip() for name in _SIZES if environment.get(name)]
-    has_rank = any(name in environment for name in ("RANK", *_RANKS))
-    return all(size == "1" for size in sizes) if sizes else not has_rank

@@ -23,7 +23,9 @@ from dsmoe.config.errors import HostError, UserError, exit_code_of
 from dsmoe.config.load import Look, load_config
 from dsmoe.config.schema import Config
 from dsmoe.console import finish_streams, steady_streams
+from dsmoe.exit_codes import DONE, INTERRUPTED
 from dsmoe.launch.ancestry import watch_launcher
+from dsmoe.launch.rendezvous import Rendezvous
 from dsmoe.launch.speaker import LINGER_SECONDS, print_for_host
 from dsmoe.launch.variables import LauncherError
 from dsmoe.launch.world import (
@@ -37,8 +39,6 @@ from dsmoe.launch.world import (
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import device_problems
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 STAY_SECONDS = 3.0
 """How long rank 0, which has said what is wrong, stays for the others to hear that; torch takes longer to import."""
 
@@ -104,7 +104,7 @@ class Start:
             print(text, file=sys.stderr, flush=True)
             _stay_for_others(_answer(text) + bytes([code]))
             return code
-        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if Rendezvous.from_environment().complete() is None:
             time.sleep(LINGER_SECONDS)
             return code
         answer = _answer_of_rank_0()
@@ -116,7 +116,7 @@ class Start:
         return answer[-1]
 
     def _say_alone(self, text: str) -> None:
-        rank = os.environ.get("RANK", "?")
+        rank = Rendezvous.from_environment().rank
         print(f"[rank {rank} on {platform.node()}] {text}", file=sys.stderr, flush=True)
 
 
@@ -188,7 +188,7 @@ def interruptible() -> Iterator[None]:
 def end_process(code: int) -> NoReturn:
     """End with `code`; after a failure at once, since leaving groups whose ranks are gone can wait for a timeout."""
     finish_streams()
-    if code:
+    if code != DONE:
         os._exit(code)
     sys.exit(code)
 
@@ -213,7 +213,8 @@ def _join() -> UserError | None:
     try:
         join_launcher()
         # Ranks that have met already, through a file, have port 0 (`run_ranks`); joining refuses it to all others.
-        if "RANK" in os.environ and os.environ.get("MASTER_PORT") != "0":
+        here = Rendezvous.from_environment()
+        if here.is_launched and here.port != 0:
             check_meeting()
     except UserError as error:
         return error
@@ -261,24 +262,27 @@ def _answer(text: str) -> bytes:
 
 def _stay_for_others(answer: bytes) -> None:
     """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1" or not size.isdecimal() or launcher_has_store():
+    here = Rendezvous.from_environment()
+    if here.size in (None, 1) or here.port is None or launcher_has_store():
         return
     deadline = time.monotonic() + STAY_SECONDS
     family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-    with suppress(OSError, ValueError, OverflowError, KeyError):
-        address = ("", int(os.environ["MASTER_PORT"]))
-        with socket.create_server(address, backlog=4096, **family) as server:  # type: ignore[arg-type]
-            for _ in range(int(size) - 1):
-                server.settimeout(max(deadline - time.monotonic(), 0.01))
-                connection, _ = server.accept()
-                with connection, suppress(OSError):
-                    connection.sendall(answer)
+    address = ("", here.port)
+    with (
+        suppress(OSError, OverflowError),
+        socket.create_server(address, backlog=4096, **family) as server,  # type: ignore[arg-type]
+    ):
+        for _ in range(here.size - 1):
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(answer)
 
 
 def _answer_of_rank_0() -> bytes | None:
     """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or ended long ago."""
-    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    here = Rendezvous.from_environment()
+    address = (here.address, here.port)
     deadline = time.monotonic() + STAY_SECONDS
     while time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(address, timeout=1) as connection:

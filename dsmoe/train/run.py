@@ -29,6 +29,8 @@ from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import HostError, UserError, describe, exit_code_of, located
 from dsmoe.config.schema import Config
+from dsmoe.exit_codes import DONE, FAILED, STOPPED
+from dsmoe.launch.rendezvous import Rendezvous
 from dsmoe.launch.speaker import LINGER_SECONDS, speaks_for_host
 from dsmoe.launch.start import Start, begin, pretrain_program
 from dsmoe.launch.world import for_this_world
@@ -68,8 +70,6 @@ logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0
 """How long a rank that has failed waits for a checkpoint that is being written."""
-STOPPED = 75
-"""Exit code of a run that a signal has stopped, and that goes on when it is started again (EX_TEMPFAIL)."""
 
 
 def main(arguments: Sequence[str] | Start | None = None) -> int:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | Start | None = None) -> int:
     except Exception as error:
         return ended_by(error)
     leave_processes()
-    return 0 if finished else STOPPED
+    return DONE if finished else STOPPED
 
 
 def ended_by(error: Exception) -> int:
@@ -282,7 +282,7 @@ def _handler(handler: logging.Handler) -> logging.Handler:
 def end_stalled(error: LostRanksError) -> None:
     """End this process from a thread, because the main one waits for a device that waits for ever."""
     explain_end(error, str(error))
-    os._exit(1)
+    os._exit(FAILED)
 
 
 def explain_end(error: Exception, text: str) -> None:
@@ -293,7 +293,7 @@ def explain_end(error: Exception, text: str) -> None:
     which. Where the store has gone, with rank 0, they cannot agree, and one rank on each host prints. Whoever is not
     the speaker lingers, because launchers end every rank as soon as one has ended.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = Rendezvous.from_environment().rank or 0
     if not dist.is_initialized() or is_shared(error):
         if dist.is_initialized() and (reports := process_watch().reports) and not isinstance(error, UserError):
             reports.of_failure("all ranks have failed alike", error)
@@ -334,7 +334,7 @@ def _explain_alone(rank: int, error: Exception, text: str) -> None:
         reason = text.removeprefix("error: ").rstrip()
         if not (is_shared(error) or isinstance(error, LostRanksError)) and report_at_roll(reason, exit_code_of(error)):
             return
-        first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+        first_of_host = Rendezvous.from_environment().is_first_of_host
         if not (isinstance(error, HostError) and first_of_host):
             time.sleep(LINGER_SECONDS)
         of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))

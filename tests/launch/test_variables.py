@@ -16,8 +16,9 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Cluster
 from dsmoe.launch import attempts
 from dsmoe.launch.launchers import LAUNCHERS, WITHOUT_SIZE, first_rank_known
+from dsmoe.launch.rendezvous import is_whole_number
 from dsmoe.launch.speaker import speaks_for_host
-from dsmoe.launch.variables import LauncherError, check_address, is_whole_number, whole_number
+from dsmoe.launch.variables import LauncherError, check_address, whole_number
 from dsmoe.launch.world import check_meeting, is_speaker, join_launcher, launched_world
 from tests.launch.test_launchers import others
 from tests.launch.test_world import DEEPSPEED, TORCHRUN, step

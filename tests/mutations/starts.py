@@ -90,8 +90,8 @@ MUTATIONS = [
     Mutation(
         "every rank of a host says that the launcher has gone",
         "dsmoe/launch/ancestry.py",
-        old='os.environ.get("SLURM_LOCALID", "0")) == "0":',
-        new='os.environ.get("SLURM_LOCALID", "0")) != "":',
+        old="if Rendezvous.from_environment().is_first_of_host:",
+        new="if True:",
         caught_by=f"{ANCESTRY}test_one_rank_of_a_host_says_so_and_sigterm_ends_those_that_do_not_train_yet",
     ),
     Mutation(
