@@ -67,6 +67,7 @@ from benchmarks.measuring import (
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender, transformers_contender
 from benchmarks.workload import SHAPES, Run, make_config, sequences_that_fit
 from dsmoe.config.schema import Config
+from dsmoe.durable import write_whole
 from dsmoe.exit_codes import FAILED
 from dsmoe.parallel import Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
@@ -258,9 +259,7 @@ def report(entrants: Entrants, taken: dict[str, list[float]], tokens: torch.Tens
         if figures is not None:
             found[name] = figures
     if entrants.rank.is_first:
-        part = folder / "measured.part"
-        part.write_text(json.dumps({"contenders": found, "left_out": entrants.left_out}), encoding="utf-8")
-        part.replace(folder / "measured.json")
+        write_whole(folder / "measured.json", json.dumps({"contenders": found, "left_out": entrants.left_out}))
 
 
 def step_seconds(entrants: Entrants, name: str, tokens: torch.Tensor) -> float:
