@@ -69,7 +69,7 @@ def _say_wrong_arguments(error: UsageError) -> int:
     """Say what is wrong with the arguments, on one of the ranks; returns the exit code."""
     code = wrong_arguments(error).ended()
     if code is None:  # rank 0 has other arguments, and waits for this rank
-        from dsmoe.train.run import ended_by
+        from dsmoe.train.ending import ended_by
 
         code = ended_by(error)
     return code

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
-from dsmoe.launch.rendezvous import AGENTS, Rendezvous, variables_of_agent
+from dsmoe.launch.rendezvous import AGENTS, variables_of_agent
+from dsmoe.launch.speaker import is_first_of_host
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _outlive(launchers: list[Process]) -> None:
         if gone is not None:
             break
         time.sleep(LOOK_SECONDS)
-    if Rendezvous.from_environment().is_first_of_host:
+    if is_first_of_host():
         what = f"the launcher has gone ({gone.program}, process {gone.number})"
         logger.error("%s: %s; its ranks are told to stop (SIGTERM)", platform.node(), what)
     else:

@@ -1,4 +1,8 @@
-"""One rank of each host prints, where ranks cannot ask each other: they have not met, or their store has gone."""
+"""Which process prints what several have to say: one for the whole job, one for its host, or each for itself.
+
+Where ranks cannot ask each other: they have not met, or their store has gone. Else `Watch.speaker` says which of them
+has failed first.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,21 @@ _held: list[socket.socket] = []
 """What makes this process the one that prints for its host, until it ends."""
 
 
+def speaks_for_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what all ranks have to say, as far as is known before they have met."""
+    return first_rank_known(environment) == "0"
+
+
+def is_first_of_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what its host's ranks have to say, where all of them are sure to be there."""
+    return Rendezvous.from_environment(environment).is_first_of_host
+
+
+def speaks_of_jobs(rank: int) -> bool:
+    """Whether a rank says how far a job of all ranks is: rank 0, or where it does not rank 1 and each host's first."""
+    return rank < 2 or Rendezvous.from_environment().local_rank == 0
+
+
 def speaks_for_host(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is the first rank of its run on this host that asks, since the ranks that asked before it ended.
 
@@ -29,7 +48,7 @@ def speaks_for_host(environment: Mapping[str, str] = os.environ) -> bool:
     if _held:
         return True
     if sys.platform != "linux":
-        return Rendezvous.from_environment(environment).is_first_of_host
+        return is_first_of_host(environment)
     run = f"{os.getuid()}/{name_of_run(environment)}"
     name = hashlib.sha256(run.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -52,6 +71,10 @@ def print_for_host(text: str, environment: Mapping[str, str] = os.environ) -> No
         return
     if speaks_for_host(environment):
         rank = first_rank_known(environment)
-        who = "" if rank == "0" else f"[rank {rank} on {socket.gethostname()}] "
-        print(f"{who}{text}", file=sys.stderr, flush=True)
+        print(text if rank == "0" else signed(rank, text), file=sys.stderr, flush=True)
     time.sleep(LINGER_SECONDS)  # also where another prints: launchers end all ranks as soon as one has ended
+
+
+def signed(rank: int | str | None, text: str) -> str:
+    """What a rank says that does not speak for all of them."""
+    return f"[rank {rank} on {socket.gethostname()}] {text}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import platform
 import socket
 import sys
 import time
@@ -26,12 +25,11 @@ from dsmoe.console import finish_streams, steady_streams
 from dsmoe.exit_codes import DONE, INTERRUPTED
 from dsmoe.launch.ancestry import watch_launcher
 from dsmoe.launch.rendezvous import Rendezvous
-from dsmoe.launch.speaker import LINGER_SECONDS, print_for_host
+from dsmoe.launch.speaker import LINGER_SECONDS, print_for_host, signed, speaks_for_job
 from dsmoe.launch.variables import LauncherError
 from dsmoe.launch.world import (
     check_meeting,
     for_this_world,
-    is_speaker,
     join_launcher,
     launcher_has_store,
     world_problems,
@@ -59,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: error: {message}", self.format_usage())
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if is_speaker():
+        if speaks_for_job():
             super()._print_message(message, file)
 
 
@@ -100,7 +98,7 @@ class Start:
         if self.error is None:
             return None
         text, code = _text(self.error), exit_code_of(self.error)
-        if is_speaker():
+        if speaks_for_job():
             print(text, file=sys.stderr, flush=True)
             _stay_for_others(_answer(text) + bytes([code]))
             return code
@@ -111,13 +109,9 @@ class Start:
         if answer is None:
             return None
         if answer[:-1] != _answer(text):
-            self._say_alone(text)
+            print(signed(Rendezvous.from_environment().rank, text), file=sys.stderr, flush=True)
             return code
         return answer[-1]
-
-    def _say_alone(self, text: str) -> None:
-        rank = Rendezvous.from_environment().rank
-        print(f"[rank {rank} on {platform.node()}] {text}", file=sys.stderr, flush=True)
 
 
 def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
@@ -179,7 +173,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if is_speaker():
+        if speaks_for_job():
             print("stopped by SIGINT, at once", file=sys.stderr, flush=True)
         finish_streams()
         os._exit(INTERRUPTED)
@@ -203,7 +197,7 @@ def load_on_host(path: str, overrides: Sequence[str], *looks: Look) -> Config:
     try:
         return load_config(path, overrides, *looks)
     except UserError as error:
-        if Path(path).exists() or is_speaker():
+        if Path(path).exists() or speaks_for_job():
             raise
         raise HostError(str(error)) from error
 

@@ -20,7 +20,6 @@ from dsmoe.launch.launchers import (
     FIRST_PORT,
     NUM_PORTS,
     find_task,
-    first_rank_known,
     join_task,
     launcher_named,
     tasks_agreeing,
@@ -175,11 +174,6 @@ def _is_task_of_that_rank(environment: Mapping[str, str]) -> bool:
     with suppress(LauncherError):
         return environment["RANK"] == environment.get("SLURM_PROCID") and _is_task(environment)
     return False
-
-
-def is_speaker(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process says what all ranks have to say, as far as is known before they have met."""
-    return first_rank_known(environment) == "0"
 
 
 def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:

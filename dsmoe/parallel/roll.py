@@ -18,6 +18,7 @@ import torch.distributed as dist
 from dsmoe.config.errors import UserError
 from dsmoe.exit_codes import FAILED
 from dsmoe.launch.rendezvous import Rendezvous
+from dsmoe.launch.speaker import is_first_of_host
 from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.claims import (
     ASKED_RANKS,
@@ -201,7 +202,7 @@ def _await_name(address: str, timeout: timedelta) -> None:
 
 def _reach(address: str, port: int, timeout: timedelta) -> None:
     """Wait until somebody listens there; the first rank of each host says that it does."""
-    says = Rendezvous.from_environment().is_first_of_host
+    says = is_first_of_host()
     for is_time_to_speak in _moments(timeout):
         try:
             socket.create_connection((address, port), timeout=5).close()

@@ -37,7 +37,7 @@ from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.text import quantity, table
 from dsmoe.train.alike import claims_of_run
 from dsmoe.train.compare import TOLERANCES, Difference, Training, difference, train_few_steps
-from dsmoe.train.run import end_stalled, ended_by
+from dsmoe.train.ending import end_stalled, ended_by
 
 LOCAL_SECONDS = 3600.0
 """After so long the local ranks of a layout are stopped."""

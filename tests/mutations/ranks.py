@@ -259,7 +259,7 @@ MUTATIONS = [
     Mutation(
         "every rank says that it waits for rank 0",
         "dsmoe/parallel/roll.py",
-        old="    says = Rendezvous.from_environment().is_first_of_host\n",
+        old="    says = is_first_of_host()\n",
         new="    says = True\n",
         caught_by=f"{ROLL}test_a_rank_0_that_is_not_there_is_missed_by_each_host",
     ),
