@@ -41,6 +41,7 @@ from benchmarks.workload import SHAPES, Run, make_config
 from dsmoe.checkpoint.checkpoints import Checkpoints
 from dsmoe.checkpoint.folder import checkpoint_name
 from dsmoe.config.schema import Config
+from dsmoe.durable import sync_file
 from dsmoe.parallel import Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.plan.parameters import count_parameters
@@ -194,7 +195,7 @@ def deepspeed_turn(contender: Contender, config: Config, folder: Path) -> Iterat
     def save() -> None:
         engine.save_checkpoint(str(folder), tag=tag)
         for path in my_files(folder):
-            force(path)
+            sync_file(path)
 
     yield "save", slowest(save)
     forget_cached(folder)
@@ -214,12 +215,6 @@ def my_files(folder: Path) -> list[Path]:
     """This rank's share of the files below a folder, when all ranks have written them."""
     dist.barrier()
     return sorted(path for path in folder.rglob("*") if path.is_file())[dist.get_rank() :: dist.get_world_size()]
-
-
-def force(path: Path) -> None:
-    """Force a file onto the disk."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def forget_cached(folder: Path) -> None:

@@ -67,6 +67,8 @@ from benchmarks.measuring import (
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender, transformers_contender
 from benchmarks.workload import SHAPES, Run, make_config, sequences_that_fit
 from dsmoe.config.schema import Config
+from dsmoe.durable import write_whole
+from dsmoe.exit_codes import FAILED
 from dsmoe.parallel import Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.plan.devices import known_device, resolve_device
@@ -174,7 +176,7 @@ def _run_ranks(command: list[str], environment: dict[str, str], run: Run) -> int
     except subprocess.TimeoutExpired:
         print(f"the ranks are still running {GRACE_SECONDS:.0f} s after their time", file=sys.stderr, flush=True)
         end_tree(ranks, stacks_seconds=STACKS_SECONDS)
-        return 1
+        return FAILED
 
 
 def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -257,9 +259,7 @@ def report(entrants: Entrants, taken: dict[str, list[float]], tokens: torch.Tens
         if figures is not None:
             found[name] = figures
     if entrants.rank.is_first:
-        part = folder / "measured.part"
-        part.write_text(json.dumps({"contenders": found, "left_out": entrants.left_out}), encoding="utf-8")
-        part.replace(folder / "measured.json")
+        write_whole(folder / "measured.json", json.dumps({"contenders": found, "left_out": entrants.left_out}))
 
 
 def step_seconds(entrants: Entrants, name: str, tokens: torch.Tensor) -> float:

@@ -28,13 +28,11 @@ from pathlib import Path
 from types import FrameType
 
 from dsmoe.config import Config, UserError, load_config
+from dsmoe.exit_codes import DONE, NO_PROGRAM, STOPPED, USER_ERROR, of_signal
 from dsmoe.launch.launchers import find_task
 from dsmoe.launch.variables import whole_number
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-STOPPED = 75
-"""Exit code of a rank that a signal has stopped after a checkpoint."""
-USER_ERROR = 2
 RANKS_OF_OTHERS = ({"RANK", "WORLD_SIZE"}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"})
 """What a launcher's rank has in its environment; a batch script of Slurm has no SLURM_STEP_NUM_TASKS."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT)
@@ -146,13 +144,13 @@ def supervise(command: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> int
 
 def _failed(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Which rank of this node has failed; None if none has."""
-    return next((i for i, process in enumerate(processes) if process.returncode not in (None, 0, STOPPED)), None)
+    return next((i for i, process in enumerate(processes) if process.returncode not in (None, DONE, STOPPED)), None)
 
 
 def _ending(code: int) -> tuple[int, str]:
     """The exit code that stands for a process' return code, and what that says, which a killed rank cannot."""
     if code < 0:
-        return 128 - code, f"was killed by {signal.Signals(-code).name}"
+        return of_signal(-code), f"was killed by {signal.Signals(-code).name}"
     return code, f"has ended with exit code {code}"
 
 
@@ -162,7 +160,7 @@ def _become(command: list[str]) -> None:
         os.execvp(command[0], command)
     except OSError as error:
         print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
-        sys.exit(127)
+        sys.exit(NO_PROGRAM)
 
 
 def _config(arguments: Sequence[str]) -> Config:

@@ -95,6 +95,30 @@ def write_synced(path: Path, content: str | bytes, mode: int = 0o666) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def sync_file(path: Path) -> None:
+    """Force what a file has onto the disk, whoever has written it.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_folder(partial: Path, final: Path) -> None:
+    """Give a folder its name, and force that onto the disk, where all that the folder has is already.
+
+    Raises:
+        OSError: the name is taken, by anything but an empty folder, or cannot be given: `partial` is still there; or
+            the disk fails, and it is not.
+    """
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Force the names in a folder onto the disk, where its file system can do that.
 

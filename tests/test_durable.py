@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 from dsmoe import durable
-from dsmoe.durable import NotAFileError, check_regular, remove_leftovers, sync_folder, write_synced, write_whole
+from dsmoe.durable import (
+    NotAFileError,
+    check_regular,
+    publish_folder,
+    remove_leftovers,
+    sync_file,
+    sync_folder,
+    write_synced,
+    write_whole,
+)
 
 
 class Killed(BaseException):
@@ -178,18 +187,48 @@ def test_writing_without_a_name_of_its_own_names_the_file(tmp_path: Path) -> Non
 
 
 def test_no_other_code_renames_files_into_place() -> None:
-    """One function is right; folders are renamed by the three that publish folders."""
+    """One function is right for files, and one for folders; checkpoints are renamed to get them out of the way, too."""
     package = Path(durable.__file__).parent
     renaming = {
-        str(path.relative_to(package))
-        for path in package.rglob("*.py")
+        str(path.relative_to(package.parent))
+        for folder in (package, package.parent / "benchmarks", package.parent / "docker")
+        for path in folder.rglob("*.py")
         if any(
             call in path.read_text(encoding="utf-8")
-            for call in ("os.replace(", "os.rename(", ".rename(", ".replace(path)")
+            for call in ("os.replace(", "os.rename(", ".rename(", ".replace(path)", ".replace(folder")
         )
     }
-    folders = {"checkpoint/removal.py", "checkpoint/storage.py", "interop/files.py", "data/cache.py"}
-    assert renaming - folders == {"durable.py"}
+    assert renaming == {"dsmoe/durable.py", "dsmoe/checkpoint/removal.py", "dsmoe/checkpoint/storage.py"}
+    storage = (package / "checkpoint" / "storage.py").read_text(encoding="utf-8")
+    assert storage.count(".rename(") == storage.count("self.final.rename(hidden_name(self.final, ") == 1
+
+
+def test_the_name_of_a_folder_is_forced_onto_the_disk_after_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda number: [done.append(f"sync {os.fstat(number).st_ino}"), fsync(number)])
+    monkeypatch.setattr(os, "rename", lambda *names: [done.append("rename"), rename(*names)])
+    (tmp_path / ".made.partial").mkdir()
+    (tmp_path / ".made.partial" / "file").write_text("x", encoding="utf-8")
+    publish_folder(tmp_path / ".made.partial", tmp_path / "made")
+    assert done == ["rename", f"sync {tmp_path.stat().st_ino}"]
+    assert names(tmp_path) == ["made"]
+    sync_file(tmp_path / "made" / "file")
+    assert done[2:] == [f"sync {(tmp_path / 'made' / 'file').stat().st_ino}"]
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_folder_takes_no_name_that_is_taken(is_file: bool, tmp_path: Path) -> None:
+    final, partial = tmp_path / "made", tmp_path / ".made.partial"
+    for folder in (partial, tmp_path if is_file else final):
+        folder.mkdir(exist_ok=True)
+    (final if is_file else final / "file").write_text("theirs", encoding="utf-8")
+    with pytest.raises(OSError, match=r"made"):
+        publish_folder(partial, final)
+    assert partial.is_dir()
+    assert (final if is_file else final / "file").read_text(encoding="utf-8") == "theirs"
 
 
 def test_what_is_no_file_is_told_without_opening_it(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsmoe.exit_codes import DONE, FAILED, USER_ERROR
+
 try:
     from benchmarks.gpu.results import Outcome, Results, read_rows
     from benchmarks.gpu.stages import STAGES, Machine, time_limit
@@ -35,7 +37,7 @@ except ModuleNotFoundError as error:
         f"error: {sys.executable} has no {error.name}; docs/gpu.md says what is needed, and how to bring it",
         file=sys.stderr,
     )
-    sys.exit(2)
+    sys.exit(USER_ERROR)
 
 ROOT = Path(__file__).parents[2]
 FOUND_SECONDS = 120.0
@@ -72,14 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             for line in adopt(options.adopt, ROOT):
                 print(line)
-            return 0
+            return DONE
         return _run(options, list(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 1
+        return FAILED
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -125,7 +127,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     for stage in stages[len(results.outcomes) :]:
         results.add(Outcome(stage.name, "not begun", "interrupted", 0.0, 0.0))
     print(f"\n{results.table()}\n\nresults: {results.json_path}\n         {results.markdown_path}", flush=True)
-    return 0 if all(outcome.is_done for outcome in results.outcomes) else 1
+    return DONE if all(outcome.is_done for outcome in results.outcomes) else FAILED
 
 
 def _interrupt(*_: object) -> None:

@@ -23,6 +23,7 @@ import torch
 from benchmarks.gpu.training import ROOT, environment, launch, not_passed, start, wait_within
 from benchmarks.measuring import DTYPES, Deadline, Row, Rows, add_stage_options
 from dsmoe.config import Config, load_config
+from dsmoe.exit_codes import DONE
 from dsmoe.plan.devices import KNOWN_DEVICES
 from dsmoe.plan.text import quantity
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS
@@ -67,7 +68,7 @@ def main() -> int:
     for row in limits(config, options.device, device, deadline):
         rows.add(row)
         print(row, flush=True)
-    return 0
+    return DONE
 
 
 def preflight(

@@ -27,6 +27,7 @@ from torch import nn
 
 from benchmarks.measuring import GIB, Deadline, Row, Rows, add_stage_options, first_line, free_memory
 from dsmoe.config.schema import Config
+from dsmoe.exit_codes import DONE
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.plan import Topology
@@ -93,7 +94,7 @@ def main() -> int:
             rows.add(row)
             print({key: value for key, value in row.items() if key != "settings"}, flush=True)
     leave_processes()
-    return 0
+    return DONE
 
 
 def make_config(name: str, size: str, device: str | None, folder: Path) -> Config:

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.gpu.supervise import End
 from benchmarks.measuring import Row
+from dsmoe.durable import write_whole
 from dsmoe.plan.text import quantity, table
 
 LEFT_OUT_KINDS, LEFT_OUT_KEYS = ("tune",), ("kind", "settings")
@@ -101,8 +102,8 @@ class Results:
         self.outcomes.append(outcome)
         tree = {**self.facts, "stages": [asdict(outcome) for outcome in self.outcomes]}
         try:
-            _replace(self.json_path, json.dumps(tree, indent=1) + "\n")
-            _replace(self.markdown_path, markdown(tree))
+            write_whole(self.json_path, json.dumps(tree, indent=1) + "\n")
+            write_whole(self.markdown_path, markdown(tree))
         except OSError as error:  # the next stage may still be worth its time: its log and the console have figures
             print(f"error: cannot write {self.json_path}: {error.strerror}", file=sys.stderr, flush=True)
 
@@ -202,10 +203,3 @@ def _name(row: Row) -> str:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -26,6 +26,7 @@ from pathlib import Path
 from benchmarks.gpu import training
 from benchmarks.gpu.training import Bench
 from benchmarks.measuring import Deadline, Row, Rows, add_stage_options
+from dsmoe.exit_codes import DONE
 
 CORES_PER_RANK = 2
 TEST_SECONDS = {"cuda": 60.0, "cpu": 240.0}
@@ -67,7 +68,7 @@ def main() -> int:
         bench.write_config()
         with ThreadPoolExecutor(checks_at_once(len(os.sched_getaffinity(0)), options.ranks)) as pool:
             list(pool.map(do, all_checks(bench)))
-    return 0
+    return DONE
 
 
 def checks_at_once(cores: int, ranks: int) -> int:

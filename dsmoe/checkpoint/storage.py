@@ -34,7 +34,7 @@ from dsmoe.checkpoint.folder import spare_name
 from dsmoe.checkpoint.headers import BYTES
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor, box_name
 from dsmoe.checkpoint.removal import discard, hidden_name, is_others, remove, remove_leftovers
-from dsmoe.durable import sync_folder, write_synced
+from dsmoe.durable import publish_folder, sync_folder, write_synced
 from dsmoe.parallel.jobs import Account
 
 logger = logging.getLogger(__name__)
@@ -125,8 +125,7 @@ class FolderWriter(StorageWriter):
         sync_folder(self._partial)
         self._account.at(f"renaming {self._partial.name}")
         replaced = self._make_way() if os.path.lexists(self.final) else None
-        self._partial.rename(self.final)
-        sync_folder(self.final.parent)
+        publish_folder(self._partial, self.final)
         if replaced is not None:
             self._account.at(f"removing {replaced.name}")
             remove(replaced)

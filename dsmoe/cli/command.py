@@ -12,8 +12,9 @@ from dsmoe.cli import checkpoint, config, launch, preparation
 from dsmoe.config import UserError
 from dsmoe.config.errors import describe, exit_code_of, located
 from dsmoe.console import finish_streams, open_missing_streams
+from dsmoe.exit_codes import DONE, FAILED, INTERRUPTED
 from dsmoe.launch.speaker import print_for_host
-from dsmoe.launch.start import INTERRUPTED, Parser, UsageError, wrong_arguments
+from dsmoe.launch.start import Parser, UsageError, wrong_arguments
 
 # Neither this nor a module of a command imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login
 # node. A command that needs more imports it when it runs.
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.overrides += rest
     try:
-        code = arguments.run(arguments) or 0
+        code = arguments.run(arguments) or DONE
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read has seen enough (`| head`)
         finish_streams()
-        return 1
+        return FAILED
     except UserError as error:
         print_for_host(f"error: {error}")  # under a launcher every rank of a host has the same input
         return exit_code_of(error)
@@ -68,7 +69,7 @@ def _say_wrong_arguments(error: UsageError) -> int:
     """Say what is wrong with the arguments, on one of the ranks; returns the exit code."""
     code = wrong_arguments(error).ended()
     if code is None:  # rank 0 has other arguments, and waits for this rank
-        from dsmoe.train.run import ended_by
+        from dsmoe.train.ending import ended_by
 
         code = ended_by(error)
     return code

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from dsmoe.cli.common import load, takes_config
 from dsmoe.config import Config
+from dsmoe.launch.rendezvous import Rendezvous
 from dsmoe.launch.start import begin_with, end_process
-from dsmoe.launch.variables import whole_number
 from dsmoe.plan.comparison import parse_layouts
 
 
@@ -48,7 +47,8 @@ def _positive(text: str) -> int:
 
 def _parity(arguments: argparse.Namespace) -> int:
     def check(_: Config) -> None:
-        parse_layouts(arguments.layouts, whole_number(os.environ, "WORLD_SIZE") if "RANK" in os.environ else None)
+        here = Rendezvous.from_environment()
+        parse_layouts(arguments.layouts, here.size if here.is_launched else None)
 
     start = begin_with(arguments.config, arguments.overrides, check)
     code = start.ended()
@@ -57,7 +57,7 @@ def _parity(arguments: argparse.Namespace) -> int:
 
         options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
         code = check_parity(arguments.config, arguments.overrides, arguments.layouts, **options)
-    if "RANK" in os.environ:
+    if Rendezvous.from_environment().is_launched:
         end_process(code)
     return code
 

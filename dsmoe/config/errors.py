@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+from dsmoe.exit_codes import FAILED, USER_ERROR
+
 Problem = tuple[str, str]
 """The dotted key that a problem is about, for its place in the file, and the message."""
 
@@ -17,20 +19,19 @@ _MOST_SHOWN = 50
 class UserError(ValueError):
     """The input is wrong and the message says how to put it right; commands print it and exit with code 2."""
 
-    exit_code = 2
-    """Whatever starts runs again by itself leaves one that has ended with 2: somebody has to change something first."""
+    exit_code = USER_ERROR
 
 
 class HostError(UserError):
     """What is wrong on this host, and may be right on the others."""
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 class PassingError(UserError):
     """What may be right at another try: a lock that is held, a full disk, storage that does not answer."""
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 def refuse(problems: Iterable[Problem]) -> None:
@@ -62,8 +63,8 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, UserError):
         return error.exit_code
     if isinstance(error, OSError) and error.filename is not None:
-        return 2 if error.errno in _FOR_A_PERSON else 1
-    return 1
+        return USER_ERROR if error.errno in _FOR_A_PERSON else FAILED
+    return FAILED
 
 
 def system_error(message: str, error: OSError) -> UserError:

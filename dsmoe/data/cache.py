@@ -47,7 +47,7 @@ from dsmoe.data.stored import (
     verify,
 )
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
-from dsmoe.durable import sync_folder
+from dsmoe.durable import publish_folder, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -283,24 +283,15 @@ def _write_part(partial: Path, part: str, packed: Packed, chosen_D: np.ndarray, 
 def _publish(partial: Path, folder: Path) -> None:
     """Make `partial` durable and rename it to `folder`, or leave it if another process was first."""
     for path in partial.iterdir():
-        _sync(path)
+        sync_file(path)
     sync_folder(partial)
     try:
-        os.rename(partial, folder)
+        publish_folder(partial, folder)
     except OSError:
-        if not folder.exists():
+        if not (folder.exists() and partial.exists()):
             raise
         logger.info("another process has prepared %s meanwhile; using its files", folder.name)
-    sync_folder(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    """Force a file onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(folder.parent)
 
 
 def open_folder(

@@ -15,7 +15,7 @@ import torch
 from dsmoe.checkpoint.files import DTYPES, read_tensor
 from dsmoe.checkpoint.headers import read_entries
 from dsmoe.config.errors import UserError, system_error
-from dsmoe.durable import sync_folder
+from dsmoe.durable import publish_folder, sync_folder
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     try:
         yield partial
         sync_folder(partial)
-        partial.rename(final)
-        sync_folder(partial.parent)
+        publish_folder(partial, final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.strerror:  # the system's; libraries have their own, without

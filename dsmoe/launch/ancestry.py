@@ -27,15 +27,14 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
+from dsmoe.launch.rendezvous import AGENTS, variables_of_agent
+from dsmoe.launch.speaker import is_first_of_host
+
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """How long a launcher may have gone before it is noticed."""
 
-_AGENTS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""What torchrun and DeepSpeed's launch.py set for their ranks, and stay until these have ended."""
-_OF_RANK = (*_AGENTS, "RANK")
-"""What a rank and the scripts that start it have in their environment, and their launcher has not."""
 _RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}
 _LAUNCH = "deepspeed.launcher.launch"
 _DAEMONS = {
@@ -96,8 +95,8 @@ def launchers_of(environment: Mapping[str, str]) -> list[Process]:
     Args:
         environment: the rank's.
     """
-    variables = {name: environment[name] for name in _OF_RANK if name in environment}
-    by_agent = any(name in variables for name in _AGENTS)
+    variables = variables_of_agent(environment)
+    by_agent = any(name in variables for name in AGENTS)
     try:
         _, parent, _ = _status("self")  # not os.getppid(): /proc may be another namespace's, with other numbers
     except OSError:
@@ -126,7 +125,7 @@ def _outlive(launchers: list[Process]) -> None:
         if gone is not None:
             break
         time.sleep(LOOK_SECONDS)
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+    if is_first_of_host():
         what = f"the launcher has gone ({gone.program}, process {gone.number})"
         logger.error("%s: %s; its ranks are told to stop (SIGTERM)", platform.node(), what)
     else:

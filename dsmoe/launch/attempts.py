@@ -5,8 +5,8 @@ has got no further is not to hold the cluster for ever: after `MOST_FAILURES` su
 message that says so; and so is one that is told to stop so early, as many times, that there is nothing to save.
 Whoever submits it again, as a new job, has as many attempts again.
 
-With the standard library alone (dsmoe.durable has nothing else either): in a job that runs in containers, the
-script's own Python has no more.
+With the standard library alone, which is all that the modules imported here have: in a job that runs in containers,
+the script's own Python has no more.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dsmoe.durable import write_whole
+from dsmoe.exit_codes import DONE, FAILED, STOPPED, USER_ERROR, of_signal
+from dsmoe.launch.rendezvous import slurm_attempt
 
 MOST_FAILURES = 3
 """So many attempts of a job may fail without one of them getting further than those before."""
 STATE = "attempts.json"
 """In the run's folder: how many there have been."""
 
-DONE, USER_ERROR, STOPPED = 0, 2, 75
-_STOPPED_EARLY = tuple(128 + number for number in (signal.SIGUSR1, signal.SIGTERM))
+QUEUE_AGAIN, LEAVE = DONE, FAILED
+"""Exit codes of this module's own."""
+_STOPPED_EARLY = tuple(map(of_signal, (signal.SIGUSR1, signal.SIGTERM)))
 """Of ranks that were told to stop before they listened, while they started: Python died of the signal."""
 _TAIL_BYTES = 1 << 20
 
@@ -44,7 +47,10 @@ def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
     if code == DONE:
         return False, "done"
     if code == USER_ERROR:
-        return False, "exit code 2: something has to be put right first (see the error above, or in the logs)"
+        return (
+            False,
+            f"exit code {USER_ERROR}: something has to be put right first (see the error above, or in the logs)",
+        )
     before, saved = _read(folder / STATE, job), newest_checkpoint(folder)
     now = replace(before, saved=max(saved, before.saved))
     if code == STOPPED or code in _STOPPED_EARLY:
@@ -132,18 +138,18 @@ def _write(path: Path, attempts: Attempts) -> None:
 def main() -> int:
     """Print why, and return whether: 0 to queue the job again, 1 to leave it."""
     folder, code = sys.argv[1:]
+    job, restarts = slurm_attempt()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name, or a variable, may be no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        again, why = worth_another(Path(folder), int(code), os.environ.get("SLURM_JOB_ID", "no job"))
+        again, why = worth_another(Path(folder), int(code), job)
     except OSError as error:  # a full disk, say; attempts that cannot be counted here are counted by Slurm
-        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
         again = re.fullmatch(r"[0-9]{1,9}", restarts) is not None and int(restarts) < MOST_FAILURES
         then = "tried again, as Slurm has not often" if again else "not tried again"
         said = f"SLURM_RESTART_COUNT is {restarts[:20]}"
         why = f"exit code {code}, and {error.filename}: {error.strerror}; {then} ({said})"
     print(why, flush=True)
-    return 0 if again else 1
+    return QUEUE_AGAIN if again else LEAVE
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.load import included_files
 from dsmoe.config.paths import is_of_host
 from dsmoe.config.schema import Config
+from dsmoe.exit_codes import STOPPED
 from dsmoe.launch.job import Job, Request
 from dsmoe.launch.quoting import compose_text, path_argument, path_assignment
 from dsmoe.plan.devices import resolve_device
@@ -31,7 +32,7 @@ x-node: &node
   shm_size: 8gb             # a limit: ranks of one node exchange data in shared memory
   ulimits:
 {ulimits}
-  stop_signal: SIGTERM      # the ranks save a checkpoint and exit with 75
+  stop_signal: SIGTERM      # the ranks save a checkpoint and exit with {stopped}
   stop_grace_period: 10m    # ... which may take so long
   restart: on-failure:5     # after a failure (not after a stop) it goes on from the newest checkpoint
 """
@@ -135,6 +136,7 @@ def _node(request: Request, is_cpu: bool, one_machine: bool) -> str:
     volumes += [compose_text(f"{path}:{path}:ro", "a path of the config") for path in _outside(request)]
     ulimits = ["nofile: 16384"] + ([] if is_cpu else ["memlock: -1             # NCCL pins memory"])
     text = NODE.format(
+        stopped=STOPPED,
         image="dsmoe:cpu" if is_cpu else "dsmoe:cuda",
         command=f"[{', '.join(compose_text(word, 'an argument') for word in command)}]",
         volumes="\n".join(f"    - {volume}" for volume in volumes),

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dsmoe.launch.variables import LauncherError, how_to_start, is_whole_number, whole_number
+from dsmoe.launch.rendezvous import is_whole_number
+from dsmoe.launch.variables import LauncherError, how_to_start, whole_number
 from dsmoe.plan.text import quantity
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below 32768, where Linux begins to hand out ports
@@ -162,13 +163,33 @@ class Task:
     local_size: int
 
 
+_RANKS = (*(launcher.rank for launcher in LAUNCHERS), *WITHOUT_SIZE)
+_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", *(name for launcher in LAUNCHERS for name in launcher.size))
+
+
 def first_rank_known(environment: Mapping[str, str]) -> str:
     """This process' number by the first variable that has one, else `0`: who speaks before the ranks have met."""
-    names = ("RANK", *(launcher.rank for launcher in LAUNCHERS), *WITHOUT_SIZE)
-    given = [environment[name].strip() for name in names if name in environment]
+    given = [environment[name].strip() for name in ("RANK", *_RANKS) if name in environment]
     if "RANK" not in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         given.append(environment.get("SLURM_PROCID", "0").strip())
     return given[0] if given and is_whole_number(given[0]) else "0"
+
+
+def is_alone(environment: Mapping[str, str]) -> bool:
+    """Whether no launcher says that there are other processes."""
+    sizes = [environment[name].strip() for name in _SIZES if environment.get(name)]
+    has_rank = any(name in environment for name in ("RANK", *_RANKS))
+    return all(size == "1" for size in sizes) if sizes else not has_rank
+
+
+def name_of_run(environment: Mapping[str, str]) -> str:
+    """What the ranks of one run on one host have in common: where they meet, or else the process that started them."""
+    if environment.get("MASTER_PORT"):
+        where = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+        return "/".join(environment.get(name, "") for name in where)
+    of_launchers = tuple(name for name in (*_RANKS, "SLURM_PROCID") if name in environment)
+    names = of_launchers or ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    return f"launcher {launcher_process(environment, names)}"
 
 
 def find_task(environment: Mapping[str, str]) -> Task | None:

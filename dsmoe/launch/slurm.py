@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsmoe.config.schema import Config
+from dsmoe.exit_codes import DONE, FAILED, STOPPED, USER_ERROR
 from dsmoe.launch.attempts import MOST_FAILURES
 from dsmoe.launch.hosts import named_hosts
 from dsmoe.launch.job import Job, Request
@@ -53,7 +54,8 @@ _TORCHRUN = """\
 # One task per node, and torchrun in it: --ntasks-per-node=1 above, and in place of `python`
 #   torchrun --nnodes "$SLURM_NNODES" --nproc-per-node {devices} --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \\
 #     --rdzv-endpoint "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29400" launch/pretrain.py ...
-# It kills ranks that still save 30 s after a signal, and turns their exit code, 75, into 1, which counts as a failure.
+# It kills ranks that still save 30 s after a signal, and turns their exit code, {stopped}, into 1, which \
+counts as a failure.
 """
 _WATCHED = """
 srun {options} \\
@@ -63,7 +65,7 @@ step=$!
 
 # Before the time limit, Slurm sends USR1 to the ranks; to this shell only where that is asked for (`--signal=B:`,
 # `scancel --batch`), and then it hands it on. When Slurm ends the job (preemption, scancel, requeue, time limit), all
-# of them get TERM. At either signal the ranks agree on a step, save a checkpoint and exit with 75.
+# of them get TERM. At either signal the ranks agree on a step, save a checkpoint and exit with {stopped}.
 trap 'interrupted=1; kill -USR1 "$step"' USR1
 trap 'interrupted=1 ending=1' TERM
 
@@ -76,13 +78,14 @@ until [[ $code ]]; do # a signal ends `wait`, not what is waited for
 done
 
 # srun's code is 0 also where it could start nothing. Ranks that have begun write this file anew.
-if [[ $code == 0 && ! $run/.token -nt $run/.lock ]]; then
+if [[ $code == {done} && ! $run/.token -nt $run/.lock ]]; then
     say "srun has ended with 0, and no rank has begun: see above"
-    code=1
+    code={failed}
 fi
 
 # What Slurm itself ends, it queues again, unless somebody has cancelled it. Else dsmoe.launch.attempts looks at the
-# exit code: 75, again; 0, the run is done; 2, the input is wrong and stays so; any other is a failure: again, but not
+# exit code: {stopped}, again; {done}, the run is done; {user_error}, the input \
+is wrong and stays so; any other is a failure: again, but not
 # when {failures} attempts have failed and none got further than those before.
 for pause in 10 20 40 0; do # Slurm may be busy, or be restarted, for a moment
     state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) && [[ $state || $ending ]] && break
@@ -121,16 +124,16 @@ logs=$run/logs # of the ranks: JOB-NODE.log
 say() {{ echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }}
 if [[ ! -f $config ]]; then
     say "there is no $config here, in $PWD: submit this where \`dsmoe launch\` was typed"
-    exit 2
+    exit {USER_ERROR}
 fi
 if ! {{ mkdir -p "$logs" && touch "$run/.lock" && [[ -w $logs ]]; }}; then
     say "cannot write in $run: runs_dir must be a folder that you may write to, on storage that all nodes share"
-    exit 2
+    exit {USER_ERROR}
 fi
 # On a node that cannot open the ranks' log, srun starts none, and those of the others would wait for it.
 if ! srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --label test -w "$logs"; then
     say "not every node can write in $run: runs_dir, and this folder, must be on storage that all nodes share"
-    exit 2
+    exit {USER_ERROR}
 fi
 attempt=${{SLURM_RESTART_COUNT:-0}}
 [[ $attempt =~ ^[0-9]{{1,9}}$ ]] && attempt=$((10#$attempt + 1)) # of anything else, bash would make what it likes
@@ -144,7 +147,10 @@ if [[ $? == 9 ]]; then
 fi
 """
     watched = _WATCHED.format(
-        options="--kill-on-bad-exit=0 --wait=120 --cpu-bind=none", program=request.program(), failures=MOST_FAILURES
+        options="--kill-on-bad-exit=0 --wait=120 --cpu-bind=none",
+        program=request.program(),
+        failures=MOST_FAILURES,
+        **{"done": DONE, "failed": FAILED, "user_error": USER_ERROR, "stopped": STOPPED},
     )
     return "".join(
         [
@@ -152,7 +158,7 @@ fi
             _surroundings(config),
             folder,
             _TASKS,
-            _TORCHRUN.format(devices=devices),
+            _TORCHRUN.format(devices=devices, stopped=STOPPED),
             watched,
         ]
     )
@@ -160,7 +166,9 @@ fi
 
 def _preflight(request: Request) -> str:
     config = request.config
-    title = f"Check {_ranks(config)} before {config.name} trains on them: exit code 1 where something is far off."
+    title = (
+        f"Check {_ranks(config)} before {config.name} trains on them: exit code {FAILED} where something is far off."
+    )
     start = f"srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none python {request.program('preflight')}\n"
     return "".join(
         [

@@ -1,4 +1,8 @@
-"""One rank of each host prints, where ranks cannot ask each other: they have not met, or their store has gone."""
+"""Which process prints what several have to say: one for the whole job, one for its host, or each for itself.
+
+Where ranks cannot ask each other: they have not met, or their store has gone. Else `Watch.speaker` says which of them
+has failed first.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,29 @@ import sys
 import time
 from collections.abc import Mapping
 
-from dsmoe.launch.launchers import LAUNCHERS, WITHOUT_SIZE, first_rank_known, launcher_process
+from dsmoe.launch.launchers import first_rank_known, is_alone, name_of_run
+from dsmoe.launch.rendezvous import Rendezvous
 
 LINGER_SECONDS = 5.0
 """How long a rank that has printed for its host stays: those that come later would print the same."""
 
-_RANKS = (*(launcher.rank for launcher in LAUNCHERS), *WITHOUT_SIZE)
-_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", *(name for launcher in LAUNCHERS for name in launcher.size))
 _held: list[socket.socket] = []
 """What makes this process the one that prints for its host, until it ends."""
+
+
+def speaks_for_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what all ranks have to say, as far as is known before they have met."""
+    return first_rank_known(environment) == "0"
+
+
+def is_first_of_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what its host's ranks have to say, where all of them are sure to be there."""
+    return Rendezvous.from_environment(environment).is_first_of_host
+
+
+def speaks_of_jobs(rank: int) -> bool:
+    """Whether a rank says how far a job of all ranks is: rank 0, or where it does not rank 1 and each host's first."""
+    return rank < 2 or Rendezvous.from_environment().local_rank == 0
 
 
 def speaks_for_host(environment: Mapping[str, str] = os.environ) -> bool:
@@ -30,8 +48,9 @@ def speaks_for_host(environment: Mapping[str, str] = os.environ) -> bool:
     if _held:
         return True
     if sys.platform != "linux":
-        return environment.get("LOCAL_RANK", "0") == "0"
-    name = hashlib.sha256(f"{os.getuid()}/{_run_of(environment)}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return is_first_of_host(environment)
+    run = f"{os.getuid()}/{name_of_run(environment)}"
+    name = hashlib.sha256(run.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         bound.bind(f"\0dsmoe/speaker/{name}")
@@ -47,27 +66,15 @@ def print_for_host(text: str, environment: Mapping[str, str] = os.environ) -> No
 
     A process of which no launcher says that there are others prints at once, and does not wait.
     """
-    if _is_alone(environment):
+    if is_alone(environment):
         print(text, file=sys.stderr, flush=True)
         return
     if speaks_for_host(environment):
         rank = first_rank_known(environment)
-        who = "" if rank == "0" else f"[rank {rank} on {socket.gethostname()}] "
-        print(f"{who}{text}", file=sys.stderr, flush=True)
+        print(text if rank == "0" else signed(rank, text), file=sys.stderr, flush=True)
     time.sleep(LINGER_SECONDS)  # also where another prints: launchers end all ranks as soon as one has ended
 
 
-def _run_of(environment: Mapping[str, str]) -> str:
-    """What the ranks of one run on one host have in common: where they meet, or else the process that started them."""
-    if environment.get("MASTER_PORT"):
-        where = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-        return "/".join(environment.get(name, "") for name in where)
-    of_launchers = tuple(name for name in (*_RANKS, "SLURM_PROCID") if name in environment)
-    names = of_launchers or ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    return f"launcher {launcher_process(environment, names)}"
-
-
-def _is_alone(environment: Mapping[str, str]) -> bool:
-    sizes = [environment[name].strip() for name in _SIZES if environment.get(name)]
-    has_rank = any(name in environment for name in ("RANK", *_RANKS))
-    return all(size == "1" for size in sizes) if sizes else not has_rank
+def signed(rank: int | str | None, text: str) -> str:
+    """What a rank says that does not speak for all of them."""
+    return f"[rank {rank} on {socket.gethostname()}] {text}"

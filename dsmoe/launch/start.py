@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import platform
 import socket
 import sys
 import time
@@ -23,13 +22,14 @@ from dsmoe.config.errors import HostError, UserError, exit_code_of
 from dsmoe.config.load import Look, load_config
 from dsmoe.config.schema import Config
 from dsmoe.console import finish_streams, steady_streams
+from dsmoe.exit_codes import DONE, INTERRUPTED
 from dsmoe.launch.ancestry import watch_launcher
-from dsmoe.launch.speaker import LINGER_SECONDS, print_for_host
+from dsmoe.launch.rendezvous import Rendezvous
+from dsmoe.launch.speaker import LINGER_SECONDS, print_for_host, signed, speaks_for_job
 from dsmoe.launch.variables import LauncherError
 from dsmoe.launch.world import (
     check_meeting,
     for_this_world,
-    is_speaker,
     join_launcher,
     launcher_has_store,
     world_problems,
@@ -37,8 +37,6 @@ from dsmoe.launch.world import (
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import device_problems
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 STAY_SECONDS = 3.0
 """How long rank 0, which has said what is wrong, stays for the others to hear that; torch takes longer to import."""
 
@@ -59,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: error: {message}", self.format_usage())
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if is_speaker():
+        if speaks_for_job():
             super()._print_message(message, file)
 
 
@@ -100,24 +98,20 @@ class Start:
         if self.error is None:
             return None
         text, code = _text(self.error), exit_code_of(self.error)
-        if is_speaker():
+        if speaks_for_job():
             print(text, file=sys.stderr, flush=True)
             _stay_for_others(_answer(text) + bytes([code]))
             return code
-        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if Rendezvous.from_environment().complete() is None:
             time.sleep(LINGER_SECONDS)
             return code
         answer = _answer_of_rank_0()
         if answer is None:
             return None
         if answer[:-1] != _answer(text):
-            self._say_alone(text)
+            print(signed(Rendezvous.from_environment().rank, text), file=sys.stderr, flush=True)
             return code
         return answer[-1]
-
-    def _say_alone(self, text: str) -> None:
-        rank = os.environ.get("RANK", "?")
-        print(f"[rank {rank} on {platform.node()}] {text}", file=sys.stderr, flush=True)
 
 
 def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
@@ -179,7 +173,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if is_speaker():
+        if speaks_for_job():
             print("stopped by SIGINT, at once", file=sys.stderr, flush=True)
         finish_streams()
         os._exit(INTERRUPTED)
@@ -188,7 +182,7 @@ def interruptible() -> Iterator[None]:
 def end_process(code: int) -> NoReturn:
     """End with `code`; after a failure at once, since leaving groups whose ranks are gone can wait for a timeout."""
     finish_streams()
-    if code:
+    if code != DONE:
         os._exit(code)
     sys.exit(code)
 
@@ -203,7 +197,7 @@ def load_on_host(path: str, overrides: Sequence[str], *looks: Look) -> Config:
     try:
         return load_config(path, overrides, *looks)
     except UserError as error:
-        if Path(path).exists() or is_speaker():
+        if Path(path).exists() or speaks_for_job():
             raise
         raise HostError(str(error)) from error
 
@@ -213,7 +207,8 @@ def _join() -> UserError | None:
     try:
         join_launcher()
         # Ranks that have met already, through a file, have port 0 (`run_ranks`); joining refuses it to all others.
-        if "RANK" in os.environ and os.environ.get("MASTER_PORT") != "0":
+        here = Rendezvous.from_environment()
+        if here.is_launched and here.port != 0:
             check_meeting()
     except UserError as error:
         return error
@@ -261,24 +256,27 @@ def _answer(text: str) -> bytes:
 
 def _stay_for_others(answer: bytes) -> None:
     """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1" or not size.isdecimal() or launcher_has_store():
+    here = Rendezvous.from_environment()
+    if here.size in (None, 1) or here.port is None or launcher_has_store():
         return
     deadline = time.monotonic() + STAY_SECONDS
     family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-    with suppress(OSError, ValueError, OverflowError, KeyError):
-        address = ("", int(os.environ["MASTER_PORT"]))
-        with socket.create_server(address, backlog=4096, **family) as server:  # type: ignore[arg-type]
-            for _ in range(int(size) - 1):
-                server.settimeout(max(deadline - time.monotonic(), 0.01))
-                connection, _ = server.accept()
-                with connection, suppress(OSError):
-                    connection.sendall(answer)
+    address = ("", here.port)
+    with (
+        suppress(OSError, OverflowError),
+        socket.create_server(address, backlog=4096, **family) as server,  # type: ignore[arg-type]
+    ):
+        for _ in range(here.size - 1):
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(answer)
 
 
 def _answer_of_rank_0() -> bytes | None:
     """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or ended long ago."""
-    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    here = Rendezvous.from_environment()
+    address = (here.address, here.port)
     deadline = time.monotonic() + STAY_SECONDS
     while time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(address, timeout=1) as connection:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsmoe.config.errors import UserError
+from dsmoe.launch.rendezvous import is_whole_number
 
 WANTED = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-MOST_DIGITS = 18
-"""A longer number is a mistake, and Python refuses to read one of thousands of digits."""
 
 
 class LauncherError(UserError):
@@ -35,12 +34,6 @@ def whole_number(environment: Mapping[str, str], name: str, advice: str = "") ->
         wanted = f"{name} is {shown(environment[name])}, and is to be a whole number from 0 on"
         raise LauncherError(f"{wanted}; {advice or how_to_start()}")
     return int(environment[name])
-
-
-def is_whole_number(text: str) -> bool:
-    """Whether it is a whole number from 0 on, perhaps with spaces around."""
-    digits = text.strip()
-    return digits.isascii() and digits.isdigit() and len(digits) <= MOST_DIGITS
 
 
 def check_address(environment: Mapping[str, str], name: str) -> None:

@@ -20,18 +20,17 @@ from dsmoe.launch.launchers import (
     FIRST_PORT,
     NUM_PORTS,
     find_task,
-    first_rank_known,
     join_task,
     launcher_named,
     tasks_agreeing,
 )
 from dsmoe.launch.nodelist import expand
+from dsmoe.launch.rendezvous import is_whole_number
 from dsmoe.launch.variables import (
     WANTED,
     LauncherError,
     check_address,
     how_to_start,
-    is_whole_number,
     shown,
     whole_number,
 )
@@ -177,11 +176,6 @@ def _is_task_of_that_rank(environment: Mapping[str, str]) -> bool:
     return False
 
 
-def is_speaker(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process says what all ranks have to say, as far as is known before they have met."""
-    return first_rank_known(environment) == "0"
-
-
 def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     """Tell a process its rank by the names that torch and DeepSpeed know, where its launcher has other names.
 
@@ -211,6 +205,12 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
             f"WORLD_SIZE is {environment['WORLD_SIZE']}, and nothing says which of them this process is (RANK); unset "
             f"it to train on one rank, or {how_to_start()}"
         )
+
+
+def agree_with_outer_launcher(local_rank: int, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let an outer mpirun say what the rank itself says: DeepSpeed's engine refuses two numbers on a host."""
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
+        environment["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
 
 
 def launcher_has_store(environment: Mapping[str, str] = os.environ) -> bool:

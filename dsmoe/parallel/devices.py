@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dsmoe.config.errors import HostError
+from dsmoe.launch.rendezvous import Rendezvous
 from dsmoe.plan.text import rank_names
 
 SHOWN_DEVICES = 8
@@ -48,8 +49,9 @@ def take_device(local_rank: int) -> int:
     """
     visible, index = torch.cuda.device_count(), device_index(local_rank)
     if index >= visible:
+        rank = Rendezvous.from_environment().rank
         raise DeviceError(
-            f"rank {os.environ['RANK']} is to drive device {local_rank} of this host and sees {visible} "
+            f"rank {rank} is to drive device {local_rank} of this host and sees {visible} "
             f"({_visible()}); every rank has to see all devices of its host, or one of its own: under srun, give "
             "--gpus-per-node, or --gpus-per-task=1"
         )

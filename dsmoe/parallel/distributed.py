@@ -21,7 +21,8 @@ import torch.distributed
 from deepspeed import comm
 
 from dsmoe.config.errors import HostError, keep_place
-from dsmoe.launch.world import check_meeting, join_launcher, launched_world
+from dsmoe.launch.rendezvous import Rendezvous
+from dsmoe.launch.world import agree_with_outer_launcher, check_meeting, join_launcher, launched_world
 from dsmoe.parallel.claims import Claims
 from dsmoe.parallel.devices import DeviceError as DeviceError
 from dsmoe.parallel.devices import describe_device, take_device
@@ -75,14 +76,13 @@ def join_processes(
     _choose_accelerator(device)
     if interface is not None:
         _use_interface(interface)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if not Rendezvous.from_environment().is_launched:
+        os.environ.update(Rendezvous(rank=0, local_rank=0, size=1, address="127.0.0.1", port=0).variables())
     world = launched_world()
     if "OMP_NUM_THREADS" not in os.environ and (world.devices_per_node or world.size) > 1:
         torch.set_num_threads(1)  # as torchrun does: every rank would take all cores
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed's engine refuses another: that of an outer mpirun
-        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
+    local_rank = Rendezvous.from_environment().local_rank or 0
+    agree_with_outer_launcher(local_rank)
     index = take_device(local_rank) if device == "cuda" else 0
     if not comm.is_initialized():
         _switch_off_shared_memory_op()
@@ -167,13 +167,12 @@ def _use_interface(name: str) -> None:
 
 def _rendezvous_problem(error: Exception) -> Exception:
     """What has kept the ranks from joining: the port of rank 0, or a rank that has gone again."""
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    here = Rendezvous.from_environment()
     if "EADDRINUSE" in str(error):
         advice = "give the launcher another --master_port, or set MASTER_PORT under srun or mpirun"
-        return HostError(f"port {port} is in use on this machine; {advice}")
+        return HostError(f"port {here.port} is in use on this machine; {advice}")
     return LostRanksError(
-        f"rank 0 came to {address}:{port}, where the ranks meet, and does not answer there any more: "
-        f"{first_line(error)}"
+        f"rank 0 came to {here.place}, where the ranks meet, and does not answer there any more: {first_line(error)}"
     )
 
 
@@ -210,7 +209,7 @@ def on_first_of_hosts(action: Callable[[], object], what: str) -> None:
     Without a timeout, and with `what`, as in `on_first_rank`.
     """
     local_ranks: list[int] = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(local_ranks, int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.all_gather_object(local_ranks, Rendezvous.from_environment().local_rank or 0)
     _on_ranks([rank for rank, local in enumerate(local_ranks) if local == 0], action, what)
 
 

@@ -10,7 +10,6 @@ anything of a job that ends before.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dsmoe.launch.speaker import speaks_of_jobs
 from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError
 from dsmoe.parallel.silence import Silence, within
@@ -115,7 +115,7 @@ class Job(Account):
         self._watch.jobs[self.kind] = self
         if self.ends_with_rank:  # only a rank that is known to have begun can be gone from it
             within(STORE_SECONDS, self._watch._publish)
-        if self._watch.rank < 2 or os.environ.get("LOCAL_RANK") == "0":
+        if speaks_of_jobs(self._watch.rank):
             looking = _Looking(self, self._watch)
             threading.Thread(target=looking.go_on, daemon=True, name="dsmoe job").start()
         return self

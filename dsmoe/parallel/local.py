@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from dsmoe.exit_codes import DONE, FAILED
+from dsmoe.launch.rendezvous import Rendezvous
 from dsmoe.parallel.distributed import join_processes
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -85,10 +87,8 @@ def _end_with_parent() -> None:
 def _rank_main(
     folder: str, rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-    )
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    here = Rendezvous(rank=rank, local_rank=rank, size=world_size, local_size=world_size, address="127.0.0.1", port=0)
+    os.environ.update(here.variables())
     threading.Thread(target=_end_with_parent, daemon=True, name="dsmoe launcher").start()
     torch.set_num_threads(1)
     try:
@@ -99,7 +99,7 @@ def _rank_main(
         torch.save(function(*arguments), Path(folder) / f"result_{rank}")
     except BaseException:
         (Path(folder) / f"error_{rank}").write_text(traceback.format_exc(), encoding="utf-8")
-        os._exit(1)
+        os._exit(FAILED)
     torch.distributed.barrier()
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # gives back semaphores, tqdm's for one
-    os._exit(0)  # nothing is left to do, and tearing gloo down races with the other ranks
+    os._exit(DONE)  # nothing is left to do, and tearing gloo down races with the other ranks

@@ -6,7 +6,6 @@ torch, which waits next, only knows how many are missing.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -17,6 +16,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
+from dsmoe.exit_codes import FAILED
+from dsmoe.launch.rendezvous import Rendezvous
+from dsmoe.launch.speaker import is_first_of_host
 from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.claims import (
     ASKED_RANKS,
@@ -61,8 +63,9 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, 
         DifferentRanksError: some have other claims than rank 0, could not start, or drive one device; on every rank.
         torch.distributed.DistNetworkError: rank 0 cannot listen at the port.
     """
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    told = Rendezvous.from_environment().complete()
+    assert told is not None  # `join_launcher` has seen to it
+    rank, world, address, port = told
     if rank == 0:
         _await_name(address, timeout)
     if world == 1:
@@ -86,7 +89,7 @@ def call_roll(devices_per_node: int | None, timeout: timedelta, claims: Claims, 
             _await_all(store, keys, devices_per_node, timeout)
         except LostRanksError as error:
             store.set(_key("all"), "null")
-            _judge(store, str(error), 1, sum(store.check([key]) for key in keys) - 1)
+            _judge(store, str(error), FAILED, sum(store.check([key]) for key in keys) - 1)
             raise
         _compare(store, keys, claims)
         return
@@ -114,13 +117,13 @@ def _learn_verdict(store: dist.Store, rank: int, claims: Claims) -> tuple[str, i
 
 def report_at_roll(error: str, exit_code: int) -> bool:
     """Tell rank 0, which waits for all, why this rank cannot start; whether it has said so for all of them."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if rank == 0 or world == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    told = Rendezvous.from_environment().complete()
+    if told is None or told[0] == 0 or told[1] == 1:
         return False
+    rank, world, address, port = told
 
     def tell() -> bool:
         limit = timedelta(seconds=REACH_SECONDS)
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         _reach(address, port, limit)
         store = dist.TCPStore(address, port, world, False, limit, wait_for_workers=False, multi_tenant=True)
         own = Deviation(rank, socket.gethostname(), {}, error, exit_code)
@@ -174,7 +177,7 @@ def _verdict(store: dist.Store) -> tuple[str, int]:
 
 
 def _key(what: object) -> str:
-    return f"dsmoe/here/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}"
+    return f"dsmoe/here/{Rendezvous.from_environment().restart}/{what}"
 
 
 _servers: list[dist.Store] = []
@@ -199,7 +202,7 @@ def _await_name(address: str, timeout: timedelta) -> None:
 
 def _reach(address: str, port: int, timeout: timedelta) -> None:
     """Wait until somebody listens there; the first rank of each host says that it does."""
-    says = os.environ.get("LOCAL_RANK", "0") == "0"
+    says = is_first_of_host()
     for is_time_to_speak in _moments(timeout):
         try:
             socket.create_connection((address, port), timeout=5).close()
@@ -225,9 +228,8 @@ def _await_all(store: dist.Store, keys: list[str], devices_per_node: int | None,
         if is_time_to_speak:
             print(f"waiting for {who}", flush=True)
     raise LostRanksError(
-        f"{who} have not come within {timeout.total_seconds():.0f} s to {os.environ['MASTER_ADDR']}:"
-        f"{os.environ['MASTER_PORT']}, where the ranks meet; is that address reached from there, and has the launcher "
-        f"started them?"
+        f"{who} have not come within {timeout.total_seconds():.0f} s to {Rendezvous.from_environment().place}, "
+        "where the ranks meet; is that address reached from there, and has the launcher started them?"
     )
 
 

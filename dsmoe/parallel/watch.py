@@ -11,7 +11,6 @@ There is one `Watch` per process, as there is one default store and one main thr
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from dsmoe.launch.rendezvous import Rendezvous
 from dsmoe.launch.world import launcher_has_store
 from dsmoe.parallel.lost import LostRanksError, first_line, is_lost
 from dsmoe.parallel.silence import Silence, within
@@ -266,7 +266,7 @@ class Watch:
     def without_store(self) -> str:
         """What is known of rank 0 where the store, which it or its launcher has, does not answer; takes seconds."""
         state, serves_itself = meeting_place(), not launcher_has_store()
-        address = f"at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where the ranks meet"
+        address = f"at {Rendezvous.from_environment().place}, where the ranks meet"
         own, _ = self.now()
         first, seconds = (self._first, time.monotonic() - self._first_seen) if self.rank else (own, 0.0)
         who = f"rank 0 on {first.host}" if serves_itself else f"the launcher on rank 0's host ({first.host})"
@@ -336,14 +336,14 @@ def meeting_place() -> str | None:
 
     To be followed by ` at 10.0.0.1:29500`.
     """
+    here = Rendezvous.from_environment()
+    if here.address is None or not here.port:  # the ranks have met in a file
+        return None
     try:
-        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        if address[1] == 0:  # the ranks have met in a file
-            return None
-        socket.create_connection(address, CONNECT_SECONDS).close()
+        socket.create_connection((here.address, here.port), CONNECT_SECONDS).close()
     except ConnectionRefusedError:
         return ENDED
-    except (OSError, LookupError, ValueError):
+    except (OSError, ValueError):
         return None
     return SILENT
 

@@ -22,8 +22,8 @@ from dsmoe.preflight.judge import Verdict
 from dsmoe.preflight.report import text, write_json
 from dsmoe.preflight.results import RankReport
 from dsmoe.preflight.stages import Preflight
+from dsmoe.train.ending import end_stalled, ended_by
 from dsmoe.train.folder import run_folder
-from dsmoe.train.run import end_stalled, ended_by
 
 TIMEOUT_SECONDS = 60
 """The longest that anything waits for other ranks; `cluster.collective_timeout_seconds` where that is less."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from itertools import chain
@@ -25,6 +24,7 @@ from dsmoe.config.schedules import learning_rate
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, TrainLoader, prepare
 from dsmoe.data.cache import VERIFIED_AT_START
+from dsmoe.launch.rendezvous import Rendezvous
 from dsmoe.moe.layer import MoE
 from dsmoe.parallel.claims import check_alike
 from dsmoe.parallel.devices import device_index
@@ -139,7 +139,7 @@ def _device_of_its_own() -> SimpleNamespace | None:
 
     None where it is. A rank to which its launcher shows one device drives number 0, whatever its own number is.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = Rendezvous.from_environment().local_rank or 0
     if get_accelerator().device_name() != "cuda" or device_index(local_rank) == local_rank:
         return None
     return SimpleNamespace(device_rank=device_index(local_rank))

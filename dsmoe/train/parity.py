@@ -7,7 +7,6 @@ every layout on the ranks that there are, and compares with the first.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsmoe.config import Config, UserError, load_config
-from dsmoe.launch.variables import whole_number
+from dsmoe.exit_codes import DONE, FAILED
+from dsmoe.launch.rendezvous import Rendezvous
 from dsmoe.parallel import join_processes, leave_processes
 from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.parallel.local import run_ranks
@@ -37,7 +37,7 @@ from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.text import quantity, table
 from dsmoe.train.alike import claims_of_run
 from dsmoe.train.compare import TOLERANCES, Difference, Training, difference, train_few_steps
-from dsmoe.train.run import end_stalled, ended_by
+from dsmoe.train.ending import end_stalled, ended_by
 
 LOCAL_SECONDS = 3600.0
 """After so long the local ranks of a layout are stopped."""
@@ -102,7 +102,7 @@ def check_parity(
     What ends it is explained once for all ranks, as where a run trains.
     """
     try:
-        return 0 if _compare(path, overrides, layouts, steps, precision, full) else 1
+        return DONE if _compare(path, overrides, layouts, steps, precision, full) else FAILED
     except Exception as error:
         return ended_by(error)
 
@@ -110,15 +110,14 @@ def check_parity(
 def _compare(
     path: str, overrides: Sequence[str], layouts: Sequence[str], steps: int, precision: str, full: bool
 ) -> bool:
-    launched = "RANK" in os.environ
-    world_size = whole_number(os.environ, "WORLD_SIZE") if launched else None
-    parsed = parse_layouts(layouts if launched else [ONE_RANK, *layouts], world_size)
+    here = Rendezvous.from_environment()
+    parsed = parse_layouts(layouts, here.size) if here.is_launched else parse_layouts([ONE_RANK, *layouts], None)
     comparison = Comparison(path, overrides, parsed, steps, precision, full)
     with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as folder:
         (Path(folder) / "sums.txt").write_text(TEXT, encoding="utf-8")
         configs = all_of(parsed, lambda layout: comparison.config(layout, Path(folder)))
         all_of(zip(parsed, configs, strict=True), lambda both: _refuse_what_depends_on_slices(both[1], both[0]))
-        return (_under_launcher if launched else _on_this_machine)(comparison, configs)
+        return (_under_launcher if here.is_launched else _on_this_machine)(comparison, configs)
 
 
 def _on_this_machine(comparison: Comparison, configs: Sequence[Config]) -> bool:

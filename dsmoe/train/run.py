@@ -10,39 +10,32 @@ import faulthandler
 import logging
 import logging.handlers
 import os
-import platform
 import signal
 import sys
-import threading
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import torch.distributed as dist
-
 from dsmoe.checkpoint.folder import all_checkpoints
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config.deepspeed import to_deepspeed
-from dsmoe.config.errors import HostError, UserError, describe, exit_code_of, located
+from dsmoe.config.errors import UserError, describe
 from dsmoe.config.schema import Config
-from dsmoe.launch.speaker import LINGER_SECONDS, speaks_for_host
+from dsmoe.exit_codes import DONE, STOPPED
 from dsmoe.launch.start import Start, begin, pretrain_program
 from dsmoe.launch.world import for_this_world
 from dsmoe.observe import JsonLines, Sink, TensorBoard
 from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import DeviceError, is_shared, on_every_rank, on_first_rank, quiet_deepspeed
-from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.roll import report_at_roll
-from dsmoe.parallel.watch import GRACE_SECONDS, process_watch
+from dsmoe.parallel.distributed import on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.parallel.watch import process_watch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments
 from dsmoe.plan.report import Plan
 from dsmoe.plan.text import shown
 from dsmoe.train.alike import claims_of_run
+from dsmoe.train.ending import end_stalled, ended_by
 from dsmoe.train.engine import prepare_data
 from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
@@ -59,7 +52,7 @@ from dsmoe.train.reports import FOLDER as FAILURES
 from dsmoe.train.reports import Reports, make_folder, record_collectives
 from dsmoe.train.run_files import forget_run
 from dsmoe.train.summary import BITS_PER_BYTE, summary
-from dsmoe.train.trainer import Trainer, TrainingDivergedError
+from dsmoe.train.trainer import Trainer
 
 T = TypeVar("T")
 
@@ -67,8 +60,6 @@ logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0
 """How long a rank that has failed waits for a checkpoint that is being written."""
-STOPPED = 75
-"""Exit code of a run that a signal has stopped, and that goes on when it is started again (EX_TEMPFAIL)."""
 
 
 def main(arguments: Sequence[str] | Start | None = None) -> int:
@@ -83,22 +74,7 @@ def main(arguments: Sequence[str] | Start | None = None) -> int:
     except Exception as error:
         return ended_by(error)
     leave_processes()
-    return 0 if finished else STOPPED
-
-
-def ended_by(error: Exception) -> int:
-    """Explain the error that ends this rank; returns the exit code.
-
-    That is 2 for what is wrong wherever the ranks run, and 1 for what may not be so at another try or on other hosts.
-    """
-    if isinstance(error, (UserError, LostRanksError, TrainingDivergedError)):
-        text = f"error: {error}"
-    elif isinstance(error, OSError):  # where there is a run folder, the traceback is in its failures
-        text = f"error: {located(error)}"
-    else:
-        text = "".join(traceback.format_exception(error))
-    explain_end(error, text)
-    return exit_code_of(error)
+    return DONE if finished else STOPPED
 
 
 def pretrain(given: Config) -> bool:
@@ -275,73 +251,3 @@ class LogFile(logging.handlers.WatchedFileHandler):
 def _handler(handler: logging.Handler) -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(message)s"))
     return handler
-
-
-def end_stalled(error: LostRanksError) -> None:
-    """End this process from a thread, because the main one waits for a device that waits for ever."""
-    explain_end(error, str(error))
-    os._exit(1)
-
-
-def explain_end(error: Exception, text: str) -> None:
-    """Print why this process ends, once for the whole run.
-
-    The rank that fails first prints. The others, which then lose their connection to it, only say so: their own
-    tracebacks would bury the cause. Where what failed is a collective, because other ranks are not there, it says
-    which. Where the store has gone, with rank 0, they cannot agree, and one rank on each host prints. Whoever is not
-    the speaker lingers, because launchers end every rank as soon as one has ended.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if not dist.is_initialized() or is_shared(error):
-        if dist.is_initialized() and (reports := process_watch().reports) and not isinstance(error, UserError):
-            reports.of_failure("all ranks have failed alike", error)
-        _explain_alone(rank, error, text)
-        return
-    # A launcher that has seen another rank end asks this one to: not before it has said why.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    watch = process_watch()
-    speaker = watch.speaker()
-    if watch.reports:
-        watch.reports.of_failure("it has failed" if speaker == rank else "a collective failed", error)
-    if speaker == rank or (speaker is None and speaks_for_host()):
-        who = f"rank {rank}" if speaker == rank else f"rank {rank} on {platform.node()}"
-        explanation = f"[{who}] {(watch.explain(error) or text).rstrip()}"
-        print(explanation, file=sys.stderr, flush=True)
-        if watch.reports:
-            print(watch.reports.gather(explanation), file=sys.stderr, flush=True)
-        watch.say_explained()
-        if speaker is None:  # while this process is there, nobody else speaks for its host
-            time.sleep(LINGER_SECONDS)
-        return
-    if speaker is not None:
-        print(f"[rank {rank}] stopped because rank {speaker} did", file=sys.stderr, flush=True)
-    watch.wait_until_explained(LINGER_SECONDS + GRACE_SECONDS)
-    time.sleep(LINGER_SECONDS)
-
-
-def _explain_alone(rank: int, error: Exception, text: str) -> None:
-    """Print what ends this rank, where it knows nothing of the others: what ends all of them, once.
-
-    A wrong config is wrong everywhere, and rank 0 says so. What is wrong on a rank alone is told to rank 0, which waits
-    for all, and says it. Where rank 0 does not answer, the first rank of a host says what is wrong there, and one rank
-    of each what is wrong everywhere, or that rank 0 is missing. Of other errors, only a rank that is still there after
-    the launcher would have ended it for rank 0's sake has its own.
-    """
-    if rank > 0:
-        reason = text.removeprefix("error: ").rstrip()
-        if not (is_shared(error) or isinstance(error, LostRanksError)) and report_at_roll(reason, exit_code_of(error)):
-            return
-        first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not (isinstance(error, HostError) and first_of_host):
-            time.sleep(LINGER_SECONDS)
-        of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
-        of_host = isinstance(error, HostError) and first_of_host
-        speaks = not (is_shared(error) or of_rank or isinstance(error, HostError)) and speaks_for_host()
-        if is_shared(error) or not (of_host or of_rank or speaks):
-            return
-        print(f"[rank {rank} on {platform.node()}] {text.rstrip()}", file=sys.stderr, flush=True)
-        if speaks:  # while this process is there, nobody else speaks for its host
-            time.sleep(LINGER_SECONDS)
-        return
-    print(text.rstrip(), file=sys.stderr, flush=True)

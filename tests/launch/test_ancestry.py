@@ -20,6 +20,7 @@ import pytest
 
 from dsmoe.launch import ancestry
 from dsmoe.launch.ancestry import Process
+from dsmoe.launch.rendezvous import AGENTS
 from tests.ports import free_port
 from tests.train.test_run import write_config
 from tests.waiting import until
@@ -130,7 +131,7 @@ class Chain:
             _write(folder / "deepspeed" / f"{name}.py", "" if name.endswith("__init__") else LINK)
         links: list[tuple[list[str], dict[str, str]]] = [(command, {}) for command in commands]
         links.append(([*PYTHON, "-c", RANK], variables))
-        known = {name: value for name, value in os.environ.items() if name not in {*ancestry._OF_RANK, "LOCAL_RANK"}}
+        known = {name: value for name, value in os.environ.items() if name not in {*AGENTS, "RANK", "LOCAL_RANK"}}
         environment = {
             **known,
             "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dsmoe.launch.launchers import LAUNCHERS, launcher_port
+from dsmoe.launch.speaker import speaks_for_job
 from dsmoe.launch.variables import LauncherError
-from dsmoe.launch.world import World, check_meeting, is_speaker, join_launcher, launched_world
+from dsmoe.launch.world import World, check_meeting, join_launcher, launched_world
 from tests.launch.processes import run_side_by_side
 from tests.launch.test_world import ALLOCATION, BATCH, TORCHRUN, config, refusal, step
 
@@ -73,7 +74,7 @@ def others(rank: int, size: int = 8, local: int = 4) -> dict[str, dict[str, str]
 def test_every_process_of_a_launcher_is_a_rank(name: str) -> None:
     for rank in range(8):
         environment = {**others(rank)[name], **WHERE}
-        assert is_speaker(environment) == (rank == 0)
+        assert speaks_for_job(environment) == (rank == 0)
         join_launcher(environment)
         told = {"RANK": str(rank), "WORLD_SIZE": "8", "LOCAL_RANK": str(rank % 4), "LOCAL_WORLD_SIZE": "4", **WHERE}
         assert {key: environment[key] for key in told} == told

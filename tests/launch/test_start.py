@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_both_errors_are_said_in_order(
         monkeypatch.setenv(name, value)
     assert begin_with("confg.yaml", []).ended() == 2
     said = capsys.readouterr().err
-    assert printed.format(host=start.platform.node()) in said
+    assert printed.format(host=platform.node()) in said
     assert len(said) < 1000
     assert slept == [speaker.LINGER_SECONDS]
 
@@ -275,7 +276,7 @@ def test_a_rank_with_an_error_asks_whether_rank_0_has_it(
             monkeypatch.setenv(name, value)
         begun = begin_with("confg.yaml", [])
         assert begun.ended() == ended
-    assert capsys.readouterr().err == said.format(host=start.platform.node())
+    assert capsys.readouterr().err == said.format(host=platform.node())
     with pytest.raises(UserError, match="no such file"):
         _ = begun.given
 

@@ -16,9 +16,10 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Cluster
 from dsmoe.launch import attempts
 from dsmoe.launch.launchers import LAUNCHERS, WITHOUT_SIZE, first_rank_known
-from dsmoe.launch.speaker import speaks_for_host
-from dsmoe.launch.variables import LauncherError, check_address, is_whole_number, whole_number
-from dsmoe.launch.world import check_meeting, is_speaker, join_launcher, launched_world
+from dsmoe.launch.rendezvous import is_whole_number
+from dsmoe.launch.speaker import speaks_for_host, speaks_for_job
+from dsmoe.launch.variables import LauncherError, check_address, whole_number
+from dsmoe.launch.world import check_meeting, join_launcher, launched_world
 from tests.launch.test_launchers import others
 from tests.launch.test_world import DEEPSPEED, TORCHRUN, step
 
@@ -129,7 +130,7 @@ def fuzz(count: int) -> tuple[int, int]:
         changed = {**environment, name: value}
         if choose.random() < 0.3:
             changed.pop(choose.choice(list(changed)))
-        is_speaker(changed)
+        speaks_for_job(changed)
         assert is_whole_number(first_rank_known(changed))
         try:
             look(changed)

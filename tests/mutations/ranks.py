@@ -221,7 +221,7 @@ MUTATIONS = [
     ),
     Mutation(
         "two runs on a host have one speaker",
-        "dsmoe/launch/speaker.py",
+        "dsmoe/launch/launchers.py",
         old='("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")',
         new='("MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT")',
         caught_by=f"{WAITING}test_runs_and_attempts_have_speakers_of_their_own[MASTER_PORT]",
@@ -259,7 +259,7 @@ MUTATIONS = [
     Mutation(
         "every rank says that it waits for rank 0",
         "dsmoe/parallel/roll.py",
-        old='    says = os.environ.get("LOCAL_RANK", "0") == "0"\n',
+        old="    says = is_first_of_host()\n",
         new="    says = True\n",
         caught_by=f"{ROLL}test_a_rank_0_that_is_not_there_is_missed_by_each_host",
     ),
@@ -273,7 +273,7 @@ MUTATIONS = [
     Mutation(
         "ranks that torchrun has started again find those of the attempt before",
         "dsmoe/parallel/roll.py",
-        old="{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+        old="{Rendezvous.from_environment().restart}",
         new="0",
         caught_by=f"{ROLL}test_those_of_an_earlier_attempt_have_not_come",
     ),

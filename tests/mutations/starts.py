@@ -40,8 +40,8 @@ MUTATIONS = [
     Mutation(
         "a wrong file on a host is taken for one that is not there",
         "dsmoe/launch/start.py",
-        old="        if Path(path).exists() or is_speaker():\n",
-        new="        if is_speaker():\n",
+        old="        if Path(path).exists() or speaks_for_job():\n",
+        new="        if speaks_for_job():\n",
         caught_by=f"{START}test_a_file_that_is_wrong_is_for_a_person_and_one_that_is_missing_perhaps_of_this_host",
     ),
     Mutation(
@@ -90,8 +90,8 @@ MUTATIONS = [
     Mutation(
         "every rank of a host says that the launcher has gone",
         "dsmoe/launch/ancestry.py",
-        old='os.environ.get("SLURM_LOCALID", "0")) == "0":',
-        new='os.environ.get("SLURM_LOCALID", "0")) != "":',
+        old="if is_first_of_host():",
+        new="if True:",
         caught_by=f"{ANCESTRY}test_one_rank_of_a_host_says_so_and_sigterm_ends_those_that_do_not_train_yet",
     ),
     Mutation(

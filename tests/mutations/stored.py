@@ -65,7 +65,7 @@ MUTATIONS = [
     Mutation(
         "a cache gets its name before its files are on the disk",
         "dsmoe/data/cache.py",
-        old="    for path in partial.iterdir():\n        _sync(path)\n",
+        old="    for path in partial.iterdir():\n        sync_file(path)\n",
         new="",
         caught_by=f"{CACHE}test_everything_is_on_the_disk_before_it_has_its_name",
     ),
@@ -136,8 +136,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the name of a checkpoint is not on the disk when older ones are removed",
-        "dsmoe/checkpoint/storage.py",
-        old="        sync_folder(self.final.parent)\n",
+        "dsmoe/durable.py",
+        old="    sync_folder(final.parent)\n",
         new="",
         caught_by=ON_DISK,
     ),

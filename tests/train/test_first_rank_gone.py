@@ -94,13 +94,13 @@ def _rank(folder: Path, rank: int, port: str, phase: str, number: int) -> None:
     os.dup2(os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
     os.dup2(1, 2)
     from dsmoe.parallel import jobs, roll, watch
-    from dsmoe.train import run
+    from dsmoe.train import ending, run
 
     watch.BEAT_SECONDS = 0.3  # type: ignore[misc]
     watch.STORE_SECONDS = roll.STORE_SECONDS = jobs.STORE_SECONDS = 2.0  # type: ignore[misc]
-    watch.GRACE_SECONDS = run.GRACE_SECONDS = jobs.GRACE_SECONDS = 1.0  # type: ignore[misc]
+    watch.GRACE_SECONDS = ending.GRACE_SECONDS = jobs.GRACE_SECONDS = 1.0  # type: ignore[misc]
     jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS, jobs.LOG_SECONDS = 4.0, 0.3, 6.0, 2.0  # type: ignore[misc]
-    run.LINGER_SECONDS = 8.0  # type: ignore[misc]
+    ending.LINGER_SECONDS = 8.0  # type: ignore[misc]
     if rank == 0:
         PHASES[phase](lambda: os.kill(os.getpid(), number))
     code = run.main(["--config", "config.yaml"])

@@ -24,8 +24,8 @@ from dsmoe.config import UserError, dump_config, load_config
 from dsmoe.durable import write_whole
 from dsmoe.parallel.distributed import DeviceError, HostError
 from dsmoe.parallel.local import CONTEXT
-from dsmoe.train import run
-from dsmoe.train.run import ended_by, explain_end
+from dsmoe.train import ending
+from dsmoe.train.ending import ended_by, explain_end
 from tests.ports import free_port
 from tests.train.forked import Outcome, start_on_ranks
 from tests.train.layouts import small_config
@@ -423,8 +423,8 @@ def test_the_traceback_of_an_error_that_all_ranks_have_is_in_the_reports(
 ) -> None:
     written: list[Exception] = []
     reports = SimpleNamespace(of_failure=lambda _, error: written.append(error))
-    monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(run, "process_watch", lambda: SimpleNamespace(reports=reports))
+    monkeypatch.setattr(ending.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ending, "process_watch", lambda: SimpleNamespace(reports=reports))
     error.shared_by_all_ranks = True  # type: ignore[attr-defined]
     ended_by(error)
     assert written == [error]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dsmoe.exit_codes import DONE, FAILED
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -42,7 +44,7 @@ class Verdict:
     @property
     def exit_code(self) -> int:
         """0, or 1 where something is far off."""
-        return int(any(finding.serious for finding in self.findings))
+        return FAILED if any(finding.serious for finding in self.findings) else DONE
 
     def say(self, text: str, serious: bool = True) -> None:
         """Add a finding."""
