@@ -36,7 +36,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_code_runs(page: Path) -> None:
     layer = moe_layer(8, expert_ffn_size=8, num_experts=2, target_drop_percent=1.0, bias_update_rate=0.1)
     for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        exec(code, {"layers": [layer], "step": 0, "percent": 2.0})
+        exec(code, {"layers": [layer], "step": 0, "percent": 2.0, "applied": True})
 
 
 def test_the_checkpoints_page_explains_every_key() -> None:

@@ -95,7 +95,7 @@ def test_what_others_go_by_is_what_it_was() -> None:
     assert exit_codes.INTERRUPTED == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1])
 def test_a_signal_is_what_a_shell_makes_of_it(number: signal.Signals) -> None:
     script = f'bash -c "kill -{number.name[3:]} \\$\\$"; echo $?'
     said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False).stdout

@@ -37,6 +37,7 @@ SMALL = {
     "init_std": 0.2,
 }
 MOE = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 24, "balance": {"aux_loss": 0.0}}
+SWITCH = {**MOE, "num_experts": 8, "top_k": 1, "router": {"normalize_weights": False}}
 
 WITH_DENSE = [
     {**MOE, **more, "activation": activation}
@@ -423,7 +424,7 @@ def measure_flops(model: nn.Module, tokens: torch.Tensor) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-@pytest.mark.parametrize("moe", [MOE, {**MOE, "top_k": 1, "num_experts": 8}, None, *WITH_DENSE])
+@pytest.mark.parametrize("moe", [MOE, SWITCH, None, *WITH_DENSE])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_the_planners_flops_are_those_that_torch_counts(moe: dict[str, Any] | None, tie_embeddings: bool) -> None:
     config = small_config(moe, tie_embeddings=tie_embeddings)
