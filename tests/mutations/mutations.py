@@ -84,7 +84,7 @@ MUTATIONS = [
         "dsmoe/moe/layer.py",
         old="sent, sent_weights_TK = assignments, weights_TK\n",
         new="sent, sent_weights_TK = assignments, weights_TK.square()\n",
-        caught_by="tests/moe/test_reference.py::TestEverySetting::test_plain[2-position-None-True]",
+        caught_by="tests/moe/test_reference.py::TestEverySetting::test_plain[2-True-position-None]",
     ),
     Mutation(
         "the router gets no gradient from experts on other ranks",
