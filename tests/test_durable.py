@@ -24,6 +24,7 @@ from dsmoe.durable import (
     write_synced,
     write_whole,
 )
+from tests.sources import sources
 
 
 class Killed(BaseException):
@@ -190,13 +191,9 @@ def test_no_other_code_renames_files_into_place() -> None:
     """One function is right for files, and one for folders; checkpoints are renamed to get them out of the way, too."""
     package = Path(durable.__file__).parent
     renaming = {
-        str(path.relative_to(package.parent))
-        for folder in (package, package.parent / "benchmarks", package.parent / "docker")
-        for path in folder.rglob("*.py")
-        if any(
-            call in path.read_text(encoding="utf-8")
-            for call in ("os.replace(", "os.rename(", ".rename(", ".replace(path)", ".replace(folder")
-        )
+        name
+        for name, text in sources("dsmoe", "benchmarks", "docker").items()
+        if any(call in text for call in ("os.replace(", "os.rename(", ".rename(", ".replace(path)", ".replace(folder"))
     }
     assert renaming == {"dsmoe/durable.py", "dsmoe/checkpoint/removal.py", "dsmoe/checkpoint/storage.py"}
     storage = (package / "checkpoint" / "storage.py").read_text(encoding="utf-8")

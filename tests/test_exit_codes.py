@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from dsmoe import exit_codes
 from dsmoe.config.errors import HostError, PassingError, UserError, exit_code_of
+from tests.sources import REPOSITORY, sources
 
-REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("dsmoe", "launch", "docker", "benchmarks")
 ENDINGS = {"exit", "_exit", "SystemExit"}
 RARE = {exit_codes.STOPPED, exit_codes.INTERRUPTED}
@@ -60,10 +59,7 @@ def returned(node: ast.AST) -> ast.AST | None:
 
 
 def test_no_other_module_has_the_numbers() -> None:
-    files = [path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
-    found = {
-        path.relative_to(REPOSITORY).as_posix(): [*literal_codes(path.read_text(encoding="utf-8"))] for path in files
-    }
+    found = {name: [*literal_codes(text)] for name, text in sources(*FOLDERS).items()}
     others = {name: codes for name, codes in found.items() if codes and name != "dsmoe/exit_codes.py"}
     assert not others, others
 

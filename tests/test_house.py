@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests.sources import sources
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("dsmoe", "launch", "docker", "benchmarks")
 FILE_LINES, FUNCTION_LINES, PARAMETERS = "lines of a file", "lines of a function", "parameters"
 MOST = {FILE_LINES: 400, FUNCTION_LINES: 60, PARAMETERS: 12}
@@ -71,9 +71,8 @@ def parameters(function: Function) -> int:
 def measured() -> dict[tuple[str, str], int]:
     """How large every place of the package is, the largest where a file has a name twice."""
     found: dict[tuple[str, str], int] = {}
-    for path in (path for folder in FOLDERS for path in sorted((REPOSITORY / folder).rglob("*.py"))):
-        name = path.relative_to(REPOSITORY).as_posix()
-        for place, kind, number in sizes(name, path.read_text(encoding="utf-8")):
+    for name, text in sources(*FOLDERS).items():
+        for place, kind, number in sizes(name, text):
             found[place, kind] = max(number, found.get((place, kind), 0))
     return found
 

@@ -47,8 +47,8 @@ def _positive(text: str) -> int:
 
 def _parity(arguments: argparse.Namespace) -> int:
     def check(_: Config) -> None:
-        here = Rendezvous.from_environment()
-        parse_layouts(arguments.layouts, here.size if here.is_launched else None)
+        rendezvous = Rendezvous.from_environment()
+        parse_layouts(arguments.layouts, rendezvous.size if rendezvous.is_launched else None)
 
     start = begin_with(arguments.config, arguments.overrides, check)
     code = start.ended()

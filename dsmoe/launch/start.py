@@ -207,8 +207,8 @@ def _join() -> UserError | None:
     try:
         join_launcher()
         # Ranks that have met already, through a file, have port 0 (`run_ranks`); joining refuses it to all others.
-        here = Rendezvous.from_environment()
-        if here.is_launched and here.port != 0:
+        rendezvous = Rendezvous.from_environment()
+        if rendezvous.is_launched and rendezvous.port != 0:
             check_meeting()
     except UserError as error:
         return error
@@ -256,17 +256,17 @@ def _answer(text: str) -> bytes:
 
 def _stay_for_others(answer: bytes) -> None:
     """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
-    here = Rendezvous.from_environment()
-    if here.size in (None, 1) or here.port is None or launcher_has_store():
+    rendezvous = Rendezvous.from_environment()
+    if rendezvous.size in (None, 1) or rendezvous.port is None or launcher_has_store():
         return
     deadline = time.monotonic() + STAY_SECONDS
     family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-    address = ("", here.port)
+    address = ("", rendezvous.port)
     with (
         suppress(OSError, OverflowError),
         socket.create_server(address, backlog=4096, **family) as server,  # type: ignore[arg-type]
     ):
-        for _ in range(here.size - 1):
+        for _ in range(rendezvous.size - 1):
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             connection, _ = server.accept()
             with connection, suppress(OSError):
@@ -275,8 +275,8 @@ def _stay_for_others(answer: bytes) -> None:
 
 def _answer_of_rank_0() -> bytes | None:
     """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or ended long ago."""
-    here = Rendezvous.from_environment()
-    address = (here.address, here.port)
+    rendezvous = Rendezvous.from_environment()
+    address = (rendezvous.address, rendezvous.port)
     deadline = time.monotonic() + STAY_SECONDS
     while time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(address, timeout=1) as connection:

@@ -167,12 +167,13 @@ def _use_interface(name: str) -> None:
 
 def _rendezvous_problem(error: Exception) -> Exception:
     """What has kept the ranks from joining: the port of rank 0, or a rank that has gone again."""
-    here = Rendezvous.from_environment()
+    rendezvous = Rendezvous.from_environment()
     if "EADDRINUSE" in str(error):
         advice = "give the launcher another --master_port, or set MASTER_PORT under srun or mpirun"
-        return HostError(f"port {here.port} is in use on this machine; {advice}")
+        return HostError(f"port {rendezvous.port} is in use on this machine; {advice}")
     return LostRanksError(
-        f"rank 0 came to {here.place}, where the ranks meet, and does not answer there any more: {first_line(error)}"
+        f"rank 0 came to {rendezvous.place}, where the ranks meet, and does not answer there any more: "
+        f"{first_line(error)}"
     )
 
 

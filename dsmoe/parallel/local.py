@@ -87,8 +87,10 @@ def _end_with_parent() -> None:
 def _rank_main(
     folder: str, rank: int, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    here = Rendezvous(rank=rank, local_rank=rank, size=world_size, local_size=world_size, address="127.0.0.1", port=0)
-    os.environ.update(here.variables())
+    rendezvous = Rendezvous(
+        rank=rank, local_rank=rank, size=world_size, local_size=world_size, address="127.0.0.1", port=0
+    )
+    os.environ.update(rendezvous.variables())
     threading.Thread(target=_end_with_parent, daemon=True, name="dsmoe launcher").start()
     torch.set_num_threads(1)
     try:

@@ -336,11 +336,11 @@ def meeting_place() -> str | None:
 
     To be followed by ` at 10.0.0.1:29500`.
     """
-    here = Rendezvous.from_environment()
-    if here.address is None or not here.port:  # the ranks have met in a file
+    rendezvous = Rendezvous.from_environment()
+    if rendezvous.address is None or not rendezvous.port:  # the ranks have met in a file
         return None
     try:
-        socket.create_connection((here.address, here.port), CONNECT_SECONDS).close()
+        socket.create_connection((rendezvous.address, rendezvous.port), CONNECT_SECONDS).close()
     except ConnectionRefusedError:
         return ENDED
     except (OSError, ValueError):

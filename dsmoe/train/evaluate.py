@@ -51,9 +51,8 @@ def evaluate(
         for row, part in zip(sums, held_out, strict=True):
             job.at(part.source.name)
             for tokens, weight in part.loader:
-                note(
-                    Phase.EVALUATION.value
-                )  # a dense model has nothing else to note, and the watch ends what stands still
+                # A dense model has nothing else to note, and the watch ends what stands still.
+                note(Phase.EVALUATION.value)
                 losses_BS = model(tokens.to(device))
                 row[0] += (losses_BS.double().sum(dim=1) * weight.to(device)).sum()
                 row[1] += weight.to(device).sum() * losses_BS.shape[1]

@@ -34,11 +34,10 @@ class UpdateGuard:
         self._engine = engine
         self._stopped: torch.Tensor | None = None
         """Whether the device stopped the last update: bool, on the device; None where the host knows."""
-        self._on_host: torch.Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
-        if engine.device.type == "cuda":
-            self._on_host = torch.zeros((), dtype=torch.bool, pin_memory=True)
-            self._copied = torch.cuda.Event()
+        is_cuda = engine.device.type == "cuda"
+        self._on_host = torch.zeros((), dtype=torch.bool, pin_memory=is_cuda)
+        """The same, once `_copied` has come to pass."""
+        self._copied = torch.cuda.Event() if is_cuda else None
 
     def stop_unless_finite(self, adam: torch.optim.Optimizer, norm: torch.Tensor) -> None:
         """Let the step that `adam` is about to take change nothing if `norm`, 0-d on the device, is not finite.
@@ -47,8 +46,8 @@ class UpdateGuard:
         """
         self._stopped = ~torch.isfinite(norm)
         adam.found_inf = self._stopped.float()  # type: ignore[attr-defined]
-        if self._on_host is not None and self._copied is not None:
-            self._on_host.copy_(self._stopped, non_blocking=True)
+        self._on_host.copy_(self._stopped, non_blocking=True)
+        if self._copied is not None:
             self._copied.record()
 
     def was_applied(self) -> bool | torch.Tensor:
@@ -63,11 +62,10 @@ class UpdateGuard:
         """
         if self._stopped is None:
             return
-        if self._on_host is not None and self._copied is not None:
+        if self._copied is not None:
             self._copied.synchronize()
-        stopped = bool(self._stopped if self._on_host is None else self._on_host)
         self._stopped = None
-        if not stopped:
+        if not self._on_host:
             return
         self._engine._step_applied = False
         self._engine.skipped_steps += 1

@@ -110,14 +110,16 @@ def check_parity(
 def _compare(
     path: str, overrides: Sequence[str], layouts: Sequence[str], steps: int, precision: str, full: bool
 ) -> bool:
-    here = Rendezvous.from_environment()
-    parsed = parse_layouts(layouts, here.size) if here.is_launched else parse_layouts([ONE_RANK, *layouts], None)
+    rendezvous = Rendezvous.from_environment()
+    parsed = (
+        parse_layouts(layouts, rendezvous.size) if rendezvous.is_launched else parse_layouts([ONE_RANK, *layouts], None)
+    )
     comparison = Comparison(path, overrides, parsed, steps, precision, full)
     with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as folder:
         (Path(folder) / "sums.txt").write_text(TEXT, encoding="utf-8")
         configs = all_of(parsed, lambda layout: comparison.config(layout, Path(folder)))
         all_of(zip(parsed, configs, strict=True), lambda both: _refuse_what_depends_on_slices(both[1], both[0]))
-        return (_under_launcher if here.is_launched else _on_this_machine)(comparison, configs)
+        return (_under_launcher if rendezvous.is_launched else _on_this_machine)(comparison, configs)
 
 
 def _on_this_machine(comparison: Comparison, configs: Sequence[Config]) -> bool:

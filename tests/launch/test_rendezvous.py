@@ -15,8 +15,8 @@ import torch.distributed.run as torchrun
 from dsmoe.launch.launchers import LAUNCHERS, WITHOUT_SIZE
 from dsmoe.launch.rendezvous import Rendezvous, slurm_attempt
 from dsmoe.launch.world import agree_with_outer_launcher
+from tests.sources import REPOSITORY, sources
 
-REPOSITORY = Path(__file__).parents[2]
 READERS = ("rendezvous.py", "world.py", "launchers.py")
 """In dsmoe/launch: by the names that torch knows, by Slurm's, and by those of launchers that know neither."""
 TORCHS = {
@@ -47,8 +47,7 @@ def names_in(text: str) -> Iterator[str]:
 
 
 def test_no_other_module_has_the_names_of_launchers_variables() -> None:
-    files = [path for folder in ("dsmoe", "launch") for path in (REPOSITORY / folder).rglob("*.py")]
-    found = {path.relative_to(REPOSITORY).as_posix(): [*names_in(path.read_text(encoding="utf-8"))] for path in files}
+    found = {name: [*names_in(text)] for name, text in sources("dsmoe", "launch").items()}
     readers = {f"dsmoe/launch/{name}" for name in READERS}
     assert {name for name, names in found.items() if names} == readers
 

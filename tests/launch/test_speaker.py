@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from dsmoe.launch.speaker import is_first_of_host, signed, speaks_for_job, speaks_of_jobs
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.sources import sources
 
 
 def decisions(text: str) -> Iterator[str]:
@@ -27,10 +25,9 @@ def decisions(text: str) -> Iterator[str]:
 
 
 def test_nobody_else_decides_who_speaks() -> None:
-    files = [path for folder in ("dsmoe", "launch") for path in (REPOSITORY / folder).rglob("*.py")]
-    deciding = {path for path in files if [*decisions(path.read_text(encoding="utf-8"))]}
-    deciding.discard(REPOSITORY / "dsmoe/preflight/judge/sameness.py")  # which looks at what ranks have reported
-    assert deciding == {REPOSITORY / "dsmoe/launch/speaker.py"}
+    deciding = {name for name, text in sources("dsmoe", "launch").items() if [*decisions(text)]}
+    deciding.discard("dsmoe/preflight/judge/sameness.py")  # which looks at what ranks have reported
+    assert deciding == {"dsmoe/launch/speaker.py"}
 
 
 @pytest.mark.parametrize(

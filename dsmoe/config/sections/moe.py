@@ -24,6 +24,7 @@ from dsmoe.config.sections.base import (
     Width,
     whole_number,
 )
+from dsmoe.config.sections.parallel import uneven_problems
 
 BalanceScope = Literal["micro_batch", "sequence", "global"]
 
@@ -198,10 +199,7 @@ def dense_path_slice_problems(experts: Experts, tensor: int) -> Iterator[Problem
     sizes = {"moe.shared_expert_ffn_size": experts.shared_expert_ffn_size}
     if experts.residual:
         sizes["moe.expert_ffn_size"] = experts.expert_ffn_size
-    for key, size in sizes.items():
-        if size is not None and size % tensor:
-            larger = -(-size // tensor) * tensor
-            yield key, f"{key} ({size}) must be a multiple of parallel.tensor ({tensor}); the next is {larger}"
+    yield from uneven_problems(sizes, tensor)
 
 
 def row_problems(hidden_size: int, expert_ffn_size: int, slices: int) -> Iterator[Problem]:

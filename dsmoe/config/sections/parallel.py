@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -97,6 +97,14 @@ def sequence_problems(parallel: Parallel) -> Iterator[Problem]:
         )
 
 
+def uneven_problems(sizes: Mapping[str, int | None], tensor: int) -> Iterator[Problem]:
+    """Check that `tensor` ranks get equal parts of each size, by key; None is no size."""
+    for key, size in sizes.items():
+        if size is not None and size % tensor:
+            larger = -(-size // tensor) * tensor
+            yield key, f"{key} ({size}) must be a multiple of parallel.tensor ({tensor}); the next is {larger}"
+
+
 def tensor_slice_problems(parallel: Parallel, model: Model, train: Train) -> Iterator[Problem]:
     """Check that tensor ranks get equal parts of all that is cut."""
     tensor = parallel.tensor
@@ -105,13 +113,9 @@ def tensor_slice_problems(parallel: Parallel, model: Model, train: Train) -> Ite
         "model.num_heads": model.num_heads,
         "model.vocab_size": model.vocab_size,
         "train.sequence_length": train.sequence_length,
+        "model.ffn_size": model.ffn_size,
     }
-    if model.ffn_size is not None:
-        sizes["model.ffn_size"] = model.ffn_size
-    for key, size in sizes.items():
-        if size % tensor:
-            larger = -(-size // tensor) * tensor
-            yield key, f"{key} ({size}) must be a multiple of parallel.tensor ({tensor}); the next is {larger}"
+    yield from uneven_problems(sizes, tensor)
     if num_kv_heads % tensor and tensor % num_kv_heads:
         yield (
             "model.num_kv_heads",
