@@ -26,8 +26,9 @@ import torch.distributed as dist
 
 import dsmoe
 from benchmarks.measuring import write
-from dsmoe.parallel import Groups, join_processes
+from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
+from dsmoe.runtime.processes import join_processes
 from tests.cluster.hosts import CABLE, Cluster, missing
 from tests.cluster.launching import ENVIRONMENT, PORT, REPOSITORY
 

@@ -40,12 +40,11 @@ from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender
 from benchmarks.workload import SHAPES, Run, make_config
 from dsmoe.checkpoint.checkpoints import Checkpoints
 from dsmoe.checkpoint.folder import checkpoint_name
+from dsmoe.checkpoint.placement import placements
 from dsmoe.config.schema import Config
-from dsmoe.durable import sync_file
-from dsmoe.parallel import Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.plan.parameters import count_parameters
-from dsmoe.train.placement import placements
+from dsmoe.runtime.atomic_files import sync_file
+from dsmoe.runtime.processes import Rank, join_processes, leave_processes, quiet_deepspeed
 
 MEMORY = Path("/dev/shm")
 

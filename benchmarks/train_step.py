@@ -67,12 +67,11 @@ from benchmarks.measuring import (
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender, transformers_contender
 from benchmarks.workload import SHAPES, Run, make_config, sequences_that_fit
 from dsmoe.config.schema import Config
-from dsmoe.durable import write_whole
 from dsmoe.exit_codes import FAILED
-from dsmoe.parallel import Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import quiet_deepspeed
 from dsmoe.plan.devices import known_device, resolve_device
 from dsmoe.plan.flops import flops_per_token
+from dsmoe.runtime.atomic_files import write_whole
+from dsmoe.runtime.processes import Rank, join_processes, leave_processes, quiet_deepspeed
 
 Result = TypeVar("Result")
 NO_TIME = "no time left"

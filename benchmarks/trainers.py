@@ -17,11 +17,12 @@ from torch import nn
 from benchmarks.peers import Expert
 from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.schema import Config
+from dsmoe.engine.parameter_groups import parameter_groups
 from dsmoe.model import build_model
-from dsmoe.parallel import Groups, Rank
+from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
+from dsmoe.runtime.processes import Rank
 from dsmoe.train import Trainer
-from dsmoe.train.engine import parameter_groups
 
 
 @dataclass

@@ -29,8 +29,8 @@ from types import FrameType
 
 from dsmoe.config import Config, UserError, load_config
 from dsmoe.exit_codes import DONE, NO_PROGRAM, STOPPED, USER_ERROR, of_signal
-from dsmoe.launch.launchers import find_task
-from dsmoe.launch.variables import whole_number
+from dsmoe.runtime.launchers import find_task
+from dsmoe.runtime.variables import whole_number
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 RANKS_OF_OTHERS = ({"RANK", "WORLD_SIZE"}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"})

@@ -1,6 +1,6 @@
 """The exit codes of dsmoe's programs, by which job scripts, containers and launchers go.
 
-Which of them an error has, `dsmoe.config.errors` says. With the standard library alone, as `dsmoe.durable` is.
+Which of them an error has, `dsmoe.config.errors` says. With the standard library alone.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import os
 # As in pretrain.py: what torch says of closed sockets would bury what dsmoe says of the rank that closed them.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe.launch.ancestry import watch_launcher
-from dsmoe.launch.start import begin, end_process, interruptible, preflight_program
+from dsmoe.runtime.launcher_exit import watch_launcher
+from dsmoe.runtime.start import begin, end_process, interruptible, preflight_program
 
 if __name__ == "__main__":
     watch_launcher()
@@ -17,7 +17,7 @@ if __name__ == "__main__":
         start = begin(preflight_program())
         code = start.ended()
         if code is None:
-            from dsmoe.preflight.run import main  # which imports torch
+            from dsmoe.preflight.check_nodes import main  # which imports torch
 
             code = main(start)
     end_process(code)

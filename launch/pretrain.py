@@ -8,8 +8,8 @@ import os
 # When a rank dies, torch's C++ side warns about every closed socket with a page of stack frames. dsmoe says it once.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from dsmoe.launch.ancestry import watch_launcher
-from dsmoe.launch.start import begin, end_process, interruptible, pretrain_program
+from dsmoe.runtime.launcher_exit import watch_launcher
+from dsmoe.runtime.start import begin, end_process, interruptible, pretrain_program
 
 if __name__ == "__main__":
     watch_launcher()

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from dsmoe import cli, load_config
+from dsmoe.parity import check_parity
+from dsmoe.parity.training import Training
 from dsmoe.plan import Topology, count_parameters
 from dsmoe.plan.text import readable_count
-from dsmoe.train import parity
-from dsmoe.train.compare import Training
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def test_the_plan_is_printed_as_shown(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_comparison_of_layouts_is_introduced_as_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the training: tests/train/test_parity.py has that."""
+    """All but the training: tests/parity/test_check_parity.py has that."""
     (shown,) = [block for block in blocks("text") if block.startswith("$ dsmoe parity")]
     command, _, answer = shown.partition("\n")
     words = shlex.split(command)[2:]
@@ -113,7 +113,7 @@ def test_the_comparison_of_layouts_is_introduced_as_shown(
         trained.append(ranks)
         return [training] * ranks
 
-    monkeypatch.setattr(parity, "run_ranks", train)
+    monkeypatch.setattr(check_parity, "run_ranks", train)
     assert cli.main(words) == 0
     printed = capsys.readouterr().out.splitlines()
     expected = answer.splitlines()

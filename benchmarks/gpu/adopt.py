@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.gpu import tune
 from benchmarks.gpu.results import Outcome
 from benchmarks.measuring import Row
-from dsmoe.moe.kernels import blocks
+from dsmoe.kernels import blocks
 
 BEGIN, END = "<!-- status: `python -m benchmarks.gpu --adopt FILE` writes this -->", "<!-- end of status -->"
 RESULTS = Path("benchmarks") / "results"

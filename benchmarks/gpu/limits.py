@@ -27,7 +27,7 @@ from dsmoe.exit_codes import DONE
 from dsmoe.plan.devices import KNOWN_DEVICES
 from dsmoe.plan.text import quantity
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS
-from dsmoe.preflight.judge.devices import (
+from dsmoe.preflight.judge.slow_devices import (
     CHECKSUM_TOLERANCE,
     FAR_TFLOPS,
     FREE_SHARE,

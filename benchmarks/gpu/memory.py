@@ -28,9 +28,9 @@ from torch import nn
 from benchmarks.measuring import GIB, Deadline, Row, Rows, add_stage_options, first_line, free_memory
 from dsmoe.config.schema import Config
 from dsmoe.exit_codes import DONE
-from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import quiet_deepspeed
+from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
+from dsmoe.runtime.processes import Rank, join_processes, leave_processes, quiet_deepspeed
 from dsmoe.train import Trainer
 
 BF16, FP32 = {"precision": "bf16"}, {"precision": "fp32"}

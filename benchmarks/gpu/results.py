@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.gpu.supervise import End
 from benchmarks.measuring import Row
-from dsmoe.durable import write_whole
 from dsmoe.plan.text import quantity, table
+from dsmoe.runtime.atomic_files import write_whole
 
 LEFT_OUT_KINDS, LEFT_OUT_KEYS = ("tune",), ("kind", "settings")
 """What the Markdown file has no room for; the JSON has everything."""

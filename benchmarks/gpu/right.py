@@ -32,16 +32,16 @@ CORES_PER_RANK = 2
 TEST_SECONDS = {"cuda": 60.0, "cpu": 240.0}
 """After which a single test hangs."""
 TESTS = {
-    "kernels: activation": ["tests/moe/kernels/test_activation.py"],
-    "kernels: router": ["tests/moe/kernels/test_topk_router.py"],
-    "kernels: sort": ["tests/moe/kernels/test_permute.py"],
-    "kernels: sums": ["tests/moe/kernels/test_bag_sum.py"],
-    "layer: kernels and CPU give the same": ["tests/moe/kernels/test_layer.py"],
-    "layer: both ways of the experts": ["tests/moe/test_ffn.py"],
+    "kernels: activation": ["tests/kernels/test_weighted_activation.py"],
+    "kernels: router": ["tests/kernels/test_topk_router.py"],
+    "kernels: sort": ["tests/kernels/test_permute.py"],
+    "kernels: sums": ["tests/kernels/test_bag_sum.py"],
+    "layer: kernels and CPU give the same": ["tests/kernels/test_kernel_layer.py"],
+    "layer: both ways of the experts": ["tests/moe/test_grouped_ffn.py"],
     "layer: no host reads, CUDA graph, torch.compile": ["tests/moe/test_static.py"],
 }
 TINY_TESTS = {
-    "kernels: sums": ["tests/moe/kernels/test_bag_sum.py"],
+    "kernels: sums": ["tests/kernels/test_bag_sum.py"],
     "layer: CUDA graph": ["tests/moe/test_static.py", "-k", "captured and factor"],
 }
 

@@ -24,10 +24,10 @@ import yaml
 
 from benchmarks.gpu.supervise import STACKS_SECONDS, end_tree, last_line
 from benchmarks.measuring import TORCHRUN, Deadline, Row
-from dsmoe.checkpoint.files import read_tensor
 from dsmoe.checkpoint.folder import all_checkpoints, step_of, verify
+from dsmoe.checkpoint.safetensors import read_tensor
+from dsmoe.parity.check_parity import TEXT
 from dsmoe.plan.text import quantity
-from dsmoe.train.parity import TEXT
 
 ROOT = Path(__file__).parents[2]
 BEGUN = 2

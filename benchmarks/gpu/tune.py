@@ -26,8 +26,8 @@ import torch
 
 from benchmarks.measuring import Deadline, Row, Rows, add_stage_options, free_memory, hardware, seconds
 from benchmarks.peers import SHAPES, Shape
-from dsmoe.moe.kernels import blocks
-from dsmoe.moe.kernels.blocks import SIZES, Sizes
+from dsmoe.kernels import blocks
+from dsmoe.kernels.blocks import SIZES, Sizes
 
 WORTH = 1.03
 """What sizes have to gain to be taken: less is within what two measurements differ."""
@@ -252,7 +252,7 @@ def _check_same(results: Tensors, expected: Tensors) -> None:
 
 
 def _bag_sum(shape: Shape, device: str) -> list[Case]:
-    from dsmoe.moe.kernels.bag_sum import bag_sum
+    from dsmoe.kernels.bag_sum import bag_sum
 
     num_rows = shape.tokens * shape.top_k
     source_TD = torch.randn(shape.tokens, shape.hidden, device=device, dtype=torch.bfloat16)
@@ -274,16 +274,16 @@ def _activation_inputs(shape: Shape, device: str) -> tuple[torch.Tensor, torch.T
 
 
 def _activation_forward(shape: Shape, device: str) -> list[Case]:
-    from dsmoe.moe.activations import ACTIVATIONS
-    from dsmoe.moe.kernels.activation import weighted_activation
+    from dsmoe.kernels.weighted_activation import weighted_activation
+    from dsmoe.nn.activations import ACTIVATIONS
 
     inputs = _activation_inputs(shape, device)
     return [Case(shape.name, inputs, lambda: (weighted_activation(*inputs, ACTIVATIONS["swiglu"]),))]
 
 
 def _activation_backward(shape: Shape, device: str) -> list[Case]:
-    from dsmoe.moe.activations import ACTIVATIONS
-    from dsmoe.moe.kernels.activation import weighted_activation_backward
+    from dsmoe.kernels.weighted_activation import weighted_activation_backward
+    from dsmoe.nn.activations import ACTIVATIONS
 
     grad_NI = torch.randn(shape.tokens * shape.top_k, shape.ffn, device=device, dtype=torch.bfloat16)
     inputs = (grad_NI, *_activation_inputs(shape, device))
@@ -291,7 +291,7 @@ def _activation_backward(shape: Shape, device: str) -> list[Case]:
 
 
 def _topk_router(shape: Shape, device: str) -> list[Case]:
-    from dsmoe.moe.kernels.topk_router import _Route, route
+    from dsmoe.kernels.topk_router import _Route, route
     from dsmoe.moe.scores import SCORES, TINY
 
     softmax = SCORES["softmax"]
@@ -313,7 +313,7 @@ def _topk_router(shape: Shape, device: str) -> list[Case]:
 
 
 def _permute(shape: Shape, device: str) -> list[Case]:
-    from dsmoe.moe.kernels.permute import sort_by_expert
+    from dsmoe.kernels.permute import sort_by_expert
 
     experts_TK = torch.randint(0, shape.experts, (shape.tokens, shape.top_k), device=device)
     return [Case(shape.name, (experts_TK,), lambda: sort_by_expert(experts_TK, shape.experts))]

@@ -18,13 +18,12 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
 from dsmoe.checkpoint.failures import Misses, NotFiniteError, SaveError
-from dsmoe.checkpoint.files import NAMES
 from dsmoe.checkpoint.fit import check_fits, check_types, refuse, tensor_rows
 from dsmoe.checkpoint.folder import check_surely, checkpoint_name, inspect
-from dsmoe.checkpoint.fragments import MOMENTS, inner_optimizer
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, Reading, check_headers
 from dsmoe.checkpoint.planning import PartsLoadPlanner, PartsSavePlanner, by_key
 from dsmoe.checkpoint.removal import remove_old
+from dsmoe.checkpoint.safetensors import NAMES
 from dsmoe.checkpoint.sharing import NamedBox, own_share
 from dsmoe.checkpoint.staging import HostBuffer
 from dsmoe.checkpoint.state import (
@@ -44,13 +43,14 @@ from dsmoe.checkpoint.state import (
 )
 from dsmoe.checkpoint.storage import FolderReader, FolderWriter
 from dsmoe.config.schema import Config
-from dsmoe.parallel.boxes import Placement
-from dsmoe.parallel.distributed import on_every_rank, on_first_rank
-from dsmoe.parallel.draw import seed_of
-from dsmoe.parallel.jobs import Job
-from dsmoe.parallel.lost import LostRanksError, is_lost
-from dsmoe.parallel.waiting import while_watched
-from dsmoe.parallel.watch import note
+from dsmoe.engine.optimizer_state import MOMENTS, inner_optimizer
+from dsmoe.parallel.random_weights import seed_of
+from dsmoe.parallel.sharding import Placement
+from dsmoe.runtime.lost_ranks import LostRanksError, is_lost
+from dsmoe.runtime.processes import on_every_rank, on_first_rank
+from dsmoe.runtime.progress import Job
+from dsmoe.runtime.waiting import while_watched
+from dsmoe.runtime.watchdog import note
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

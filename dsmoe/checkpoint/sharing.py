@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from dsmoe.parallel.boxes import Box
+from dsmoe.parallel.sharding import Box
 
 NamedBox = tuple[str, Box]
 

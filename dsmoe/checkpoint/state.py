@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from dsmoe.checkpoint.fragments import (
+from dsmoe.checkpoint.ranges import boxes_of_range
+from dsmoe.config.errors import UserError
+from dsmoe.config.schema import Config
+from dsmoe.engine.optimizer_state import (
     MOMENTS,
     Fragment,
     check_links,
@@ -25,10 +28,7 @@ from dsmoe.checkpoint.fragments import (
     make_moments,
     moments_of,
 )
-from dsmoe.checkpoint.ranges import boxes_of_range
-from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Config
-from dsmoe.parallel.boxes import Box, Placement
+from dsmoe.parallel.sharding import Box, Placement
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dsmoe.checkpoint.files import DTYPES, NAMES, Item, read_tensor, write_items
 from dsmoe.checkpoint.folder import spare_name
 from dsmoe.checkpoint.headers import BYTES
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor, box_name
 from dsmoe.checkpoint.removal import discard, hidden_name, is_others, remove, remove_leftovers
-from dsmoe.durable import publish_folder, sync_folder, write_synced
-from dsmoe.parallel.jobs import Account
+from dsmoe.checkpoint.safetensors import DTYPES, NAMES, Item, read_tensor, write_items
+from dsmoe.runtime.atomic_files import publish_folder, sync_folder, write_synced
+from dsmoe.runtime.progress import Account
 
 logger = logging.getLogger(__name__)
 

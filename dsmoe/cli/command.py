@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from dsmoe import __version__
-from dsmoe.cli import checkpoint, config, launch, preparation
+from dsmoe.cli import checkpoint_commands, config_commands, launch_commands, preparation_commands
 from dsmoe.config import UserError
 from dsmoe.config.errors import describe, exit_code_of, located
-from dsmoe.console import finish_streams, open_missing_streams
 from dsmoe.exit_codes import DONE, FAILED, INTERRUPTED
-from dsmoe.launch.speaker import print_for_host
-from dsmoe.launch.start import Parser, UsageError, wrong_arguments
+from dsmoe.runtime.reporting_rank import print_for_host
+from dsmoe.runtime.standard_streams import finish_streams, open_missing_streams
+from dsmoe.runtime.start import Parser, UsageError, wrong_arguments
 
 # Neither this nor a module of a command imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login
 # node. A command that needs more imports it when it runs.
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (config, launch, preparation, checkpoint):  # in the order of `dsmoe --help`
+    for module in (config_commands, launch_commands, preparation_commands, checkpoint_commands):  # as `--help` does
         module.add_commands(commands)
     return parser
 
@@ -69,7 +69,7 @@ def _say_wrong_arguments(error: UsageError) -> int:
     """Say what is wrong with the arguments, on one of the ranks; returns the exit code."""
     code = wrong_arguments(error).ended()
     if code is None:  # rank 0 has other arguments, and waits for this rank
-        from dsmoe.train.ending import ended_by
+        from dsmoe.runtime.failure_exit import ended_by
 
         code = ended_by(error)
     return code

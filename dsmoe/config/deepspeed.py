@@ -205,7 +205,7 @@ def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "bf16": {"enabled": config.train.precision == "bf16"},
-        "communication_data_type": "fp32",  # of gradients, which are summed in fp32 (dsmoe.train.gradient_sums)
+        "communication_data_type": "fp32",  # of gradients, which are summed in fp32 (dsmoe.engine.gradient_sums)
         "zero_optimization": {"stage": stage},
         # Without ZeRO, DeepSpeed averages the experts' norms over the ranks instead of adding them up (0.19.8,
         # runtime/utils.py:413), so there dsmoe clips and DeepSpeed must not.

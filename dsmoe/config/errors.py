@@ -34,6 +34,10 @@ class PassingError(UserError):
     exit_code = FAILED
 
 
+class ExplainedError(RuntimeError):
+    """What ends a run and is no mistake in its input; the message says all, and is printed without a traceback."""
+
+
 def refuse(problems: Iterable[Problem]) -> None:
     """Refuse what a constructor was given, by the keys' names within their sections: its arguments have none.
 
@@ -80,7 +84,7 @@ def describe(error: OSError) -> str:
 
 
 def located(error: OSError) -> str:
-    """The same, and the line of dsmoe that met it, for whoever has no traceback: `... (dsmoe/durable.py:52)`."""
+    """The same, and the line of dsmoe that met it, for whoever has no traceback: `... (dsmoe/data/cache.py:52)`."""
     place = getattr(error, "place", None) or _place(error)
     return f"{describe(error)} ({place})" if place else describe(error)
 

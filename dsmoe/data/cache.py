@@ -18,6 +18,7 @@ import numpy as np
 
 from dsmoe.config.errors import UserError, system_error
 from dsmoe.config.schema import Config, Data, Source
+from dsmoe.data.cache_staging import in_the_making
 from dsmoe.data.corpora import TextDigest, documents
 from dsmoe.data.finding import Place, damage_of_copies, folders_alike, origin_of, place_of, served_note
 from dsmoe.data.look import look_first
@@ -33,7 +34,6 @@ from dsmoe.data.meta import (
 )
 from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_documents
 from dsmoe.data.packing import Packed, Progress, copy_documents, document_hash, pack
-from dsmoe.data.partial import in_the_making
 from dsmoe.data.prepared import PreparedSource, too_short
 from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
 from dsmoe.data.stored import (
@@ -47,7 +47,7 @@ from dsmoe.data.stored import (
     verify,
 )
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
-from dsmoe.durable import publish_folder, sync_file, sync_folder
+from dsmoe.runtime.atomic_files import publish_folder, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsmoe.config.sealed import is_sealed, sealed_json
 from dsmoe.data.stored import DamagedCacheError, StoredFile
-from dsmoe.durable import NotAFileError, check_regular, not_a_file
+from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
 
 META = "meta.json"
 FORMAT_VERSION = 2

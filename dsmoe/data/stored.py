@@ -17,7 +17,7 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest, xxh3_128_hexdigest
 
 from dsmoe.config.errors import UserError
-from dsmoe.durable import NotAFileError, check_regular, not_a_file
+from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
 
 CHUNK = 1 << 16
 """Bytes for each checksum."""

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from dsmoe.checkpoint.files import Item, write_items
 from dsmoe.checkpoint.folder import verify
 from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.checkpoint.safetensors import Item, write_items
 from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.durable import write_synced
 from dsmoe.interop.architectures import choose
 from dsmoe.interop.architectures.architecture import Architecture
-from dsmoe.interop.files import whole_folder
+from dsmoe.interop.export_tokenizer import TokenizerFiles, tokenizer_files
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
+from dsmoe.interop.model_files import whole_folder
 from dsmoe.interop.names import BIAS, Match, matches
 from dsmoe.interop.tensors import Tensors, checkpoint_tensors
-from dsmoe.interop.tokenizer import TokenizerFiles, tokenizer_files
+from dsmoe.runtime.atomic_files import write_synced
 from dsmoe.train.changed import saved_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -12,13 +12,13 @@ import torch
 
 from dsmoe.checkpoint.state import BUFFER
 from dsmoe.config.errors import UserError
-from dsmoe.durable import check_regular
 from dsmoe.interop.architectures import architecture_of
-from dsmoe.interop.files import Slot, read_header
 from dsmoe.interop.logits import NO_CODE, import_transformers, refuse_code
+from dsmoe.interop.model_files import Slot, read_header
 from dsmoe.interop.names import Match
 from dsmoe.interop.settings import check_settings
 from dsmoe.interop.tensors import Tensors, Tile, Tiled
+from dsmoe.runtime.atomic_files import check_regular
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")

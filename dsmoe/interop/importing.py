@@ -12,9 +12,9 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Model, Moe
 from dsmoe.config.yaml_text import write_yaml
 from dsmoe.interop.architectures import architecture_of
-from dsmoe.interop.files import whole_folder
 from dsmoe.interop.huggingface import folder_tensors, read_settings, read_slots
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
+from dsmoe.interop.model_files import whole_folder
 from dsmoe.interop.names import matches
 from dsmoe.interop.sections import describe, sections_of
 from dsmoe.interop.tensors import checkpoint_tensors

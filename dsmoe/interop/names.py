@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.schema import Config
-from dsmoe.parallel.boxes import Box
+from dsmoe.parallel.sharding import Box
 from dsmoe.plan.layers import head_dim, is_moe_layer, num_kv_heads
 
 ROUTER = "ffn.deepspeed_moe.gate.wg.weight"

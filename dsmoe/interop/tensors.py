@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from dsmoe.checkpoint.manifest import Manifest
-from dsmoe.interop.files import Slot
-from dsmoe.parallel.boxes import Box
+from dsmoe.interop.model_files import Slot
+from dsmoe.parallel.sharding import Box
 
 
 @dataclass(frozen=True)

@@ -26,26 +26,26 @@ import torch
 
 from dsmoe.checkpoint.fit import refuse, rows
 from dsmoe.checkpoint.folder import inspect, verify
+from dsmoe.checkpoint.inspection import one_checkpoint
 from dsmoe.checkpoint.manifest import DamagedError
-from dsmoe.checkpoint.show import one_checkpoint
 from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Moe
 from dsmoe.config.sections.model import DENSE_ACTIVATION
 from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.export import config_of
-from dsmoe.interop.files import whole_folder
 from dsmoe.interop.huggingface import folder_tensors, read_settings, read_slots
 from dsmoe.interop.importing import with_sections
 from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
+from dsmoe.interop.model_files import whole_folder
 from dsmoe.interop.names import BIAS, EXPERTS_DOWN, EXPERTS_GATE_UP, ROUTER, matches
 from dsmoe.interop.sections import describe, sections_of
 from dsmoe.interop.tensors import Tensors, Tile, Tiled, checkpoint_tensors
 from dsmoe.interop.weights import write_checkpoint
 from dsmoe.launch.quoting import path_override
 from dsmoe.moe.scores import SCORES
-from dsmoe.parallel.boxes import Box
-from dsmoe.parallel.draw import normal_from, seed_of
+from dsmoe.parallel.random_weights import normal_from, seed_of
+from dsmoe.parallel.sharding import Box
 from dsmoe.plan.layers import dense_layers, is_moe_layer
 
 SMALL_LOGITS = 0.01

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from dsmoe import __version__
-from dsmoe.checkpoint.files import NAMES, Item, write_items
 from dsmoe.checkpoint.manifest import MANIFEST, Facts, Manifest, StoredBox, StoredFile, StoredTensor, box_name
+from dsmoe.checkpoint.safetensors import NAMES, Item, write_items
 from dsmoe.checkpoint.storage import FILE_BYTES
 from dsmoe.config.schema import Config
-from dsmoe.durable import write_synced
 from dsmoe.interop.tensors import Tensors, Tile
+from dsmoe.runtime.atomic_files import write_synced
 
 NO_OPTIMIZER = "none (weights only)"
 """What the manifest says of the optimizer, so that a run which wants its state says what it lacks."""

@@ -20,9 +20,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dsmoe.durable import write_whole
 from dsmoe.exit_codes import DONE, FAILED, STOPPED, USER_ERROR, of_signal
-from dsmoe.launch.rendezvous import slurm_attempt
+from dsmoe.runtime.atomic_files import write_whole
+from dsmoe.runtime.rendezvous import slurm_attempt
 
 MOST_FAILURES = 3
 """So many attempts of a job may fail without one of them getting further than those before."""

@@ -14,7 +14,7 @@ from dsmoe.exit_codes import STOPPED
 from dsmoe.launch.job import Job, Request
 from dsmoe.launch.quoting import compose_text, path_argument, path_assignment
 from dsmoe.plan.devices import resolve_device
-from dsmoe.plan.report import headline
+from dsmoe.plan.plan import headline
 from dsmoe.plan.topology import Topology
 
 ON_A_MACHINE = 'NODE_RANK=0 MASTER_ADDR="$(hostname)" SHARED=/shared USER_ID="$(id -u)"'

@@ -15,13 +15,13 @@ from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import show_value
 from dsmoe.launch.job import Job, Request
-from dsmoe.launch.nodelist import MOST_HOSTS, expand
 from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import settings_for
-from dsmoe.plan.report import headline
+from dsmoe.plan.plan import headline
 from dsmoe.plan.text import first_and_last, quantity
 from dsmoe.plan.topology import Topology
+from dsmoe.runtime.nodelist import MOST_HOSTS, expand
 
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
 _LINE = re.compile(r"([^\s-]\S*)\s+slots=([0-9]{1,9})(?:\s.*)?")

@@ -11,8 +11,8 @@ from dsmoe.config.load import included_files, read_as_written
 from dsmoe.config.paths import is_of_host, paths_as_written, variables_of
 from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
-from dsmoe.durable import write_whole
 from dsmoe.launch.quoting import path_argument, shell_command, shell_word, ssh_path, ssh_word
+from dsmoe.runtime.atomic_files import write_whole
 
 
 def default_folder(config: Config) -> str:

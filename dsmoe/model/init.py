@@ -9,7 +9,7 @@ from torch import nn
 
 from dsmoe.config.schema import Config
 from dsmoe.moe.layer import MoE
-from dsmoe.parallel.draw import normal_from, seed_of
+from dsmoe.parallel.random_weights import normal_from, seed_of
 
 if TYPE_CHECKING:
     from dsmoe.model.transformer import Transformer

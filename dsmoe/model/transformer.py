@@ -11,15 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.model import DENSE_ACTIVATION
-from dsmoe.model.attention import Attention, Rotary
 from dsmoe.model.init import initialise
-from dsmoe.model.loss import token_losses
-from dsmoe.moe.dense import FeedForward
 from dsmoe.moe.layer import MoE
 from dsmoe.moe.layout import Layout
+from dsmoe.nn.attention import Attention, Rotary
+from dsmoe.nn.feed_forward import FeedForward
+from dsmoe.nn.linear import ColumnLinear, VocabEmbedding
+from dsmoe.nn.loss import token_losses
+from dsmoe.nn.norm import RMSNorm
 from dsmoe.parallel.groups import ExpertGroup, Groups, TensorGroup
-from dsmoe.parallel.regions import enter_split, enter_tokens, leave_columns, leave_tokens
-from dsmoe.parallel.tensor import ColumnLinear, RMSNorm, VocabEmbedding
+from dsmoe.parallel.mappings import enter_split, enter_tokens, leave_columns, leave_tokens
 from dsmoe.plan.layers import head_dim, is_moe_layer
 
 

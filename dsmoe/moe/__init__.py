@@ -3,6 +3,6 @@
 from dsmoe.moe.layer import MoE
 from dsmoe.moe.layout import Layout
 from dsmoe.moe.stats import LayerStatistics, read_statistics
-from dsmoe.moe.steps import begin_step, hold_drop_rate, update_routers
+from dsmoe.moe.step_updates import begin_step, hold_drop_rate, update_routers
 
 __all__ = ["LayerStatistics", "Layout", "MoE", "begin_step", "hold_drop_rate", "read_statistics", "update_routers"]

@@ -2,7 +2,7 @@
 
 Three means that can be combined: the load-balancing loss, the z-loss, and a bias on the selection. What needs the
 counts of all ranks and micro-batches of a step (`scope` global, the bias) is brought up to date between the steps by
-`dsmoe.moe.steps.update_routers`.
+`dsmoe.moe.step_updates.update_routers`.
 
 Shape suffixes: see `dsmoe.moe.router`.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from dsmoe.config import schema
-from dsmoe.moe.kernels import on_gpu
+from dsmoe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.regions import reduce, sum_over_ranks
+from dsmoe.parallel.mappings import reduce, sum_over_ranks
 
 
 class BalanceLosses(NamedTuple):
@@ -120,7 +120,7 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     """
     flat_A = experts.reshape(-1)
     if on_gpu(flat_A):
-        from dsmoe.moe.kernels.permute import count_by_expert
+        from dsmoe.kernels.permute import count_by_expert
 
         return count_by_expert(flat_A, num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_A.device)

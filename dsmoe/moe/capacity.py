@@ -14,9 +14,9 @@ from dsmoe.config import schema
 from dsmoe.config.errors import refuse
 from dsmoe.config.registry import entry_named
 from dsmoe.config.sections.moe import capacity_problems
+from dsmoe.kernels import on_gpu
 from dsmoe.moe.balance import count_experts
-from dsmoe.moe.draws import uniform
-from dsmoe.moe.kernels import on_gpu
+from dsmoe.moe.replay import uniform
 from dsmoe.moe.router import Routing
 
 DROPS = 1
@@ -251,7 +251,7 @@ def limit(
         capacity: C, or None to keep all.
         drop_policy: an entry of `DROP_POLICIES`. Equal ranks are settled by position, so what is kept is exact and,
             but for chance, the same on every device.
-        key: what it draws from (see `dsmoe.moe.draws`); None is torch's generator.
+        key: what it draws from (see `dsmoe.moe.replay`); None is torch's generator.
     """
     flat_A = routing.experts_TK.reshape(-1)
     num_experts = assigned_E.numel()
@@ -277,7 +277,7 @@ def limit(
 def _by_expert(expert_A: torch.Tensor, assigned_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The order that sorts by expert and is stable, and in that order the expert and the place within it."""
     if on_gpu(expert_A):
-        from dsmoe.moe.kernels.permute import sort_by_expert
+        from dsmoe.kernels.permute import sort_by_expert
 
         return sort_by_expert(expert_A, assigned_E.numel())[1:]
     order_A = expert_A.argsort(stable=True)

@@ -34,8 +34,7 @@ from typing import Protocol
 import torch
 
 from dsmoe.moe.capacity import Assignments, by_chunk
-from dsmoe.moe.rows import RowMap, gather_rows, gather_weights, sum_rows
-from dsmoe.parallel.agreement import agree
+from dsmoe.moe.permutation import RowMap, gather_rows, gather_weights, sum_rows
 from dsmoe.parallel.collectives import (
     Exchange,
     InFlight,
@@ -46,6 +45,7 @@ from dsmoe.parallel.collectives import (
     start_all_to_all,
 )
 from dsmoe.parallel.groups import ExpertGroup
+from dsmoe.parallel.shape_check import agree
 
 
 @dataclass(frozen=True)

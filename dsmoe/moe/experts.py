@@ -15,13 +15,14 @@ from torch import nn
 from dsmoe.config import schema
 from dsmoe.config.errors import refuse
 from dsmoe.config.sections.moe import row_problems
-from dsmoe.moe.activations import find_activation
 from dsmoe.moe.dispatch import Dispatched
-from dsmoe.moe.ffn import ExpertRows, expert_ffn, runs_in_groups
+from dsmoe.moe.grouped_ffn import ExpertRows, expert_ffn, runs_in_groups
+from dsmoe.moe.permutation import gather_rows, gather_weights, sum_rows
 from dsmoe.moe.router import Router
-from dsmoe.moe.rows import gather_rows, gather_weights, sum_rows
-from dsmoe.parallel.draw import normal_from, seed_of
-from dsmoe.parallel.tensor import Shard, mark_split
+from dsmoe.nn.activations import find_activation
+from dsmoe.nn.linear import mark_split
+from dsmoe.parallel.random_weights import normal_from, seed_of
+from dsmoe.parallel.sharding import Shard
 
 
 def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
@@ -50,7 +51,7 @@ class StackedExperts(nn.Module):
         hidden_size: D.
         num_local_experts: L.
         options: `expert_ffn_size` is I over all slices.
-        recompute: compute the pre-activation again in the backward pass; see `dsmoe.moe.ffn.ExpertRows`.
+        recompute: compute the pre-activation again in the backward pass; see `dsmoe.moe.grouped_ffn.ExpertRows`.
         num_slices: into how many parts the experts' inner width is cut; this is one of them.
     """
 

@@ -33,10 +33,10 @@ from dsmoe.moe.dispatch import (
     cut,
     in_chunks,
 )
-from dsmoe.moe.rows import RowMap, gather_rows, gather_weights
-from dsmoe.parallel.agreement import agree
+from dsmoe.moe.permutation import RowMap, gather_rows, gather_weights
 from dsmoe.parallel.collectives import Exchange, InFlight, Traffic, Transfer, exchange_counts, start_all_to_all
 from dsmoe.parallel.groups import ExpertGroup
+from dsmoe.parallel.shape_check import agree
 
 
 def choose_dispatch(group: ExpertGroup, padded: bool, num_chunks: int) -> Dispatch:

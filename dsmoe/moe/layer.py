@@ -16,9 +16,7 @@ from dsmoe.config import schema
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, Sections, check_kind, check_switches, to_sections
-from dsmoe.moe.dense import FeedForward, join_dense
 from dsmoe.moe.dispatch import Dispatch
-from dsmoe.moe.draws import Draws, repeating
 from dsmoe.moe.experts import (
     ExpertDraw,
     ModuleExperts,
@@ -28,11 +26,13 @@ from dsmoe.moe.experts import (
 )
 from dsmoe.moe.hierarchical import choose_dispatch
 from dsmoe.moe.layout import Layout, check_sizes
+from dsmoe.moe.replay import Draws, repeating
 from dsmoe.moe.router import Router
 from dsmoe.moe.stats import RoutingStatistics
-from dsmoe.parallel.draw import seed_of, uniform_from
+from dsmoe.nn.feed_forward import FeedForward, join_dense
 from dsmoe.parallel.groups import ExpertGroup
-from dsmoe.parallel.regions import sum_gradients
+from dsmoe.parallel.mappings import sum_gradients
+from dsmoe.parallel.random_weights import seed_of, uniform_from
 
 
 class MoE(DeepSpeedMoE):
@@ -338,7 +338,7 @@ class MoE(DeepSpeedMoE):
         return self.router.noise.is_random or self.limit.drop_policy.is_random
 
     def _begin_pass(self, x_TD: torch.Tensor) -> torch.Tensor | None:
-        """What this forward pass draws from, None where nothing is random; see `dsmoe.moe.draws`."""
+        """What this forward pass draws from, None where nothing is random; see `dsmoe.moe.replay`."""
         return self._draws.begin(self._draw.seed, x_TD, self.training) if self._is_random else None
 
     def take_traffic(self) -> tuple[float, float]:

@@ -20,10 +20,10 @@ from dsmoe.config import schema
 from dsmoe.config.errors import refuse
 from dsmoe.config.registry import entry_named
 from dsmoe.config.sections.moe import choice_problems, group_problems
-from dsmoe.moe.kernels import on_gpu
+from dsmoe.kernels import on_gpu
 from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES, TINY
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.regions import sum_gradients
+from dsmoe.parallel.mappings import sum_gradients
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Router(nn.Module):
             x_TD: the tokens.
             mask_T: bool; where it is False the token goes nowhere.
             bias_E: added to the scores that choose, not to those that weigh (see `dsmoe.moe.balance.Balance`).
-            key: what noise is drawn from (see `dsmoe.moe.draws`); None is torch's generator.
+            key: what noise is drawn from (see `dsmoe.moe.replay`); None is torch's generator.
             capacity: C, how many tokens an expert chooses where experts choose.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -148,7 +148,7 @@ class Router(nn.Module):
         _: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`_decide` where tokens choose, as one kernel unless the choice goes by more than scores and bias."""
-        from dsmoe.moe.kernels.topk_router import route
+        from dsmoe.kernels.topk_router import route
 
         options, preference_TE = self.options, None
         if options.force_balanced or options.num_groups > 1 or (self.training and self.noise.on_choice is not None):

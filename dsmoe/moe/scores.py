@@ -1,7 +1,7 @@
 """What a router chooses by name: how logits become scores, what a group of experts is worth, and noise.
 
 Each entry holds all that depends on its name. A new name needs an entry here and a place in the field's type in
-`dsmoe.config.sections.moe`, and a score a branch in `dsmoe.moe.kernels.topk_router`.
+`dsmoe.config.sections.moe`, and a score a branch in `dsmoe.kernels.topk_router`.
 
 Shape suffixes: see `dsmoe.moe.router`; x experts of a group.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsmoe.moe.draws import uniform
+from dsmoe.moe.replay import uniform
 
 TINY = 1e-20
 """Added to a sum of scores before dividing by it, as DeepSeek-V3 does: sigmoids can all underflow to 0."""
@@ -31,7 +31,7 @@ class Score:
         name: its key in `SCORES`.
         of_logits: the scores; autograd must be able to differentiate it.
         over_experts: from scores to probabilities, which add up to 1 over the experts of a token.
-        kernel: what `dsmoe.moe.kernels.topk_router` knows the score by; None where it has no code for it.
+        kernel: what `dsmoe.kernels.topk_router` knows the score by; None where it has no code for it.
     """
 
     name: str

@@ -14,7 +14,7 @@ from torch import nn
 
 from dsmoe.moe.balance import BalanceLosses, mean_over_tokens
 from dsmoe.moe.capacity import Assignments
-from dsmoe.moe.draws import unless_repeating
+from dsmoe.moe.replay import unless_repeating
 from dsmoe.moe.router import Routing
 
 _SCALARS = (

@@ -1,6 +1,5 @@
-"""Live process groups, and collectives that autograd understands."""
+"""Live process groups, collectives that autograd understands, and pieces of tensors."""
 
-from dsmoe.parallel.distributed import Rank, join_processes, leave_processes
 from dsmoe.parallel.groups import ExpertGroup, Groups, TensorGroup
 
-__all__ = ["ExpertGroup", "Groups", "Rank", "TensorGroup", "join_processes", "leave_processes"]
+__all__ = ["ExpertGroup", "Groups", "TensorGroup"]

@@ -11,7 +11,7 @@ from deepspeed import comm
 from torch.autograd.function import once_differentiable
 
 from dsmoe.parallel.groups import ExpertGroup
-from dsmoe.parallel.watch import note
+from dsmoe.runtime.watchdog import note
 
 
 @dataclass

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
-from dsmoe.launch.world import launched_world
-from dsmoe.parallel.claims import check_alike
-from dsmoe.parallel.distributed import join_processes
 from dsmoe.plan.topology import AXES, Axis, Topology
+from dsmoe.runtime.consistency import check_alike
+from dsmoe.runtime.processes import join_processes
+from dsmoe.runtime.world import launched_world
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dsmoe.parallel.watch import note
 from dsmoe.preflight.results import Link
 from dsmoe.preflight.workload import Message, Product
+from dsmoe.runtime.watchdog import note
 
 WINDOW_SECONDS = 0.5
 """How long each product and copy goes on."""

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.waiting import while_watched
-from dsmoe.parallel.watch import STORE_SECONDS, process_watch
 from dsmoe.preflight.results import RankReport
+from dsmoe.runtime.lost_ranks import LostRanksError
+from dsmoe.runtime.waiting import while_watched
+from dsmoe.runtime.watchdog import STORE_SECONDS, process_watch
 
 Answer = dict[str, Any]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import write_yaml
-from dsmoe.durable import write_whole
 from dsmoe.plan import resolve_device
 from dsmoe.plan.text import quantity, table
 from dsmoe.preflight.judge import Check, Verdict
-from dsmoe.preflight.judge.names import amount, share
+from dsmoe.preflight.judge.wording import amount, share
 from dsmoe.preflight.results import RankReport
+from dsmoe.runtime.atomic_files import write_whole
 
 MEMORY_DIFFERS = 0.03
 

@@ -1,6 +1,6 @@
 """What each rank does in turn. Every stage fills a part of its report, and rank 0 says whether to go on.
 
-The stages are this process' steps in `dsmoe.parallel.watch`: whoever hangs or dies is named with the stage it was in.
+The stages are this process' steps in `dsmoe.runtime.watchdog`: whoever hangs or dies is named with the stage it was in.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ from pathlib import Path
 import torch
 
 from dsmoe.config.schema import Config
-from dsmoe.parallel import Groups, Rank
-from dsmoe.parallel.distributed import set_timeout_everywhere
-from dsmoe.parallel.watch import process_watch
+from dsmoe.parallel import Groups
 from dsmoe.plan import Topology, count_parameters, resolve_device
-from dsmoe.preflight.facts import steering, versions
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS, Verdict, Workload, judge
 from dsmoe.preflight.measure import (
     GIB,
@@ -35,8 +32,11 @@ from dsmoe.preflight.measure import (
     write_rate,
 )
 from dsmoe.preflight.meeting import Answer, meet, part
+from dsmoe.preflight.rank_facts import steering, versions
 from dsmoe.preflight.results import SQUARE, Promise, RankReport
 from dsmoe.preflight.workload import Pairs, Product, group_ranks, messages, products, rounds
+from dsmoe.runtime.processes import Rank, set_timeout_everywhere
+from dsmoe.runtime.watchdog import process_watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BYTES_PER_PARAMETER = 12

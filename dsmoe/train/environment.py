@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import torch
 
-from dsmoe.durable import write_whole
-from dsmoe.launch.world import launched_world
+from dsmoe.runtime.atomic_files import write_whole
+from dsmoe.runtime.world import launched_world
 
 _PACKAGES = ("dsmoe", "torch", "deepspeed", "datasets", "tokenizers", "numpy", "pydantic")
 _NAMES = """

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmoe.data import PreparedSource, ValidationLoader, bigram_nats
-from dsmoe.parallel.jobs import Job
-from dsmoe.parallel.watch import note
+from dsmoe.runtime.progress import Job
+from dsmoe.runtime.watchdog import note
 from dsmoe.train.phases import Phase
 
 

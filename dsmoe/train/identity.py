@@ -18,7 +18,7 @@ from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten, spelled_out
 from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
-from dsmoe.durable import check_regular, write_whole
+from dsmoe.runtime.atomic_files import check_regular, write_whole
 
 _OF_THE_ORDER = ("data.sources", "data.seed", "data.validation_fraction")
 """What may change besides free keys where `data.changed_order` accepts it. Where there are checkpoints, `check_order`

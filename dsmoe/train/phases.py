@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from dsmoe.parallel.watch import SAVING, process_watch
+from dsmoe.runtime.watchdog import SAVING, process_watch
 
 
 class Phase(StrEnum):

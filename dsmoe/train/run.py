@@ -24,22 +24,25 @@ from dsmoe.config.deepspeed import to_deepspeed
 from dsmoe.config.errors import UserError, describe
 from dsmoe.config.schema import Config
 from dsmoe.exit_codes import DONE, STOPPED
-from dsmoe.launch.start import Start, begin, pretrain_program
-from dsmoe.launch.world import for_this_world
-from dsmoe.observe import JsonLines, Sink, TensorBoard
-from dsmoe.parallel import Groups, Rank, join_processes, leave_processes
-from dsmoe.parallel.distributed import on_every_rank, on_first_rank, quiet_deepspeed
-from dsmoe.parallel.watch import process_watch
+from dsmoe.metrics import JsonLines, Sink, TensorBoard
+from dsmoe.parallel import Groups
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import adjustments
-from dsmoe.plan.report import Plan
+from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import shown
+from dsmoe.runtime.failure_exit import end_stalled, ended_by
+from dsmoe.runtime.failure_reports import FOLDER as FAILURES
+from dsmoe.runtime.failure_reports import Reports, make_folder, record_collectives
+from dsmoe.runtime.processes import Rank, join_processes, leave_processes, on_every_rank, on_first_rank, quiet_deepspeed
+from dsmoe.runtime.start import Start, begin, pretrain_program
+from dsmoe.runtime.watchdog import process_watch
+from dsmoe.runtime.world import for_this_world
 from dsmoe.train.alike import claims_of_run
-from dsmoe.train.ending import end_stalled, ended_by
-from dsmoe.train.engine import prepare_data
 from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
-from dsmoe.train.folder import (
+from dsmoe.train.initialize import prepare_data
+from dsmoe.train.run_files import forget_run
+from dsmoe.train.run_folder import (
     Beginning,
     check_shared,
     claim_run_folder,
@@ -48,9 +51,6 @@ from dsmoe.train.folder import (
     run_folder,
     set_later_aside,
 )
-from dsmoe.train.reports import FOLDER as FAILURES
-from dsmoe.train.reports import Reports, make_folder, record_collectives
-from dsmoe.train.run_files import forget_run
 from dsmoe.train.summary import BITS_PER_BYTE, summary
 from dsmoe.train.trainer import Trainer
 

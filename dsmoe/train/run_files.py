@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
-from dsmoe.durable import NotAFileError, check_regular, not_a_file
+from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
 from dsmoe.train.identity import RECORD
 
 LOCK, TOKEN = ".lock", ".token"

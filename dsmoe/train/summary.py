@@ -15,10 +15,10 @@ from dsmoe.config.schema import Config
 from dsmoe.launch.job import Request
 from dsmoe.launch.programs import typed
 from dsmoe.launch.quoting import path_argument, shell_word
-from dsmoe.launch.world import SRUN, launched_world
 from dsmoe.plan.batch import Batch
+from dsmoe.runtime.world import SRUN, launched_world
 from dsmoe.train.changed import rate_when_longer
-from dsmoe.train.folder import free_name
+from dsmoe.train.run_folder import free_name
 
 BITS_PER_BYTE = "eval/bits_per_byte"
 HELD_OUT = "eval/held_out"

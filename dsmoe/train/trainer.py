@@ -17,26 +17,27 @@ import torch
 
 from dsmoe.checkpoint.checkpoints import Checkpoints
 from dsmoe.checkpoint.folder import all_checkpoints, inspect, step_of
+from dsmoe.checkpoint.placement import placements
 from dsmoe.checkpoint.removal import set_aside
+from dsmoe.config.errors import ExplainedError
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, ValidationLoader
 from dsmoe.data.loader import train_sequences
+from dsmoe.engine.update_guard import UpdateGuard, propagate_non_finite
+from dsmoe.metrics import Meter, Sink, console_line
+from dsmoe.metrics.meter import Constants
 from dsmoe.model import build_model
 from dsmoe.moe import begin_step, hold_drop_rate, update_routers
-from dsmoe.observe import Meter, Sink, console_line
-from dsmoe.observe.meter import Constants
-from dsmoe.parallel.distributed import Rank, on_first_rank
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.flops import flops_per_token
 from dsmoe.plan.text import quantity
+from dsmoe.runtime.processes import Rank, on_first_rank
 from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate
-from dsmoe.train.engine import initialize, prepare_data
 from dsmoe.train.evaluate import HeldOut, evaluate, text_of
-from dsmoe.train.guard import UpdateGuard, propagate_non_finite
+from dsmoe.train.initialize import initialize, prepare_data
 from dsmoe.train.phases import Phase, phase
-from dsmoe.train.placement import placements
 from dsmoe.train.signals import StopSignals
 from dsmoe.train.summary import HELD_OUT, after_divergence
 
@@ -47,7 +48,7 @@ MAX_SKIPPED_IN_A_ROW = 20
 """DeepSpeed skips a step whose gradients are not finite; a run that only skips is over."""
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(ExplainedError):
     """The loss or the state is no longer finite, or no step is taken any more."""
 
 
@@ -189,7 +190,7 @@ class Trainer:
     def step(self) -> torch.Tensor | float:
         """One optimizer step; returns the gradient norm before clipping, on the device where it is there.
 
-        If that or a loss is not finite, on any rank, the state stays as it was; see `dsmoe.train.guard`.
+        If that or a loss is not finite, on any rank, the state stays as it was; see `dsmoe.engine.update_guard`.
         """
         self.meter.begin_step()
         begin_step(self.moe_layers, self.step_index)

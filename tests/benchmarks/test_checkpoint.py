@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.checkpoint import summarise, table, take_turns
 from benchmarks.measuring import RESULTS
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.train.layouts import this_rank
 
 PAGE = RESULTS.parents[1] / "docs" / "checkpoints.md"

@@ -328,7 +328,7 @@ def test_figures_of_another_machine_are_taken_over_whole(tmp_path: Path) -> None
     file = results_in(elsewhere, "2026-12-01 10:00 UTC")
     changed = adopt.adopt(file, root)
     assert changed == [
-        "took sm_90.permute into dsmoe/moe/kernels/blocks.json",
+        "took sm_90.permute into dsmoe/kernels/blocks.json",
         f"copied benchmarks/results/{file.name}",
         f"copied benchmarks/results/{file.stem}.md",
         "wrote the status in README.md",

@@ -15,8 +15,8 @@ import torch
 from benchmarks.gpu.tune import CASES, GRID, TINY_SHAPES, Case, adopt, best, main, measure, tune_kernel
 from benchmarks.measuring import Deadline, Row, Rows
 from benchmarks.peers import Shape
-from dsmoe.moe.kernels import blocks
-from dsmoe.moe.kernels.blocks import SIZES
+from dsmoe.kernels import blocks
+from dsmoe.kernels.blocks import SIZES
 from tests.moe import DEVICE
 
 DEFAULT, GOOD, OTHER = ({"block": block, "warps": 1} for block in (128, 64, 32))

@@ -14,9 +14,9 @@ from benchmarks import train_step
 from benchmarks.measuring import RESULTS, Rows
 from benchmarks.train_step import OPPONENTS, Entrants, measure, table
 from benchmarks.workload import SHAPES, Run, make_config, sequences_that_fit
-from dsmoe.parallel import Rank
 from dsmoe.plan import count_parameters
 from dsmoe.plan.flops import flops_per_token
+from dsmoe.runtime.processes import Rank
 
 PAGE = RESULTS.parents[1] / "docs" / "training_step.md"
 

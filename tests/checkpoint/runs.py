@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dsmoe.checkpoint.files import DTYPES, read_tensor
 from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.checkpoint.safetensors import DTYPES, read_tensor
 from dsmoe.config.schema import Config
 from dsmoe.train import Trainer
 from tests.train.layouts import make_trainer, small_config

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe import cli
-from dsmoe.parallel.local import CONTEXT
+from dsmoe.runtime.spawn import CONTEXT
 from tests.checkpoint import marked
 from tests.ports import free_port
 

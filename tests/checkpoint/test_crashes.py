@@ -20,7 +20,7 @@ from dsmoe.checkpoint.removal import remove_old
 from dsmoe.checkpoint.state import whole_part
 from dsmoe.checkpoint.storage import FolderWriter
 from dsmoe.config.schema import Checkpoint as CheckpointSection
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.checkpoint.crashes import disturb_runs, figures
 from tests.train.test_run import pretrain, refused, write_config
 

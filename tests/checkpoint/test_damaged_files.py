@@ -10,7 +10,7 @@ import pytest
 
 from dsmoe.checkpoint.folder import verify
 from dsmoe.checkpoint.manifest import DamagedError
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests import damage
 from tests.checkpoint.test_crashes import save_small
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.checkpoint.runs import folder_of, go_on, layout_config, save_between, tensors_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ import pytest
 from torch.distributed.checkpoint import CheckpointException
 
 from dsmoe.checkpoint import checkpoints as saving
-from dsmoe.checkpoint import failures, files, removal
+from dsmoe.checkpoint import failures, removal, safetensors
 from dsmoe.checkpoint.checkpoints import SaveError
 from dsmoe.checkpoint.folder import all_checkpoints, look, verify
 from dsmoe.checkpoint.manifest import Manifest, UnreadableError
@@ -26,7 +26,7 @@ from dsmoe.checkpoint.removal import remove_old, set_aside
 from dsmoe.cli import main
 from dsmoe.config.schema import Checkpoint as CheckpointSection
 from dsmoe.config.schema import Config
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.checkpoint.runs import folder_of, layout_config, logged_from_now
 from tests.checkpoint.test_crashes import save_small
 from tests.train.layouts import make_trainer
@@ -374,7 +374,7 @@ def fail_and_recover(config: Config, failures: int, number: int, failing_rank: i
     trainer.step()
     trainer.save()
     trainer.checkpoints.flush()
-    write, left = files._write, [failures if trainer.rank.rank == failing_rank else 0]
+    write, left = safetensors._write, [failures if trainer.rank.rank == failing_rank else 0]
 
     def failing(path: Path, *arguments: Any) -> str:
         left[0] -= 1
@@ -382,7 +382,7 @@ def fail_and_recover(config: Config, failures: int, number: int, failing_rank: i
             raise OSError(number, os.strerror(number))
         return write(path, *arguments)
 
-    files._write = failing
+    safetensors._write = failing
     trainer.step()
     trainer.save()
     trainer.checkpoints.finish()
@@ -416,7 +416,7 @@ def give_up(config: Config, number: int, how: str) -> tuple[str, int, int]:
         attempts[0] += 1
         raise OSError(number, os.strerror(number))
 
-    files._write = failing
+    safetensors._write = failing
     trainer.step()
     trainer.save()
     told = threading.Event()

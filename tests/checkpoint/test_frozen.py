@@ -11,7 +11,7 @@ from torch import nn
 
 from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.config.schema import Config
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import Trainer, trainer
 from tests.checkpoint.runs import folder_of, go_on_with, layout_config, take_steps, tensors_of
 from tests.train.layouts import make_trainer

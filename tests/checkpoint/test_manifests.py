@@ -18,15 +18,15 @@ import torch
 
 from dsmoe.checkpoint.fit import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
-from dsmoe.checkpoint.fragments import fragments, inner_optimizer
 from dsmoe.checkpoint.manifest import DamagedError, Manifest, _sealed, tiles
 from dsmoe.cli import main
 from dsmoe.config import UserError
 from dsmoe.config.schema import Config
+from dsmoe.engine.optimizer_state import fragments, inner_optimizer
 from dsmoe.interop.tensors import checkpoint_tensors
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import Trainer
-from dsmoe.train.folder import check_run_folder
+from dsmoe.train.run_folder import check_run_folder
 from tests.checkpoint.runs import layout_config, take_steps
 from tests.interop.models import LLAMA, MIXTRAL, make_config, save
 from tests.train.layouts import make_trainer

@@ -16,9 +16,9 @@ import torch
 
 from dsmoe.checkpoint.checkpoints import NotFiniteError
 from dsmoe.checkpoint.folder import all_checkpoints, verify
-from dsmoe.checkpoint.fragments import inner_optimizer
 from dsmoe.config.schema import Config
-from dsmoe.parallel.local import run_ranks
+from dsmoe.engine.optimizer_state import inner_optimizer
+from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.summary import after_divergence
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
 from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, tensors_of

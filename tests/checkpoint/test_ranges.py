@@ -14,8 +14,7 @@ from dsmoe.checkpoint.manifest import tiles
 from dsmoe.checkpoint.ranges import boxes_of_range
 from dsmoe.checkpoint.sharing import share
 from dsmoe.checkpoint.state import spots
-from dsmoe.parallel.boxes import Box, Placement
-from dsmoe.parallel.tensor import Shard
+from dsmoe.parallel.sharding import Box, Placement, Shard
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 

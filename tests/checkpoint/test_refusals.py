@@ -15,14 +15,14 @@ import pytest
 import torch
 from xxhash import xxh3_128
 
-from dsmoe.checkpoint.files import DTYPES, Item, write_items
 from dsmoe.checkpoint.fit import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import DamagedError, _sealed
+from dsmoe.checkpoint.safetensors import DTYPES, Item, write_items
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.parallel.local import run_ranks
-from dsmoe.train.folder import check_run_folder
+from dsmoe.runtime.spawn import run_ranks
+from dsmoe.train.run_folder import check_run_folder
 from tests.checkpoint.runs import MODEL, folder_of, layout_config, logged_from_now, save_between, tensors_of
 from tests.train.layouts import make_trainer
 

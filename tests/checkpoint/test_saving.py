@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint import files, storage
+from dsmoe.checkpoint import safetensors, storage
 from dsmoe.checkpoint.checkpoints import SaveError
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.config import dump_config
 from dsmoe.config.schema import Config
-from dsmoe.observe.sinks import JsonLines, TensorBoard
-from dsmoe.parallel.local import run_ranks
+from dsmoe.metrics.sinks import JsonLines, TensorBoard
+from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run import main
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
 from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, save_between, take_steps, tensors_of
@@ -166,7 +166,7 @@ def fail_to_save(config: Config, failing_rank: int) -> list[str]:
             path.write_bytes(b"some of it")
             raise OSError(28, "No space left on device")
 
-        files._write = full
+        safetensors._write = full
     trainer.step()
     trainer.save()
     trainer.step()

@@ -18,13 +18,13 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from dsmoe.checkpoint import files, removal, storage
+from dsmoe.checkpoint import removal, safetensors, storage
 from dsmoe.checkpoint.folder import all_checkpoints, verify
 from dsmoe.config.schema import Config
-from dsmoe.parallel import jobs, watch
-from dsmoe.parallel.local import run_ranks
-from dsmoe.parallel.lost import LostRanksError
-from dsmoe.parallel.watch import Watch, process_watch
+from dsmoe.runtime import progress, watchdog
+from dsmoe.runtime.lost_ranks import LostRanksError
+from dsmoe.runtime.spawn import run_ranks
+from dsmoe.runtime.watchdog import Watch, process_watch
 from tests.checkpoint.runs import folder_of, layout_config, logged_from_now
 from tests.ports import free_port
 from tests.train.layouts import make_trainer
@@ -36,9 +36,9 @@ HOST = os.uname().nodename
 
 def shorten_minutes(log_seconds: float = 30.0) -> None:
     """Let rank 0 have `log_seconds` more than a minute to speak, before others do: a busy machine is no silent rank."""
-    watch.BEAT_SECONDS = 0.1
-    jobs.GRACE_SECONDS, jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS = 0.5, 0.6, 0.1, 6.0
-    jobs.LOG_SECONDS = log_seconds
+    watchdog.BEAT_SECONDS = 0.1
+    progress.GRACE_SECONDS, progress.WORD_SECONDS, progress.LOOK_SECONDS, progress.GONE_SECONDS = 0.5, 0.6, 0.1, 6.0
+    progress.LOG_SECONDS = log_seconds
 
 
 def lines_of(logged: list[str]) -> list[str]:
@@ -46,7 +46,7 @@ def lines_of(logged: list[str]) -> list[str]:
 
 
 HANGS: dict[str, tuple[Any, str]] = {
-    "a write": (files, "_write"),
+    "a write": (safetensors, "_write"),
     "the manifest": (storage, "write_synced"),
     "removing what is left": (storage, "remove_leftovers"),
     "removing an old one": (removal, "_remove_folder"),
@@ -170,13 +170,13 @@ def wake(process: int) -> None:
 
 def lock_reading() -> threading.Lock:
     """A lock that this process has while it reads the store."""
-    read, reading = jobs._Looking._read, threading.Lock()
+    read, reading = progress._Looking._read, threading.Lock()
 
     def read_alone(*arguments: Any) -> Any:
         with reading:
             return read(*arguments)
 
-    jobs._Looking._read = read_alone  # type: ignore[method-assign]
+    progress._Looking._read = read_alone  # type: ignore[method-assign]
     return reading
 
 
@@ -186,14 +186,14 @@ def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
     trainer, logged = make_trainer(config), logged_from_now()
     numbers: list[Any] = [None, None]
     dist.all_gather_object(numbers, os.getpid())
-    write, reading = files._write, lock_reading()
+    write, reading = safetensors._write, lock_reading()
 
     def freeze(*arguments: Any) -> str:
         if trainer.rank.rank == frozen_rank:
             freeze_between_beats(process_watch(), reading)
         return write(*arguments)
 
-    files._write = freeze
+    safetensors._write = freeze
     trainer.step()
     error = None
     try:
@@ -260,19 +260,20 @@ def test_a_rank_that_is_gone_ends_a_load_and_is_named(frozen_rank: int, tmp_path
 
 FREEZES = """
 import os, signal, sys, time
-from dsmoe.checkpoint import files
-from dsmoe.parallel import jobs, watch
+from dsmoe.checkpoint import safetensors
+from dsmoe.runtime import progress, watchdog
 from dsmoe.train import run
-watch.BEAT_SECONDS = 0.1
-watch.STORE_SECONDS = jobs.STORE_SECONDS = 2.0
-jobs.GRACE_SECONDS, jobs.WORD_SECONDS, jobs.LOOK_SECONDS, jobs.GONE_SECONDS, jobs.LOG_SECONDS = 0.5, 1.0, 0.2, 8.0, 1.0
-write = files._write
+watchdog.BEAT_SECONDS = 0.1
+watchdog.STORE_SECONDS = progress.STORE_SECONDS = 2.0
+progress.GRACE_SECONDS, progress.WORD_SECONDS, progress.LOOK_SECONDS = 0.5, 1.0, 0.2
+progress.GONE_SECONDS, progress.LOG_SECONDS = 8.0, 1.0
+write = safetensors._write
 def freeze(*arguments):
     if os.environ["RANK"] == sys.argv.pop():
         time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGSTOP)
     return write(*arguments)
-files._write = freeze
+safetensors._write = freeze
 os._exit(run.main(sys.argv[1:-1]))
 """
 

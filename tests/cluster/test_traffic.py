@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import dsmoe
-from dsmoe.parallel import Groups, join_processes
+from dsmoe.parallel import Groups
+from dsmoe.runtime.processes import join_processes
 from dsmoe.plan import Topology
 
 def sent_bytes():

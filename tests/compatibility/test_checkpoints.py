@@ -10,7 +10,7 @@ import torch
 
 from dsmoe.cli import main as command
 from dsmoe.config import load_config
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.checkpoint.runs import folder_of, go_on, tensors_of
 from tests.compatibility.stored import DATA, FINISHED, RUNS, copy_for, figures, inside, said_of_run, start
 

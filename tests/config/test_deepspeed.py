@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, Kind, to_deepspeed
 from dsmoe.config.deepspeed_checks import deepspeed_problems
 from dsmoe.config.errors import UserError
+from dsmoe.plan.plan import Plan
 
 from .recipes import VALID, load, problems_of, write
 
@@ -229,10 +231,11 @@ def test_the_keys_in_deepspeeds_other_sections_are_those_that_it_reads() -> None
 
 def test_what_deepspeed_refuses_all_the_same_is_one_error_that_names_the_key(tmp_path: Path) -> None:
     """As a later DeepSpeed may: what it is given here has passed no check of ours."""
-    from dsmoe.train.engine import accepted_by_deepspeed
+    from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 
     config = load(tmp_path)
-    assert accepted_by_deepspeed(config, 3) == to_deepspeed(config, 3)
+    plan = Plan.from_config(config)
+    assert accepted_by_deepspeed(plan) == to_deepspeed(config, plan.batch.accumulation_steps)
     for section, key in (
         ({"comms_logger": {"debug": True, "verbose": "x"}, "dump_state": True}, ".comms_logger.verbose"),
         ({"zero_optimization": {"overlap_comm": False, "reduce_bucket_size": -5}}, ".zero_optimization.reduce_buck"),
@@ -240,11 +243,12 @@ def test_what_deepspeed_refuses_all_the_same_is_one_error_that_names_the_key(tmp
         ({"timers": {}, "elasticity": {"a": {"b": 1}}}, ".elasticity.a.b"),
     ):
         with pytest.raises(UserError, match=rf"^deepspeed{re.escape(key)}.*: DeepSpeed refuses it: .*remove it$"):
-            accepted_by_deepspeed(config.model_copy(update={"deepspeed": section}), 1)
+            accepted_by_deepspeed(replace(plan, config=config.model_copy(update={"deepspeed": section})))
 
 
 def test_what_dsmoe_itself_has_written_wrong_is_no_mistake_of_the_user(tmp_path: Path) -> None:
-    from dsmoe.train.engine import accepted_by_deepspeed
+    from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 
+    plan = Plan.from_config(load(tmp_path, "deepspeed={dump_state: true}"))
     with pytest.raises(AssertionError, match="has to be greater than 0"):
-        accepted_by_deepspeed(load(tmp_path, "deepspeed={dump_state: true}"), 0)
+        accepted_by_deepspeed(replace(plan, batch=replace(plan.batch, accumulation_steps=0)))

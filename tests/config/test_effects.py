@@ -18,9 +18,9 @@ from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import Effect, Section
 from dsmoe.config.show import flatten, json_schema, spelled_out
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan.batch import Batch
-from dsmoe.train.folder import check_run_folder, run_folder
+from dsmoe.runtime.spawn import run_ranks
+from dsmoe.train.run_folder import check_run_folder, run_folder
 from tests.checkpoint.runs import MODEL, layout_config, save_between
 
 

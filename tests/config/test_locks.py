@@ -15,7 +15,7 @@ import pytest
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.locks import HeldError, machine, take
-from dsmoe.train import folder
+from dsmoe.train import run_folder
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -68,7 +68,7 @@ def test_a_file_system_without_locks_lets_a_run_begin_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", fail)
     assert not take(tmp_path / "lock").works
     with caplog.at_level(logging.WARNING):
-        folder._take(tmp_path / "lock")
+        run_folder._take(tmp_path / "lock")
     assert f"{tmp_path} is on a file system without locks (flock)" in caplog.text
     assert "start it once at a time" in caplog.text
 
@@ -76,7 +76,7 @@ def test_a_file_system_without_locks_lets_a_run_begin_with_a_warning(
 def test_a_run_that_is_held_is_refused(tmp_path: Path) -> None:
     lock = take(tmp_path / "lock")
     with pytest.raises(UserError, match="another process is training in"):
-        folder._take(tmp_path / "lock")
+        run_folder._take(tmp_path / "lock")
     lock.release()
 
 

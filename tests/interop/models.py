@@ -13,7 +13,7 @@ from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.schema import Config
 from dsmoe.interop.tensors import Tensors, Tile, Tiled
 from dsmoe.interop.weights import write_checkpoint
-from dsmoe.parallel.boxes import Box
+from dsmoe.parallel.sharding import Box
 from tests.checkpoint.runs import take_steps
 from tests.train.layouts import make_trainer, small_config
 

@@ -22,8 +22,8 @@ from dsmoe.interop.architectures.architecture import Architecture, Experts
 from dsmoe.interop.architectures.glm4_moe import GLM4_MOE as GLM4_MOE_ENTRY
 from dsmoe.interop.architectures.parts import HAS_EXPERTS, SOFTMAX, Count, LayerIndex, Need, Settings
 from dsmoe.interop.export import export
-from dsmoe.interop.files import read_header
 from dsmoe.interop.importing import fitting_sections, import_folder
+from dsmoe.interop.model_files import read_header
 from dsmoe.interop.names import Names
 from dsmoe.interop.settings import check_settings
 from dsmoe.plan.layers import dense_layers

@@ -20,10 +20,10 @@ from dsmoe.interop import export as exporting
 from dsmoe.interop.architectures import ARCHITECTURES, choose
 from dsmoe.interop.architectures.architecture import Architecture
 from dsmoe.interop.export import export
-from dsmoe.interop.files import read_header, whole_folder
 from dsmoe.interop.importing import import_folder
+from dsmoe.interop.model_files import read_header, whole_folder
 from dsmoe.interop.tensors import checkpoint_tensors
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.checkpoint.runs import folder_of, layout_config, save_between, tensors_of
 from tests.interop.models import GLM4_MOE, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, make_config, moe_model, save
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.files import Item, write_items
+from dsmoe.checkpoint.safetensors import Item, write_items
 from dsmoe.config.errors import UserError
-from dsmoe.interop.files import read_header, whole_folder
+from dsmoe.interop.model_files import read_header, whole_folder
 
 TENSORS = {
     "wide": torch.randn(3, 4, dtype=torch.float32),

@@ -21,7 +21,7 @@ from dsmoe.interop import importing
 from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.importing import fitting_sections, import_folder
 from dsmoe.interop.sections import sections_of
-from dsmoe.parallel.local import RanksFailedError, run_ranks
+from dsmoe.runtime.spawn import RanksFailedError, run_ranks
 from tests.checkpoint.runs import take_steps, tensors_of
 from tests.interop.models import (
     COMMON,

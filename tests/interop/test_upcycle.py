@@ -18,7 +18,7 @@ from dsmoe.interop import upcycle as upcycling
 from dsmoe.interop.logits import compare, our_logits
 from dsmoe.interop.tensors import Tensors
 from dsmoe.interop.upcycle import cut_of, upcycle
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.checkpoint.runs import tensors_of
 from tests.interop.models import LLAMA, QWEN3, load_sections, make_config, save, save_theirs, tiled, train_on
 from tests.moe import made_up

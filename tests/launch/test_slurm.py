@@ -19,7 +19,7 @@ from dsmoe import cli
 from dsmoe.config import UserError, load_config
 from dsmoe.launch import slurm
 from dsmoe.launch.job import Request, default_folder
-from dsmoe.train.folder import LOCK, TOKEN
+from dsmoe.train.run_folder import LOCK, TOKEN
 
 REPOSITORY = Path(__file__).parents[2]
 MIXTRAL = "configs/mixtral_8x7b.yaml"

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmoe.config.schema import Config
-from dsmoe.model import Transformer, build_model, loss
+from dsmoe.model import Transformer, build_model
 from dsmoe.moe.experts import StackedExperts
+from dsmoe.nn import loss
 from dsmoe.parallel import Groups
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.spawn import run_ranks
 from tests.plan.configs import make_config
 
 MODEL = {

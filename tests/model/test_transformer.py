@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsmoe.config.load import load_config
 from dsmoe.config.schema import Config
 from dsmoe.model import Transformer, build_model
-from dsmoe.model import loss as loss_module
-from dsmoe.model.attention import Attention, Rotary, rotate
+from dsmoe.nn import loss as loss_module
+from dsmoe.nn.attention import Attention, Rotary, rotate
 from dsmoe.parallel import ExpertGroup, Groups, TensorGroup
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology, count_parameters, flops_per_token
+from dsmoe.runtime.spawn import run_ranks
 from tests.plan.configs import make_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from dsmoe.config.sections.moe import ACTIVATION_SHAPES, ActivationShape
-from dsmoe.moe.activations import ACTIVATIONS, Activation
 from dsmoe.moe.capacity import DROP_POLICIES, DropPolicy
 from dsmoe.moe.router import Routing
 from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES, Noise, Score, over_their_sum
+from dsmoe.nn.activations import ACTIVATIONS, Activation
 
 
 def _tanh_slope(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

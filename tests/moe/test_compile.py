@@ -17,10 +17,10 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dsmoe.moe import ffn
+from dsmoe.moe import grouped_ffn
 from dsmoe.parallel import Groups
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.spawn import run_ranks
 from tests.moe.layer_options import moe_layer
 
 D, E = 16, 4
@@ -118,13 +118,13 @@ GROUPED: list[dict[str, Any]] = [
 def test_on_a_gpus_way_shapes_are_variables_of_one_graph(
     options: dict[str, Any], mark: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    monkeypatch.setattr(grouped_ffn, "_Looped", grouped_ffn._Grouped)
     assert_compiles(mark, torch.bfloat16, fullgraph=True, dynamic=None if mark else True, **options)
 
 
 def test_a_compiled_recomputation_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled inside of a checkpoint, one graph serves both passes; outside of it the checkpoint is in the graph."""
-    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    monkeypatch.setattr(grouped_ffn, "_Looped", grouped_ffn._Grouped)
     counted = []
     for inside in (None, True, False):
         torch._dynamo.reset()
@@ -144,7 +144,7 @@ def test_a_compiled_recomputation_counts_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_factor_that_moves_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    monkeypatch.setattr(grouped_ffn, "_Looped", grouped_ffn._Grouped)
     torch._dynamo.reset()
     layer = moe_layer(D, num_experts=E, k=2, expert_ffn_size=8, min_capacity=1, target_drop_percent=50.0, seed=0)
     compiled = torch.compile(layer.bfloat16(), backend="aot_eager", dynamic=True)

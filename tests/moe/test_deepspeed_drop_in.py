@@ -15,7 +15,7 @@ from deepspeed.moe.utils import has_moe_layers, is_moe_param, split_params_into_
 from torch import nn
 
 import dsmoe
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.moe.layer_options import moe_layer
 
 D, E = 16, 4

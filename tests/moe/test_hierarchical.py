@@ -11,8 +11,8 @@ import torch
 
 from dsmoe.moe.hierarchical import HierarchicalDispatch
 from dsmoe.parallel import Groups
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.spawn import run_ranks
 from tests.moe.layer_options import moe_layer
 from tests.moe.test_parallel import cases, check_case
 from tests.moe.test_static import no_host_reads

@@ -24,7 +24,7 @@ from dsmoe.moe import LayerStatistics, read_statistics
 from dsmoe.moe.capacity import renormalize
 from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments
 from dsmoe.parallel import ExpertGroup, TensorGroup
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from tests.moe.layer_options import moe_layer
 from tests.plan.configs import make_config
 

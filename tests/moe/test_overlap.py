@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 import dsmoe
 from dsmoe.parallel import ExpertGroup, Groups, collectives
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.spawn import run_ranks
 from tests.moe.layer_options import moe_layer
 
 D = 16

@@ -14,9 +14,9 @@ from torch import nn
 import dsmoe
 from dsmoe.moe.dispatch import LocalDispatch, PaddedDispatch, VariableDispatch
 from dsmoe.parallel import Groups
-from dsmoe.parallel.agreement import DisagreementError
-from dsmoe.parallel.local import run_ranks
+from dsmoe.parallel.shape_check import DisagreementError
 from dsmoe.plan import Topology
+from dsmoe.runtime.spawn import run_ranks
 from tests.moe.layer_options import moe_layer
 
 D, E = 16, 4

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import dsmoe
 from dsmoe.moe import begin_step, update_routers
-from dsmoe.moe.draws import Draws, uniform
+from dsmoe.moe.replay import Draws, uniform
 from dsmoe.parallel import Groups
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.spawn import run_ranks
 from tests.moe.layer_options import moe_layer
 
 D, E, T = 16, 8, 24

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dsmoe
 from dsmoe.moe import read_statistics
 from dsmoe.moe.capacity import DROPS
-from dsmoe.moe.draws import uniform
+from dsmoe.moe.replay import uniform
 from tests.moe.layer_options import moe_layer
 
 from .reference import Expected, Settings, capacity_of, run_reference, swiglu_expert

@@ -15,11 +15,11 @@ from torch import nn
 
 import dsmoe
 from dsmoe.config.sections import moe as schema
-from dsmoe.moe import ffn
-from dsmoe.moe.activations import ACTIVATIONS, find_activation
+from dsmoe.moe import grouped_ffn
 from dsmoe.moe.capacity import DROP_POLICIES
 from dsmoe.moe.router import Router, Routing
 from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES
+from dsmoe.nn.activations import ACTIVATIONS, find_activation
 from tests.moe.layer_options import moe_layer
 
 T, D, E, K, INNER = 40, 16, 6, 2, 8
@@ -118,12 +118,12 @@ def layer_of(activation: str, **options: Any) -> dsmoe.MoE:
 
 
 @pytest.mark.usefixtures("made_up_entries")
-@pytest.mark.parametrize("way", [ffn._Looped, ffn._Grouped])
+@pytest.mark.parametrize("way", [grouped_ffn._Looped, grouped_ffn._Grouped])
 @pytest.mark.parametrize("activation", ["tanh", "tanh_glu", "relu2_glu"])
 def test_an_activation_and_a_drop_policy_need_an_entry_only(
     activation: str, way: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ffn, "_Looped", way)
+    monkeypatch.setattr(grouped_ffn, "_Looped", way)
     torch.manual_seed(0)
     options = {"score": "softplus", "drop_policy": "last", "capacity_factor": 0.6, "min_capacity": 1}
     layer = layer_of(activation, shared_expert_ffn_size=INNER, **options)

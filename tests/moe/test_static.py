@@ -19,10 +19,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsmoe
-from dsmoe.moe import ffn
+from dsmoe.moe import grouped_ffn
 from dsmoe.parallel import Groups
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.spawn import run_ranks
 from tests.moe import DEVICE
 from tests.moe.layer_options import moe_layer
 
@@ -65,7 +65,7 @@ def no_host_reads(device: str = "cpu") -> Iterator[None]:
         raise HostReadError("tolist")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ffn, "_Looped", ffn._Grouped)
+        patch.setattr(grouped_ffn, "_Looped", grouped_ffn._Grouped)
         patch.setattr(torch.Tensor, "tolist", tolist)
         with _NoHostReads():
             yield
@@ -170,7 +170,7 @@ def capture(step: Callable[[torch.Tensor], Results], x: torch.Tensor) -> Callabl
 @needs_grouped_kernel
 @pytest.mark.parametrize("options", ONE_RANK, ids=str)
 def test_a_captured_pass_serves_any_other_input(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    monkeypatch.setattr(grouped_ffn, "_Looped", grouped_ffn._Grouped)
     layer = make_layer(**options).to(DEVICE, torch.bfloat16)
     with torch.no_grad():  # so that other tokens choose other experts, in other numbers
         layer.router.weight.normal_(generator=torch.Generator(DEVICE).manual_seed(0))
@@ -203,7 +203,7 @@ if DEVICE == "cuda" and which("cc"):  # the code that Inductor makes is loaded b
 def test_the_layer_compiles_to_one_graph_with_the_same_numbers(
     options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    monkeypatch.setattr(grouped_ffn, "_Looped", grouped_ffn._Grouped)
     layer = make_layer(**options).to(DEVICE, torch.bfloat16)  # torch compiles grouped products in bf16 only
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
@@ -221,7 +221,7 @@ def test_the_layer_compiles_to_one_graph_with_the_same_numbers(
 @pytest.mark.parametrize("loss", ["aux_loss", "z_loss"])
 def test_attached_losses_flow_through_a_compiled_layer(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a graph ends behind the experts, as it does on a CPU: what follows was seen as a mere view there."""
-    monkeypatch.setattr(ffn, "_Looped", ffn._Grouped)
+    monkeypatch.setattr(grouped_ffn, "_Looped", grouped_ffn._Grouped)
     torch._dynamo.reset()
     x = torch.randn(2, T // 2, D).to(DEVICE, torch.bfloat16)
     gradients = []

@@ -10,16 +10,16 @@ from __future__ import annotations
 from tests.mutations.mutation import Mutation
 
 TENSOR_PARALLEL = "tests/model/test_tensor_parallel.py::test_the_split_model_is_the_whole_one[2]"
-OWN_MODEL = "tests/train/test_own_model.py::test_it_trains_as_on_one_rank"
-CROSSINGS = "tests/parallel/test_regions.py::test_crossings_and_their_gradients"
-NORM = "tests/train/test_engine.py::test_the_norm_counts_every_part_once"
+OWN_MODEL = "tests/engine/test_own_model.py::test_it_trains_as_on_one_rank"
+CROSSINGS = "tests/parallel/test_mappings.py::test_crossings_and_their_gradients"
+NORM = "tests/engine/test_initialize.py::test_the_norm_counts_every_part_once"
 LAYOUT = "tests/train/test_layouts.py::test_every_routing_is_the_same_on_every_layout[plain-ep=2,zero=0-selective]"
 TENSOR_LAYOUT = LAYOUT.replace("ep=2,zero=0-selective", "tp=2,sp=true,ep=4,zero=2,dp=2-full")
 
-SUMS = "tests/train/test_gradient_sums.py::"
-CLAIMS = "tests/parallel/test_claims.py::test_what_differs_is_named_with_both_values_and_the_ranks"
+SUMS = "tests/engine/test_gradient_sums.py::"
+CLAIMS = "tests/runtime/test_consistency.py::test_what_differs_is_named_with_both_values_and_the_ranks"
 OWN_PROGRAM = "tests/train/test_alike.py::test_another_"
-GUARD = "tests/train/test_guard.py::"
+GUARD = "tests/engine/test_update_guard.py::"
 NOTHING_CHANGES = f"{GUARD}test_a_step_that_is_not_finite_on_one_rank_changes_nothing"
 NOT_FINITE = "tests/checkpoint/test_not_finite.py::"
 
@@ -57,7 +57,7 @@ MUTATIONS = [
     ),
     Mutation(
         "experts' gradients are divided by the number of their copies, not by that of data ranks",
-        "dsmoe/train/engine.py",
+        "dsmoe/engine/make_engine.py",
         old="                module.set_expert_group(groups.expert_group(name))\n",
         new="                module.set_expert_group(groups.expert_group(name))\n"
         "                for weight in module.experts.parameters():\n"
@@ -130,10 +130,10 @@ MUTATIONS = [
     ),
     Mutation(
         "the kernels take an activation that they do not know for none",
-        "dsmoe/moe/kernels/activation.py",
+        "dsmoe/kernels/weighted_activation.py",
         old='tl.static_assert(False, f"this kernel has no branch for the activation {ACT}")',
         new="return x, x",
-        caught_by="tests/moe/kernels/test_registries.py::test_a_code_without_a_branch_does_not_compile[True]",
+        caught_by="tests/kernels/test_registries.py::test_a_code_without_a_branch_does_not_compile[True]",
     ),
     # Tensor and sequence parallelism.
     Mutation(
@@ -152,35 +152,35 @@ MUTATIONS = [
     ),
     Mutation(
         "the gradient of a key/value head that ranks share is that of one rank's queries",
-        "dsmoe/parallel/tensor.py",
+        "dsmoe/nn/linear.py",
         old="sum_gradients(self.weight, self.group)[self.rows]",
         new="self.weight[self.rows]",
         caught_by=TENSOR_PARALLEL,
     ),
     Mutation(
         "gate and up are cut as if they were one matrix",
-        "dsmoe/parallel/tensor.py",
+        "dsmoe/nn/linear.py",
         old="self.shard = Shard(0, group.rank, group.size, parts)",
         new="self.shard = Shard(0, group.rank, group.size)",
         caught_by=TENSOR_PARALLEL,
     ),
     Mutation(
         "without sequence parallelism the gradients of a column-parallel layer's input are not summed",
-        "dsmoe/parallel/regions.py",
+        "dsmoe/parallel/mappings.py",
         old="_cross(x, group, _same, reduce)",
         new="_cross(x, group, _same, _same)",
         caught_by=CROSSINGS,
     ),
     Mutation(
         "the cross entropy forgets the sums of the other slices of the vocabulary",
-        "dsmoe/model/loss.py",
+        "dsmoe/nn/loss.py",
         old="parts_RN2[..., 0].logsumexp(dim=0)",
         new="parts_RN2[..., 0].amax(dim=0)",
         caught_by=TENSOR_PARALLEL,
     ),
     Mutation(
         "the gradient of the cross entropy is that of a softmax over one slice of the vocabulary",
-        "dsmoe/model/loss.py",
+        "dsmoe/nn/loss.py",
         old="ctx.save_for_backward(hidden_ND, head_VD, targets_N, lse_N)",
         new="ctx.save_for_backward(hidden_ND, head_VD, targets_N, parts_N2[:, 0])",
         caught_by=TENSOR_PARALLEL,
@@ -195,49 +195,49 @@ MUTATIONS = [
     ),
     Mutation(
         "without ZeRO the norm forgets the other slices of the experts",
-        "dsmoe/train/engine.py",
+        "dsmoe/engine/clipping.py",
         old="(parts, deepspeed_groups._get_expert_parallel_group(name))",
         new='(parts, groups.handle("expert"))',
         caught_by=f"{NORM}[2]",
     ),
     Mutation(
         "without ZeRO all experts' norms are added up over one group, whatever the ep_size of their layer",
-        "dsmoe/train/engine.py",
+        "dsmoe/engine/clipping.py",
         old="deepspeed_groups._get_expert_parallel_group(name)",
         new='groups.handle("exchange")',
         caught_by=f"{OWN_MODEL}[2-0-parallel0-1]",
     ),
     Mutation(
         "tensor ranks keep different values of what all of them have",
-        "dsmoe/train/engine.py",
-        old="    _copy_first_tensor_rank(model, groups)\n    options",
-        new="    options",
+        "dsmoe/engine/make_engine.py",
+        old="    _copy_first_tensor_rank(model, groups)\n    routers",
+        new="    routers",
         caught_by=f"{OWN_MODEL}[2-1-parallel3-2]",
     ),
     Mutation(
         "every tensor rank's slice of a shared expert is drawn alike",
-        "dsmoe/moe/dense.py",
+        "dsmoe/nn/feed_forward.py",
         old="self.gate_up.weight, std, self.gate_up.shard)",
         new="self.gate_up.weight, std)",
         caught_by=f"{OWN_MODEL}[2-1-parallel3-2]",
     ),
     Mutation(
         "an engine reduces over the groups of the engine that was made last",
-        "dsmoe/train/engine.py",
+        "dsmoe/engine/make_engine.py",
         old="        groups.register_with_deepspeed()\n",
         new="",
-        caught_by="tests/train/test_own_model.py::test_engines_of_two_layouts_train_side_by_side[0]",
+        caught_by="tests/engine/test_own_model.py::test_engines_of_two_layouts_train_side_by_side[0]",
     ),
     Mutation(
         "each rank clips by the norm of its own part",
-        "dsmoe/train/engine.py",
+        "dsmoe/engine/clipping.py",
         old="        dist.all_reduce(part, group=handle)\n",
         new="",
         caught_by=f"{NORM}[1]",
     ),
     Mutation(
         "the norm counts a replicated weight once per tensor rank",
-        "dsmoe/train/engine.py",
+        "dsmoe/engine/clipping.py",
         old='if group["moe"] else split if group["split"] else whole',
         new='if group["moe"] else split',
         caught_by=f"{NORM}[2]",
@@ -259,17 +259,17 @@ MUTATIONS = [
     ),
     Mutation(
         "balancing losses count once per micro-batch instead of once per step",
-        "dsmoe/train/engine.py",
+        "dsmoe/engine/make_engine.py",
         old="module.loss_scale = 1.0 / accumulation_steps",
         new="module.loss_scale = 1.0",
         caught_by=LAYOUT,
     ),
     Mutation(
         "selection biases follow the loads of this rank alone",
-        "dsmoe/moe/steps.py",
+        "dsmoe/moe/step_updates.py",
         old="    if dist.is_initialized():\n        dist.all_reduce(counts)\n",
         new="",
-        caught_by="tests/moe/test_steps.py::"
+        caught_by="tests/moe/test_step_updates.py::"
         "test_bias_and_load_share_follow_from_the_loads_of_all_ranks[2-signs1-share1]",
     ),
     Mutation(
@@ -281,7 +281,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a recomputation draws anew",
-        "dsmoe/moe/draws.py",
+        "dsmoe/moe/replay.py",
         old="match = self._match(print_4, going_backward)",
         new="pass",
         caught_by="tests/moe/test_recompute.py::test_a_graph_that_goes_backward_twice",
@@ -323,7 +323,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the ranks of a tensor group read different data",
-        "dsmoe/train/engine.py",
+        "dsmoe/train/initialize.py",
         old='groups.coordinate("data"), groups.topology.data)',
         new="groups.rank % groups.topology.data, groups.topology.data)",
         caught_by=TENSOR_LAYOUT,
@@ -331,7 +331,7 @@ MUTATIONS = [
     # Steps that are not finite.
     Mutation(
         "fp32 without ZeRO takes steps that are not finite",
-        "dsmoe/train/guard.py",
+        "dsmoe/engine/update_guard.py",
         old="self._stopped.float()  #",
         new="torch.zeros_like(norm)  #",
         caught_by=f"{NOTHING_CHANGES}[0-fp32-False]",
@@ -352,14 +352,14 @@ MUTATIONS = [
     ),
     Mutation(
         "with the optimizer on the host a gradient that is not finite stays for ever",
-        "dsmoe/train/gradient_sums.py",
+        "dsmoe/engine/gradient_sums.py",
         old="        _forget_sums_of_skipped_steps(optimizer)\n",
         new="",
         caught_by=f"{NOTHING_CHANGES}[2-bf16-True]",
     ),
     Mutation(
         "a step that the device has skipped moves the schedule",
-        "dsmoe/train/guard.py",
+        "dsmoe/engine/update_guard.py",
         old="scheduler.last_epoch -= 2",
         new="scheduler.last_epoch -= 1",
         caught_by=f"{GUARD}test_a_loop_of_ones_own_needs_nothing_of_the_guard",
@@ -367,21 +367,21 @@ MUTATIONS = [
     # Sums of gradients.
     Mutation(
         "bf16 gradients are summed in bf16 over micro-batches",
-        "dsmoe/train/gradient_sums.py",
+        "dsmoe/engine/gradient_sums.py",
         old="            parameter.grad_dtype = torch.float32\n",
         new="            parameter.grad_dtype = parameter.dtype\n",
         caught_by=f"{SUMS}test_gradients_and_norm_are_fp32_sums[0]",
     ),
     Mutation(
         "fp32 gradients pass a bf16 bucket between ranks",
-        "dsmoe/train/gradient_sums.py",
+        "dsmoe/engine/gradient_sums.py",
         old="        optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32\n",
         new="        optimizer._gradient_reduction_buffer_dtype = lambda: torch.bfloat16\n",
         caught_by=f"{SUMS}test_gradients_and_norm_are_fp32_sums[2]",
     ),
     Mutation(
         "the sum over all ranks is kept in bf16",
-        "dsmoe/train/gradient_sums.py",
+        "dsmoe/engine/gradient_sums.py",
         old="        optimizer.gradient_accumulation_dtype = torch.float32\n",
         new="        optimizer.gradient_accumulation_dtype = torch.bfloat16\n",
         caught_by=f"{SUMS}test_gradients_and_norm_are_fp32_sums[2]",
@@ -396,28 +396,28 @@ MUTATIONS = [
     # What is compared, sealed or looked at before the work.
     Mutation(
         "ranks with other settings are let in",
-        "dsmoe/parallel/roll.py",
+        "dsmoe/runtime/missing_ranks.py",
         old="if there != digests[0]]\n    asked",
         new="if there == _ERROR]\n    asked",
         caught_by=CLAIMS,
     ),
     Mutation(
         "ranks that have joined are not compared",
-        "dsmoe/parallel/claims.py",
+        "dsmoe/runtime/consistency.py",
         old="differing = [rank for rank, there in enumerate(digests) if there != digests[0]]",
         new="differing = [rank for rank, there in enumerate(digests) if not there]",
-        caught_by="tests/parallel/test_claims.py::test_ranks_that_have_joined_compare_as_well",
+        caught_by="tests/runtime/test_consistency.py::test_ranks_that_have_joined_compare_as_well",
     ),
     Mutation(
         "the settings of a program's ranks are not compared",
-        "dsmoe/train/engine.py",
+        "dsmoe/train/initialize.py",
         old="    check_alike(claims_of_run(config))",
         new="    claims_of_run(config)",
         caught_by=f"{OWN_PROGRAM}config_on_one_rank_of_a_program[rate]",
     ),
     Mutation(
         "the data of a program's ranks are not compared",
-        "dsmoe/train/engine.py",
+        "dsmoe/train/initialize.py",
         old="    check_alike(claims_of_data(sources))",
         new="    claims_of_data(sources)",
         caught_by=f"{OWN_PROGRAM}corpus_or_tokenizer_on_one_rank_of_a_program",

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from tests.mutations.mutation import REFUSED, WAITS, Mutation
 
-WAITING = "tests/parallel/test_waiting.py::"
-JOBS = "tests/parallel/test_jobs.py::"
-WATCH = "tests/parallel/test_watch.py::"
-LOST = "tests/parallel/test_lost.py::"
-ROLL = "tests/parallel/test_roll.py::"
-AGREEMENT = "tests/parallel/test_agreement.py::"
-CLAIMS = "tests/parallel/test_claims.py::"
-DEVICES = "tests/parallel/test_devices.py::"
+WAITING = "tests/runtime/test_waiting.py::"
+JOBS = "tests/runtime/test_progress.py::"
+WATCH = "tests/runtime/test_watchdog.py::"
+LOST = "tests/runtime/test_lost_ranks.py::"
+ROLL = "tests/runtime/test_missing_ranks.py::"
+AGREEMENT = "tests/parallel/test_shape_check.py::"
+CLAIMS = "tests/runtime/test_consistency.py::"
+DEVICES = "tests/runtime/test_local_device.py::"
 ALIKE = "tests/train/test_alike.py::"
 
 MUTATIONS = [
     # Waiting for work.
     Mutation(
         "a rank waits on although another has failed",
-        "dsmoe/parallel/waiting.py",
+        "dsmoe/runtime/waiting.py",
         old="            watch.check_others()\n            if job",
         new="            if job",
         caught_by=f"{WAITING}test_nobody_waits_for_a_rank_that_has_failed",
@@ -26,7 +26,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the first rank whose work is done lets all go on",
-        "dsmoe/parallel/waiting.py",
+        "dsmoe/runtime/waiting.py",
         old="1) == len(workers):",
         new="1) == 1:",
         caught_by=f"{WAITING}test_a_slow_host_is_waited_for_and_seen",
@@ -34,28 +34,28 @@ MUTATIONS = [
     ),
     Mutation(
         "what a rank logs while others wait is not shown to them",
-        "dsmoe/parallel/waiting.py",
+        "dsmoe/runtime/waiting.py",
         old="        self._job.at(text)\n",
         new="",
         caught_by=f"{WAITING}test_a_slow_host_is_waited_for_and_seen",
     ),
     Mutation(
         "the console keeps the level of a wait",
-        "dsmoe/parallel/waiting.py",
+        "dsmoe/runtime/waiting.py",
         old="        package.setLevel(level)\n",
         new="",
         caught_by=f"{WAITING}test_a_slow_host_is_waited_for_and_seen",
     ),
     Mutation(
         "a rank that waits outlives SIGTERM",
-        "dsmoe/parallel/waiting.py",
+        "dsmoe/runtime/waiting.py",
         old="                os.kill(os.getpid(), signal.SIGTERM)\n",
         new="                asked.clear()\n",
         caught_by=f"{WAITING}test_a_signal_ends_a_rank_that_waits",
     ),
     Mutation(
         "a collective waits on for a rank that is gone from its job",
-        "dsmoe/parallel/waiting.py",
+        "dsmoe/runtime/waiting.py",
         old="            if job is not None and job.lost:\n                raise job.lost\n",
         new="",
         caught_by=f"{WAITING}test_a_collective_that_would_wait_for_hours_is_left_when_a_rank_is_gone[rank 1 is silent]",
@@ -63,7 +63,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an error is swallowed by the thread that waits",
-        "dsmoe/parallel/waiting.py",
+        "dsmoe/runtime/waiting.py",
         old="    if errors:\n        raise errors[0]\n    return results[0]\n",
         new="    return results[0] if results else None  # type: ignore[return-value]\n",
         caught_by=f"{AGREEMENT}test_the_odd_rank_is_named_on_every_rank[dtype]",
@@ -71,14 +71,14 @@ MUTATIONS = [
     # Jobs that take long.
     Mutation(
         "a rank that is gone from a job is said, and the others wait on",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="                self._job.lost = LostRanksError(lost)\n",
         new="",
         caught_by=f"{JOBS}test_a_rank_without_beats_is_named_and_ends_the_job[2]",
     ),
     Mutation(
         "a run ends for a lost rank before that is in the log",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="                self._log(lost)  # before the main thread ends the run for it\n"
         "                self._job.lost = LostRanksError(lost)\n",
         new="                self._job.lost = LostRanksError(lost)\n                self._log(lost)\n",
@@ -86,56 +86,56 @@ MUTATIONS = [
     ),
     Mutation(
         "a rank that has not begun a job is gone from it",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="[1] in (WORKING, WAITING)",
         new="[1] in (WORKING, WAITING, AWAY)",
         caught_by=f"{JOBS}test_a_rank_that_is_only_silent_before_it_begins_ends_nothing",
     ),
     Mutation(
         "a rank that has done its part and left is said to be silent",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="for r, seconds in found.items() if _account(self._notes[r], self._job)[1] != OVER}",
         new="for r, seconds in found.items()}",
         caught_by=f"{JOBS}test_a_rank_that_has_done_its_part_may_be_silent",
     ),
     Mutation(
         "a process that stood still blames those that it did not hear",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="min(self._looked - since, self._most)",
         new="self._looked - since",
         caught_by=f"{JOBS}test_a_process_that_stood_still_itself_blames_nobody",
     ),
     Mutation(
         "a process that stood still itself ends a load",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="            self._missed = None\n        elif self._missed is None:",
         new="            pass\n        elif self._missed is None:",
         caught_by=f"{JOBS}test_a_rank_that_does_not_look_on_learns_of_rank_0_unless_it_stood_still_itself",
     ),
     Mutation(
         "every host speaks beside rank 0",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="if time.monotonic() - self._line_at > patience and time",
         new="if patience and time",
         caught_by=f"{JOBS}test_rank_0_says_every_minute_who_has_done_what",
     ),
     Mutation(
         "a line at every look",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="        self._next_line = now + WORD_SECONDS\n",
         new="        self._next_line = now + LOOK_SECONDS\n",
         caught_by=f"{JOBS}test_a_line_a_minute",
     ),
     Mutation(
         "the store of thousands of ranks is asked during every save",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old="self._begun < WORD_SECONDS / 2:",
         new="self._begun < 0:",
         caught_by=f"{JOBS}test_nothing_is_said_or_read_of_a_short_job",
     ),
     Mutation(
         "binary gigabytes under the name of decimal ones",
-        "dsmoe/parallel/jobs.py",
+        "dsmoe/runtime/progress.py",
         old='(1e9, "GB")',
         new='(2**30, "GB")',
         caught_by=f"{JOBS}test_a_number_of_batches_and_of_bytes_is_written_for_people",
@@ -143,63 +143,63 @@ MUTATIONS = [
     # The watch.
     Mutation(
         "a failed rank that waits for the speaker is taken for gone",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old="if not note.failed and note.beat",
         new="if note.beat",
         caught_by=f"{WATCH}test_a_failed_rank_that_waits_for_the_speaker_is_not_gone",
     ),
     Mutation(
         "those who have come furthest are missing",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old="least = min(",
         new="least = max(",
         caught_by=f"{WATCH}test_the_furthest_behind_of_the_living_is_missing",
     ),
     Mutation(
         "every rank that fails is the first",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old='int(self.store.compare_set(FAILED, "", str(self.rank)).decode())',
         new="self.store.set(FAILED, str(self.rank)) or self.rank",
         caught_by=f"{WATCH}test_the_first_to_fail_speaks_and_the_others_know_it",
     ),
     Mutation(
         "a long save is a stall",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old=" or step == 0 or doing == SAVING)",
         new=" or step == 0)",
         caught_by=f"{WATCH}test_a_stall_is_noticed_within_a_step_only",
     ),
     Mutation(
         "a long preparation is a stall",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old=" or step == 0 or doing == SAVING)",
         new=" or doing == SAVING)",
         caught_by=f"{WATCH}test_a_stall_is_noticed_within_a_step_only",
     ),
     Mutation(
         "a rank whose store fails once gives no sign of life any more",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old="                    with suppress(Exception):\n                        self._beats = self.store.clone()\n",
         new="                    return\n",
         caught_by=f"{WATCH}test_beats_go_on_after_one_that_failed",
     ),
     Mutation(
         "a rank 0 that is silent is never given up",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old="self._first_silence.look(beat != self._first_beat)",
         new="self._first_silence.look(beat >= self._first_beat)",
         caught_by=f"{WATCH}test_a_silent_rank_0_is_given_up_after_the_timeout",
     ),
     Mutation(
         "the end of a launcher's store is taken for that of rank 0",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old="return (self._store_has_ended and not launcher_has_store()) or silence",
         new="return self._store_has_ended or silence",
         caught_by=f"{WATCH}test_a_store_that_has_ended_tells_of_rank_0_only_where_that_has_it",
     ),
     Mutation(
         "what a rank did last is not published",
-        "dsmoe/parallel/watch.py",
+        "dsmoe/runtime/watchdog.py",
         old="        if not self._thread.is_alive():\n            within(STORE_SECONDS, self._publish)\n",
         new="",
         caught_by=f"{WATCH}test_the_last_note_of_a_rank_is_known",
@@ -207,21 +207,21 @@ MUTATIONS = [
     # Who speaks.
     Mutation(
         "every rank speaks for its host",
-        "dsmoe/launch/speaker.py",
+        "dsmoe/runtime/reporting_rank.py",
         old="        bound.close()\n        return False\n",
         new="        bound.close()\n        return True\n",
         caught_by=f"{WAITING}test_who_speaks_for_a_host_is_one",
     ),
     Mutation(
         "who speaks for a host does so only once",
-        "dsmoe/launch/speaker.py",
+        "dsmoe/runtime/reporting_rank.py",
         old="    if _held:\n        return True\n",
         new="",
         caught_by=f"{WAITING}test_who_speaks_for_a_host_is_one",
     ),
     Mutation(
         "two runs on a host have one speaker",
-        "dsmoe/launch/launchers.py",
+        "dsmoe/runtime/launchers.py",
         old='("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")',
         new='("MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT")',
         caught_by=f"{WAITING}test_runs_and_attempts_have_speakers_of_their_own[MASTER_PORT]",
@@ -229,28 +229,28 @@ MUTATIONS = [
     # Which errors mean that ranks are gone.
     Mutation(
         "whatever times out is a lost rank",
-        "dsmoe/parallel/lost.py",
+        "dsmoe/runtime/lost_ranks.py",
         old="isinstance(error, dist.DistBackendError) or _is_of_collective(error)",
         new="isinstance(error, RuntimeError)",
         caught_by=f"{LOST}test_the_same_words_from_elsewhere_are_not[the download of shard 3 timed out]",
     ),
     Mutation(
         "whatever is waited for and times out is a lost rank",
-        "dsmoe/parallel/lost.py",
+        "dsmoe/runtime/lost_ranks.py",
         old="    if _is_raised_by_python(last):\n        return False\n",
         new="",
         caught_by=f"{LOST}test_neither_are_other_things_that_are_waited_for",
     ),
     Mutation(
         "wrong arguments of a collective are a lost rank",
-        "dsmoe/parallel/lost.py",
+        "dsmoe/runtime/lost_ranks.py",
         old=" or not _SAYS_LOST.search(text):",
         new=":",
         caught_by=f"{LOST}test_what_a_collective_says_of_its_arguments_is_not",
     ),
     Mutation(
         "an error's own line begins with a place in gloo's sources",
-        "dsmoe/parallel/lost.py",
+        "dsmoe/runtime/lost_ranks.py",
         old='re.sub(r"^\\[[^\\]]*\\]\\s*", "", str(error))',
         new="str(error)",
         caught_by=f"{LOST}test_what_gloo_raises_is_and_keeps_its_own_line",
@@ -258,35 +258,35 @@ MUTATIONS = [
     # The roll.
     Mutation(
         "every rank says that it waits for rank 0",
-        "dsmoe/parallel/roll.py",
+        "dsmoe/runtime/missing_ranks.py",
         old="    says = is_first_of_host()\n",
         new="    says = True\n",
         caught_by=f"{ROLL}test_a_rank_0_that_is_not_there_is_missed_by_each_host",
     ),
     Mutation(
         "a missing rank's place on its node is taken for the node",
-        "dsmoe/parallel/roll.py",
+        "dsmoe/runtime/missing_ranks.py",
         old="{place // devices_per_node}",
         new="{place % devices_per_node}",
         caught_by=f"{ROLL}test_those_who_do_not_come_are_named",
     ),
     Mutation(
         "ranks that torchrun has started again find those of the attempt before",
-        "dsmoe/parallel/roll.py",
+        "dsmoe/runtime/missing_ranks.py",
         old="{Rendezvous.from_environment().restart}",
         new="0",
         caught_by=f"{ROLL}test_those_of_an_earlier_attempt_have_not_come",
     ),
     Mutation(
         "what cannot start on one host is never tried again",
-        "dsmoe/parallel/roll.py",
+        "dsmoe/runtime/missing_ranks.py",
         old="{}, error, exit_code)",
         new="{}, error)",
         caught_by=f"{CLAIMS}test_a_rank_that_cannot_start_is_spoken_for[1]",
     ),
     Mutation(
         "two ranks drive one device",
-        "dsmoe/parallel/roll.py",
+        "dsmoe/runtime/missing_ranks.py",
         old="        shared = shared_devices(devices)\n",
         new='        shared = shared_devices(devices[:1]) or ""\n',
         caught_by=f"{DEVICES}test_ranks_compare_their_devices_before_they_join[one is shared]",
@@ -294,14 +294,14 @@ MUTATIONS = [
     # What is compared.
     Mutation(
         "of two errors the one that another try may pass decides",
-        "dsmoe/parallel/claims.py",
+        "dsmoe/runtime/consistency.py",
         old="return max((one.exit_code",
         new="return min((one.exit_code",
         caught_by=f"{CLAIMS}test_where_one_of_them_is_a_persons_to_mend_no_other_try_will_do",
     ),
     Mutation(
         "what a rank has and rank 0 has not is not named",
-        "dsmoe/parallel/claims.py",
+        "dsmoe/runtime/consistency.py",
         old="names = [*first, *(name for name in own if name not in first)]",
         new="names = [*first]",
         caught_by=f"{CLAIMS}test_what_differs_is_named_with_both_values_and_the_ranks",
@@ -329,14 +329,14 @@ MUTATIONS = [
     ),
     Mutation(
         "ranks exchange what they have different ideas of",
-        "dsmoe/parallel/agreement.py",
+        "dsmoe/parallel/shape_check.py",
         old="for what, _ in intents.values()}) > 1:",
         new="for what, _ in intents.values()}) > 2:",
         caught_by=f"{AGREEMENT}test_the_odd_rank_is_named_on_every_rank[dtype]",
     ),
     Mutation(
         "the dtype of what is exchanged is not agreed on",
-        "dsmoe/parallel/agreement.py",
+        "dsmoe/parallel/shape_check.py",
         old="{x_TD.shape[1]} x {x_TD.dtype} to",
         new="{x_TD.shape[1]} x torch.float32 to",
         caught_by=f"{AGREEMENT}test_the_odd_rank_is_named_on_every_rank[dtype]",
@@ -344,7 +344,7 @@ MUTATIONS = [
     # Devices.
     Mutation(
         "a rank with one device of its own looks for that of its number",
-        "dsmoe/parallel/devices.py",
+        "dsmoe/runtime/local_device.py",
         old="return 0 if torch.cuda.device_count() == 1 else local_rank",
         new="return local_rank",
         caught_by=f"{DEVICES}test_joining_binds_the_group_to_the_device_that_the_rank_drives[1]",
@@ -352,14 +352,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the first device that a rank does not see is thought to be there",
-        "dsmoe/parallel/devices.py",
+        "dsmoe/runtime/local_device.py",
         old="    if index >= visible:\n",
         new="    if index > visible:\n",
         caught_by=f"{DEVICES}test_a_rank_that_sees_some_devices_and_not_its_own_is_told_of_both_ways[2]",
     ),
     Mutation(
         "devices are told apart by the number that a rank sees",
-        "dsmoe/parallel/devices.py",
+        "dsmoe/runtime/local_device.py",
         old="            ranks.setdefault(device.uuid, []).append(rank)\n",
         new="            ranks.setdefault(device.uuid, [])\n"
         "            ranks[device.uuid] += [rank] * (device.visible == devices.get(device.uuid, device).visible)\n",

@@ -11,8 +11,8 @@ FAULTS = "tests/checkpoint/test_faults.py::"
 IDENTITY = "tests/train/test_identity.py::"
 EFFECTS = "tests/config/test_effects.py::"
 CHANGED = "tests/train/test_changed.py::"
-DURABLE = "tests/test_durable.py::"
-METER = "tests/observe/test_meter.py::"
+DURABLE = "tests/runtime/test_atomic_files.py::"
+METER = "tests/metrics/test_meter.py::"
 CRASHES = "tests/checkpoint/test_crashes.py::"
 ON_DISK = f"{CRASHES}test_everything_is_on_the_disk_before_it_has_its_name_and_before_the_old_ones_go"
 FLOPS = "tests/plan/test_flops.py::"
@@ -100,21 +100,21 @@ MUTATIONS = [
     # Files that are there whole or not at all.
     Mutation(
         "a file has its name before its content is on the disk",
-        "dsmoe/durable.py",
+        "dsmoe/runtime/atomic_files.py",
         old="            os.fsync(stream.fileno())\n",
         new="",
         caught_by=f"{DURABLE}test_content_then_name_then_folder_are_forced_onto_the_disk",
     ),
     Mutation(
         "the name of a file is not on the disk",
-        "dsmoe/durable.py",
+        "dsmoe/runtime/atomic_files.py",
         old="    sync_folder(path.parent)\n",
         new="",
         caught_by=f"{DURABLE}test_content_then_name_then_folder_are_forced_onto_the_disk",
     ),
     Mutation(
         "a disk that fails under a folder is none that cannot sync folders",
-        "dsmoe/durable.py",
+        "dsmoe/runtime/atomic_files.py",
         old="        if error.errno not in _NO_SYNC:\n",
         new="        if error.errno == errno.EPERM:\n",
         caught_by=f"{DURABLE}test_a_file_system_that_cannot_sync_folders_is_no_error[5-True]",
@@ -122,7 +122,7 @@ MUTATIONS = [
     # Checkpoints.
     Mutation(
         "a checkpoint has its name before its tensors are on the disk",
-        "dsmoe/checkpoint/files.py",
+        "dsmoe/checkpoint/safetensors.py",
         old="        os.fsync(stream.fileno())\n",
         new="",
         caught_by=ON_DISK,
@@ -136,7 +136,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the name of a checkpoint is not on the disk when older ones are removed",
-        "dsmoe/durable.py",
+        "dsmoe/runtime/atomic_files.py",
         old="    sync_folder(final.parent)\n",
         new="",
         caught_by=ON_DISK,
@@ -287,14 +287,14 @@ MUTATIONS = [
     ),
     Mutation(
         "both conventions have one figure",
-        "dsmoe/observe/meter.py",
+        "dsmoe/metrics/meter.py",
         old='"_causal": rate * flops.causal_training',
         new='"_causal": rate * flops.training',
         caught_by=f"{METER}test_throughput_is_of_the_slowest_rank_over_the_steps_in_between",
     ),
     Mutation(
         "throughput is that of the fastest rank",
-        "dsmoe/observe/meter.py",
+        "dsmoe/metrics/meter.py",
         old="dist.all_reduce(worst, op=dist.ReduceOp.MAX)",
         new="dist.all_reduce(worst, op=dist.ReduceOp.MIN)",
         caught_by=f"{METER}test_throughput_is_of_the_slowest_rank_over_the_steps_in_between",

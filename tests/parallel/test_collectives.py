@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from dsmoe.parallel import Groups
 from dsmoe.parallel.collectives import Exchange, Traffic, all_to_all, start_all_to_all
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.spawn import run_ranks
 
 
 def exchange_uneven() -> dict[str, Any]:

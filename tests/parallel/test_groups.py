@@ -13,9 +13,9 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
 from dsmoe.parallel import ExpertGroup, Groups
-from dsmoe.parallel.distributed import set_timeout_everywhere
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.processes import set_timeout_everywhere
+from dsmoe.runtime.spawn import run_ranks
 
 # By expert degree: the ranks of each rank's expert and expert-data group, for 4 ranks.
 EXPERT = {

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from dsmoe.config import dump_config, load_config
-from dsmoe.launch.start import begin_with
-from dsmoe.parallel.local import RanksFailedError, run_ranks
-from dsmoe.preflight import run, stages
+from dsmoe.preflight import check_nodes, stages
 from dsmoe.preflight.measure import copy_rate, link_rates, memory_gib, product_rate, write_rate
 from dsmoe.preflight.results import Link
 from dsmoe.preflight.workload import Product, messages
+from dsmoe.runtime.spawn import RanksFailedError, run_ranks
+from dsmoe.runtime.start import begin_with
 from tests.train.layouts import small_config
 
 CPU = torch.device("cpu")
@@ -39,8 +39,8 @@ def check(path: Path, overrides: list[str] | None = None) -> int:
     os.environ.update(LOCAL_RANK=str(dist.get_rank() % per_node), LOCAL_WORLD_SIZE=str(per_node))
     with (path.parent / f"stderr_{dist.get_rank()}").open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
-    run.leave_processes = lambda: None  # run_ranks does
-    return run.check_cluster(begin_with(str(path), overrides or []), None)
+    check_nodes.leave_processes = lambda: None  # run_ranks does
+    return check_nodes.check_cluster(begin_with(str(path), overrides or []), None)
 
 
 def stderr(folder: Path) -> str:

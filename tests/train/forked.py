@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsmoe.parallel.local import CONTEXT
+from dsmoe.runtime.spawn import CONTEXT
 
 PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
 

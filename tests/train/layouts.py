@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from dsmoe.config.schema import Config
 from dsmoe.parallel import Groups
-from dsmoe.parallel.distributed import Rank
+from dsmoe.parity.check_parity import TEXT
+from dsmoe.parity.training import Training, train_few_steps
 from dsmoe.plan import Topology
+from dsmoe.runtime.processes import Rank
 from dsmoe.train import Trainer
-from dsmoe.train.compare import Training, train_few_steps
-from dsmoe.train.parity import TEXT
 
 
 def small_config(

@@ -19,12 +19,12 @@ import torch.distributed as dist
 import dsmoe
 from dsmoe.config import UserError, load_config
 from dsmoe.config.schema import Config
-from dsmoe.interop.tokenizer import byte_tokenizer_json
+from dsmoe.interop.export_tokenizer import byte_tokenizer_json
 from dsmoe.model import build_model
 from dsmoe.parallel import Groups
-from dsmoe.parallel.claims import SHOWN_CLAIMS, deviation, digest, explain
-from dsmoe.parallel.local import CONTEXT, run_ranks
 from dsmoe.plan import Topology
+from dsmoe.runtime.consistency import SHOWN_CLAIMS, deviation, digest, explain
+from dsmoe.runtime.spawn import CONTEXT, run_ranks
 from dsmoe.train import alike
 from dsmoe.train.alike import claims_of_data, claims_of_run
 from tests.ports import free_port

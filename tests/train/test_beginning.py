@@ -10,7 +10,7 @@ import pytest
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.train.folder import check_run_folder
+from dsmoe.train.run_folder import check_run_folder
 from tests.interop.models import MIXTRAL, make_config, save
 
 

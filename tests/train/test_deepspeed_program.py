@@ -11,7 +11,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import nn
 
 from dsmoe import MoE  # was: from deepspeed.moe.layer import MoE
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 
 
 class Program(nn.Module):

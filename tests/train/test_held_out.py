@@ -11,9 +11,9 @@ from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, ValidationLoader, prepare
 from dsmoe.model import build_model
 from dsmoe.parallel import Groups
-from dsmoe.parallel.local import run_ranks
 from dsmoe.plan.elastic import fit_to_world
 from dsmoe.plan.topology import Topology
+from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.evaluate import HeldOut, evaluate
 from tests.train.layouts import small_config, this_rank
 

@@ -11,10 +11,10 @@ from dsmoe.config import UserError, load_config
 from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.data import prepare
-from dsmoe.interop.tokenizer import byte_tokenizer_json
-from dsmoe.train import folder as run_folders
-from dsmoe.train.folder import check_run_folder, make_run_folder
+from dsmoe.interop.export_tokenizer import byte_tokenizer_json
+from dsmoe.train import run_folder as run_folders
 from dsmoe.train.identity import RECORD, Contents, differences
+from dsmoe.train.run_folder import check_run_folder, make_run_folder
 from tests.train.test_run import pretrain, refused, write_config
 
 OTHER = byte_tokenizer_json() + "\n"

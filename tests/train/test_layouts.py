@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from dsmoe.config.schema import Config
-from dsmoe.parallel.local import run_ranks
-from dsmoe.plan.comparison import parse_layout
-from dsmoe.train.compare import TOLERANCES, Training, difference
+from dsmoe.parity.layouts import parse_layout
+from dsmoe.parity.training import TOLERANCES, Training, difference
+from dsmoe.runtime.spawn import run_ranks
 from tests.train.layouts import small_config, train
 
 STEPS, GOLDEN_STEPS = 6, 10

@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from dsmoe.config.schema import Config
-from dsmoe.parallel.local import run_ranks
-from dsmoe.parallel.watch import Watch, process_watch
+from dsmoe.runtime.spawn import run_ranks
+from dsmoe.runtime.watchdog import Watch, process_watch
 from dsmoe.train.phases import Phase, phase
 from tests.train.layouts import make_trainer, small_config
 

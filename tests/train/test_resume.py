@@ -10,7 +10,7 @@ import torch
 
 from dsmoe.checkpoint.folder import candidates
 from dsmoe.config.schema import Config
-from dsmoe.parallel.local import run_ranks
+from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import Trainer
 from tests.checkpoint.runs import tensors_of
 from tests.train.layouts import make_trainer, small_config

@@ -21,11 +21,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsmoe.config import UserError, dump_config, load_config
-from dsmoe.durable import write_whole
-from dsmoe.parallel.distributed import DeviceError, HostError
-from dsmoe.parallel.local import CONTEXT
-from dsmoe.train import ending
-from dsmoe.train.ending import ended_by, explain_end
+from dsmoe.runtime import failure_exit
+from dsmoe.runtime.atomic_files import write_whole
+from dsmoe.runtime.failure_exit import ended_by, explain_end
+from dsmoe.runtime.processes import DeviceError, HostError
+from dsmoe.runtime.spawn import CONTEXT
 from tests.ports import free_port
 from tests.train.forked import Outcome, start_on_ranks
 from tests.train.layouts import small_config
@@ -66,7 +66,7 @@ def _main_in_child(folder: str, arguments: list[str], streams: str) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
     from dsmoe.checkpoint import checkpoints
-    from dsmoe.train import folder as run_folders
+    from dsmoe.train import run_folder as run_folders
     from dsmoe.train.run import main
 
     checkpoints.LOOKS = run_folders.LOOKS = (0.05, 0.2)  # the pauses before a damaged file is read again
@@ -423,8 +423,8 @@ def test_the_traceback_of_an_error_that_all_ranks_have_is_in_the_reports(
 ) -> None:
     written: list[Exception] = []
     reports = SimpleNamespace(of_failure=lambda _, error: written.append(error))
-    monkeypatch.setattr(ending.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(ending, "process_watch", lambda: SimpleNamespace(reports=reports))
+    monkeypatch.setattr(failure_exit.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(failure_exit, "process_watch", lambda: SimpleNamespace(reports=reports))
     error.shared_by_all_ranks = True  # type: ignore[attr-defined]
     ended_by(error)
     assert written == [error]

@@ -21,10 +21,10 @@ from dsmoe.cli import main as cli
 from dsmoe.config import UserError, load_config
 from dsmoe.config.errors import PassingError, exit_code_of
 from dsmoe.data import prepare
-from dsmoe.parallel.distributed import HostError
-from dsmoe.parallel.local import run_ranks
-from dsmoe.train import folder as run_folders
-from dsmoe.train.folder import check_run_folder, claim_run_folder, make_run_folder, set_later_aside
+from dsmoe.runtime.processes import HostError
+from dsmoe.runtime.spawn import run_ranks
+from dsmoe.train import run_folder as run_folders
+from dsmoe.train.run_folder import check_run_folder, claim_run_folder, make_run_folder, set_later_aside
 from dsmoe.train.summary import summary
 from tests.checkpoint.crashes import figures
 from tests.checkpoint.runs import layout_config
@@ -582,18 +582,18 @@ def test_what_one_changes_after_a_divergence_may_change(
 
 FULL = """
 import errno, os, sys
-from dsmoe.checkpoint import checkpoints, files
+from dsmoe.checkpoint import checkpoints, safetensors
 from dsmoe.train import run
 number, often = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 checkpoints.PAUSES, checkpoints.WORTH_SECONDS = (0.2, 0.2), (1.0, 1.0)
-write, left = files._write, [often]
+write, left = safetensors._write, [often]
 def full(path, *arguments):
     if "step_00000004" in str(path) and os.environ.get("RANK", "0") == os.environ["FULL_RANK"]:
         left[0] -= 1
         if left[0] >= 0:
             raise OSError(number, os.strerror(number))
     return write(path, *arguments)
-files._write = full
+safetensors._write = full
 os._exit(run.main())
 """
 

@@ -18,7 +18,7 @@ import pytest
 
 from dsmoe.checkpoint.folder import all_checkpoints, verify
 from dsmoe.config.schema import Config
-from dsmoe.parallel.local import CONTEXT, run_ranks
+from dsmoe.runtime.spawn import CONTEXT, run_ranks
 from tests.checkpoint.runs import folder_of
 from tests.ports import free_port
 from tests.train.layouts import make_trainer, small_config

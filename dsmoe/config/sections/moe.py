@@ -126,7 +126,7 @@ ACTIVATION_SHAPES = {
     "gelu": ActivationShape(gated=False),
     "relu2": ActivationShape(gated=False),
 }
-"""By the names of `moe.activation`; what each computes is in `dsmoe.moe.activations`."""
+"""By the names of `moe.activation`; what each computes is in `dsmoe.nn.activations`."""
 
 LEAST_IN_GROUP = {"max": 1, "top2_sum": 2}
 """How many experts a group needs for each `moe.router.group_score`."""

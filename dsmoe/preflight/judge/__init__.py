@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsmoe.preflight.judge.compare import ON_DEVICES, ON_HOSTS, Limits, Workload
-from dsmoe.preflight.judge.devices import judge_devices, judge_storage
 from dsmoe.preflight.judge.links import judge_collectives, judge_links
-from dsmoe.preflight.judge.names import who
 from dsmoe.preflight.judge.sameness import judge_sameness
+from dsmoe.preflight.judge.slow_devices import judge_devices, judge_storage
 from dsmoe.preflight.judge.verdict import Check, Finding, Verdict
+from dsmoe.preflight.judge.wording import who
 from dsmoe.preflight.results import Promise, RankReport
 
 __all__ = ["ON_DEVICES", "ON_HOSTS", "Check", "Finding", "Limits", "Verdict", "Workload", "judge"]

@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dsmoe.preflight.judge.names import amount, share, who
 from dsmoe.preflight.judge.verdict import Check, Verdict
+from dsmoe.preflight.judge.wording import amount, share, who
 from dsmoe.preflight.results import RankReport
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsmoe.preflight.judge.compare import Limits, Workload, number, typical
-from dsmoe.preflight.judge.names import amount, between, share, who
 from dsmoe.preflight.judge.verdict import Check, Verdict
+from dsmoe.preflight.judge.wording import amount, between, share, who
 from dsmoe.preflight.results import Link, Promise, RankReport
 
 MET_GBPS, FAR_GBPS = 0.7, 0.5

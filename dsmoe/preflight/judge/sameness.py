@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from dsmoe.preflight.judge.names import who
 from dsmoe.preflight.judge.verdict import Verdict
+from dsmoe.preflight.judge.wording import who
 from dsmoe.preflight.results import RankReport
 
 CLOCK_SECONDS = 1.0

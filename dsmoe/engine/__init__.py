@@ -1,0 +1,1 @@
+"""The training engine over DeepSpeed: everything here knows its insides, and nothing elsewhere does."""

@@ -1,0 +1,110 @@
+"""A stable sort of the assignments by expert, without comparing or moving them more than once.
+
+Counting sort: a histogram per block of assignments, one scan over (expert, block), and each assignment's rank among
+those of its block. Twins: `count_experts` in `dsmoe.moe.balance` and the order of `dsmoe.moe.capacity.limit`.
+
+Shape suffixes: see `dsmoe.moe.router`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dsmoe.kernels.blocks import SIZES
+
+
+def count_by_expert(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many entries (int64, 0 to E) name each expert below E: [E] int64."""
+    return _counts(_starts(experts, num_experts), num_experts)
+
+
+def sort_by_expert(
+    experts: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort assignments by expert, those of one expert in their present order.
+
+    Args:
+        experts: int64 of any shape, 0 to E - 1, or E for a masked assignment, which sorts last.
+        num_experts: E.
+
+    Returns:
+        int64: how many each expert has [E]; and, in sorted order, [A] each: which assignment it is, its expert, and its
+        place within the expert.
+    """
+    starts_EB = _starts(experts, num_experts)
+    order_A, expert_A, place_A = (torch.empty_like(experts.view(-1)) for _ in range(3))
+    num_blocks, block, num_warps = _blocks(experts)
+    tensors = (experts, starts_EB, order_A, expert_A, place_A)
+    _place[(num_blocks,)](*tensors, experts.numel(), num_blocks, num_experts, block, num_warps=num_warps)
+    return _counts(starts_EB, num_experts), order_A, expert_A, place_A
+
+
+def _blocks(experts: torch.Tensor) -> tuple[int, int, int]:
+    """How many blocks there are, the assignments of one, and the warps that work on it."""
+    block, num_warps = SIZES["permute"]["block"], SIZES["permute"]["warps"]
+    return max(triton.cdiv(experts.numel(), block), 1), block, num_warps
+
+
+def _starts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Where each block's assignments to each expert begin in sorted order, [(E + 1) * blocks + 1] int32.
+
+    The assignments that fill up the last block count as masked ones, so that they stand behind all others.
+    """
+    num_blocks, block, num_warps = _blocks(experts)
+    counts_EB = experts.new_empty((num_experts + 1) * num_blocks + 1, dtype=torch.int32)
+    bins = triton.next_power_of_2(num_experts + 1)
+    sizes = (experts.numel(), num_blocks, num_experts, bins, block)
+    _histogram[(num_blocks,)](experts, counts_EB, *sizes, num_warps=num_warps)
+    return counts_EB.cumsum(0, dtype=torch.int32)
+
+
+def _counts(starts_EB: torch.Tensor, num_experts: int) -> torch.Tensor:
+    num_blocks = starts_EB.numel() // (num_experts + 1)
+    return starts_EB[::num_blocks].diff()[:num_experts].long()
+
+
+@triton.jit(do_not_specialize=["num_assignments", "num_blocks"])
+def _histogram(
+    experts,
+    counts,
+    num_assignments,
+    num_blocks,
+    NUM_EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    assignment = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(experts + assignment, mask=assignment < num_assignments, other=NUM_EXPERTS).to(tl.int32)
+    bins = tl.arange(0, BINS)
+    # One place further, with a 0 in front: the inclusive scan is then the starts.
+    if block == 0:
+        tl.store(counts, 0)
+    tl.store(counts + 1 + bins * num_blocks + block, tl.histogram(expert, BINS), mask=bins <= NUM_EXPERTS)
+
+
+@triton.jit(do_not_specialize=["num_assignments", "num_blocks"])
+def _place(
+    experts,
+    starts,
+    orders,
+    sorted_experts,
+    places,
+    num_assignments,
+    num_blocks,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    within = tl.arange(0, BLOCK)
+    assignment = block * BLOCK + within
+    mask = assignment < num_assignments
+    expert = tl.load(experts + assignment, mask=mask, other=NUM_EXPERTS).to(tl.int32)
+    earlier = (expert[:, None] == expert[None, :]) & (within[None, :] < within[:, None])
+    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    row = tl.load(starts + expert * num_blocks + block) + rank
+    tl.store(orders + row, assignment.to(tl.int64), mask=mask)
+    tl.store(sorted_experts + row, expert.to(tl.int64), mask=mask)
+    tl.store(places + row, (row - tl.load(starts + expert * num_blocks)).to(tl.int64), mask=mask)

@@ -1,0 +1,1 @@
+"""Layers that dense and MoE models share: linear, norm, attention, feed-forward, activations, loss."""

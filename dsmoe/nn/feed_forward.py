@@ -1,0 +1,62 @@
+"""A feed-forward that every token passes: the dense blocks, the shared expert, the MLP of a residual MoE.
+
+Shape suffixes: see `dsmoe.moe.router`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dsmoe.nn.activations import find_activation
+from dsmoe.nn.linear import ColumnLinear, RowLinear
+from dsmoe.parallel.groups import TensorGroup
+from dsmoe.parallel.mappings import enter_split
+from dsmoe.parallel.random_weights import normal_from, seed_of
+
+
+class FeedForward(nn.Module):
+    """down (act(gate x) * up x), or down act(up x) where the activation is not gated, without biases.
+
+    Args:
+        hidden_size: D.
+        ffn_size: I.
+        activation: a name in `dsmoe.nn.activations.ACTIVATIONS`; the gate's rows of `gate_up` stand before the others.
+        group: the ranks over which I is cut; None is this one alone.
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int, activation: str, group: TensorGroup | None = None) -> None:
+        super().__init__()
+        self.activation = find_activation(activation)
+        self.group = group or TensorGroup.alone()
+        parts = self.activation.shape.input_matrices
+        self.gate_up = ColumnLinear(hidden_size, parts * ffn_size, self.group, parts)
+        self.down = RowLinear(ffn_size, hidden_size, self.group)
+
+    def initialise(self, seed: int, std: float, down_std: float) -> None:
+        """Draw the weights from N(0, std^2) (`down`: down_std), the same for any number of ranks."""
+        normal_from(seed_of(seed, "gate_up"), self.gate_up.weight, std, self.gate_up.shard)
+        normal_from(seed_of(seed, "down"), self.down.weight, down_std, self.down.shard)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        z = self.gate_up(enter_split(x, self.group))
+        if not self.activation.gated:
+            return self.down(self.activation.act(z))
+        gate, up = z.chunk(2, dim=-1)
+        return self.down(self.activation.act(gate) * up)
+
+
+def join_dense(
+    y_TD: torch.Tensor, dense_TD: torch.Tensor, mix_T2: torch.Tensor | None, mask_T: torch.Tensor | None
+) -> torch.Tensor:
+    """Bring the experts' output and the dense one together: [T, D].
+
+    Args:
+        y_TD: of the experts.
+        dense_TD: of what every token passes.
+        mix_T2: what each of the two counts; None adds them.
+        mask_T: where it is False, the output is zero.
+    """
+    joined_TD = y_TD + dense_TD if mix_T2 is None else y_TD * mix_T2[:, :1] + dense_TD * mix_T2[:, 1:]
+    return joined_TD if mask_T is None else joined_TD * mask_T[:, None]

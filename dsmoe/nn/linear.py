@@ -1,0 +1,111 @@
+"""Layers whose weights are cut over the ranks of a tensor group.
+
+A column-parallel linear has a slice of the outputs, a row-parallel one of the inputs; between them every rank works on
+its own features, without communication (Megatron-LM, arXiv:1909.08053). Each layer holds its `Shard` of the weight that
+one rank alone would have, and with a group of one rank is the plain layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsmoe.parallel.groups import TensorGroup
+from dsmoe.parallel.mappings import leave_split, sum_gradients
+from dsmoe.parallel.sharding import Shard
+
+
+def mark_split(parameter: torch.Tensor) -> None:
+    """Tell DeepSpeed that every rank of a tensor group has another part, which counts in the gradient norm."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+class ColumnLinear(nn.Linear):
+    """x W^T for this rank's slice of W's rows, that is of the outputs; no bias.
+
+    The input is what `regions.enter_split` gives.
+
+    Args:
+        in_features: the width of the input.
+        out_features: the width of the output over all ranks.
+        group: the ranks.
+        parts: how many matrices of equal height stand one below the other in W.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group: TensorGroup, parts: int = 1) -> None:
+        super().__init__(in_features, _part(out_features, parts * group.size) * parts, bias=False)
+        self.shard = Shard(0, group.rank, group.size, parts)
+        if group.size > 1:
+            mark_split(self.weight)
+
+
+class RowLinear(nn.Linear):
+    """x W^T for this rank's slice of W's columns, that is of the inputs, summed over the ranks; no bias.
+
+    The output is what `regions.leave_split` gives.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group: TensorGroup) -> None:
+        super().__init__(_part(in_features, group.size), out_features, bias=False)
+        self.group = group
+        self.shard = Shard(1, group.rank, group.size)
+        if group.size > 1:
+            mark_split(self.weight)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in / ranks] -> [..., out]."""
+        return leave_split(F.linear(input, self.weight), self.group)
+
+
+class SharedColumnLinear(nn.Linear):
+    """x W^T for some of W's rows, where the ranks are more than the slices: neighbours compute the same slice.
+
+    Every rank holds all of W, which is small (the few key/value heads of grouped-query attention), so that W is like
+    any other replicated weight; the ranks' gradients are summed.
+
+    Args:
+        in_features: the width of the input.
+        out_features: the width of the output over all slices.
+        slices: how many there are; divides the ranks of the group.
+        group: the ranks.
+    """
+
+    def __init__(self, in_features: int, out_features: int, slices: int, group: TensorGroup) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.group = group
+        height, index = _part(out_features, slices), group.rank * slices // group.size
+        self.rows = slice(index * height, (index + 1) * height)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out / slices]."""
+        return F.linear(input, sum_gradients(self.weight, self.group)[self.rows])
+
+
+class VocabEmbedding(nn.Embedding):
+    """An embedding of which every rank holds the rows of its slice of the vocabulary."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, group: TensorGroup) -> None:
+        super().__init__(_part(num_embeddings, group.size), embedding_dim)
+        self.group = group
+        self.shard = Shard(0, group.rank, group.size)
+        if group.size > 1:
+            mark_split(self.weight)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [B, S, D], or this rank's slice of S (see `regions.leave_split`)."""
+        if self.group.size == 1:
+            return super().forward(input)
+        local, is_here = local_ids(input, self.num_embeddings, self.group)
+        return leave_split(torch.where(is_here[..., None], super().forward(local), 0.0), self.group)
+
+
+def local_ids(ids: torch.Tensor, num_local: int, group: TensorGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each id's row in this rank's slice of the vocabulary (any row where it is elsewhere), and whether it is here."""
+    local = ids - group.rank * num_local
+    return local.clamp(0, num_local - 1), (local >= 0) & (local < num_local)
+
+
+def _part(width: int, count: int) -> int:
+    assert width % count == 0, f"{width} cannot be cut into {count}; checked when the config is loaded"
+    return width // count

@@ -1,0 +1,1 @@
+"""`dsmoe parity`: the same model on several layouts, compared."""
