@@ -2,8 +2,8 @@
 
     python -m benchmarks.all_to_all --hosts 2 4 --ranks-per-host 2 --rate 100mbit --repeats 7
 
-The hosts are network namespaces of this machine (`tests.cluster.hosts`: root, iproute2, openssh, pdsh), the link is
-shaped by `tc`. Every exchange is timed in turn in the same processes, forward and backward, from a barrier to the end
+The hosts are network namespaces of this machine (`tests.helpers.emulated_hosts`: root, iproute2, openssh, pdsh), the
+link is shaped by `tc`. Every exchange is timed in turn in the same processes, forward and backward, from a barrier to the end
 of the slowest rank; medians. Bytes are what `MoE.take_traffic` counts between hosts in one pass, over all ranks, and
 what the hosts' interfaces have sent, packet headers included. Writes `benchmarks/results/all_to_all.json`.
 """
@@ -29,8 +29,8 @@ from benchmarks.measuring import write
 from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
 from dsmoe.runtime.processes import join_processes
-from tests.cluster.hosts import CABLE, Cluster, missing
-from tests.cluster.launching import ENVIRONMENT, PORT, REPOSITORY
+from tests.helpers.emulated_hosts import CABLE, Cluster, missing
+from tests.helpers.launching import ENVIRONMENT, PORT, REPOSITORY
 
 EXPERTS, TOP_K = 32, 8
 EXCHANGES = [(way, chunks) for way in ("flat", "hierarchical") for chunks in (1, 2, 4)]

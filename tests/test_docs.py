@@ -11,7 +11,7 @@ import pytest
 import dsmoe
 from dsmoe.config import schema
 from dsmoe.data import files, streams
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 DOCS = Path(__file__).parents[1] / "docs"
 

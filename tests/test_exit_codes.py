@@ -14,7 +14,7 @@ import pytest
 
 from dsmoe import exit_codes
 from dsmoe.config.errors import HostError, PassingError, UserError, exit_code_of
-from tests.sources import REPOSITORY, sources
+from tests.helpers.sources import REPOSITORY, sources
 
 FOLDERS = ("dsmoe", "launch", "docker", "benchmarks")
 ENDINGS = {"exit", "_exit", "SystemExit"}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.sources import sources
+from tests.helpers.sources import sources
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 FOLDERS = ("dsmoe", "launch", "docker", "benchmarks")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import ports
-from tests.ports import PORTS, free_port
+from tests.helpers import ports
+from tests.helpers.ports import PORTS, free_port
 
-ASK = "from tests.ports import free_port; print(*(free_port() for _ in range(100)), flush=True); input()"
+ASK = "from tests.helpers.ports import free_port; print(*(free_port() for _ in range(100)), flush=True); input()"
 
 
 def test_two_workers_have_different_ports() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.checkpoint import summarise, table, take_turns
 from benchmarks.measuring import RESULTS
 from dsmoe.runtime.spawn import run_ranks
-from tests.train.layouts import this_rank
+from tests.helpers.small_runs import this_rank
 
 PAGE = RESULTS.parents[1] / "docs" / "checkpoints.md"
 

@@ -26,7 +26,7 @@ from benchmarks.gpu.supervise import End
 from benchmarks.measuring import RESULTS
 from dsmoe.config import Config
 from dsmoe.plan import count_parameters
-from tests.benchmarks.faults import GOOD
+from tests.helpers.faulty_stage import GOOD
 
 ROOT = Path(__file__).parents[2]
 GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ class Fault(Stage):
 
 
 def stages(*faults: str) -> tuple[Stage, ...]:
-    return tuple(Fault(fault, "tests.benchmarks.faults", 60) for fault in faults)
+    return tuple(Fault(fault, "tests.helpers.faulty_stage", 60) for fault in faults)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *faults: str, minutes: float = 5.0) -> tuple[int, dict]:

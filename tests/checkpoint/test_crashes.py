@@ -21,7 +21,7 @@ from dsmoe.checkpoint.state import whole_part
 from dsmoe.checkpoint.storage import FolderWriter
 from dsmoe.config.schema import Checkpoint as CheckpointSection
 from dsmoe.runtime.spawn import run_ranks
-from tests.checkpoint.crashes import disturb_runs, figures
+from tests.helpers.crashes import disturb_runs, figures
 from tests.train.test_run import pretrain, refused, write_config
 
 
@@ -121,7 +121,7 @@ def test_losses_of_sequences_of_two_lengths_are_not_compared(tmp_path: Path) -> 
 
 
 def test_killed_at_random_instants_a_run_of_two_ranks_goes_on_as_undisturbed(tmp_path: Path) -> None:
-    """A short `python -m tests.checkpoint.crashes`."""
+    """A short `python -m tests.helpers.crashes`."""
     who = {"all ranks": 1.0, "one rank": 1.0}  # a launcher takes longer: tests/train/test_run.py has one
     counts = disturb_runs(tmp_path, kills=6, per_run=6, steps=16, seed=3, who=who)
     assert (counts.kills.total(), counts.steps_lost, counts.passed_over) == (6, 0, 0)

@@ -11,8 +11,8 @@ import pytest
 from dsmoe.checkpoint.folder import verify
 from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.runtime.spawn import run_ranks
-from tests import damage
 from tests.checkpoint.test_crashes import save_small
+from tests.helpers import damage
 
 
 def save_two(folder: Path) -> None:

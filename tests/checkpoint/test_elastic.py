@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsmoe.runtime.spawn import run_ranks
-from tests.checkpoint.runs import folder_of, go_on, layout_config, save_between, tensors_of
+from tests.helpers.checkpoint_runs import folder_of, go_on, layout_config, save_between, tensors_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank": {"ranks": 1, "zero": 0},

@@ -27,9 +27,9 @@ from dsmoe.cli import main
 from dsmoe.config.schema import Checkpoint as CheckpointSection
 from dsmoe.config.schema import Config
 from dsmoe.runtime.spawn import run_ranks
-from tests.checkpoint.runs import folder_of, layout_config, logged_from_now
 from tests.checkpoint.test_crashes import save_small
-from tests.train.layouts import make_trainer
+from tests.helpers.checkpoint_runs import folder_of, layout_config, logged_from_now
+from tests.helpers.small_runs import make_trainer
 
 OURS, OTHERS = ".step_00000003.partial", ".step_00000003.partial.swp"
 

@@ -13,8 +13,8 @@ from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.config.schema import Config
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import Trainer, trainer
-from tests.checkpoint.runs import folder_of, go_on_with, layout_config, take_steps, tensors_of
-from tests.train.layouts import make_trainer
+from tests.helpers.checkpoint_runs import folder_of, go_on_with, layout_config, take_steps, tensors_of
+from tests.helpers.small_runs import make_trainer
 
 EXPERTS = "blocks.1.ffn.deepspeed_moe.experts"
 FROZEN = {"embedding.weight", "norm.weight", f"{EXPERTS}.down"}

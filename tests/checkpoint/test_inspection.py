@@ -12,7 +12,7 @@ from dsmoe.cli import main
 from dsmoe.config import dump_config
 from dsmoe.config.schema import Config
 from dsmoe.runtime.spawn import run_ranks
-from tests.checkpoint.runs import folder_of, layout_config, save_between
+from tests.helpers.checkpoint_runs import folder_of, layout_config, save_between
 
 
 @pytest.fixture(scope="module")

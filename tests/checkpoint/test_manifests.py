@@ -27,9 +27,9 @@ from dsmoe.interop.tensors import checkpoint_tensors
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import Trainer
 from dsmoe.train.run_folder import check_run_folder
-from tests.checkpoint.runs import layout_config, take_steps
-from tests.interop.models import LLAMA, MIXTRAL, make_config, save
-from tests.train.layouts import make_trainer
+from tests.helpers.checkpoint_runs import layout_config, take_steps
+from tests.helpers.hugging_face_models import LLAMA, MIXTRAL, make_config, save
+from tests.helpers.small_runs import make_trainer
 
 Content = dict[str, Any]
 NORM, EMBEDDING = "model/norm.weight", "model/embedding.weight"

@@ -21,9 +21,9 @@ from dsmoe.engine.optimizer_state import inner_optimizer
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.summary import after_divergence
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
-from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, tensors_of
-from tests.train.forked import Outcome, start_on_ranks
-from tests.train.layouts import make_trainer
+from tests.helpers.checkpoint_runs import folder_of, layout_config, logged_from_now, tensors_of
+from tests.helpers.forked import Outcome, start_on_ranks
+from tests.helpers.small_runs import make_trainer
 from tests.train.test_run import pretrain, refused, write_config
 
 LAYOUTS = {

@@ -23,8 +23,8 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run_folder import check_run_folder
-from tests.checkpoint.runs import MODEL, folder_of, layout_config, logged_from_now, save_between, tensors_of
-from tests.train.layouts import make_trainer
+from tests.helpers.checkpoint_runs import MODEL, folder_of, layout_config, logged_from_now, save_between, tensors_of
+from tests.helpers.small_runs import make_trainer
 
 TWO = {"ranks": 2, "expert": 2, "zero": 1, "precision": "bf16"}
 

@@ -24,8 +24,15 @@ from dsmoe.metrics.sinks import JsonLines, TensorBoard
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run import main
 from dsmoe.train.trainer import Trainer, TrainingDivergedError
-from tests.checkpoint.runs import folder_of, layout_config, logged_from_now, save_between, take_steps, tensors_of
-from tests.train.layouts import make_trainer
+from tests.helpers.checkpoint_runs import (
+    folder_of,
+    layout_config,
+    logged_from_now,
+    save_between,
+    take_steps,
+    tensors_of,
+)
+from tests.helpers.small_runs import make_trainer
 
 
 def steps_in(folder: Path) -> list[str]:

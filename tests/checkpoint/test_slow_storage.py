@@ -25,11 +25,11 @@ from dsmoe.runtime import progress, watchdog
 from dsmoe.runtime.lost_ranks import LostRanksError
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.runtime.watchdog import Watch, process_watch
-from tests.checkpoint.runs import folder_of, layout_config, logged_from_now
-from tests.ports import free_port
-from tests.train.layouts import make_trainer
+from tests.helpers.checkpoint_runs import folder_of, layout_config, logged_from_now
+from tests.helpers.ports import free_port
+from tests.helpers.small_runs import make_trainer
+from tests.helpers.waiting import until
 from tests.train.test_run import write_config
-from tests.waiting import until
 
 HOST = os.uname().nodename
 

@@ -19,8 +19,8 @@ import yaml
 from dsmoe.config import load_config
 from dsmoe.launch.docker import job
 from dsmoe.launch.job import Request
-from tests.cluster.hosts import Cluster, Host, Task, missing
-from tests.cluster.launching import ENVIRONMENT, REPOSITORY, losses, write_config
+from tests.helpers.emulated_hosts import Cluster, Host, Task, missing
+from tests.helpers.launching import ENVIRONMENT, REPOSITORY, losses, write_config
 
 NEEDED = ("buildah", "podman", "podman-compose", "runc", "mmdebstrap")
 LACKING = [name for name in NEEDED if not shutil.which(name)] + (["root"] if os.geteuid() else [])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsmoe.checkpoint.folder import all_checkpoints, verify
-from tests.cluster.hosts import Cluster, missing
-from tests.cluster.launching import LAUNCHERS, PRETRAIN, write_config
+from tests.helpers.emulated_hosts import Cluster, missing
+from tests.helpers.launching import LAUNCHERS, PRETRAIN, write_config
 
 pytestmark = [
     pytest.mark.cluster,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Cluster, missing
+from tests.helpers.emulated_hosts import Cluster, missing
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=f"no cluster here: {missing()}")]
 
@@ -90,7 +90,7 @@ def living(marker: str) -> list[str]:
 def test_no_process_survives_the_one_that_made_it(way: str, tmp_path: Path) -> None:
     marker = f"dsmoe-{os.getpid()}-{way}"
     script = (
-        "import time\nfrom tests.cluster.hosts import Cluster\n"
+        "import time\nfrom tests.helpers.emulated_hosts import Cluster\n"
         "with Cluster(2) as cluster:\n"
         f"    cluster.hosts[0].start(['sh', '-c', 'sleep 1000; : {marker}'])\n"
         "    print(flush=True)\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Cluster, Outcome, missing
-from tests.cluster.launching import ENVIRONMENT, REPOSITORY, losses
+from tests.helpers.emulated_hosts import Cluster, Outcome, missing
+from tests.helpers.launching import ENVIRONMENT, REPOSITORY, losses
 
 pytestmark = [
     pytest.mark.cluster,

@@ -13,9 +13,9 @@ import pytest
 from dsmoe.config import load_config
 from dsmoe.launch.job import Request
 from dsmoe.launch.slurm import job as render
-from tests.cluster.hosts import Host
-from tests.cluster.launching import REPOSITORY, losses, write_config
-from tests.cluster.slurm import LOST_SECONDS, Slurm, SlurmJob, missing
+from tests.helpers.emulated_hosts import Host
+from tests.helpers.launching import REPOSITORY, losses, write_config
+from tests.helpers.real_slurm import LOST_SECONDS, Slurm, SlurmJob, missing
 
 pytestmark = [
     pytest.mark.cluster,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Cluster, missing
-from tests.cluster.launching import ENVIRONMENT, PORT
+from tests.helpers.emulated_hosts import Cluster, missing
+from tests.helpers.launching import ENVIRONMENT, PORT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=f"no cluster here: {missing()}")]
 

@@ -11,8 +11,8 @@ import torch
 from dsmoe.cli import main as command
 from dsmoe.config import load_config
 from dsmoe.runtime.spawn import run_ranks
-from tests.checkpoint.runs import folder_of, go_on, tensors_of
-from tests.compatibility.stored import DATA, FINISHED, RUNS, copy_for, figures, inside, said_of_run, start
+from tests.helpers.checkpoint_runs import folder_of, go_on, tensors_of
+from tests.helpers.stored_files import DATA, FINISHED, RUNS, copy_for, figures, inside, said_of_run, start
 
 LAST = 5
 """Step at which the runs end."""

@@ -11,7 +11,7 @@ import torch
 
 from dsmoe.cli import main as command
 from dsmoe.config import load_config
-from tests.compatibility.stored import DATA, HUGGING_FACE, copy_for, inside, loss_of
+from tests.helpers.stored_files import DATA, HUGGING_FACE, copy_for, inside, loss_of
 
 pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.compatibility.stored import DATA, VARIABLES, copy_for, resolved, yaml_files
+from tests.helpers.stored_files import DATA, VARIABLES, copy_for, resolved, yaml_files
 
 RESOLVED: dict[str, dict[str, Any]] = json.loads((DATA / "resolved.json").read_text(encoding="utf-8"))
 

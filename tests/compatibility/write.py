@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dsmoe.cli import main as command
-from tests.compatibility.stored import (
+from tests.helpers.stored_files import (
     FINISHED,
     HUGGING_FACE,
     RUNS,

@@ -11,8 +11,7 @@ from dsmoe.config.checks import cross_field_problems
 from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS
 from dsmoe.config.sections.parallel import world_size
 from dsmoe.config.show import flatten
-
-from .recipes import load, problems
+from tests.helpers.recipes import load, problems
 
 
 def check(folder: Path, *overrides: str) -> list[str]:

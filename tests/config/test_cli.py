@@ -15,8 +15,7 @@ from dsmoe.cli import main
 from dsmoe.config import Config, UserError, load_config
 from dsmoe.config.show import json_schema
 from dsmoe.plan import Plan
-
-from .recipes import VALID, write
+from tests.helpers.recipes import VALID, write
 
 
 @pytest.fixture

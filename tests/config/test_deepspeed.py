@@ -14,8 +14,7 @@ from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, Kind, to
 from dsmoe.config.deepspeed_checks import deepspeed_problems
 from dsmoe.config.errors import UserError
 from dsmoe.plan.plan import Plan
-
-from .recipes import VALID, load, problems_of, write
+from tests.helpers.recipes import VALID, load, problems_of, write
 
 FREE_ZERO_KEYS = FREE_KEYS["zero_optimization"]
 

@@ -21,7 +21,7 @@ from dsmoe.config.show import flatten, json_schema, spelled_out
 from dsmoe.plan.batch import Batch
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run_folder import check_run_folder, run_folder
-from tests.checkpoint.runs import MODEL, layout_config, save_between
+from tests.helpers.checkpoint_runs import MODEL, layout_config, save_between
 
 
 def leaves(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -15,8 +15,7 @@ from dsmoe.config import ConfigError, UserError, dump_config, load_config
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import fewest_characters
 from dsmoe.plan import Batch, Plan
-
-from .recipes import VALID, problems_of, write
+from tests.helpers.recipes import VALID, problems_of, write
 
 COMMANDS = (["config", "check"], ["config", "show"], ["plan"], ["launch", "--docker", "--dry-run"])
 

@@ -22,8 +22,7 @@ from dsmoe.config.synonyms import ABSENT, NOTES, SYNONYMS, meant_by
 from dsmoe.data import load_tokenizer
 from dsmoe.data.check import check_sources
 from dsmoe.data.tokenizer import require_end_of_document
-
-from .recipes import VALID, problems_of, write
+from tests.helpers.recipes import VALID, problems_of, write
 
 
 def tokenizer(path: Path, size: int, end: str = "</s>", **added: int) -> Path:

@@ -13,8 +13,7 @@ from dsmoe.config.load import included_files
 from dsmoe.config.paths import resolve_paths
 from dsmoe.config.yaml_text import Node, parse_yaml, plain, write_yaml
 from dsmoe.data import prepare
-
-from .recipes import VALID, load, problems, problems_of, problems_with, write
+from tests.helpers.recipes import VALID, load, problems, problems_of, problems_with, write
 
 
 def read(text: str) -> object:

@@ -14,8 +14,7 @@ from dsmoe.config.load import load_config
 from dsmoe.config.schedules import SCHEDULES, Schedule, learning_rate
 from dsmoe.config.schema import Config, Optimizer
 from dsmoe.config.show import flatten, spelled_out
-
-from .recipes import VALID, write
+from tests.helpers.recipes import VALID, write
 
 
 def rates(steps: int, **options: object) -> list[float]:

@@ -18,7 +18,7 @@ from dsmoe.config.inputs import input_problems
 from dsmoe.data import prepare
 from dsmoe.data.check import MOST_FILES, check_sources
 from dsmoe.interop.export_tokenizer import byte_tokenizer_json
-from tests.privileges import without_override
+from tests.helpers.privileges import without_override
 from tests.train.test_run import pretrain, refused, write_config
 
 COMMANDS = (["config", "check"], ["prepare"], ["plan"], ["plan", "--json"], ["launch", "--docker", "--dry-run"])

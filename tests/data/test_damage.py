@@ -19,8 +19,8 @@ from dsmoe.config.sealed import sealed_json
 from dsmoe.data import PreparedSource, TrainLoader, cache, prepare, stored
 from dsmoe.data.meta import META, made_folders
 from dsmoe.data.tokenizer import ByteTokenizer
-from tests import damage
 from tests.data.conftest import MakeConfig
+from tests.helpers import damage
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from dsmoe.config.paths import expand_glob
 from dsmoe.config.schema import Source
 from dsmoe.data.corpora import documents
 from dsmoe.data.files import corpus_files, find_files
-from tests.privileges import without_override
+from tests.helpers.privileges import without_override
 
 
 def source(path: Path | str, format_: str = "jsonl", **keys: Any) -> Source:

@@ -14,9 +14,9 @@ import pytest
 from dsmoe.config.errors import UserError
 from dsmoe.data.packing import pack
 from dsmoe.data.tokenizer import load_tokenizer, require_end_of_document, token_dtype
-from tests import damage
 from tests.data.conftest import MakeConfig
 from tests.data.test_literals import MODELS, saved
+from tests.helpers import damage
 
 TEXTS = ["ab <s>ab</s> a </s>", "", " ", "x\n\t", "γάμμα 𝄞", "<unk><0x0A>", "ab" * 500]
 WRONG = [

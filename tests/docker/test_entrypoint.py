@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dsmoe.config import UserError, dump_config
-from tests.train.layouts import small_config
+from tests.helpers.small_runs import small_config
 
 REPOSITORY = Path(__file__).parents[2]
 ENTRYPOINT = REPOSITORY / "docker" / "entrypoint.py"

@@ -21,8 +21,8 @@ from dsmoe.config.schema import Config
 from dsmoe.engine.gradient_sums import sum_in_fp32
 from dsmoe.engine.optimizer_state import fragments, inner_optimizer
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
-from tests.train.layouts import small_config
+from tests.helpers.layer_options import moe_layer
+from tests.helpers.small_runs import small_config
 
 FP32_ROUNDING = 2e-6
 """Relative; 512 times 2^-24 would be 3e-5 if every rounding went the same way."""

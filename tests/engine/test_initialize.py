@@ -23,8 +23,8 @@ from dsmoe.model import build_model
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.initialize import initialize, prepare_data
 from dsmoe.train.trainer import Trainer
-from tests.moe.layer_options import moe_layer
-from tests.train.layouts import make_trainer, small_config, this_rank
+from tests.helpers.layer_options import moe_layer
+from tests.helpers.small_runs import make_trainer, small_config, this_rank
 
 
 class Mixed(nn.Module):

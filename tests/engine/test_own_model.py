@@ -16,8 +16,8 @@ from dsmoe.parallel.mappings import enter_tokens, leave_tokens
 from dsmoe.parity.training import TOLERANCES, Training, difference, whole_weights
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
-from tests.train.layouts import small_config
+from tests.helpers.layer_options import moe_layer
+from tests.helpers.small_runs import small_config
 
 STEPS = 4
 

@@ -23,7 +23,7 @@ from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import Trainer
 from dsmoe.train.initialize import initialize
 from dsmoe.train.trainer import TrainingDivergedError
-from tests.train.layouts import make_trainer, small_config
+from tests.helpers.small_runs import make_trainer, small_config
 
 BALANCE = {"aux_loss": 0.02, "z_loss": 0.001, "scope": "global", "bias_update_rate": 0.01}
 

@@ -27,8 +27,17 @@ from dsmoe.interop.model_files import read_header
 from dsmoe.interop.names import Names
 from dsmoe.interop.settings import check_settings
 from dsmoe.plan.layers import dense_layers
-from tests.checkpoint.runs import tensors_of
-from tests.interop.models import COMMON, GLM4_MOE, LLAMA, MIXTRAL, load_sections, make_config, moe_model, save
+from tests.helpers.checkpoint_runs import tensors_of
+from tests.helpers.hugging_face_models import (
+    COMMON,
+    GLM4_MOE,
+    LLAMA,
+    MIXTRAL,
+    load_sections,
+    make_config,
+    moe_model,
+    save,
+)
 
 transformers = pytest.importorskip("transformers")
 REPOSITORY = Path(__file__).parents[2]

@@ -24,8 +24,8 @@ from dsmoe.interop.importing import import_folder
 from dsmoe.interop.model_files import read_header, whole_folder
 from dsmoe.interop.tensors import checkpoint_tensors
 from dsmoe.runtime.spawn import run_ranks
-from tests.checkpoint.runs import folder_of, layout_config, save_between, tensors_of
-from tests.interop.models import GLM4_MOE, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, make_config, moe_model, save
+from tests.helpers.checkpoint_runs import folder_of, layout_config, save_between, tensors_of
+from tests.helpers.hugging_face_models import GLM4_MOE, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, make_config, moe_model, save
 
 transformers = pytest.importorskip("transformers")
 

@@ -22,8 +22,8 @@ from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.importing import fitting_sections, import_folder
 from dsmoe.interop.sections import sections_of
 from dsmoe.runtime.spawn import RanksFailedError, run_ranks
-from tests.checkpoint.runs import take_steps, tensors_of
-from tests.interop.models import (
+from tests.helpers.checkpoint_runs import take_steps, tensors_of
+from tests.helpers.hugging_face_models import (
     COMMON,
     GLM4_MOE,
     THEIRS,
@@ -33,7 +33,7 @@ from tests.interop.models import (
     save_theirs,
     train_on,
 )
-from tests.train.layouts import make_trainer
+from tests.helpers.small_runs import make_trainer
 
 transformers = pytest.importorskip("transformers")
 

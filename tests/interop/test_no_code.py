@@ -14,7 +14,7 @@ import pytest
 
 from dsmoe import cli
 from dsmoe.config.show import dump_config
-from tests.interop.models import load_sections, make_config, save_theirs
+from tests.helpers.hugging_face_models import load_sections, make_config, save_theirs
 
 pytest.importorskip("transformers")
 REPOSITORY = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pytest
 from dsmoe.config.errors import UserError
 from dsmoe.data.tokenizer import load_tokenizer, tokenizer_digest
 from dsmoe.interop.export_tokenizer import tokenizer_files
-from tests.interop.models import MIXTRAL, make_config
+from tests.helpers.hugging_face_models import MIXTRAL, make_config
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -19,9 +19,18 @@ from dsmoe.interop.logits import compare, our_logits
 from dsmoe.interop.tensors import Tensors
 from dsmoe.interop.upcycle import cut_of, upcycle
 from dsmoe.runtime.spawn import run_ranks
-from tests.checkpoint.runs import tensors_of
-from tests.interop.models import LLAMA, QWEN3, load_sections, make_config, save, save_theirs, tiled, train_on
-from tests.moe import made_up
+from tests.helpers import made_up_entries
+from tests.helpers.checkpoint_runs import tensors_of
+from tests.helpers.hugging_face_models import (
+    LLAMA,
+    QWEN3,
+    load_sections,
+    make_config,
+    save,
+    save_theirs,
+    tiled,
+    train_on,
+)
 
 BIAS_KEY = "buffer/blocks.1.ffn.balance.bias"
 INNER = 48
@@ -134,7 +143,7 @@ def test_weights_that_are_not_normalised_are_scaled_to_nearly_the_same(
 def test_any_score_says_what_weights_that_are_not_normalised_begin_with(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_up.register(monkeypatch)
+    made_up_entries.register(monkeypatch)
     router = {"normalize_weights": False, "scale": 1.5}
     config = moe_config(tmp_path, {"num_experts": 8, "top_k": 2, "expert_ffn_size": INNER, "router": router})
     assert config.moe is not None

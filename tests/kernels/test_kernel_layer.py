@@ -13,8 +13,8 @@ from torch import nn
 
 from dsmoe.moe import balance, capacity, grouped_ffn, permutation, router
 from dsmoe.nn import activations
+from tests.helpers.layer_options import moe_layer
 from tests.moe import DEVICE
-from tests.moe.layer_options import moe_layer
 
 T, D, E = 21, 16, 8
 OPTIONS: dict[str, dict[str, Any]] = {

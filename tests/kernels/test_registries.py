@@ -16,10 +16,11 @@ from dsmoe.config.sections.moe import ActivationShape
 from dsmoe.kernels.topk_router import _Route, route
 from dsmoe.kernels.weighted_activation import weighted_activation, weighted_activation_backward
 from dsmoe.nn.activations import Activation
+from tests.helpers import made_up_entries
+from tests.helpers.layer_options import moe_layer
 from tests.kernels import test_weighted_activation
 from tests.kernels.test_kernel_layer import outcome, use_kernels
-from tests.moe import DEVICE, made_up
-from tests.moe.layer_options import moe_layer
+from tests.moe import DEVICE
 
 pytestmark = pytest.mark.usefixtures("made_up_entries")
 
@@ -50,7 +51,7 @@ def test_a_layer_refuses_what_has_no_kernel(
         layer(torch.randn(5, 16, device=DEVICE))
 
 
-@pytest.mark.parametrize("activation", [made_up.TANH, made_up.TANH_GLU], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("activation", [made_up_entries.TANH, made_up_entries.TANH_GLU], ids=lambda entry: entry.name)
 def test_the_activations_functions_refuse_it(activation: Activation) -> None:
     for run in calls(activation):
         with pytest.raises(NotImplementedError, match=f"'{activation.name}' of .* has no Triton kernel"):
@@ -59,7 +60,7 @@ def test_the_activations_functions_refuse_it(activation: Activation) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_code_without_a_branch_does_not_compile(gated: bool) -> None:
-    for run in calls(replace(made_up.TANH, shape=ActivationShape(gated), kernel="tanh")):
+    for run in calls(replace(made_up_entries.TANH, shape=ActivationShape(gated), kernel="tanh")):
         assert_refused(run, "activation tanh")
 
 
@@ -81,7 +82,7 @@ def calls(activation: Activation) -> list[Callable[[], object]]:
 
 
 def test_a_score_without_a_branch_does_not_compile() -> None:
-    score = replace(made_up.SOFTPLUS, kernel="softplus")
+    score = replace(made_up_entries.SOFTPLUS, kernel="softplus")
     logits_TE = torch.randn(4, 8, device=DEVICE)
     assert_refused(lambda: route(logits_TE, None, None, 2, score, True, 1.0, 1e-20), "score softplus")
     scores_TE, experts_TK = logits_TE.sigmoid(), torch.tensor([[0, 1]] * 4, device=DEVICE)

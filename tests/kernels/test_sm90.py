@@ -21,7 +21,7 @@ def test_kernels_compile_for_sm90_without_spills_in_whole_vectors(tmp_path: Path
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     found = tmp_path / "reports.json"  # stdout is not ours alone: DeepSpeed warns there of an accelerator it guesses
-    command = [sys.executable, "-m", "tests.kernels.sm90", str(found)]
+    command = [sys.executable, "-m", "tests.helpers.sm90", str(found)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     results = json.loads(found.read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ from dsmoe.config.paths import literal_path
 from dsmoe.config.yaml_text import Node, parse_yaml, plain, write_yaml
 from dsmoe.launch import docker, hosts, quoting, slurm
 from dsmoe.launch.job import Job, Request
-from tests.config.recipes import VALID
+from tests.helpers.recipes import VALID
 
 WAYS = {"hostfile": hosts, "slurm": slurm, "docker": docker}
 HOSTILE = [

@@ -18,7 +18,7 @@ from dsmoe.plan import Batch, Topology
 from dsmoe.plan.devices import DeviceFacts
 from dsmoe.plan.flops import Flops
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 FLOPS = Flops(forward=10**9, attention=2 * 10**8)
 KNOWN = DeviceFacts("a test's", memory_gib=1.0, peak_tflops=0.5)

@@ -18,7 +18,7 @@ from dsmoe.nn import loss
 from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
-from tests.plan.configs import make_config
+from tests.helpers.plan_configs import make_config
 
 MODEL = {
     "vocab_size": 40,

@@ -23,7 +23,7 @@ from dsmoe.nn.attention import Attention, Rotary, rotate
 from dsmoe.parallel import ExpertGroup, Groups, TensorGroup
 from dsmoe.plan import Topology, count_parameters, flops_per_token
 from dsmoe.runtime.spawn import run_ranks
-from tests.plan.configs import make_config
+from tests.helpers.plan_configs import make_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {

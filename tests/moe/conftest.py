@@ -2,7 +2,7 @@
 
 import pytest
 
-from . import made_up
+from tests.helpers import made_up_entries as made_up
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from dsmoe.moe import grouped_ffn
 from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 D, E = 16, 4
 SHAPES = [(2, 6), (2, 5), (3, 7), (1, 1), (2, 6)]

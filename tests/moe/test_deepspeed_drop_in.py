@@ -16,7 +16,7 @@ from torch import nn
 
 import dsmoe
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 D, E = 16, 4
 

@@ -13,7 +13,7 @@ from dsmoe.moe.hierarchical import HierarchicalDispatch
 from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 from tests.moe.test_parallel import cases, check_case
 from tests.moe.test_static import no_host_reads
 

@@ -25,10 +25,9 @@ from dsmoe.moe.capacity import renormalize
 from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments
 from dsmoe.parallel import ExpertGroup, TensorGroup
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
-from tests.plan.configs import make_config
-
-from .reference import Settings, run_reference
+from tests.helpers.layer_options import moe_layer
+from tests.helpers.moe_reference import Settings, run_reference
+from tests.helpers.plan_configs import make_config
 
 D, E = 16, 4
 

@@ -16,7 +16,7 @@ import dsmoe
 from dsmoe.parallel import ExpertGroup, Groups, collectives
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 D = 16
 

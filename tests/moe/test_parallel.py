@@ -17,7 +17,7 @@ from dsmoe.parallel import Groups
 from dsmoe.parallel.shape_check import DisagreementError
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 D, E = 16, 4
 

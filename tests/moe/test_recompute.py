@@ -22,7 +22,7 @@ from dsmoe.moe.replay import Draws, uniform
 from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 D, E, T = 16, 8, 24
 Function = Callable[[torch.Tensor], torch.Tensor]

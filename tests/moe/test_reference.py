@@ -13,9 +13,8 @@ import dsmoe
 from dsmoe.moe import read_statistics
 from dsmoe.moe.capacity import DROPS
 from dsmoe.moe.replay import uniform
-from tests.moe.layer_options import moe_layer
-
-from .reference import Expected, Settings, capacity_of, run_reference, swiglu_expert
+from tests.helpers.layer_options import moe_layer
+from tests.helpers.moe_reference import Expected, Settings, capacity_of, run_reference, swiglu_expert
 
 D, I = 8, 8  # noqa: E741
 FP32_RESOLUTION = 1e-5

@@ -20,7 +20,7 @@ from dsmoe.moe.capacity import DROP_POLICIES
 from dsmoe.moe.router import Router, Routing
 from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES
 from dsmoe.nn.activations import ACTIVATIONS, find_activation
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 T, D, E, K, INNER = 40, 16, 6, 2, 8
 

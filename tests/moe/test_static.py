@@ -23,8 +23,8 @@ from dsmoe.moe import grouped_ffn
 from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
+from tests.helpers.layer_options import moe_layer
 from tests.moe import DEVICE
-from tests.moe.layer_options import moe_layer
 
 D, E, T = 16, 4, 12
 needs_grouped_kernel = pytest.mark.skipif(

@@ -13,7 +13,7 @@ import dsmoe
 from dsmoe.moe import begin_step, hold_drop_rate, step_updates, update_routers
 from dsmoe.moe.capacity import DropRateController
 from dsmoe.runtime.spawn import run_ranks
-from tests.moe.layer_options import moe_layer
+from tests.helpers.layer_options import moe_layer
 
 D, E = 8, 4
 RATE = 0.25

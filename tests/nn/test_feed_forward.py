@@ -7,8 +7,7 @@ import torch
 
 from dsmoe.nn.activations import ACTIVATIONS
 from dsmoe.nn.feed_forward import FeedForward
-
-from .test_ffn import FORMULAS, INNER
+from tests.moe.test_grouped_ffn import FORMULAS, INNER
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -9,7 +9,7 @@ import torch
 
 from dsmoe.cli import main
 from dsmoe.parity.training import TOLERANCES, Training, difference
-from tests.train.forked import start_on_ranks
+from tests.helpers.forked import start_on_ranks
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsmoe.plan import Batch
-
-from .configs import make_config
+from tests.helpers.plan_configs import make_config
 
 
 def batch_of(nodes: int = 1, devices_per_node: int = 2, tensor: int = 1, **train: Any) -> Batch:

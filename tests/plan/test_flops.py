@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsmoe.plan import flops_per_token
-
-from .configs import make_config
+from tests.helpers.plan_configs import make_config
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])

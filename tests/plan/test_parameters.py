@@ -7,8 +7,7 @@ import pytest
 from dsmoe.config.errors import UserError
 from dsmoe.config.sections.moe import ACTIVATION_SHAPES, ActivationShape
 from dsmoe.plan import Topology, count_parameters, head_dim, is_moe_layer, num_kv_heads, num_moe_layers
-
-from .configs import make_config
+from tests.helpers.plan_configs import make_config
 
 MIXTRAL = make_config(
     model={

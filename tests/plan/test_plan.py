@@ -14,8 +14,7 @@ import pytest
 from dsmoe.config.load import load_config
 from dsmoe.config.schema import Config
 from dsmoe.plan import AXES, Batch, Plan, Topology, count_parameters, flops_per_token
-
-from .configs import make_config
+from tests.helpers.plan_configs import make_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -13,8 +13,7 @@ import pytest
 
 from dsmoe.config.errors import UserError
 from dsmoe.plan import AXES, Axis, Topology
-
-from .configs import make_config
+from tests.helpers.plan_configs import make_config
 
 Groups = tuple[tuple[int, ...], ...]
 WORLDS = range(1, 65)

@@ -10,7 +10,7 @@ import pytest
 from dsmoe.preflight.judge import ON_DEVICES, Workload, judge
 from dsmoe.preflight.judge.compare import typical
 from dsmoe.preflight.results import SQUARE, Promise, RankReport
-from tests.preflight.made_up import GBPS, cluster, texts, verdict_of
+from tests.helpers.made_up_reports import GBPS, cluster, texts, verdict_of
 
 H100 = Promise(memory_gib=79.1, peak_tflops=989.5, intra_node_gbps=400.0, inter_node_gbps=50.0)
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 
 def test_a_node_without_the_config_says_so_itself(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import yaml
 from dsmoe.config import Config
 from dsmoe.preflight.report import corrected_cluster, text, write_json
 from dsmoe.preflight.results import SQUARE, Promise
-from tests.preflight.made_up import cluster, verdict_of
-from tests.train.layouts import small_config
+from tests.helpers.made_up_reports import cluster, verdict_of
+from tests.helpers.small_runs import small_config
 
 
 def config_with(folder: Path, **keys: Any) -> Config:

@@ -21,7 +21,7 @@ from dsmoe.preflight.results import Link
 from dsmoe.preflight.workload import Product, messages
 from dsmoe.runtime.spawn import RanksFailedError, run_ranks
 from dsmoe.runtime.start import begin_with
-from tests.train.layouts import small_config
+from tests.helpers.small_runs import small_config
 
 CPU = torch.device("cpu")
 

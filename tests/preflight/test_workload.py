@@ -9,7 +9,7 @@ import pytest
 from dsmoe.config import Config, load_config
 from dsmoe.plan import Topology
 from dsmoe.preflight.workload import MAX_ROUNDS, Product, group_ranks, messages, products, rounds
-from tests.train.layouts import small_config
+from tests.helpers.small_runs import small_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

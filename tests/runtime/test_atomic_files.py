@@ -24,7 +24,7 @@ from dsmoe.runtime.atomic_files import (
     write_synced,
     write_whole,
 )
-from tests.sources import sources
+from tests.helpers.sources import sources
 
 
 class Killed(BaseException):

@@ -22,7 +22,7 @@ from dsmoe.runtime.consistency import (
 from dsmoe.runtime.missing_ranks import report_at_roll
 from dsmoe.runtime.processes import join_processes, leave_processes
 from dsmoe.runtime.spawn import CONTEXT, run_ranks
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 SAME = {"optimizer.lr": "0.001", "train.seed": "0", "torch": "2.13.0"}
 HOST = socket.gethostname()

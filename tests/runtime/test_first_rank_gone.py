@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dsmoe.runtime.spawn import CONTEXT
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 from tests.train.test_run import pretrain, write_config
 
 WORLD = 3

@@ -21,9 +21,9 @@ import pytest
 from dsmoe.runtime import launcher_exit
 from dsmoe.runtime.launcher_exit import Process
 from dsmoe.runtime.rendezvous import AGENTS
-from tests.ports import free_port
+from tests.helpers.ports import free_port
+from tests.helpers.waiting import until
 from tests.train.test_run import write_config
-from tests.waiting import until
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from dsmoe.runtime.launchers import LAUNCHERS, launcher_port
 from dsmoe.runtime.reporting_rank import speaks_for_job
 from dsmoe.runtime.variables import LauncherError
 from dsmoe.runtime.world import World, check_meeting, join_launcher, launched_world
-from tests.runtime.processes import run_side_by_side
+from tests.helpers.side_by_side import run_side_by_side
 from tests.runtime.test_world import ALLOCATION, BATCH, TORCHRUN, config, refusal, step
 
 WHERE = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}

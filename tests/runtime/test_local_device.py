@@ -22,7 +22,7 @@ from dsmoe.runtime.consistency import DifferentRanksError
 from dsmoe.runtime.local_device import Device, DeviceError, describe_device, device_index, shared_devices, take_device
 from dsmoe.runtime.missing_ranks import call_roll
 from dsmoe.runtime.spawn import CONTEXT
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 
 class FakeCuda:

@@ -18,7 +18,7 @@ from dsmoe.runtime.consistency import DifferentRanksError
 from dsmoe.runtime.lost_ranks import LostRanksError
 from dsmoe.runtime.processes import HostError, join_processes, leave_processes
 from dsmoe.runtime.spawn import CONTEXT
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 
 def come(rank: int, port: int, seconds: float, folder: Path, others: list[int]) -> None:

@@ -15,7 +15,7 @@ from dsmoe.runtime import progress, watchdog
 from dsmoe.runtime.lost_ranks import LostRanksError
 from dsmoe.runtime.progress import OVER, WAITING, WORKING, Job, places
 from dsmoe.runtime.watchdog import Note, Watch
-from tests.waiting import until
+from tests.helpers.waiting import until
 
 
 @pytest.fixture

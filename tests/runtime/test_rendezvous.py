@@ -15,7 +15,7 @@ import torch.distributed.run as torchrun
 from dsmoe.runtime.launchers import LAUNCHERS, WITHOUT_SIZE
 from dsmoe.runtime.rendezvous import Rendezvous, slurm_attempt
 from dsmoe.runtime.world import agree_with_outer_launcher
-from tests.sources import REPOSITORY, sources
+from tests.helpers.sources import REPOSITORY, sources
 
 READERS = ("rendezvous.py", "world.py", "launchers.py")
 """In dsmoe/launch: by the names that torch knows, by Slurm's, and by those of launchers that know neither."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from dsmoe.runtime.reporting_rank import is_first_of_host, signed, speaks_for_job, speaks_of_jobs
-from tests.sources import sources
+from tests.helpers.sources import sources
 
 
 def decisions(text: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
 from dsmoe.runtime.standard_streams import finish_streams, steady_streams

@@ -19,9 +19,9 @@ from dsmoe.cli import preparation_commands
 from dsmoe.config.errors import HostError, UserError
 from dsmoe.runtime import reporting_rank, start
 from dsmoe.runtime.start import Start, begin_with, load_on_host
-from tests.config.recipes import VALID
-from tests.ports import free_port
-from tests.runtime.processes import run_side_by_side
+from tests.helpers.ports import free_port
+from tests.helpers.recipes import VALID
+from tests.helpers.side_by_side import run_side_by_side
 from tests.runtime.test_launchers import mpich, openmpi, without
 from tests.runtime.test_world import step
 

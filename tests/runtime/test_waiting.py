@@ -31,7 +31,7 @@ from dsmoe.runtime.progress import Job
 from dsmoe.runtime.spawn import RanksFailedError, run_ranks
 from dsmoe.runtime.waiting import while_watched
 from dsmoe.runtime.watchdog import process_watch
-from tests.waiting import until
+from tests.helpers.waiting import until
 
 
 def on_two_hosts(folder: Path) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dsmoe.runtime import watchdog as module
 from dsmoe.runtime.watchdog import SAVING, Watch
-from tests.waiting import until
+from tests.helpers.waiting import until
 
 RESET = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:3456")
 

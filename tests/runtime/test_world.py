@@ -11,7 +11,7 @@ import pytest
 from dsmoe.config import Config, load_config
 from dsmoe.config.errors import UserError
 from dsmoe.runtime.world import World, join_launcher, launched_world, launcher_has_store
-from tests.runtime.processes import run_side_by_side
+from tests.helpers.side_by_side import run_side_by_side
 
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_SIZE": "2", "CROSS_RANK": "1"}
 TORCHRUN = {

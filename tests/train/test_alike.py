@@ -27,8 +27,8 @@ from dsmoe.runtime.consistency import SHOWN_CLAIMS, deviation, digest, explain
 from dsmoe.runtime.spawn import CONTEXT, run_ranks
 from dsmoe.train import alike
 from dsmoe.train.alike import claims_of_data, claims_of_run
-from tests.ports import free_port
-from tests.train.layouts import small_config
+from tests.helpers.ports import free_port
+from tests.helpers.small_runs import small_config
 from tests.train.test_run import Outcome, write_config
 
 OTHERS = {

@@ -11,7 +11,7 @@ import pytest
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.train.run_folder import check_run_folder
-from tests.interop.models import MIXTRAL, make_config, save
+from tests.helpers.hugging_face_models import MIXTRAL, make_config, save
 
 
 def config_with(folder: Path, **checkpoint: Any) -> Config:

@@ -20,7 +20,7 @@ from dsmoe.config.schema import Config
 from dsmoe.data.order import Mixture
 from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate, rate_when_longer
 from dsmoe.train.summary import _next_steps
-from tests.train.layouts import small_config
+from tests.helpers.small_runs import small_config
 from tests.train.test_run import pretrain
 
 CHECKPOINT = Path("runs/small/checkpoints/step_00000050")

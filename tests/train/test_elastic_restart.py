@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from dsmoe.config import dump_config
-from tests.ports import free_port
-from tests.train.forked import start_on_ranks
-from tests.train.layouts import small_config
+from tests.helpers.forked import start_on_ranks
+from tests.helpers.ports import free_port
+from tests.helpers.small_runs import small_config
 
 REPOSITORY = Path(__file__).parents[2]
 PRETRAIN = str(REPOSITORY / "launch" / "pretrain.py")

@@ -15,7 +15,7 @@ from dsmoe.plan.elastic import fit_to_world
 from dsmoe.plan.topology import Topology
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.evaluate import HeldOut, evaluate
-from tests.train.layouts import small_config, this_rank
+from tests.helpers.small_runs import small_config, this_rank
 
 SEQUENCES = 24
 

@@ -18,7 +18,7 @@ from dsmoe.config.schema import Config
 from dsmoe.parity.layouts import parse_layout
 from dsmoe.parity.training import TOLERANCES, Training, difference
 from dsmoe.runtime.spawn import run_ranks
-from tests.train.layouts import small_config, train
+from tests.helpers.small_runs import small_config, train
 
 STEPS, GOLDEN_STEPS = 6, 10
 MOST_RANKS = 8

@@ -11,7 +11,7 @@ from dsmoe.config.schema import Config
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.runtime.watchdog import Watch, process_watch
 from dsmoe.train.phases import Phase, phase
-from tests.train.layouts import make_trainer, small_config
+from tests.helpers.small_runs import make_trainer, small_config
 
 
 def phases_of_a_step(config: Config) -> list[tuple[int, str]]:

@@ -12,8 +12,8 @@ from dsmoe.checkpoint.folder import candidates
 from dsmoe.config.schema import Config
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import Trainer
-from tests.checkpoint.runs import tensors_of
-from tests.train.layouts import make_trainer, small_config
+from tests.helpers.checkpoint_runs import tensors_of
+from tests.helpers.small_runs import make_trainer, small_config
 
 SPLIT = {"tensor": 2, "sequence": True}
 LAYOUTS = [  # tests/checkpoint/test_elastic.py has more, three steps each

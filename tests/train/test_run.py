@@ -26,9 +26,9 @@ from dsmoe.runtime.atomic_files import write_whole
 from dsmoe.runtime.failure_exit import ended_by, explain_end
 from dsmoe.runtime.processes import DeviceError, HostError
 from dsmoe.runtime.spawn import CONTEXT
-from tests.ports import free_port
-from tests.train.forked import Outcome, start_on_ranks
-from tests.train.layouts import small_config
+from tests.helpers.forked import Outcome, start_on_ranks
+from tests.helpers.ports import free_port
+from tests.helpers.small_runs import small_config
 
 REPOSITORY = Path(__file__).parents[2]
 

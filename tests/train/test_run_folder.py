@@ -26,10 +26,10 @@ from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import run_folder as run_folders
 from dsmoe.train.run_folder import check_run_folder, claim_run_folder, make_run_folder, set_later_aside
 from dsmoe.train.summary import summary
-from tests.checkpoint.crashes import figures
-from tests.checkpoint.runs import layout_config
 from tests.checkpoint.test_crashes import save_small
-from tests.train.forked import Outcome, start_on_ranks
+from tests.helpers.checkpoint_runs import layout_config
+from tests.helpers.crashes import figures
+from tests.helpers.forked import Outcome, start_on_ranks
 from tests.train.test_run import pretrain, refused, write_config
 
 

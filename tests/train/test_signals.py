@@ -19,9 +19,9 @@ import pytest
 from dsmoe.checkpoint.folder import all_checkpoints, verify
 from dsmoe.config.schema import Config
 from dsmoe.runtime.spawn import CONTEXT, run_ranks
-from tests.checkpoint.runs import folder_of
-from tests.ports import free_port
-from tests.train.layouts import make_trainer, small_config
+from tests.helpers.checkpoint_runs import folder_of
+from tests.helpers.ports import free_port
+from tests.helpers.small_runs import make_trainer, small_config
 from tests.train.test_run import REPOSITORY, _main_in_child, pretrain, write_config
 
 PRETRAIN = REPOSITORY / "launch" / "pretrain.py"

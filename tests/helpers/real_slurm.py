@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.cluster import hosts
-from tests.cluster.hosts import SYSTEM_PATH, Cluster, Host, Task
-from tests.cluster.launching import ENVIRONMENT
+from tests.helpers import emulated_hosts
+from tests.helpers.emulated_hosts import SYSTEM_PATH, Cluster, Host, Task
+from tests.helpers.launching import ENVIRONMENT
 
 NEEDED = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
 """As `hosts.NEEDED`: commands, and the Debian packages that have them."""
@@ -80,7 +80,7 @@ PartitionName=urgent Nodes=host[1-{nodes}] PriorityTier=2
 def missing() -> str | None:
     """Why there can be no Slurm here; None where there can."""
     packages = sorted({package for command, package in NEEDED.items() if not shutil.which(command, path=SYSTEM_PATH)})
-    return hosts.missing() or (f"apt-get install {' '.join(packages)}" if packages else None)
+    return emulated_hosts.missing() or (f"apt-get install {' '.join(packages)}" if packages else None)
 
 
 class SlurmJob:

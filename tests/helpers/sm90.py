@@ -36,8 +36,8 @@ from dsmoe.kernels.topk_router import _Route, route
 from dsmoe.kernels.weighted_activation import weighted_activation, weighted_activation_backward
 from dsmoe.moe.scores import SCORES
 from dsmoe.nn.activations import ACTIVATIONS
+from tests.helpers import made_up_entries
 from tests.kernels import OTHER_SIZES
-from tests.moe import made_up
 
 T, D, E, K, INNER = 1000, 2048, 128, 8, 768
 """Qwen3-30B-A3B's shape; T is odd on purpose: nothing may rely on it."""
@@ -107,7 +107,7 @@ def launches(all_dtypes: bool) -> Iterator[str]:
 
 def refusals() -> list[str]:
     """What is said of a made-up score and a made-up activation, in the forward and the backward kernel."""
-    softplus, tanh = replace(made_up.SOFTPLUS, kernel="softplus"), replace(made_up.TANH, kernel="tanh")
+    softplus, tanh = replace(made_up_entries.SOFTPLUS, kernel="softplus"), replace(made_up_entries.TANH, kernel="tanh")
     z_NZ, weight_N, ends_E = torch.zeros(T, INNER), torch.zeros(T), torch.zeros(E, dtype=torch.int32)
     scores_TE, experts_TK = torch.zeros(T, E), torch.zeros(T, K, dtype=torch.int64)
     context = SimpleNamespace(saved_tensors=(scores_TE, experts_TK), rule=("softplus", True, 1.0, 1e-20))

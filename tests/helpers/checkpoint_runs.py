@@ -12,7 +12,7 @@ from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.checkpoint.safetensors import DTYPES, read_tensor
 from dsmoe.config.schema import Config
 from dsmoe.train import Trainer
-from tests.train.layouts import make_trainer, small_config
+from tests.helpers.small_runs import make_trainer, small_config
 
 MODEL = {  # with everything that is cut, replicated, shared, or carried from step to step in its own way
     "model": {"qk_norm": True},

@@ -1,4 +1,4 @@
-"""A stage that goes wrong: `python -m tests.benchmarks.faults FAULT ROWS`."""
+"""A stage that goes wrong: `python -m tests.helpers.faulty_stage FAULT ROWS`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Kill a run of two ranks in each of its phases, start it again each time, and see that nothing is lost.
 
-    python -m tests.checkpoint.crashes --kills 100 --seed 5
+    python -m tests.helpers.crashes --kills 100 --seed 5
 
 First `dsmoe prepare` or the run itself is killed while it tokenises; then the run while it starts, loads a checkpoint,
 trains, saves, or removes an old one. All ranks get SIGKILL, or one, and the other goes on for a moment, or what has
@@ -92,7 +92,7 @@ def disturb_runs(
     folder: Path, kills: int, per_run: int, steps: int, seed: int, *, who: dict[str, float] = WHO
 ) -> Counts:
     """So many kills, over as many runs as it takes."""
-    from tests.checkpoint.disturbed import Run
+    from tests.helpers.disturbed import Run
 
     counts, instants = Counts(), random.Random(seed)
     while counts.kills.total() < kills:

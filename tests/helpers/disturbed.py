@@ -16,10 +16,10 @@ import torch
 
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, checkpoint_name, step_of, verify
 from dsmoe.config import dump_config
-from tests.checkpoint.crashes import Counts, figures
-from tests.checkpoint.marked import LOADING
-from tests.checkpoint.runs import layout_config, tensors_of
-from tests.checkpoint.started import LAUNCHERS, Started, is_alive, start_prepare, start_ranks, wait_for
+from tests.helpers.checkpoint_runs import layout_config, tensors_of
+from tests.helpers.crashes import Counts, figures
+from tests.helpers.marked import LOADING
+from tests.helpers.started import LAUNCHERS, Started, is_alive, start_prepare, start_ranks, wait_for
 
 RANKS, KEEP = 2, 2
 LARGE = {

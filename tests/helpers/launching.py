@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from dsmoe.config import dump_config
-from tests.cluster.hosts import CABLE, SYSTEM_PATH, Cluster, Task
-from tests.train.layouts import small_config
+from tests.helpers.emulated_hosts import CABLE, SYSTEM_PATH, Cluster, Task
+from tests.helpers.small_runs import small_config
 
 REPOSITORY = Path(__file__).parents[2]
 PRETRAIN = REPOSITORY / "launch" / "pretrain.py"

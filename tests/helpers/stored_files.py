@@ -14,10 +14,10 @@ import torch
 
 from dsmoe import build_model
 from dsmoe.config import Config, load_config
-from tests.checkpoint.runs import tensors_of
-from tests.train.forked import Outcome, start_on_ranks
+from tests.helpers.checkpoint_runs import tensors_of
+from tests.helpers.forked import Outcome, start_on_ranks
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "compatibility" / "data"
 RUNS = {"capacity": 1, "sigmoid": 2, "residual": 2, "dense": 2}
 """Runs that were interrupted after step 5, with their checkpoint of step 3 and metrics to the end; on so many ranks."""
 FINISHED = "finished"

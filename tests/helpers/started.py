@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from dsmoe import cli
 from dsmoe.runtime.spawn import CONTEXT
-from tests.checkpoint import marked
-from tests.ports import free_port
+from tests.helpers import marked
+from tests.helpers.ports import free_port
 
 RANKS = 2
 PATIENCE = 240.0

@@ -14,8 +14,8 @@ from dsmoe.config.schema import Config
 from dsmoe.interop.tensors import Tensors, Tile, Tiled
 from dsmoe.interop.weights import write_checkpoint
 from dsmoe.parallel.sharding import Box
-from tests.checkpoint.runs import take_steps
-from tests.train.layouts import make_trainer, small_config
+from tests.helpers.checkpoint_runs import take_steps
+from tests.helpers.small_runs import make_trainer, small_config
 
 MIXTRAL: dict[str, Any] = {
     "model": {"dense_layers": 0, "ffn_size": None, "rope_theta": 5e4, "norm_eps": 1e-6},
