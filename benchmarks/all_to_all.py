@@ -3,9 +3,9 @@
     python -m benchmarks.all_to_all --hosts 2 4 --ranks-per-host 2 --rate 100mbit --repeats 7
 
 The hosts are network namespaces of this machine (`tests.helpers.emulated_hosts`: root, iproute2, openssh, pdsh), the
-link is shaped by `tc`. Every exchange is timed in turn in the same processes, forward and backward, from a barrier to the end
-of the slowest rank; medians. Bytes are what `MoE.take_traffic` counts between hosts in one pass, over all ranks, and
-what the hosts' interfaces have sent, packet headers included. Writes `benchmarks/results/all_to_all.json`.
+link is shaped by `tc`. Every exchange is timed in turn in the same processes, forward and backward, from a barrier to
+the end of the slowest rank; medians. Bytes are what `MoE.take_traffic` counts between hosts in one pass, over all
+ranks, and what the hosts' interfaces have sent, packet headers included. Writes `benchmarks/results/all_to_all.json`.
 """
 
 from __future__ import annotations

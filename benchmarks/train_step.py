@@ -70,6 +70,7 @@ from dsmoe.config.schema import Config
 from dsmoe.exit_codes import FAILED
 from dsmoe.plan.devices import known_device, resolve_device
 from dsmoe.plan.flops import flops_per_token
+from dsmoe.plan.parameters import count_parameters
 from dsmoe.runtime.atomic_files import write_whole
 from dsmoe.runtime.processes import Rank, join_processes, leave_processes, quiet_deepspeed
 
@@ -198,7 +199,8 @@ def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dic
     if run.device != "cpu":
         row["peak_gib"] = {name: m["peak_bytes"] / GIB for name, m in of.items()}
     if facts is not None and facts.peak_tflops is not None:
-        flops = flops_per_token(make_config(run, {}, None, Path()), SHAPES[run.shape]["length"])
+        config = make_config(run, {}, None, Path())
+        flops = flops_per_token(config, count_parameters(config), SHAPES[run.shape]["length"])
         peak = facts.peak_tflops * 1e12 * run.ranks
         for key, work in (("mfu_percent", flops.training), ("mfu_causal_percent", flops.causal_training)):
             row[key] = {name: 100 * rate * work / peak for name, rate in row["tokens_per_second"].items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from dsmoe.config.schema import Config
 from dsmoe.engine.parameter_groups import parameter_groups
 from dsmoe.model import build_model
 from dsmoe.parallel import Groups
-from dsmoe.plan import Topology
+from dsmoe.plan import Plan
 from dsmoe.runtime.processes import Rank
-from dsmoe.train import Trainer
+from dsmoe.train.initialize import prepare_data
+from dsmoe.train.trainer import make_trainer
 
 
 @dataclass
@@ -70,13 +71,15 @@ class Contender:
 
 def dsmoe_contender(config: Config, rank: Rank, folder: Path) -> Contender:
     """`dsmoe.train.Trainer`, as `launch/pretrain.py` runs it, fed with the given tokens."""
-    trainer = Trainer(config, Groups(Topology.from_config(config)), rank, folder)
+    plan = Plan.from_config(config)
+    groups = Groups(plan.topology)
+    trainer = make_trainer(plan, groups, rank, folder, prepare_data(config))
 
     def step(tokens: torch.Tensor) -> None:
-        trainer.loader = _OneMicroBatch(tokens)
+        trainer.data = replace(trainer.data, loader=_OneMicroBatch(tokens))
         trainer.step()
 
-    data = (trainer.groups.coordinate("data"), trainer.groups.topology.data)
+    data = (groups.coordinate("data"), plan.topology.data)
     return Contender(trainer.engine, data, step, lambda tokens: trainer.model(tokens.to(rank.device)).mean())
 
 

@@ -25,6 +25,7 @@ from benchmarks.measuring import DTYPES, Deadline, Row, Rows, add_stage_options
 from dsmoe.config import Config, load_config
 from dsmoe.exit_codes import DONE
 from dsmoe.plan.devices import KNOWN_DEVICES
+from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS
 from dsmoe.preflight.judge.slow_devices import (
@@ -125,7 +126,7 @@ def limits(config: Config, device: str, known_as: str | None, deadline: Deadline
     with tempfile.TemporaryDirectory() as folder:
         writes, _ = _again(lambda: (write_rate(Path(folder) / "written"), 0.0), deadline)
     yield _limit("storage, this machine's", STORAGE_SHARE, writes, "GB/s")
-    for product in products(config):
+    for product in products(Plan.from_config(config)):
         fitting = product.within(2**30 // 2, 2e13 if on_cuda else 2e9)
         name = f"compute, {product.name} product {fitting.shape}"
         if deadline.passed():

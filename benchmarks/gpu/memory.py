@@ -29,9 +29,10 @@ from benchmarks.measuring import GIB, Deadline, Row, Rows, add_stage_options, fi
 from dsmoe.config.schema import Config
 from dsmoe.exit_codes import DONE
 from dsmoe.parallel import Groups
-from dsmoe.plan import Topology
+from dsmoe.plan import Plan
 from dsmoe.runtime.processes import Rank, join_processes, leave_processes, quiet_deepspeed
-from dsmoe.train import Trainer
+from dsmoe.train.initialize import prepare_data
+from dsmoe.train.trainer import Trainer, make_trainer
 
 BF16, FP32 = {"precision": "bf16"}, {"precision": "fp32"}
 CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -144,7 +145,8 @@ def make_config(name: str, size: str, device: str | None, folder: Path) -> Confi
 def measured(config: Config, rank: Rank) -> Row:
     """Train a few steps and read, in the last one, what is there and what the peaks of its three parts are."""
     before = Reading.now(rank.device)
-    trainer = Trainer(config, Groups(Topology.from_config(config)), rank, Path(config.runs_dir) / "checkpoints")
+    plan, folder = Plan.from_config(config), Path(config.runs_dir) / "checkpoints"
+    trainer = make_trainer(plan, Groups(plan.topology), rank, folder, prepare_data(config))
     for _ in range(STEPS - 1):
         trainer.step()
     parts = Parts(trainer, rank.device, before.allocated)
@@ -154,7 +156,7 @@ def measured(config: Config, rank: Rank) -> Row:
     weights = list(model.parameters())
     row: Row = {
         "parameters": sum(weight.numel() for weight in weights),
-        "tokens": trainer.batch.tokens_per_step,
+        "tokens": plan.batch.tokens_per_step,
         "weights_gib": size_of(weights),
         "optimizer_gib": size_of(optimizer_tensors(engine.optimizer), but=weights),
         "gradients_gib": parts.gradients_gib,

@@ -12,7 +12,7 @@ from dsmoe.cli.common import load, print_notes, takes_config
 from dsmoe.config import Config, dump_config
 from dsmoe.config.errors import Problem
 from dsmoe.config.show import json_schema
-from dsmoe.plan import Batch, headline
+from dsmoe.plan import Plan
 from dsmoe.plan.devices import device_problems
 
 
@@ -45,27 +45,27 @@ def _check(arguments: argparse.Namespace) -> None:
         return found.problems
 
     config = load(arguments, input_problems, host_problems, look, device_problems)
-    batch = Batch.from_config(config)  # lays out the topology, too
-    notes += _notes_on_beginning(config)
+    plan = Plan.from_config(config)
+    notes += _notes_on_beginning(plan)
     print(f"{arguments.config}: ok")
-    print(headline(config, batch.topology))
-    print(batch.explain())
+    print(plan.headline)
+    print(plan.batch.explain())
     print_notes(notes)
 
 
-def _notes_on_beginning(config: Config) -> Sequence[str]:
+def _notes_on_beginning(plan: Plan) -> Sequence[str]:
     """What a start would say of its run folder and of the checkpoint that it begins with.
 
     Raises:
         UserError: it would refuse them.
     """
-    start = config.checkpoint
+    config, start = plan.config, plan.config.checkpoint
     has_none = start.resume in ("auto", "never") and start.weights_from is None
     if has_none and not Path(config.runs_dir, config.name).exists():
         return ()
     from dsmoe.train.run_folder import check_run_folder  # which imports torch
 
-    return check_run_folder(config).notes
+    return check_run_folder(plan).notes
 
 
 def _schema(arguments: argparse.Namespace) -> None:

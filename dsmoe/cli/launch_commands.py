@@ -12,7 +12,7 @@ from dsmoe.cli.common import load, print_notes, takes_config
 from dsmoe.config import Config
 from dsmoe.launch.job import Request, default_folder
 from dsmoe.launch.programs import activation
-from dsmoe.plan import Batch, Plan, headline
+from dsmoe.plan import Plan
 from dsmoe.plan.devices import device_problems
 
 _WAYS = {
@@ -48,19 +48,18 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _launch(arguments: argparse.Namespace) -> None:
     config = load(arguments, device_problems)
-    topology = Batch.from_config(config).topology  # what `dsmoe config check` checks
+    plan = Plan.from_config(config)
     notes = _notes_on_sources(config)
     folder = arguments.out or default_folder(config)
-    request = Request(config, arguments.config, tuple(arguments.overrides), folder)
+    request = Request(plan, arguments.config, tuple(arguments.overrides), folder)
     job = import_module(f"dsmoe.launch.{arguments.renderer}").job(request)
-    heading = headline(config, topology)
     if arguments.dry_run:
-        print(heading)
+        print(plan.headline)
         for name, text in job.files.items():
             print(f"\n==> {Path(folder) / name}\n{text}", end="")
     else:
         paths = job.write(Path(folder))
-        print("\n".join([heading, *(f"wrote {path}" for path in paths)]))
+        print("\n".join([plan.headline, *(f"wrote {path}" for path in paths)]))
     if job.warning:
         print(f"\n{job.warning}")
     print_notes(notes)

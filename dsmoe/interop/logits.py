@@ -17,7 +17,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Capacity, Config
 from dsmoe.interop.tensors import Tensors
 from dsmoe.model import build_model
-from dsmoe.plan.parameters import count_parameters
+from dsmoe.plan.plan import Plan
 
 TOLERANCE = 1e-3
 """Largest difference of a token's logits that is taken for rounding, relative to the root mean square of all. Another
@@ -129,7 +129,7 @@ def check_memory(config: Config) -> None:
     Raises:
         UserError: they do not.
     """
-    needed = 2 * 4 * count_parameters(config).total
+    needed = 2 * 4 * Plan.from_config(config).parameters.total
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:  # what the page cache holds is free as well
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

@@ -13,9 +13,6 @@ from dsmoe.config.schema import Config
 from dsmoe.exit_codes import STOPPED
 from dsmoe.launch.job import Job, Request
 from dsmoe.launch.quoting import compose_text, path_argument, path_assignment
-from dsmoe.plan.devices import resolve_device
-from dsmoe.plan.plan import headline
-from dsmoe.plan.topology import Topology
 
 ON_A_MACHINE = 'NODE_RANK=0 MASTER_ADDR="$(hostname)" SHARED=/shared USER_ID="$(id -u)"'
 """What machine 0 of several is started with; the others have their number, and its name."""
@@ -91,8 +88,7 @@ def job(request: Request) -> Job:
     """
     config = request.config
     compose = f"docker compose --file {request.path_of('compose.yaml')}"
-    facts = resolve_device(config.cluster.device)
-    is_cpu = facts is not None and facts.name == "cpu"
+    is_cpu = request.plan.is_on_cpu
     one_machine = is_cpu or config.cluster.nodes == 1
     if one_machine:
         command, text = f"{compose} up", _here(config)
@@ -105,7 +101,7 @@ def job(request: Request) -> Job:
 def _heading(request: Request, compose: str, command: str, one_machine: bool) -> str:
     config = request.config
     lines = [
-        headline(config, Topology.from_config(config)),
+        request.plan.headline,
         f"Written by `{request.written_by('--docker')}`.",
         "",
         "Start, in the folder from which that was run:",

@@ -16,11 +16,8 @@ from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import show_value
 from dsmoe.launch.job import Job, Request
 from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
-from dsmoe.plan.devices import resolve_device
 from dsmoe.plan.elastic import settings_for
-from dsmoe.plan.plan import headline
 from dsmoe.plan.text import first_and_last, quantity
-from dsmoe.plan.topology import Topology
 from dsmoe.runtime.nodelist import MOST_HOSTS, expand
 
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
@@ -271,9 +268,7 @@ def _commands(request: Request, hostfile: str, first: str) -> dict[str, str]:
 
 def _hostfile(request: Request, names: list[str], commands: dict[str, str], placeholders: bool) -> str:
     config = request.config
-    written = (
-        f"# {headline(config, Topology.from_config(config))}\n# Written by `{request.written_by('--hostfile')}`.\n"
-    )
+    written = f"# {request.plan.headline}\n# Written by `{request.written_by('--hostfile')}`.\n"
     how = (OVER_SSH if len(names) > 1 else ON_ONE_HOST).format(**commands, environment=ENVIRONMENT)
     to_edit = PLACEHOLDERS if len(names) > 1 and placeholders else ""
     slots = "".join(f"{name} slots={config.cluster.devices_per_node}\n" for name in names)
@@ -285,8 +280,7 @@ def _environment(request: Request) -> str:
 
     Paths of the config are expanded on every host: the variables that they have go with it.
     """
-    facts = resolve_device(request.config.cluster.device)
-    accelerator = "DS_ACCELERATOR=cpu\n" if facts is not None and facts.name == "cpu" else ""
+    accelerator = "DS_ACCELERATOR=cpu\n" if request.plan.is_on_cpu else ""
     programs = environment_value(f"{sys.prefix}/bin", "the folder of this Python")
     variables = [name for name in request.variables() if name in os.environ and name not in _OF_HOST]
     exports = [f"{name}={environment_value(os.environ[name], f'the variable {name}')}\n" for name in variables]

@@ -12,6 +12,7 @@ from dsmoe.config.paths import is_of_host, paths_as_written, variables_of
 from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.launch.quoting import path_argument, shell_command, shell_word, ssh_path, ssh_word
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.atomic_files import write_whole
 
 
@@ -22,15 +23,20 @@ def default_folder(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """A run that is to be started: its config, and what was typed to name it."""
+    """A run that is to be started: its plan, and what was typed to name it."""
 
-    config: Config
+    plan: Plan
     path: str
     """The YAML file, as it was typed."""
     overrides: tuple[str, ...] = ()
     """`section.key=value`, as typed; part of `config` already."""
     folder: str = ""
     """Where the files will be, as it is typed from the folder in which `dsmoe launch` is run."""
+
+    @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.plan.config
 
     def program(self, name: str = "pretrain") -> str:
         """`launch/pretrain.py` and its arguments, on a shell's command line; by its full path in other folders."""

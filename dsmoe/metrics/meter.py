@@ -7,7 +7,6 @@ all-reduce, and what is the worst of the ranks (waits, memory) in a second, shor
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,33 +14,22 @@ import torch.distributed as dist
 from dsmoe.metrics.routing import layer_metrics, routing_metrics
 from dsmoe.moe import LayerStatistics, MoE, read_statistics
 from dsmoe.moe.step_updates import capacity_factor
-from dsmoe.plan.batch import Batch
-from dsmoe.plan.devices import DeviceFacts
-from dsmoe.plan.flops import Flops
+from dsmoe.plan.plan import Plan
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What the figures are measured against."""
-
-    batch: Batch
-    flops_per_token: Flops
-    device_facts: DeviceFacts | None
 
 
 class Meter:
     """The figures of one training run on this rank.
 
     Args:
-        constants: sizes and peaks.
+        plan: sizes, FLOPs and the peak that figures are measured against.
         moe_layers: the model's MoE layers with the index of their block.
         device: where the sums live.
     """
 
-    def __init__(self, constants: Constants, moe_layers: list[tuple[int, MoE]], device: torch.device) -> None:
-        self._constants = constants
+    def __init__(self, plan: Plan, moe_layers: list[tuple[int, MoE]], device: torch.device) -> None:
+        self._plan = plan
         self._moe_layers = moe_layers
         self._device = device
         self._loss_sum = torch.zeros(2, dtype=torch.float64, device=device)
@@ -105,10 +93,10 @@ class Meter:
         return metrics
 
     def _throughput(self, seconds: float, wait: float, stall: float, memory: float) -> dict[str, float]:
-        batch, steps = self._constants.batch, max(self._steps, 1)
+        batch, steps = self._plan.batch, max(self._steps, 1)
         rate = batch.tokens_per_step * steps / seconds
         ranks = batch.topology.world_size
-        flops = self._constants.flops_per_token
+        flops = self._plan.flops
         # By the convention of PaLM, attention in full, and by Megatron-LM's, half of it (dsmoe.plan.flops).
         tflops = {"": rate * flops.training / ranks / 1e12, "_causal": rate * flops.causal_training / ranks / 1e12}
         metrics = {
@@ -119,7 +107,7 @@ class Meter:
             **{f"throughput/tflops_per_device{kind}": value for kind, value in tflops.items()},
             "memory/peak_gib": memory,
         }
-        facts = self._constants.device_facts
+        facts = self._plan.device
         if facts is not None and facts.peak_tflops is not None:
             for kind, value in tflops.items():
                 metrics[f"throughput/mfu_percent{kind}"] = value / facts.peak_tflops * 100
@@ -128,7 +116,7 @@ class Meter:
         return metrics
 
     def _routing(self, sums: torch.Tensor, layer_detail: bool) -> dict[str, float]:
-        ranks = self._constants.batch.topology.world_size
+        ranks = self._plan.batch.topology.world_size
         traffic, *sums_of_layers = sums.split([2, *(layer.statistics.sums.numel() for _, layer in self._moe_layers)])
         layers: list[LayerStatistics] = [
             read_statistics(part, layer.num_experts)

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,7 +28,7 @@ from dsmoe.parity.layouts import (
     shrunk,
 )
 from dsmoe.parity.training import TOLERANCES, Difference, Training, difference, train_few_steps
-from dsmoe.plan.devices import resolve_device
+from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity, table
 from dsmoe.runtime.failure_exit import end_stalled, ended_by
 from dsmoe.runtime.processes import join_processes, leave_processes, quiet_deepspeed
@@ -116,45 +115,43 @@ def _compare(
     comparison = Comparison(path, overrides, parsed, steps, precision, full)
     with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as folder:
         (Path(folder) / "sums.txt").write_text(TEXT, encoding="utf-8")
-        configs = all_of(parsed, lambda layout: comparison.config(layout, Path(folder)))
-        all_of(zip(parsed, configs, strict=True), lambda both: _refuse_what_depends_on_slices(both[1], both[0]))
-        return (_under_launcher if rendezvous.is_launched else _on_this_machine)(comparison, configs)
+        plans = all_of(parsed, lambda layout: Plan.from_config(comparison.config(layout, Path(folder))))
+        all_of(zip(parsed, plans, strict=True), lambda both: _refuse_what_depends_on_slices(both[1].config, both[0]))
+        return (_under_launcher if rendezvous.is_launched else _on_this_machine)(comparison, plans)
 
 
-def _on_this_machine(comparison: Comparison, configs: Sequence[Config]) -> bool:
+def _on_this_machine(comparison: Comparison, plans: Sequence[Plan]) -> bool:
     print(comparison.introduction(), flush=True)
     rows, reference = [], None
-    for layout, config in zip(comparison.layouts, configs, strict=True):
+    for layout, plan in zip(comparison.layouts, plans, strict=True):
         print(f"training on {layout.text} ({quantity(layout.ranks, 'rank')}) ...", file=sys.stderr, flush=True)
-        trainings = run_ranks(layout.ranks, _train_here, config, comparison.steps, timeout=LOCAL_SECONDS)
+        trainings = run_ranks(layout.ranks, _train_on_cpu, plan, comparison.steps, timeout=LOCAL_SECONDS)
         reference = reference or trainings[0]
         rows.append((layout, difference(trainings, reference)))
     return _print_table(rows, reference, comparison)
 
 
-def _train_here(config: Config, steps: int) -> Training:
+def _train_on_cpu(plan: Plan, steps: int) -> Training:
     quiet_deepspeed()
-    return train_few_steps(config, join_processes("cpu"), steps)
+    return train_few_steps(plan, join_processes("cpu"), steps)
 
 
-def _under_launcher(comparison: Comparison, configs: Sequence[Config]) -> bool:
-    facts = resolve_device(configs[0].cluster.device)
-    device = "cpu" if facts is not None and facts.name == "cpu" else "cuda"
+def _under_launcher(comparison: Comparison, plans: Sequence[Plan]) -> bool:
+    first = plans[0]
     # The configs of the layouts follow from the first: what else is asked for has to be the same as well.
     asked = {"--layouts": " ".join(layout.text for layout in comparison.layouts), "--steps": str(comparison.steps)}
-    cluster = configs[0].cluster
-    timeout = timedelta(seconds=cluster.collective_timeout_seconds)
-    rank = join_processes(device, timeout, cluster.interface, {**claims_of_run(configs[0]), **asked})
+    claims, interface = {**claims_of_run(first.config), **asked}, first.config.cluster.interface
+    rank = join_processes(first.device_type, first.collective_timeout, interface, claims)
     quiet_deepspeed()
-    if device == "cuda":
+    if not first.is_on_cpu:
         process_watch().end_stalls(end_stalled)
     if rank.is_first:
         print(comparison.introduction(), flush=True)
     rows, reference = [], None
-    for layout, config in zip(comparison.layouts, configs, strict=True):
+    for layout, plan in zip(comparison.layouts, plans, strict=True):
         if rank.is_first:
             print(f"training on {layout.text} ...", file=sys.stderr, flush=True)
-        training = train_few_steps(config, rank, comparison.steps)
+        training = train_few_steps(plan, rank, comparison.steps)
         trainings: list[Training | None] | None = [None] * rank.world_size if rank.is_first else None
         dist.gather_object(training, trainings)
         if trainings is not None:

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmoe.checkpoint.placement import placements
-from dsmoe.config.schema import Config
 from dsmoe.parallel import Groups
 from dsmoe.parallel.sharding import Box, Placement
-from dsmoe.plan import Topology
+from dsmoe.plan import Plan
 from dsmoe.runtime.processes import Rank
-from dsmoe.train.trainer import Trainer
+from dsmoe.train.initialize import prepare_data
+from dsmoe.train.trainer import make_trainer
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ TOLERANCES = {
 }
 
 
-def train_few_steps(config: Config, rank: Rank, steps: int) -> Training:
-    """Train a fresh model by `config` in a world that has been joined; collective."""
-    trainer = Trainer(config, Groups(Topology.from_config(config)), rank, Path(config.runs_dir) / "checkpoints")
+def train_few_steps(plan: Plan, rank: Rank, steps: int) -> Training:
+    """Train a fresh model by `plan` in a world that has been joined; collective."""
+    config = plan.config
+    folder = Path(config.runs_dir) / "checkpoints"
+    trainer = make_trainer(plan, Groups(plan.topology), rank, folder, prepare_data(config))
     losses, norms = [], []
     for _ in range(steps):
         norms.append(float(trainer.step()))

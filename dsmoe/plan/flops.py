@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from dsmoe.config.schema import Config
 from dsmoe.plan.layers import head_dim, num_moe_layers
-from dsmoe.plan.parameters import count_parameters
+from dsmoe.plan.parameters import ParameterCounts
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,15 @@ class Flops:
         return 3 * (self.forward - self.attention // 2)
 
 
-def flops_per_token(config: Config, sequence_length: int) -> Flops:
-    """Count the matrix products per token, averaged over a sequence of `sequence_length` tokens.
+def flops_per_token(config: Config, counts: ParameterCounts, sequence_length: int | None = None) -> Flops:
+    """Count the matrix products per token, averaged over a sequence.
+
+    Args:
+        config: the run.
+        counts: its `count_parameters`.
+        sequence_length: tokens of a sequence; `train.sequence_length` by default.
+
+    What is counted:
 
     - Projections: every weight of a matrix that a token meets is one multiply and one add. That is attention, dense
       SwiGLU, router, the K chosen experts, a shared expert or residual MLP with its coefficients, and the output head
@@ -46,7 +53,7 @@ def flops_per_token(config: Config, sequence_length: int) -> Flops:
       layer.
     - Norms, biases, rotary positions, softmax and activation functions are not matrix products: left out.
     """
-    model, counts = config.model, count_parameters(config)
+    model, sequence_length = config.model, sequence_length or config.train.sequence_length
     head = model.vocab_size * model.hidden_size
     biases = 2 * num_moe_layers(config) if counts.residual_mix else 0
     every_token = counts.attention + counts.dense_ffn + counts.router + counts.shared_experts + counts.residual_mix

@@ -1,14 +1,18 @@
-"""`dsmoe plan`: what a config's run will be, as text for a person and as one JSON object for a program.
+"""`Plan`: a config and all that follows from it, derived once; printed by `dsmoe plan` as text or JSON.
 
-Both are written from one `Plan`; a run introduces itself with the same lines.
+Groups, data, model, engine, checkpointer, meter and trainer take what they need from one `Plan`. No module below
+derives a topology, a batch, a device or a count of its own: `tests/plan/test_derived_once.py` looks for those that do.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import cached_property
 
 from dsmoe.config.schema import Config
 from dsmoe.plan.batch import Batch
+from dsmoe.plan.devices import DeviceFacts, resolve_device
 from dsmoe.plan.flops import Flops, flops_per_token
 from dsmoe.plan.layers import num_moe_layers
 from dsmoe.plan.parameters import DeviceParameters, ParameterCounts, count_parameters
@@ -56,37 +60,75 @@ class HeldExperts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that follows from a config by arithmetic, gathered for printing."""
+    """A config and everything that follows from it by arithmetic."""
 
     config: Config
+    """The run on the ranks that train it."""
+    given: Config
+    """The config as its user wrote it: `config` itself, unless `cluster.elastic` fitted that to the ranks."""
+    device: DeviceFacts | None
+    """The accelerator that `cluster.device` names; None where nobody has said."""
     batch: Batch
-    groups: tuple[GroupsOfAxis, ...]
-    """In the order of `AXES`; after them the two levels of a hierarchical exchange."""
-    held_by_first_node: tuple[HeldExperts, ...]
-    """One entry per rank of node 0; none for a dense model."""
     parameters: ParameterCounts
-    per_device: DeviceParameters
     flops: Flops
     """Per token, of sequences of `train.sequence_length`."""
 
     @classmethod
-    def from_config(cls, config: Config) -> Plan:
-        """Do the arithmetic for a config that `load_config` has checked."""
-        batch, parameters = Batch.from_config(config), count_parameters(config)
+    def from_config(cls, config: Config, given: Config | None = None) -> Plan:
+        """Do the arithmetic for a config that `load_config` has checked; `given` where it was fitted to the ranks.
+
+        Raises:
+            UserError: `cluster.device` is no known device.
+        """
+        parameters = count_parameters(config)
         return cls(
             config=config,
-            batch=batch,
-            groups=_groups(batch.topology),
-            held_by_first_node=_held_by_first_node(config, batch.topology),
+            given=given or config,
+            device=resolve_device(config.cluster.device),
+            batch=Batch.from_config(config),
             parameters=parameters,
-            per_device=parameters.per_device(batch.topology),
-            flops=flops_per_token(config, config.train.sequence_length),
+            flops=flops_per_token(config, parameters),
         )
 
     @property
     def topology(self) -> Topology:
-        """The layout of the ranks."""
+        """The layout of the ranks: the world of this run."""
         return self.batch.topology
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the run trains on CPUs, over gloo: `cluster.device` is `cpu`."""
+        return self.device is not None and self.device.name == "cpu"
+
+    @property
+    def device_type(self) -> str:
+        """The type of the ranks' devices as torch names it: `cpu` or `cuda`."""
+        return "cpu" if self.is_on_cpu else "cuda"
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """The longest that a collective of training waits: `cluster.collective_timeout_seconds`."""
+        return timedelta(seconds=self.config.cluster.collective_timeout_seconds)
+
+    @cached_property
+    def per_device(self) -> DeviceParameters:
+        """The parameters that one device holds."""
+        return self.parameters.per_device(self.topology)
+
+    @cached_property
+    def groups(self) -> tuple[GroupsOfAxis, ...]:
+        """The groups of each axis in the order of `AXES`; after them the two levels of a hierarchical exchange."""
+        return _groups(self.topology)
+
+    @cached_property
+    def held_by_first_node(self) -> tuple[HeldExperts, ...]:
+        """The experts of each rank of node 0; empty for a dense model."""
+        return _held_by_first_node(self.config, self.topology)
+
+    @property
+    def headline(self) -> str:
+        """One line that names the run, its world and its model: `tiny: world size 8 (2 nodes x 4 devices), ...`."""
+        return headline(self.config, self.topology)
 
     def introduction(self) -> list[str]:
         """Write the lines with which a run begins: parameters, ranks, batch."""
@@ -102,7 +144,7 @@ class Plan:
 
     def text(self) -> str:
         """Write the plan for a person."""
-        lines = [headline(self.config, self.topology), *self.introduction(), "", *self._groups_table(), ""]
+        lines = [self.headline, *self.introduction(), "", *self._groups_table(), ""]
         if self.held_by_first_node:
             lines += [*self._experts_table(), ""]
         return "\n".join([*lines, *self._parameters_table(), "", self._flops_line()])

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from dsmoe.config.schema import Config
-from dsmoe.plan import resolve_device
+from dsmoe.plan import Plan
 from dsmoe.preflight.judge import Verdict
 from dsmoe.preflight.report import text, write_json
 from dsmoe.preflight.results import RankReport
@@ -21,7 +20,6 @@ from dsmoe.runtime.failure_exit import end_stalled, ended_by
 from dsmoe.runtime.processes import join_processes, leave_processes, quiet_deepspeed, set_timeout_everywhere
 from dsmoe.runtime.start import Start, begin, preflight_program
 from dsmoe.runtime.watchdog import process_watch
-from dsmoe.runtime.world import for_this_world
 from dsmoe.train.run_folder import run_folder
 
 TIMEOUT_SECONDS = 60
@@ -42,35 +40,33 @@ def main(arguments: Sequence[str] | Start | None = None) -> int:
 def check_cluster(start: Start, output: Path | None) -> int:
     """Check the cluster on every rank that the launcher has started; returns the exit code, the same on all."""
     try:
-        code = _check(start.given, output)
+        code = _check(start.plan, output)
     except Exception as error:
         return ended_by(error)
     leave_processes()
     return code
 
 
-def _check(given: Config, output: Path | None) -> int:
+def _check(plan: Plan, output: Path | None) -> int:
     begun = time.monotonic()
-    config = for_this_world(given)
-    facts = resolve_device(config.cluster.device)
-    on_cpu = facts is not None and facts.name == "cpu"
-    rank = join_processes("cpu" if on_cpu else "cuda", timedelta(seconds=JOIN_SECONDS), config.cluster.interface)
+    config = plan.config
+    rank = join_processes(plan.device_type, timedelta(seconds=JOIN_SECONDS), config.cluster.interface)
     quiet_deepspeed()
-    timeout = timedelta(seconds=min(TIMEOUT_SECONDS, config.cluster.collective_timeout_seconds))
+    timeout = min(timedelta(seconds=TIMEOUT_SECONDS), plan.collective_timeout)
     set_timeout_everywhere(timeout)
-    if not on_cpu:
+    if not plan.is_on_cpu:
         process_watch().end_stalls(end_stalled)
-    checks = Preflight(config, rank, run_folder(config), timeout)
+    checks = Preflight(plan, rank, run_folder(config), timeout)
     checks.run()
 
     def conclude(verdict: Verdict, reports: Sequence[RankReport]) -> int:
         seconds = time.monotonic() - begun
         file = output or run_folder(config) / OUTPUT
         try:
-            write_json(file, config, verdict, reports, seconds)
+            write_json(file, plan, verdict, reports, seconds)
         except OSError as error:
             verdict.say(f"cannot write {file.absolute()}: {error.strerror}", serious=False)
-        print(f"\n{text(config, verdict, reports, seconds)}", flush=True)
+        print(f"\n{text(plan, verdict, reports, seconds)}", flush=True)
         return verdict.exit_code
 
     return checks.end(conclude)

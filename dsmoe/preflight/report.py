@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import write_yaml
-from dsmoe.plan import resolve_device
+from dsmoe.plan import Plan
 from dsmoe.plan.text import quantity, table
 from dsmoe.preflight.judge import Check, Verdict
 from dsmoe.preflight.judge.wording import amount, share
@@ -20,9 +19,9 @@ from dsmoe.runtime.atomic_files import write_whole
 MEMORY_DIFFERS = 0.03
 
 
-def text(config: Config, verdict: Verdict, reports: Sequence[RankReport], seconds: float) -> str:
+def text(plan: Plan, verdict: Verdict, reports: Sequence[RankReport], seconds: float) -> str:
     """Who was looked at, the table, the findings, and the section to paste."""
-    cluster, versions = config.cluster, reports[0].versions
+    config, cluster, versions = plan.config, plan.config.cluster, reports[0].versions
     ranks = f"{quantity(cluster.nodes, 'node')} x {quantity(cluster.devices_per_node, 'device')}"
     lines = [
         f"preflight of {config.name}: {ranks} in {seconds:.0f} s",
@@ -31,20 +30,19 @@ def text(config: Config, verdict: Verdict, reports: Sequence[RankReport], second
     if verdict.checks:
         lines += ["", *_table(verdict.checks)]
     lines += ["", *_findings(verdict)]
-    if section := corrected_cluster(config, verdict.measured):
+    if section := corrected_cluster(plan, verdict.measured):
         lines += ["", "what this cluster is, to be pasted into the YAML:", "", section.rstrip()]
     return "\n".join(lines)
 
 
-def corrected_cluster(config: Config, measured: Mapping[str, float]) -> str:
+def corrected_cluster(plan: Plan, measured: Mapping[str, float]) -> str:
     """The `cluster` section with what was measured, each figure with what it replaces; empty if nothing was."""
     if not measured:
         return ""
-    cluster = config.cluster
+    cluster, device = plan.config.cluster, plan.device
     section: dict[str, Any] = {"nodes": cluster.nodes, "devices_per_node": cluster.devices_per_node}
     section |= cluster.model_dump(exclude_defaults=True)
     comments: dict[str, str] = {}
-    device = resolve_device(cluster.device)
     promised_gib, memory_gib = device.memory_gib if device else None, measured.get("memory_gib", 0.0)
     if device and promised_gib and abs(memory_gib / promised_gib - 1) > MEMORY_DIFFERS:
         section["device"] = {"memory_gib": _rounded(memory_gib), "peak_tflops": device.peak_tflops}
@@ -62,10 +60,10 @@ def corrected_cluster(config: Config, measured: Mapping[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_json(path: Path, config: Config, verdict: Verdict, reports: Sequence[RankReport], seconds: float) -> None:
+def write_json(path: Path, plan: Plan, verdict: Verdict, reports: Sequence[RankReport], seconds: float) -> None:
     """Write everything, each rank's numbers included; what is no number becomes null."""
     tree = {
-        "name": config.name,
+        "name": plan.config.name,
         "exit_code": verdict.exit_code,
         "seconds": seconds,
         "findings": [{"serious": finding.serious, "text": finding.text} for finding in verdict.findings],

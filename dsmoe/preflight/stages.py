@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from dsmoe.config.schema import Config
 from dsmoe.parallel import Groups
-from dsmoe.plan import Topology, count_parameters, resolve_device
+from dsmoe.plan import Plan
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS, Verdict, Workload, judge
 from dsmoe.preflight.measure import (
     GIB,
@@ -49,12 +48,11 @@ VISIBLE_SECONDS = 5.0
 class Preflight:
     """The checks of one rank; `run` does all of them."""
 
-    def __init__(self, config: Config, rank: Rank, folder: Path, timeout: timedelta) -> None:
-        self.config = config
+    def __init__(self, plan: Plan, rank: Rank, folder: Path, timeout: timedelta) -> None:
+        self.plan, self.config, self.topology = plan, plan.config, plan.topology
         self.rank = rank
         self.folder = folder
         self.timeout = timeout
-        self.topology = Topology.from_config(config)
         self.report = RankReport(rank.rank, self.topology.node_of(rank.rank), rank.local_rank, platform.node())
         self._reports: Sequence[RankReport] = ()  # of all ranks, on rank 0
         self._sizes: dict[str, str] = {}
@@ -99,7 +97,7 @@ class Preflight:
         return int(answer["exit_code"])
 
     def _verdict(self) -> Verdict:
-        cluster, facts = self.config.cluster, resolve_device(self.config.cluster.device)
+        cluster, facts = self.config.cluster, self.plan.device
         promise = Promise(
             memory_gib=facts.memory_gib if facts else None,
             peak_tflops=facts.peak_tflops if facts else None,
@@ -109,10 +107,10 @@ class Preflight:
             inter_node_us=cluster.inter_node_us,
         )
         free = shutil.disk_usage(self.folder).free / GIB if self.folder.exists() else float("inf")
-        each = count_parameters(self.config).total * BYTES_PER_PARAMETER / GIB
+        each = self.plan.parameters.total * BYTES_PER_PARAMETER / GIB
         workload = Workload(
             sizes=self._sizes,
-            groups={m.name: group_ranks(self.topology, m) for m in messages(self.config)},
+            groups={m.name: group_ranks(self.topology, m) for m in messages(self.plan)},
             checkpoints_gib=each * (self.config.checkpoint.keep + 1),
             free_storage_gib=free,
         )
@@ -157,7 +155,7 @@ class Preflight:
         side, flops = (8192, 2e13) if self.is_cuda else (512, 2e9)
         square = Product(SQUARE, side, side, side)
         try:
-            for product in [square, *products(self.config)]:
+            for product in [square, *products(self.plan)]:
                 of = torch.bfloat16 if self.is_cuda and product is square else dtype
                 fitting = product.within(self._room // of.itemsize, flops)
                 self._sizes[product.name] = f"{fitting.shape}, {'bf16' if of == torch.bfloat16 else 'fp32'}"
@@ -207,7 +205,7 @@ class Preflight:
 
     def _measure_messages(self, groups: Groups) -> None:
         device, dtype = self.rank.device, DTYPES[self.config.train.precision]
-        for message in messages(self.config):
+        for message in messages(self.plan):
             if message.groups in ("across", "inside"):
                 levels = groups.expert_group().levels
                 assert levels is not None

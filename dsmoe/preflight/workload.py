@@ -81,10 +81,10 @@ class Message:
         return (2 if self.operation == "all_reduce" else 1) * (self.size - 1) / self.size
 
 
-def products(config: Config) -> list[Product]:
+def products(plan: Plan) -> list[Product]:
     """The heaviest dense product of the forward pass, and the experts' first."""
+    config, topology = plan.config, plan.topology
     model, moe, train = config.model, config.moe, config.train
-    topology = Topology.from_config(config)
     tokens = train.micro_batch_size * train.sequence_length
     hidden, dense_layers = model.hidden_size, model.num_layers - num_moe_layers(config)
     # By how often it is done in a step: the output head once, the others in every layer.
@@ -104,10 +104,10 @@ def products(config: Config) -> list[Product]:
     return found
 
 
-def messages(config: Config) -> list[Message]:
+def messages(plan: Plan) -> list[Message]:
     """The collectives of a step, those of groups of one rank left out."""
-    plan = Plan.from_config(config)
-    topology, bytes_each = plan.topology, 2 if config.train.precision == "bf16" else 4
+    config, topology = plan.config, plan.topology
+    bytes_each = 2 if config.train.precision == "bf16" else 4
     zero = to_deepspeed(config, plan.batch.accumulation_steps)["zero_optimization"]
     bucket = int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
     tokens, hidden = config.train.micro_batch_size * config.train.sequence_length, config.model.hidden_size

@@ -22,8 +22,8 @@ from dsmoe.config.errors import HostError, UserError, exit_code_of
 from dsmoe.config.load import Look, load_config
 from dsmoe.config.schema import Config
 from dsmoe.exit_codes import DONE, INTERRUPTED
-from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import device_problems
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.launcher_exit import watch_launcher
 from dsmoe.runtime.rendezvous import Rendezvous
 from dsmoe.runtime.reporting_rank import LINGER_SECONDS, print_for_host, signed, speaks_for_job
@@ -31,8 +31,8 @@ from dsmoe.runtime.standard_streams import finish_streams, steady_streams
 from dsmoe.runtime.variables import LauncherError
 from dsmoe.runtime.world import (
     check_meeting,
-    for_this_world,
     join_launcher,
+    launched_plan,
     launcher_has_store,
     world_problems,
 )
@@ -63,17 +63,18 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Start:
-    """What the command line says: the options and the config, or what is wrong with them."""
+    """What the command line says: the options and the plan of a run, or what is wrong with them."""
 
     options: argparse.Namespace
-    config: Config | None
+    planned: Plan | None
+    """None where something is wrong, or where the command makes plans of its own (`begin_with`'s `check`)."""
     error: UserError | None = None
     launcher_error: LauncherError | None = None
     """Why the ranks cannot ask each other who says what is wrong; said with `error`, where there is both."""
 
     @property
-    def given(self) -> Config:
-        """The config as it is given, for whatever ranks there are.
+    def plan(self) -> Plan:
+        """The run on the ranks that the launcher started.
 
         Raises:
             UserError: it is wrong, or the arguments are, or the launcher.
@@ -81,8 +82,8 @@ class Start:
         error = self.error or self.launcher_error
         if error is not None:
             raise error
-        assert self.config is not None
-        return self.config
+        assert self.planned is not None
+        return self.planned
 
     def ended(self) -> int | None:
         """Say what is wrong, if this rank is to; the exit code. None where torch is needed: to train, or to tell it.
@@ -225,24 +226,22 @@ def _check(
     """Load the config; check it where it is known which ranks there are, by default that it is one of these."""
     looks = (world_problems, device_problems) if check is None and launcher_error is None else ()
     try:
-        given = load_on_host(path, overrides, *looks)
-        if launcher_error is None:
-            (check or _lay_out)(given)
+        given, plan = load_on_host(path, overrides, *looks), None
+        if launcher_error is None and check is None:
+            plan = launched_plan(given)
+        elif launcher_error is None and check is not None:
+            check(given)
     except UserError as error:
         return _started(options, None, error, launcher_error)
-    return _started(options, given, None, launcher_error)
-
-
-def _lay_out(given: Config) -> None:
-    Batch.from_config(for_this_world(given))  # lays out the topology, too
+    return _started(options, plan, None, launcher_error)
 
 
 def _started(
-    options: argparse.Namespace, given: Config | None, error: UserError | None, launcher_error: UserError | None
+    options: argparse.Namespace, plan: Plan | None, error: UserError | None, launcher_error: UserError | None
 ) -> Start:
     if isinstance(launcher_error, LauncherError):
-        return Start(options, given, error, launcher_error)
-    return Start(options, given, error or launcher_error)  # an error of the launcher's that all ranks have alike
+        return Start(options, plan, error, launcher_error)
+    return Start(options, plan, error or launcher_error)  # an error of the launcher's that all ranks have alike
 
 
 def _text(error: UserError) -> str:

@@ -17,6 +17,7 @@ from dsmoe.config.errors import Problem, UserError
 from dsmoe.config.partial import UnsoundError
 from dsmoe.config.schema import Config
 from dsmoe.plan.elastic import fit_to_world, has_layout, is_sound, settings_for
+from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity
 from dsmoe.runtime.launchers import (
     FIRST_PORT,
@@ -107,6 +108,15 @@ def for_this_world(config: Config) -> Config:
     if problem is not None:
         raise UserError(problem)
     return config
+
+
+def launched_plan(given: Config) -> Plan:
+    """The plan of a config on the ranks that the launcher started.
+
+    Raises:
+        UserError: it cannot be trained on them.
+    """
+    return Plan.from_config(for_this_world(given), given)
 
 
 def world_problems(config: Config) -> list[Problem]:

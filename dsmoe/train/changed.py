@@ -18,8 +18,9 @@ from dsmoe.config.schema import Config, Optimizer
 from dsmoe.config.sections.base import NonNegativeInt, PositiveInt
 from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
+from dsmoe.data.loader import train_sequences
 from dsmoe.data.order import ORDER_VERSION, Mixture
-from dsmoe.plan.batch import Batch
+from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity, shown, table
 from dsmoe.train.recorded import SavedData, SavedOptimizer, SavedTrain, recorded
 
@@ -56,14 +57,14 @@ class Order:
     """Digest of what makes tokens of it; empty where that was not recorded."""
 
     @classmethod
-    def of_run(cls, config: Config, sources: Sequence[PreparedSource], lengths: Sequence[int]) -> Order:
-        """The order here; `lengths` are the numbers of sequences."""
+    def of_run(cls, config: Config, sources: Sequence[PreparedSource]) -> Order:
+        """The order in which a run reads its sources."""
         total = math.fsum(source.weight for source in sources)
         return cls(
             version=ORDER_VERSION,
             seed=config.data.seed,
             shares={source.name: source.weight / total for source in sources},
-            sequences={source.name: length for source, length in zip(sources, lengths, strict=True)},
+            sequences={source.name: len(train_sequences(source, config)) for source in sources},
             texts={source.name: source.checksum for source in sources},
             tokenizer=sources[0].tokenizer,
         )
@@ -119,12 +120,13 @@ def saved_tokenizer(facts: Facts) -> str:
     return digest if isinstance(digest, str) else ""
 
 
-def changed_order(checkpoint: Path, facts: Facts, config: Config, here: Order) -> str | None:
+def changed_order(checkpoint: Path, facts: Facts, plan: Plan, here: Order) -> str | None:
     """What going on from a checkpoint would read otherwise than the run that made it, with numbers; None for nothing.
 
     Raises:
         UserError: something, and `data.changed_order` does not accept it; or it is what another tokenizer makes.
     """
+    config, batch = plan.config, plan.batch
     if facts.step == 0:  # nothing has been read
         return None
     saved = Order.of_checkpoint(checkpoint, facts)
@@ -137,7 +139,6 @@ def changed_order(checkpoint: Path, facts: Facts, config: Config, here: Order) -
     differing = _order_rows(saved, here)
     if not differing:
         return None
-    batch = Batch.from_config(config)
     done, end = (steps * batch.sequences_per_step for steps in (facts.step, max(batch.steps, facts.step)))
     lines = [
         f"{checkpoint} was made with another order of the training text:",
@@ -217,7 +218,7 @@ def _texts_differ(saved: Order, here: Order) -> bool:
     return any(text != here.texts.get(name, text) for name, text in saved.texts.items())
 
 
-def changed_rate(checkpoint: Path, facts: Facts, config: Config) -> str | None:
+def changed_rate(checkpoint: Path, facts: Facts, plan: Plan) -> str | None:
     """What the learning rate jumps from and to where a run goes on from a checkpoint, and what to write instead.
 
     None where it goes on as the saved config would have it, or stays as it was.
@@ -231,8 +232,7 @@ def changed_rate(checkpoint: Path, facts: Facts, config: Config) -> str | None:
         raise DamagedError(
             f"{checkpoint} is damaged: facts.schedule_step: {facts.schedule_step} is past facts.step, {facts.step}"
         )
-    steps = Batch.from_config(config).steps
-    return _jump(saved, train.length, config.optimizer, steps, facts.schedule_step, str(checkpoint))
+    return _jump(saved, train.length, plan.config.optimizer, plan.batch.steps, facts.schedule_step, str(checkpoint))
 
 
 def changed_held_out(checkpoint: Path, facts: Facts, config: Config, here: Order, held_out: str) -> str | None:
@@ -268,9 +268,9 @@ def setting_shown(value: object) -> str:
     return "null" if value is None else shown(str(value))
 
 
-def rate_when_longer(config: Config, steps: int) -> str | None:
+def rate_when_longer(plan: Plan, steps: int) -> str | None:
     """The same for a run that has come to its end and is made as long as `steps`."""
-    optimizer, done = config.optimizer, Batch.from_config(config).steps
+    optimizer, done = plan.config.optimizer, plan.batch.steps
     last, planned = (learning_rate(optimizer, done, step) for step in (done - 1, done))
     following = learning_rate(optimizer, steps, done)
     if _is_one_of(following, last, planned):

@@ -12,7 +12,7 @@ from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
-from dsmoe.data.loader import train_sequences
+from dsmoe.plan.plan import Plan
 from dsmoe.train.changed import Order, changed_order, changed_rate, setting_shown
 from dsmoe.train.identity import changed_values
 
@@ -53,7 +53,7 @@ def changed_settings(checkpoint: Path, config: Config) -> list[str]:
     ]
 
 
-def check_order(checkpoints: Iterable[Path], config: Config, sources: Sequence[PreparedSource]) -> None:
+def check_order(checkpoints: Iterable[Path], plan: Plan, sources: Sequence[PreparedSource]) -> None:
     """Check that the run reads on where its newest checkpoint stopped.
 
     Raises:
@@ -62,10 +62,10 @@ def check_order(checkpoints: Iterable[Path], config: Config, sources: Sequence[P
     """
 
     def check(checkpoint: Path) -> None:
-        here = Order.of_run(config, sources, [len(train_sequences(source, config)) for source in sources])
+        here = Order.of_run(plan.config, sources)
         facts = inspect(checkpoint).facts
-        changed_rate(checkpoint, facts, config)
-        changed_order(checkpoint, facts, config, here)
+        changed_rate(checkpoint, facts, plan)
+        changed_order(checkpoint, facts, plan, here)
 
     _check_first(checkpoints, check)
 

@@ -23,7 +23,7 @@ from dsmoe.config.paths import NO_PATHS, is_path, unset_in
 from dsmoe.config.schema import Config
 from dsmoe.config.show import dump_config, flatten
 from dsmoe.data import PreparedSource
-from dsmoe.plan.batch import Batch
+from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import shown
 from dsmoe.runtime.atomic_files import remove_leftovers, write_whole
 from dsmoe.train.changed import saved_tokenizer
@@ -68,21 +68,22 @@ class Beginning:
     """What else the log is to say."""
 
 
-def claim_run_folder(config: Config) -> None:
+def claim_run_folder(plan: Plan) -> None:
     """Take the folder for this process if it is there, then check it: nothing is prepared for a run that is refused.
 
     Raises:
         PassingError: another process is training in it.
         UserError: as `check_run_folder`.
     """
-    if run_folder(config).is_dir():
-        _lock(run_folder(config))
-        check_run_folder(config)
-    elif config.checkpoint.resume not in ("auto", "never") or config.checkpoint.weights_from:
-        check_run_folder(config)
+    folder, start = run_folder(plan.given), plan.given.checkpoint
+    if folder.is_dir():
+        _lock(folder)
+        check_run_folder(plan)
+    elif start.resume not in ("auto", "never") or start.weights_from:
+        check_run_folder(plan)
 
 
-def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[Beginning, str]:
+def make_run_folder(plan: Plan, sources: Sequence[PreparedSource]) -> tuple[Beginning, str]:
     """Make the folder, take it for this process, check it and the order of its text, and write `config.yaml`.
 
     Returns:
@@ -92,15 +93,15 @@ def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[
         PassingError: another process is training in it.
         UserError: as `check_run_folder`, or it cannot be written.
     """
-    folder = run_folder(config)
+    config, folder = plan.given, run_folder(plan.given)
     token = uuid.uuid4().hex
     try:
         if not folder.is_dir():  # nothing is made for a run that is refused
-            check_order(check_run_folder(config, sources).checkpoints, config, sources)
+            check_order(check_run_folder(plan, sources).checkpoints, plan, sources)
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-        beginning = check_run_folder(config, sources)
-        check_order(beginning.checkpoints, config, sources)
+        beginning = check_run_folder(plan, sources)
+        check_order(beginning.checkpoints, plan, sources)
         remove_leftovers(folder)
         contents = Contents.of_run(config, sources, _resumed(config))
         write_whole(folder / "config.yaml", dump_config(with_places(config, sources)))
@@ -113,8 +114,8 @@ def make_run_folder(config: Config, sources: Sequence[PreparedSource]) -> tuple[
     return beginning, token
 
 
-def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = None) -> Beginning:
-    """Check that the folder is this config's, and return what to begin with; writes nothing.
+def check_run_folder(plan: Plan, sources: Sequence[PreparedSource] | None = None) -> Beginning:
+    """Check that the folder is this run's, and return what to begin with; writes nothing.
 
     Of a folder that another process trains in, what it says may be wrong a moment later: lock it first. Where `sources`
     is not given, text in another place is taken for the same.
@@ -124,7 +125,7 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
             of another model.
         PassingError: storage does not answer now.
     """
-    folder = run_folder(config)
+    config, folder = plan.given, run_folder(plan.given)
     refuse_special(folder)
     found = _look(folder / "checkpoints")
     before, notes = _config_before(folder / "config.yaml", found)
@@ -150,7 +151,7 @@ def check_run_folder(config: Config, sources: Sequence[PreparedSource] | None = 
         beginning = replace(beginning, notes=(*beginning.notes, *told))
     check_model(beginning.checkpoints, weights, config)
     if beginning.checkpoints:
-        newest, batch = beginning.checkpoints[0], Batch.from_config(config)
+        newest, batch = beginning.checkpoints[0], plan.batch
         if newest not in found.whole:  # another run's
             beginning = replace(beginning, notes=(*beginning.notes, *changed_settings(newest, config)))
         done = inspect(newest).facts.step

@@ -15,7 +15,7 @@ from dsmoe.config.schema import Config
 from dsmoe.launch.job import Request
 from dsmoe.launch.programs import typed
 from dsmoe.launch.quoting import path_argument, shell_word
-from dsmoe.plan.batch import Batch
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.world import SRUN, launched_world
 from dsmoe.train.changed import rate_when_longer
 from dsmoe.train.run_folder import free_name
@@ -26,7 +26,7 @@ HELD_OUT = "eval/held_out"
 
 
 def summary(
-    folder: Path, bigram: Mapping[str, float] | None, config: Config, held_out: Mapping[str, str] | None = None
+    folder: Path, bigram: Mapping[str, float] | None, plan: Plan, held_out: Mapping[str, str] | None = None
 ) -> str:
     """The table of bits per byte at the start, at the end and of the bigram model, and commands to go on with.
 
@@ -35,12 +35,12 @@ def summary(
     Args:
         folder: the run folder; its `metrics.jsonl` has the evaluations. What is missing or damaged there is left out.
         bigram: the bigram model's metrics, under the same names; None where there are none.
-        config: the run's.
+        plan: the run.
         held_out: of which text the bigram model's are; None where that of the last evaluation is meant.
     """
     evaluations = list(_evaluations(folder / "metrics.jsonl"))
     table = _table(evaluations, bigram or {}, held_out) if evaluations else []
-    return "\n".join([*table, *([""] if table else []), "what to run next", *_next_steps(folder, config)])
+    return "\n".join([*table, *([""] if table else []), "what to run next", *_next_steps(folder, plan)])
 
 
 def _table(
@@ -104,10 +104,10 @@ def _number(metrics: Mapping[str, Any], key: str) -> str:
     return f"{value:>12.3f}" if isinstance(value, int | float) else f"{'-':>12}"
 
 
-def _next_steps(folder: Path, config: Config) -> list[str]:
-    file, train = folder / "config.yaml", config.train
+def _next_steps(folder: Path, plan: Plan) -> list[str]:
+    config, file, train = plan.config, folder / "config.yaml", plan.config.train
     longer = f"train.steps={2 * train.steps}" if train.steps else f"train.tokens={2 * (train.tokens or 0)}"
-    program = Request(config, str(file), (longer,)).program()
+    program = Request(plan, str(file), (longer,)).program()
     accelerator = os.environ.get("DS_ACCELERATOR")  # without it DeepSpeed takes what it finds
     here = f"DS_ACCELERATOR={shell_word(accelerator, 'DS_ACCELERATOR')} " if accelerator else ""
     onward = f"{here}{typed('deepspeed')} --num_gpus {config.cluster.devices_per_node} {program}"
@@ -115,7 +115,7 @@ def _next_steps(folder: Path, config: Config) -> list[str]:
     if config.cluster.nodes > 1:
         way = "--slurm" if launched_world().launcher == SRUN else "--hostfile"
         onward = f"{typed('dsmoe')} launch {path} {longer} {way}"
-    jump = rate_when_longer(config, 2 * Batch.from_config(config).steps)
+    jump = rate_when_longer(plan, 2 * plan.batch.steps)
     events = shell_word(path_argument(str(folder / "tensorboard")), "runs_dir")
     commands = {
         f"{typed('tensorboard')} --logdir {events}": "loss, load balance, dropped tokens, throughput",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -20,26 +16,26 @@ from dsmoe.checkpoint.folder import all_checkpoints, inspect, step_of
 from dsmoe.checkpoint.placement import placements
 from dsmoe.checkpoint.removal import set_aside
 from dsmoe.config.errors import ExplainedError
-from dsmoe.config.schema import Config
-from dsmoe.data import PreparedSource, ValidationLoader
-from dsmoe.data.loader import train_sequences
+from dsmoe.data import PreparedSource
+from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
+from dsmoe.engine.make_engine import make_engine
 from dsmoe.engine.update_guard import UpdateGuard, propagate_non_finite
 from dsmoe.metrics import Meter, Sink, console_line
-from dsmoe.metrics.meter import Constants
-from dsmoe.model import build_model
+from dsmoe.model import Transformer, build_model
 from dsmoe.moe import begin_step, hold_drop_rate, update_routers
 from dsmoe.parallel.groups import Groups
-from dsmoe.plan.batch import Batch
-from dsmoe.plan.devices import resolve_device
-from dsmoe.plan.flops import flops_per_token
+from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity
 from dsmoe.runtime.processes import Rank, on_first_rank
-from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate
-from dsmoe.train.evaluate import HeldOut, evaluate, text_of
-from dsmoe.train.initialize import initialize, prepare_data
+from dsmoe.train.changed import changed_held_out, changed_order, changed_rate
+from dsmoe.train.evaluate import evaluate
 from dsmoe.train.phases import Phase, phase
+from dsmoe.train.run_data import RunData, load_data
 from dsmoe.train.signals import StopSignals
 from dsmoe.train.summary import HELD_OUT, after_divergence
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -53,30 +49,30 @@ class TrainingDivergedError(ExplainedError):
 
 
 class Trainer:
-    """One run on this rank: model, data, engine, and the step.
+    """One run on this rank: the step, and what comes between steps.
 
     Making it is collective, and so are all its methods.
 
     Args:
-        config: the run.
-        groups: this rank's process groups.
+        plan: the run.
         rank: who this process is.
-        checkpoint_folder: where checkpoints are saved.
-        sources: the data, as `prepare_data` returns them; None prepares them.
+        engine: as `make_engine` returns it; wraps the model.
+        data: what the run reads.
+        checkpoints: where it is saved.
+        meter: collects the metrics of its steps.
     """
 
     def __init__(
-        self,
-        config: Config,
-        groups: Groups,
-        rank: Rank,
-        checkpoint_folder: Path,
-        sources: Sequence[PreparedSource] | None = None,
+        self, plan: Plan, rank: Rank, engine: DeepSpeedEngine, data: RunData, checkpoints: Checkpoints, meter: Meter
     ) -> None:
-        self.config = config
-        self.groups = groups
-        self.rank = rank
-        self.batch = Batch.from_config(config)
+        self.plan, self.rank, self.engine = plan, rank, engine
+        self.data, self.checkpoints, self.meter = data, checkpoints, meter
+        self.model: Transformer = engine.module
+        self.guard: UpdateGuard = engine.update_guard
+        self.moe_layers = [layer for _, layer in self.model.moe_layers()]
+        self.signals = StopSignals(plan.collective_timeout)
+        self.sinks: Sequence[Sink] = ()
+        """Where rank 0 writes metrics."""
         self.step_index = 0
         """Optimizer steps done."""
         self.used_learning_rate = 0.0
@@ -93,29 +89,6 @@ class Trainer:
         """Steps that were skipped before this start."""
         self._validation_loss = math.nan
         self._validated_step = -1
-        self.sinks: Sequence[Sink] = ()
-        """Where rank 0 writes metrics."""
-        self.sources = prepare_data(config) if sources is None else sources
-        model = build_model(config, groups, rank.device)
-        self.model = model
-        self.moe_layers = [layer for _, layer in model.moe_layers()]
-        self.engine, _, self.loader, self.scheduler = initialize(
-            model=model, config=config, groups=groups, sources=self.sources
-        )
-        self.guard: UpdateGuard = self.engine.update_guard
-        self.order = Order.of_run(config, self.sources, [len(train_sequences(s, config)) for s in self.sources])
-        self.signals = StopSignals(timedelta(seconds=config.cluster.collective_timeout_seconds))
-        data_rank, data_degree = groups.coordinate("data"), groups.topology.data
-        self.held_out = [
-            HeldOut(source, ValidationLoader(source, config, data_rank, data_degree)) for source in self.sources
-        ]
-        self.held_out_text = text_of(self.held_out, config.train.sequence_length)
-        """What is evaluated of each source."""
-        self.checkpoints = Checkpoints(checkpoint_folder, self.engine, placements(model), config, self._data_facts())
-        flops = flops_per_token(config, config.train.sequence_length)
-        self._device_facts = resolve_device(config.cluster.device)
-        constants = Constants(self.batch, flops, self._device_facts)
-        self.meter = Meter(constants, model.moe_layers(), rank.device)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint, whatever layout wrote it; says what is different from the run that was saved.
@@ -131,25 +104,13 @@ class Trainer:
         self._skipped_before = facts.skipped_steps
 
     def _changes(self, checkpoint: Path) -> list[str]:
-        facts = inspect(checkpoint).facts
+        facts, plan, data = inspect(checkpoint).facts, self.plan, self.data
         changes = (
-            changed_order(checkpoint, facts, self.config, self.order),
-            changed_rate(checkpoint, facts, self.config),
-            changed_held_out(checkpoint, facts, self.config, self.order, self._held_out_digest()),
+            changed_order(checkpoint, facts, plan, data.order),
+            changed_rate(checkpoint, facts, plan),
+            changed_held_out(checkpoint, facts, plan.config, data.order, data.held_out_digest),
         )
         return [change for change in changes if change]
-
-    def _data_facts(self) -> dict[str, Any]:
-        """What a checkpoint records of the text."""
-        return {
-            "corpora": {source.name: [source.train_tokens, source.train_bytes] for source in self.sources},
-            "order": asdict(self.order),
-            "held_out": self._held_out_digest(),
-        }
-
-    def _held_out_digest(self) -> str:
-        evaluated = [(part.source.text.partition("/")[2], part.loader.num_sequences) for part in self.held_out]
-        return hashlib.sha256(json.dumps(evaluated).encode()).hexdigest()[:16]
 
     def take_weights(self, checkpoint: Path) -> None:
         """Begin with the weights of a checkpoint, whatever layout wrote it; everything else is new."""
@@ -160,16 +121,17 @@ class Trainer:
 
         When it returns, the state is on the disk.
         """
-        train, save_every = self.config.train, self.config.checkpoint.every
+        config, num_steps = self.plan.config, self.plan.batch.steps
+        train, save_every = config.train, config.checkpoint.every
         self.signals.listen()
         self.checkpoints.reserve()
         self.meter.restart_clock()
         stop = is_due = False
-        while self.step_index < self.batch.steps and not stop:
+        while self.step_index < num_steps and not stop:
             grad_norm = self.step()
             with phase(Phase.AGREEMENT):
-                stop, last = self.signals.agreed(), self.step_index == self.batch.steps
-            if last or stop or self.step_index % self.config.observe.log_every == 0:
+                stop, last = self.signals.agreed(), self.step_index == num_steps
+            if last or stop or self.step_index % config.observe.log_every == 0:
                 self.log(grad_norm)
             # The sender of a signal waits half a minute or so: that is for saving.
             if last or (not stop and train.eval_every and self.step_index % train.eval_every == 0):
@@ -185,7 +147,7 @@ class Trainer:
         self.signals.finish()
         with phase(Phase.SAVE):
             self.checkpoints.finish(self.signals.told, is_stopping=stop)
-        return self.step_index == self.batch.steps
+        return self.step_index == num_steps
 
     def step(self) -> torch.Tensor | float:
         """One optimizer step; returns the gradient norm before clipping, on the device where it is there.
@@ -194,8 +156,8 @@ class Trainer:
         """
         self.meter.begin_step()
         begin_step(self.moe_layers, self.step_index)
-        micro_batches, data_wait = self.loader.micro_batches(self.step_index), 0.0
-        for number in range(self.batch.accumulation_steps):
+        micro_batches, data_wait = self.data.loader.micro_batches(self.step_index), 0.0
+        for number in range(self.plan.batch.accumulation_steps):
             with phase(Phase.DATA, self.step_index + 1):
                 begun = time.perf_counter()
                 tokens = next(micro_batches)
@@ -228,7 +190,7 @@ class Trainer:
 
     def log(self, grad_norm: torch.Tensor | float) -> None:
         """Reduce the step's figures over all ranks and write them down."""
-        detail_every = self.config.observe.layer_detail_every
+        detail_every = self.plan.config.observe.layer_detail_every
         with phase(Phase.METRICS):
             metrics = self.meter.read(layer_detail=bool(detail_every) and self.step_index % (detail_every or 1) == 0)
         self._count_skips()
@@ -237,11 +199,11 @@ class Trainer:
         metrics["optim/grad_norm"] = float(grad_norm)
         metrics["optim/lr"] = self.used_learning_rate
         metrics["optim/skipped_steps"] = float(self.engine.skipped_steps)
-        metrics["progress/tokens"] = float(self.step_index * self.batch.tokens_per_step)
-        metrics["progress/percent"] = 100.0 * self.step_index / self.batch.steps
+        metrics["progress/tokens"] = float(self.step_index * self.plan.batch.tokens_per_step)
+        metrics["progress/percent"] = 100.0 * self.step_index / self.plan.batch.steps
         self._write(metrics)
-        memory_gib = self._device_facts.memory_gib if self._device_facts else None
-        logger.info(console_line(metrics, self.step_index, self.batch.steps, memory_gib))
+        memory_gib = self.plan.device.memory_gib if self.plan.device else None
+        logger.info(console_line(metrics, self.step_index, self.plan.batch.steps, memory_gib))
         only_skips = self._only_skips()
         if not math.isfinite(metrics["train/loss"]) or only_skips:
             with phase(Phase.SAVE):
@@ -258,7 +220,7 @@ class Trainer:
 
     def _only_skips(self) -> bool:
         """Whether no step is taken any more: for long, or at the last step for more than half of this start's steps."""
-        at_end = self.step_index == self.batch.steps
+        at_end = self.step_index == self.plan.batch.steps
         skipped = self._count_skips()
         most = 2 * skipped > self.step_index - self._begun_at
         return skipped >= MAX_SKIPPED_IN_A_ROW or (at_end and most)
@@ -277,10 +239,12 @@ class Trainer:
         """Held-out losses of every source, written down."""
         with phase(Phase.EVALUATION):
             what = f"the evaluation after step {self.step_index}"
-            metrics = evaluate(self.model, self.held_out, self.rank.device, what)
+            metrics = evaluate(self.model, self.data.held_out, self.rank.device, what)
         self._validation_loss, self._validated_step = metrics["eval/loss"], self.step_index
-        self._write({**metrics, HELD_OUT: self.held_out_text})
-        each = "  ".join(f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.sources)
+        self._write({**metrics, HELD_OUT: self.data.held_out_text})
+        each = "  ".join(
+            f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.data.sources
+        )
         logger.info(
             "eval %d loss %.4f bits/byte %.3f (%s)",
             self.step_index,
@@ -310,7 +274,7 @@ class Trainer:
                 )
             is_known = self._validated_step == self.step_index and math.isfinite(self._validation_loss)
             loss = self._validation_loss if is_known else None
-            tokens, tidies = self.step_index * self.batch.tokens_per_step, self._count_skips() == 0
+            tokens, tidies = self.step_index * self.plan.batch.tokens_per_step, self._count_skips() == 0
             path = self.checkpoints.save(self.step_index, tokens, loss, tidies=tidies)
             self.meter.restart_clock()
             self.meter.add_stall(time.perf_counter() - begun)
@@ -332,7 +296,7 @@ class Trainer:
         self.checkpoints.wait()  # every rank is here: the one before is to be there
         raise TrainingDivergedError(
             f"at step {self.step_index} {what}. "
-            f"{after_divergence(self.config, self.checkpoints.folder, self._begun_with)}"
+            f"{after_divergence(self.plan.config, self.checkpoints.folder, self._begun_with)}"
         )
 
     def _on_device(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -348,6 +312,31 @@ class Trainer:
             except Exception as error:  # no report is a reason to stop: the state is in memory
                 reason = getattr(error, "strerror", None) or repr(error)
                 logger.error("cannot write metrics of step %d: %s", self.step_index, reason)
+
+
+def make_trainer(
+    plan: Plan,
+    groups: Groups,
+    rank: Rank,
+    checkpoint_folder: Path,
+    sources: Sequence[PreparedSource],
+    settings: dict[str, Any] | None = None,
+) -> Trainer:
+    """Put a run's parts together; collective.
+
+    Args:
+        plan: the run.
+        groups: this rank's process groups.
+        rank: who this process is.
+        checkpoint_folder: where checkpoints are saved.
+        sources: the data, as `prepare_data` returns them.
+        settings: the configuration for DeepSpeed; None asks `accepted_by_deepspeed`.
+    """
+    model = build_model(plan.config, groups, rank.device)
+    engine = make_engine(model, plan, groups, settings or accepted_by_deepspeed(plan))
+    data = load_data(plan, groups, sources)
+    checkpoints = Checkpoints(checkpoint_folder, engine, placements(model), plan.config, data.facts())
+    return Trainer(plan, rank, engine, data, checkpoints, Meter(plan, model.moe_layers(), rank.device))
 
 
 def _is_finite(number: torch.Tensor | float) -> torch.Tensor | bool:

@@ -132,7 +132,8 @@ def test_figures_follow_from_seconds_bytes_and_flops() -> None:
     assert row["tokens_per_second"] == {"dsmoe dropless": tokens / 0.5, "deepspeed dropless": tokens / 1.0}
     assert row["speed_over"] == {"deepspeed dropless": 2.0}
     assert row["peak_gib"] == {"dsmoe dropless": 3.0, "deepspeed dropless": 6.0}
-    flops = flops_per_token(make_config(run, {}, None, Path()), 32)
+    config = make_config(run, {}, None, Path())
+    flops = flops_per_token(config, count_parameters(config), 32)
     peak = 2 * 989.5e12
     full, causal = 100 * tokens / 0.5 * flops.training / peak, 100 * tokens / 0.5 * flops.causal_training / peak
     assert row["mfu_percent"]["dsmoe dropless"] == pytest.approx(full)

@@ -24,6 +24,7 @@ from dsmoe.config import UserError
 from dsmoe.config.schema import Config
 from dsmoe.engine.optimizer_state import fragments, inner_optimizer
 from dsmoe.interop.tensors import checkpoint_tensors
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import Trainer
 from dsmoe.train.run_folder import check_run_folder
@@ -257,7 +258,7 @@ def test_a_pipe_in_a_files_place_is_not_waited_for(
     found, passed_over = candidates(checkpoint.parent)
     assert (found, len(passed_over)) == ([], 1)
     with pytest.raises(UserError, match="is a pipe"):
-        check_run_folder(make_config(tmp_path, MIXTRAL, checkpoint={"resume": str(checkpoint)}))
+        check_run_folder(Plan.from_config(make_config(tmp_path, MIXTRAL, checkpoint={"resume": str(checkpoint)})))
 
 
 def test_a_header_that_says_something_else_than_the_manifest_is_found(checkpoint: Path) -> None:

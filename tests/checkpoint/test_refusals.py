@@ -21,6 +21,7 @@ from dsmoe.checkpoint.manifest import DamagedError, _sealed
 from dsmoe.checkpoint.safetensors import DTYPES, Item, write_items
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run_folder import check_run_folder
 from tests.helpers.checkpoint_runs import MODEL, folder_of, layout_config, logged_from_now, save_between, tensors_of
@@ -343,12 +344,14 @@ def go_on_with_another_text(config: Config, checkpoint: Path) -> list[str]:
     trainer = make_trainer(config)
     trainer.resume(checkpoint)
     assert logged == []
-    ((name, length),) = trainer.order.sequences.items()
-    trainer.order = replace(trainer.order, sequences={name: length + 1000})
+    order = trainer.data.order
+    ((name, length),) = order.sequences.items()
+    trainer.data = replace(trainer.data, order=replace(order, sequences={name: length + 1000}))
     with pytest.raises(UserError) as refused:
         trainer.resume(checkpoint)
     assert trainer.step_index == 2
-    trainer.config = config.model_copy(update={"data": config.data.model_copy(update={"changed_order": "accept"})})
+    accepting = config.model_copy(update={"data": config.data.model_copy(update={"changed_order": "accept"})})
+    trainer.plan = Plan.from_config(accepting)
     trainer.resume(checkpoint)
     return [str(refused.value), *logged]
 
@@ -391,4 +394,4 @@ def test_a_checkpoint_that_the_config_names_and_that_is_not_there_is_named_with_
 ) -> None:
     config = layout_config(tmp_path, checkpoint={key: str(tmp_path / "nothing")})
     with pytest.raises(UserError, match=f"^checkpoint.{key}: {tmp_path}/nothing is not a whole checkpoint"):
-        check_run_folder(config)
+        check_run_folder(Plan.from_config(config))

@@ -19,6 +19,7 @@ import yaml
 from dsmoe.config import load_config
 from dsmoe.launch.docker import job
 from dsmoe.launch.job import Request
+from dsmoe.plan.plan import Plan
 from tests.helpers.emulated_hosts import Cluster, Host, Task, missing
 from tests.helpers.launching import ENVIRONMENT, REPOSITORY, losses, write_config
 
@@ -163,7 +164,8 @@ def _two_nodes_train(engine: Engine, folder: Path) -> None:
     subprocess.run([*alone, f"data.cache_dir={folder}/cache"], cwd=REPOSITORY, env=environment, check=True)
 
     overrides += ["cluster.nodes=2", "cluster.devices_per_node=1"]
-    job(Request(load_config(REPOSITORY / path, overrides), path, tuple(overrides), str(folder))).write(folder)
+    plan = Plan.from_config(load_config(REPOSITORY / path, overrides))
+    job(Request(plan, path, tuple(overrides), str(folder))).write(folder)
     project = f"dsmoe_test_{os.getpid()}"
     compose = [
         "podman-compose",

@@ -13,6 +13,7 @@ import pytest
 from dsmoe.config import load_config
 from dsmoe.launch.job import Request
 from dsmoe.launch.slurm import job as render
+from dsmoe.plan.plan import Plan
 from tests.helpers.emulated_hosts import Host
 from tests.helpers.launching import REPOSITORY, losses, write_config
 from tests.helpers.real_slurm import LOST_SECONDS, Slurm, SlurmJob, missing
@@ -34,7 +35,7 @@ def submit(slurm: Slurm, folder: Path, *options: str, **sections: object) -> Slu
     sections = {"name": folder.name, "train": {"steps": STEPS}, "checkpoint": {"every": 10}, **sections}
     config = write_config(folder, 2, 1, **sections)
     (folder / "launch").symlink_to(REPOSITORY / "launch")
-    render(Request(load_config(config), config.name, (), "scripts")).write(folder / "scripts")
+    render(Request(Plan.from_config(load_config(config)), config.name, (), "scripts")).write(folder / "scripts")
     return slurm.submit("scripts/pretrain.sbatch", folder, *options)
 
 

@@ -19,6 +19,7 @@ from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import Effect, Section
 from dsmoe.config.show import flatten, json_schema, spelled_out
 from dsmoe.plan.batch import Batch
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run_folder import check_run_folder, run_folder
 from tests.helpers.checkpoint_runs import MODEL, layout_config, save_between
@@ -211,7 +212,7 @@ def observed(config: Config, checkpoint: Path, key: str) -> str:
     """The effect of what a config has otherwise than the run, by what starts with it are told."""
 
     def told(**changed: Any) -> tuple[str, ...]:
-        return check_run_folder(config.model_copy(update=changed)).notes
+        return check_run_folder(Plan.from_config(config.model_copy(update=changed))).notes
 
     def begin_with(**keys: str) -> dict[str, Any]:
         return {"name": "another", "checkpoint": config.checkpoint.model_copy(update=keys)}
@@ -252,7 +253,7 @@ def test_a_start_does_with_another_value_what_the_effect_says(
         assert observed(other, checkpoint, key) == level
         if level != "free":
             with pytest.raises(UserError, match=re.escape(ADVICE[level])):
-                check_run_folder(other)
+                check_run_folder(Plan.from_config(other))
         levels.add(level)
     (effect,) = (mark for mark in field.metadata if isinstance(mark, Effect))
     assert levels == {effect.level} | ({effect.switch.level} if effect.switch else set())

@@ -17,13 +17,14 @@ import yaml
 from dsmoe.config import UserError, load_config
 from dsmoe.launch.docker import job
 from dsmoe.launch.job import Job, Request
+from dsmoe.plan.plan import Plan
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
 
 
 def render(path: str, *overrides: str) -> Job:
-    return job(Request(load_config(REPOSITORY / path, overrides), path, overrides, "docker"))
+    return job(Request(Plan.from_config(load_config(REPOSITORY / path, overrides)), path, overrides, "docker"))
 
 
 def parsed(rendered: Job) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from dsmoe.engine.clipping import clip_gradients
 from dsmoe.engine.optimizer_state import fragments
 from dsmoe.engine.parameter_groups import parameter_groups
 from dsmoe.model import build_model
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.initialize import initialize, prepare_data
-from dsmoe.train.trainer import Trainer
+from dsmoe.train.trainer import make_trainer as assemble
 from tests.helpers.layer_options import moe_layer
 from tests.helpers.small_runs import make_trainer, small_config, this_rank
 
@@ -149,10 +150,9 @@ def prepare_how_often(config: Config) -> list[int]:
     module.prepare = counted
     sources = prepare_data(config)
     first = len(calls)
-    trainer = Trainer(
-        config, Groups(Topology.from_config(config)), this_rank(), Path(config.runs_dir) / "checkpoints", sources
-    )
-    assert trainer.sources == sources
+    plan, folder = Plan.from_config(config), Path(config.runs_dir) / "checkpoints"
+    trainer = assemble(plan, Groups(plan.topology), this_rank(), folder, sources)
+    assert trainer.data.sources == sources
     return [first, len(calls) - first]
 
 

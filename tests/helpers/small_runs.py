@@ -13,9 +13,11 @@ from dsmoe.config.schema import Config
 from dsmoe.parallel import Groups
 from dsmoe.parity.check_parity import TEXT
 from dsmoe.parity.training import Training, train_few_steps
-from dsmoe.plan import Topology
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.processes import Rank
 from dsmoe.train import Trainer
+from dsmoe.train.initialize import prepare_data
+from dsmoe.train.trainer import make_trainer as assemble
 
 
 def small_config(
@@ -72,4 +74,5 @@ def this_rank() -> Rank:
 
 def make_trainer(config: Config) -> Trainer:
     """A trainer on this rank of an already started world."""
-    return Trainer(config, Groups(Topology.from_config(config)), this_rank(), Path(config.runs_dir) / "checkpoints")
+    plan, folder = Plan.from_config(config), Path(config.runs_dir) / "checkpoints"
+    return assemble(plan, Groups(plan.topology), this_rank(), folder, prepare_data(config))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,7 @@ def test_files_are_no_larger_than_asked_and_the_index_names_every_tensor(tmp_pat
 MEASURE = """
 import resource, sys
 from pathlib import Path
+from types import SimpleNamespace
 from dsmoe.interop.export import export
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export(Path(sys.argv[1]), Path(sys.argv[2]), check=False, dtype="fp32")
@@ -289,7 +291,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     arguments = ["checkpoint", "export", str(tmp_path / "checkpoint"), str(tmp_path / "out")]
     assert main([*arguments, "--format", "mixtral"]) == 2
     assert "model.qk_norm (true) must be false" in capsys.readouterr().err
-    monkeypatch.setattr("dsmoe.interop.logits.count_parameters", lambda _: type("Huge", (), {"total": 10**15}))
+    huge = SimpleNamespace(parameters=SimpleNamespace(total=10**15))
+    monkeypatch.setattr("dsmoe.interop.logits.Plan", SimpleNamespace(from_config=lambda _: huge))
     assert main(arguments) == 2
     assert "about 7450581 GiB" in capsys.readouterr().err
     assert main([*arguments, "--no-check", "--dtype", "fp32", "--shard-gb", "0.0001"]) == 0

@@ -14,6 +14,7 @@ from dsmoe import cli
 from dsmoe.config import dump_config, load_config
 from dsmoe.launch import hosts
 from dsmoe.launch.job import Job, Request, default_folder
+from dsmoe.plan.plan import Plan
 
 REPOSITORY = Path(__file__).parents[2]
 MIXTRAL = "configs/mixtral_8x7b.yaml"
@@ -28,7 +29,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(*overrides: str, path: str = MIXTRAL) -> Job:
     config = load_config(path, overrides)
-    return hosts.job(Request(config, path, overrides, default_folder(config)))
+    return hosts.job(Request(Plan.from_config(config), path, overrides, default_folder(config)))
 
 
 def slots_of(job: Job) -> list[str]:
@@ -105,15 +106,15 @@ def test_paths_that_deepspeed_pastes_with_a_space_are_named(tmp_path: Path, monk
         monkeypatch.chdir(tmp_path / folder)
         monkeypatch.setattr(hosts.sys, "executable", python)
         monkeypatch.setattr("dsmoe.launch.job.__file__", "/opt/dsmoe/dsmoe/launch/job.py")
-        several = hosts.job(Request(load_config(config, names), config, names, "out"))
+        several = hosts.job(Request(Plan.from_config(load_config(config, names)), config, names, "out"))
         assert found in several.warning
         assert bool(several.warning) == bool(found)
         alone = (*names, "cluster.nodes=1", "cluster.hosts=null")
-        assert hosts.job(Request(load_config(config, alone), config, alone, "out")).warning == ""
+        assert hosts.job(Request(Plan.from_config(load_config(config, alone)), config, alone, "out")).warning == ""
     monkeypatch.setattr("dsmoe.launch.job.__file__", "/opt/my dsmoe/dsmoe/launch/job.py")
     monkeypatch.setattr(hosts.sys, "executable", "/opt/python")
     monkeypatch.chdir(tmp_path / "plain")
-    warning = hosts.job(Request(load_config(config, names), config, names, "out")).warning
+    warning = hosts.job(Request(Plan.from_config(load_config(config, names)), config, names, "out")).warning
     assert "dsmoe's launch/pretrain.py (/opt/my dsmoe/launch/pretrain.py), which" in warning
 
 
@@ -136,7 +137,7 @@ def test_names_with_spaces_are_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
     config = load_config(MIXTRAL)
     monkeypatch.chdir(tmp_path)  # where there is no launch/pretrain.py
     Path("my config.yaml").write_text(dump_config(config), encoding="utf-8")
-    command = hosts.job(Request(config, "my config.yaml", ("name=x",), "a b")).command
+    command = hosts.job(Request(Plan.from_config(config), "my config.yaml", ("name=x",), "a b")).command
     assert shlex.split(command) == [
         "DS_ENV_FILE=a b/deepspeed_env",
         *["deepspeed", "--hostfile", "a b/hostfile", str(REPOSITORY / "launch/pretrain.py")],

@@ -13,6 +13,7 @@ import pytest
 from dsmoe import cli
 from dsmoe.config import load_config
 from dsmoe.launch.programs import activation, typed
+from dsmoe.plan.plan import Plan
 from dsmoe.train.summary import summary
 
 REPOSITORY = Path(__file__).parents[2]
@@ -81,7 +82,7 @@ def test_launch_says_it_before_the_command(environment: Path, capsys: pytest.Cap
 def test_the_commands_of_a_summary_are_words_of_a_shell(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     config = load_config(REPOSITORY / "configs/tiny_cpu.yaml")
-    text = summary(Path("my runs/$x"), None, config)
+    text = summary(Path("my runs/$x"), None, Plan.from_config(config))
     words = [shlex.split(line, comments=True) for line in text.splitlines()[1:]]
     assert words[0] == [".venv/bin/tensorboard", "--logdir", "my runs/$x/tensorboard"]
     assert words[1] == [".venv/bin/dsmoe", "config", "show", "my runs/$x/config.yaml"]
@@ -97,7 +98,7 @@ def test_a_printed_command_runs_without_an_activated_environment(tmp_path: Path)
     before = os.environ["PATH"]
     os.environ["PATH"] = "/usr/bin:/bin"
     try:
-        (line,) = [line for line in summary(runs, None, config).splitlines() if "config show" in line]
+        (line,) = [line for line in summary(runs, None, Plan.from_config(config)).splitlines() if "config show" in line]
     finally:
         os.environ["PATH"] = before
     (runs / "cluster").symlink_to(REPOSITORY / "configs/cluster")

@@ -28,6 +28,7 @@ from dsmoe.config.paths import literal_path
 from dsmoe.config.yaml_text import Node, parse_yaml, plain, write_yaml
 from dsmoe.launch import docker, hosts, quoting, slurm
 from dsmoe.launch.job import Job, Request
+from dsmoe.plan.plan import Plan
 from tests.helpers.recipes import VALID
 
 WAYS = {"hostfile": hosts, "slurm": slurm, "docker": docker}
@@ -117,7 +118,7 @@ def job(way: str, path: str, overrides: Sequence[str] = (), out: str = "out", **
         tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
     Path(path).write_text(write_yaml(tree), encoding="utf-8")
     config = load_config(path, overrides)
-    return WAYS[way].job(Request(config, path, tuple(overrides), out))
+    return WAYS[way].job(Request(Plan.from_config(config), path, tuple(overrides), out))
 
 
 def check(way: str, written: Job, here: Path, path: str, overrides: Sequence[str], out: str = "out") -> None:
@@ -364,7 +365,7 @@ def test_an_include_of_this_hosts_user_is_refused_for_containers(
     monkeypatch.setenv("HOME", str(here))
     (here / "base.yaml").write_text(VALID, encoding="utf-8")
     Path("run.yaml").write_text(f"include: {text}\n", encoding="utf-8")
-    request = Request(load_config("run.yaml"), "run.yaml", (), "out")
+    request = Request(Plan.from_config(load_config("run.yaml")), "run.yaml", (), "out")
     with pytest.raises(UserError, match=re.escape(f"include ({text}) is {here}/base.yaml here")):
         docker.job(request)
     assert hosts.job(request).files

@@ -19,6 +19,7 @@ from dsmoe import cli
 from dsmoe.config import UserError, load_config
 from dsmoe.launch import slurm
 from dsmoe.launch.job import Request, default_folder
+from dsmoe.plan.plan import Plan
 from dsmoe.train.run_folder import LOCK, TOKEN
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def script(*overrides: str, name: str = "pretrain.sbatch") -> str:
     config = load_config(MIXTRAL, overrides)
-    return slurm.job(Request(config, MIXTRAL, overrides, default_folder(config))).files[name]
+    return slurm.job(Request(Plan.from_config(config), MIXTRAL, overrides, default_folder(config))).files[name]
 
 
 def options(text: str) -> dict[str, str]:
@@ -56,7 +57,8 @@ def test_the_committed_examples_are_what_the_command_writes(capsys: pytest.Captu
 
 @pytest.mark.parametrize("overrides", [[], ["cluster.device=cpu", "cluster.elastic=true", "runs_dir=/all my/runs"]])
 def test_shellcheck_finds_nothing(overrides: list[str], tmp_path: Path) -> None:
-    paths = slurm.job(Request(load_config(MIXTRAL, overrides), MIXTRAL, tuple(overrides), "somewhere")).write(tmp_path)
+    request = Request(Plan.from_config(load_config(MIXTRAL, overrides)), MIXTRAL, tuple(overrides), "somewhere")
+    paths = slurm.job(request).write(tmp_path)
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, *paths], capture_output=True, text=True, check=False, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -94,7 +96,7 @@ class Cluster:
 def cluster(tmp_path: Path) -> Cluster:
     path = tmp_path / "config.yaml"
     path.write_text(f"include: {REPOSITORY}/configs/tiny_cpu.yaml\nname: mine\n", encoding="utf-8")
-    slurm.job(Request(load_config(path), "config.yaml", (), "scripts")).write(tmp_path / "scripts")
+    slurm.job(Request(Plan.from_config(load_config(path)), "config.yaml", (), "scripts")).write(tmp_path / "scripts")
     (tmp_path / "fakes").mkdir()
     for name, action in FAKES.items():
         (tmp_path / "fakes" / name).write_text(f"#!/bin/bash\n{action}\n", encoding="utf-8")
@@ -192,7 +194,7 @@ def test_hosts_that_the_config_names_are_asked_for() -> None:
 def test_another_folders_scripts_name_the_program_by_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = load_config(MIXTRAL)
     monkeypatch.chdir(tmp_path)
-    files = slurm.job(Request(config, "/c.yaml", (), "scripts")).files
+    files = slurm.job(Request(Plan.from_config(config), "/c.yaml", (), "scripts")).files
     for name in ("pretrain", "preflight"):
         program = shlex.quote(f"{REPOSITORY}/launch/{name}.py")
         assert f"python {program} --config /c.yaml" in files[f"{name}.sbatch"]

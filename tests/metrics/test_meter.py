@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ import torch.distributed as dist
 
 from dsmoe.metrics import Meter
 from dsmoe.metrics import meter as meter_module
-from dsmoe.metrics.meter import Constants
 from dsmoe.moe import MoE, hold_drop_rate
 from dsmoe.parallel import Groups
-from dsmoe.plan import Batch, Topology
+from dsmoe.plan import Batch, Plan, Topology
 from dsmoe.plan.devices import DeviceFacts
 from dsmoe.plan.flops import Flops
 from dsmoe.runtime.spawn import run_ranks
 from tests.helpers.layer_options import moe_layer
+from tests.helpers.plan_configs import make_config
 
 FLOPS = Flops(forward=10**9, attention=2 * 10**8)
 KNOWN = DeviceFacts("a test's", memory_gib=1.0, peak_tflops=0.5)
@@ -36,11 +37,15 @@ class Clock:
         return self.now
 
 
+def plan_with(batch: Batch, facts: DeviceFacts | None) -> Plan:
+    return replace(Plan.from_config(make_config()), batch=batch, flops=FLOPS, device=facts)
+
+
 def make_meter(clock: Clock, facts: DeviceFacts | None = None, layers: list[tuple[int, MoE]] | None = None) -> Meter:
     """2 ranks x 1 sequence x 32 tokens x 1 micro-batch = 64 tokens per step."""
     meter_module.time = clock  # this process is the test's own
     batch = Batch(Topology(1, 2, expert=2), 1, 32, accumulation_steps=1, steps=10)
-    return Meter(Constants(batch, FLOPS, facts), layers or [], torch.device("cpu"))
+    return Meter(plan_with(batch, facts), layers or [], torch.device("cpu"))
 
 
 def unequal_losses() -> list[float]:
@@ -211,7 +216,7 @@ def test_bytes_are_the_mean_of_the_ranks_in_one_step() -> None:
 def begin_afresh() -> dict[str, Any]:
     """Peak memory of a real process, without a patch."""
     batch = Batch(Topology(1, 1), 1, 32, accumulation_steps=1, steps=10)
-    meter = Meter(Constants(batch, FLOPS, None), [], torch.device("cpu"))
+    meter = Meter(plan_with(batch, None), [], torch.device("cpu"))
     meter.begin_step()
     meter.add_micro_batch(torch.ones(1, 32))
     meter.end_step(0.0)

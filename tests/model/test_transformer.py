@@ -430,6 +430,6 @@ def test_the_planners_flops_are_those_that_torch_counts(moe: dict[str, Any] | No
     config = small_config(moe, tie_embeddings=tie_embeddings)
     tokens = random_tokens(33)
     forward, training = measure_flops(build_model(config), tokens)
-    planned = flops_per_token(config, sequence_length=32)
+    planned = flops_per_token(config, count_parameters(config), 32)
     assert forward == pytest.approx(planned.forward * 2 * 32, rel=0.02)
     assert training == pytest.approx(planned.training * 2 * 32, rel=0.02)

@@ -58,7 +58,10 @@ def number(text: str) -> int:
 def test_the_text_has_the_planners_numbers(name: str) -> None:
     config = recipe(name)
     text, topology, counts = Plan.from_config(config).text(), Topology.from_config(config), count_parameters(config)
-    held, flops = counts.per_device(topology), flops_per_token(config, config.train.sequence_length)
+    held, flops = (
+        counts.per_device(topology),
+        flops_per_token(config, counts),
+    )
     assert text.startswith(f"{name}: world size {topology.world_size} (")
     assert f"\nparameters: {counts.total:,} total, {counts.active:,} active per token\n" in text
     assert f"\nranks: {topology.world_size} = {topology.data} data x {topology.tensor} tensor; " in text
@@ -126,7 +129,10 @@ def test_a_node_of_many_devices_is_shown_in_part() -> None:
 def test_the_json_has_the_planners_numbers(config: Config) -> None:
     plan: Any = json.loads(json.dumps(Plan.from_config(config).json()))
     topology, counts, batch = Topology.from_config(config), count_parameters(config), Batch.from_config(config)
-    held, flops = counts.per_device(topology), flops_per_token(config, config.train.sequence_length)
+    held, flops = (
+        counts.per_device(topology),
+        flops_per_token(config, counts),
+    )
     assert plan["name"] == config.name
     sizes = {axis: topology.degree(axis) for axis in AXES}
     machine = {"nodes": topology.nodes, "devices_per_node": topology.devices_per_node}

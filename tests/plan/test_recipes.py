@@ -56,9 +56,7 @@ def test_recipe_plans_and_fits(name: str) -> None:
     assert topology.world_size == expected.devices
     assert batch.accumulation_steps == expected.accumulation_steps
     assert batch.tokens_per_step == config.train.batch_tokens
-    assert (
-        flops_per_token(config, config.train.sequence_length).training > 6 * (counts.active - counts.embedding) * 0.99
-    )
+    assert flops_per_token(config, counts).training > 6 * (counts.active - counts.embedding) * 0.99
 
     held = counts.per_device(topology)
     own_bytes = (4 + 12) * (held.shared / topology.data + held.experts / topology.expert_data)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe.config import dump_config, load_config
+from dsmoe.plan.plan import Plan
 from dsmoe.preflight import check_nodes, stages
 from dsmoe.preflight.measure import copy_rate, link_rates, memory_gib, product_rate, write_rate
 from dsmoe.preflight.results import Link
@@ -93,7 +94,7 @@ def test_every_rank_measures_everything(nodes: int, layout: dict[str, object], t
     config = load_config(path)
     for rank in found["ranks"]:
         assert set(rank["tflops"]) == set(rank["checksums"]) == {"square", "output head", "experts"}
-        assert set(rank["collective_gbps"]) == {message.name for message in messages(config)}
+        assert set(rank["collective_gbps"]) == {message.name for message in messages(Plan.from_config(config))}
         assert min([*rank["tflops"].values(), *rank["collective_gbps"].values(), rank["memory_gbps"]]) > 0
         assert {link["peer"] // (4 // nodes) for link in rank["links"]} == set(range(nodes))
         assert rank["host"] == socket.gethostname()

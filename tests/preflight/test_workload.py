@@ -8,6 +8,7 @@ import pytest
 
 from dsmoe.config import Config, load_config
 from dsmoe.plan import Topology
+from dsmoe.plan.plan import Plan
 from dsmoe.preflight.workload import MAX_ROUNDS, Product, group_ranks, messages, products, rounds
 from tests.helpers.small_runs import small_config
 
@@ -37,12 +38,12 @@ def test_nobody_is_in_two_pairs_of_a_round(number: int) -> None:
 def test_products_are_those_of_the_forward_pass(tmp_path: Path) -> None:
     config = small(tmp_path, ranks=4, expert=2, parallel={"tensor": 2}, train={"batch_tokens": 8 * 32})
     # 32 tokens; the output head's 264 columns over two tensor ranks; 16 tokens to 2 of 4 experts, of which 2 are here.
-    assert products(config) == [
+    assert products(Plan.from_config(config)) == [
         Product("output head", 32, 32, 132),
         Product("experts", 32, 32, 2 * 24, count=2),
     ]
     mixtral = load_config(CONFIGS / "mixtral_8x7b.yaml")
-    dense, experts = products(mixtral)
+    dense, experts = products(Plan.from_config(mixtral))
     assert (dense.name, dense.inner) == ("query", 4096)
     assert experts.inner == 4096
     assert experts.width * mixtral.parallel.expert_tensor == 2 * 14336
@@ -61,7 +62,7 @@ def test_a_product_is_cut_to_fit_memory_and_time() -> None:
 
 def test_messages_of_each_axis(tmp_path: Path) -> None:
     config = small(tmp_path, ranks=4, expert=2, parallel={"tensor": 2}, train={"batch_tokens": 8 * 32})
-    found = {message.name: message for message in messages(config)}
+    found = {message.name: message for message in messages(Plan.from_config(config))}
     assert list(found) == ["gradients", "tensor", "expert gradients", "dispatch"]
     assert found["tensor"].bytes == 32 * 32 * 4
     assert found["dispatch"].bytes == 16 * 2 * 32 * 4
@@ -73,14 +74,14 @@ def test_messages_of_each_axis(tmp_path: Path) -> None:
 
 def test_padded_exchanges_are_full_buffers(tmp_path: Path) -> None:
     config = small(tmp_path, ranks=2, expert=2, moe={"capacity": {"factor": 1.25, "minimum": 1}})
-    (dispatch,) = (message for message in messages(config) if message.name == "dispatch")
+    (dispatch,) = (message for message in messages(Plan.from_config(config)) if message.name == "dispatch")
     assert dispatch.bytes == 4 * 20 * 32 * 4  # 4 experts, ceil(64 / 4 * 1.25) rows each
 
 
 def test_a_hierarchical_exchange_has_two_messages(tmp_path: Path) -> None:
     layout = {"expert": 4, "all_to_all": "hierarchical"}
     config = small(tmp_path, cluster={"nodes": 2, "devices_per_node": 2}, parallel=layout)
-    found = {message.name: message for message in messages(config)}
+    found = {message.name: message for message in messages(Plan.from_config(config))}
     assert found["dispatch across nodes"].size == found["dispatch inside nodes"].size == 2
     topology = Topology.from_config(config)
     assert group_ranks(topology, found["dispatch across nodes"]) == ((0, 2), (1, 3))
@@ -89,15 +90,15 @@ def test_a_hierarchical_exchange_has_two_messages(tmp_path: Path) -> None:
 
 def test_a_large_gradient_goes_in_buckets() -> None:
     config = load_config(CONFIGS / "mixtral_8x7b.yaml")
-    assert max(message.bytes for message in messages(config)) <= 2 * 500_000_000
+    assert max(message.bytes for message in messages(Plan.from_config(config))) <= 2 * 500_000_000
     config = load_config(CONFIGS / "mixtral_8x7b.yaml", ["deepspeed.zero_optimization={reduce_bucket_size: 1000}"])
-    assert next(message.bytes for message in messages(config) if message.name == "gradients") == 2000
+    assert next(message.bytes for message in messages(Plan.from_config(config)) if message.name == "gradients") == 2000
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_has_work_to_do(path: Path) -> None:
     config = load_config(path)
     topology = Topology.from_config(config)
-    assert all(product.flops > 0 for product in products(config))
-    for message in messages(config):
+    assert all(product.flops > 0 for product in products(Plan.from_config(config)))
+    for message in messages(Plan.from_config(config)):
         assert {len(group) for group in group_ranks(topology, message)} == {message.size}

@@ -278,7 +278,7 @@ def test_a_rank_with_an_error_asks_whether_rank_0_has_it(
         assert begun.ended() == ended
     assert capsys.readouterr().err == said.format(host=platform.node())
     with pytest.raises(UserError, match="no such file"):
-        _ = begun.given
+        _ = begun.plan
 
 
 def test_a_rank_that_is_told_nowhere_leaves_the_word_to_rank_0(

@@ -10,6 +10,7 @@ import pytest
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
+from dsmoe.plan.plan import Plan
 from dsmoe.train.run_folder import check_run_folder
 from tests.helpers.hugging_face_models import MIXTRAL, make_config, save
 
@@ -28,8 +29,8 @@ def run(tmp_path: Path) -> Path:
 def test_a_runs_folder_is_its_newest_whole_checkpoint(run: Path, tmp_path: Path) -> None:
     newest = run / "checkpoints" / "step_00000000"
     for path in (run, newest):
-        assert check_run_folder(config_with(tmp_path, weights_from=str(path))).weights == newest
-        assert check_run_folder(config_with(tmp_path, resume=str(path))).checkpoints == (newest,)
+        assert check_run_folder(Plan.from_config(config_with(tmp_path, weights_from=str(path)))).weights == newest
+        assert check_run_folder(Plan.from_config(config_with(tmp_path, resume=str(path)))).checkpoints == (newest,)
 
 
 @pytest.mark.parametrize("key", ["weights_from", "resume"])
@@ -38,4 +39,4 @@ def test_a_run_without_a_whole_checkpoint_is_refused(key: str, run: Path, tmp_pa
     with pytest.raises(
         UserError, match=rf"checkpoint\.{key} is the folder of a run, .*old, that has no whole .*step_00000007"
     ):
-        check_run_folder(config_with(tmp_path, **{key: str(run)}))
+        check_run_folder(Plan.from_config(config_with(tmp_path, **{key: str(run)})))

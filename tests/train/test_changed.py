@@ -18,6 +18,7 @@ from dsmoe.config import UserError, dump_config
 from dsmoe.config.schedules import learning_rate
 from dsmoe.config.schema import Config
 from dsmoe.data.order import Mixture
+from dsmoe.plan.plan import Plan
 from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate, rate_when_longer
 from dsmoe.train.summary import _next_steps
 from tests.helpers.small_runs import small_config
@@ -59,9 +60,9 @@ def facts(config: Config, order: Order | None, step: int = 50, schedule_step: in
 def told(config: Config, here: Order, saved: Order | None = SAVED, step: int = 50) -> list[str]:
     """The lines of the refusal, which are those of the warning and one more."""
     with pytest.raises(UserError) as refused:
-        changed_order(CHECKPOINT, facts(config, saved, step), config, here)
+        changed_order(CHECKPOINT, facts(config, saved, step), Plan.from_config(config), here)
     accepting = config.model_copy(update={"data": config.data.model_copy(update={"changed_order": "accept"})})
-    said = changed_order(CHECKPOINT, facts(config, saved, step), accepting, here)
+    said = changed_order(CHECKPOINT, facts(config, saved, step), Plan.from_config(accepting), here)
     *lines, way = str(refused.value).splitlines()
     assert said is not None
     assert lines == said.splitlines()
@@ -77,9 +78,10 @@ def test_another_tokenizer_is_never_accepted(config: Config) -> None:
         with pytest.raises(
             UserError, match=r"another tokenizer: data.tokenizer is bytes, .* sha256:2222.* sha256:1111"
         ):
-            changed_order(CHECKPOINT, facts(config, first), each, second)
-        assert changed_order(CHECKPOINT, facts(config, first), each, first) is None
-        assert changed_order(CHECKPOINT, facts(config, SAVED), each, first) is None  # of before that was recorded
+            changed_order(CHECKPOINT, facts(config, first), Plan.from_config(each), second)
+        assert changed_order(CHECKPOINT, facts(config, first), Plan.from_config(each), first) is None
+        # SAVED is of before that was recorded.
+        assert changed_order(CHECKPOINT, facts(config, SAVED), Plan.from_config(each), first) is None
 
 
 def test_nothing_is_said_of_the_same_order(config: Config) -> None:
@@ -89,7 +91,7 @@ def test_nothing_is_said_of_the_same_order(config: Config) -> None:
         replace(SAVED, shares={"web": 0.9 + 1e-16, "books": 0.1}),
     ]
     for here in same:
-        assert changed_order(CHECKPOINT, facts(config, SAVED), config, here) is None
+        assert changed_order(CHECKPOINT, facts(config, SAVED), Plan.from_config(config), here) is None
 
 
 def test_changed_weights_say_what_is_read_twice_and_what_is_left_out(config: Config) -> None:
@@ -157,7 +159,7 @@ def test_a_record_of_another_shape_is_damage(config: Config) -> None:
     saved = facts(config, SAVED)
     for wrong in ({"version": 2}, {**asdict(SAVED), "shares": [1]}, {**asdict(SAVED), "seed": None}):
         with pytest.raises(DamagedError, match=f"^{CHECKPOINT} is damaged: facts.order."):
-            changed_order(CHECKPOINT, replace(saved, order=wrong), config, SAVED)
+            changed_order(CHECKPOINT, replace(saved, order=wrong), Plan.from_config(config), SAVED)
 
 
 def _set(*path: str, to: object = None, missing: bool = False) -> Callable[[dict[str, Any]], object]:
@@ -231,12 +233,12 @@ def test_what_a_manifest_records_wrongly_is_damage_that_names_the_field(name: st
     """Its checksum is right: somebody has written it so."""
     field, change = WRONG[name]
     content = copy.deepcopy(asdict(facts(config, SAVED)))
-    changed_order(CHECKPOINT, Facts(**content), config, SAVED)
-    changed_rate(CHECKPOINT, Facts(**content), config)
+    changed_order(CHECKPOINT, Facts(**content), Plan.from_config(config), SAVED)
+    changed_rate(CHECKPOINT, Facts(**content), Plan.from_config(config))
     change(content)
     with pytest.raises(DamagedError) as refused:  # noqa: PT012
-        changed_rate(CHECKPOINT, Facts(**content), config)
-        changed_order(CHECKPOINT, Facts(**content), config, SAVED)
+        changed_rate(CHECKPOINT, Facts(**content), Plan.from_config(config))
+        changed_order(CHECKPOINT, Facts(**content), Plan.from_config(config), SAVED)
     assert str(refused.value).startswith(f"{CHECKPOINT} is damaged: {field}: ")
     assert "\n" not in str(refused.value)
 
@@ -281,7 +283,7 @@ def test_a_jump_of_the_rate_is_said_with_numbers(
 ) -> None:
     saved = with_schedule(config, 100, **SCHEDULES[schedule])
     here = with_schedule(config, steps, **SCHEDULES[schedule])
-    said = changed_rate(CHECKPOINT, facts(saved, SAVED, step), here)
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED, step), Plan.from_config(here))
     if jump is None:
         assert said is None
         return
@@ -310,7 +312,7 @@ def test_what_is_to_be_written_instead_has_no_jump(
     schedule: str, saved_steps: int, step: int, steps: int, config: Config
 ) -> None:
     saved, longer = (with_schedule(config, number, **SCHEDULES[schedule]) for number in (saved_steps, steps))
-    said = changed_rate(CHECKPOINT, facts(saved, SAVED, step), longer)
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED, step), Plan.from_config(longer))
     assert said is not None
     assert f"leave the length at {saved_steps} steps; or " in said
     overrides = dict(item.split("=") for item in re.findall(r"optimizer\.\S+=[^\s;]+", said.partition("whose")[0]))
@@ -318,27 +320,27 @@ def test_what_is_to_be_written_instead_has_no_jump(
     held = with_schedule(longer, steps, **{**longer.optimizer.model_dump(), **changed, "lr": float(changed["lr"])})
     assert held.optimizer.schedule == "constant"
     assert held.optimizer.decay_steps is None
-    assert changed_rate(CHECKPOINT, facts(saved, SAVED, step), held) is None
+    assert changed_rate(CHECKPOINT, facts(saved, SAVED, step), Plan.from_config(held)) is None
 
 
 def test_a_rate_that_stays_is_no_jump(config: Config) -> None:
     saved = with_schedule(config, 20, **SCHEDULES["linear"])
     for rate in (learning_rate(saved.optimizer, 20, 9), learning_rate(saved.optimizer, 20, 10)):
         here = with_schedule(config, 40, schedule="constant", lr=rate)
-        assert changed_rate(CHECKPOINT, facts(saved, SAVED, 10), here) is None
+        assert changed_rate(CHECKPOINT, facts(saved, SAVED, 10), Plan.from_config(here)) is None
         other = with_schedule(config, 40, schedule="constant", lr=1.01 * rate)
-        assert changed_rate(CHECKPOINT, facts(saved, SAVED, 10), other) is not None
+        assert changed_rate(CHECKPOINT, facts(saved, SAVED, 10), Plan.from_config(other)) is not None
 
 
 def test_what_is_to_be_left_as_it_was_is_what_differs(config: Config) -> None:
     saved = with_schedule(config, 100, schedule="constant")
     lowered = with_schedule(config, 100, schedule="constant", lr=2e-4)
-    said = changed_rate(CHECKPOINT, facts(saved, SAVED), lowered)
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED), Plan.from_config(lowered))
     assert said is not None
     assert "Without a jump: leave optimizer.lr at 0.001; or hold the rate: " in said
     assert "length" not in said
     longer = with_schedule(config, 200, schedule="constant", lr=2e-4)
-    said = changed_rate(CHECKPOINT, facts(saved, SAVED), longer)
+    said = changed_rate(CHECKPOINT, facts(saved, SAVED), Plan.from_config(longer))
     assert said is not None
     assert "leave the length at 100 steps and optimizer.lr at 0.001; or " in said
 
@@ -346,9 +348,9 @@ def test_what_is_to_be_left_as_it_was_is_what_differs(config: Config) -> None:
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_the_summary_proposes_to_go_on_only_with_what_that_does(schedule: str, config: Config) -> None:
     run = with_schedule(config, 100, **SCHEDULES[schedule])
-    (line,) = [line for line in _next_steps(Path("runs/small"), run) if "train on from here" in line]
+    (line,) = [line for line in _next_steps(Path("runs/small"), Plan.from_config(run)) if "train on from here" in line]
     assert ("the learning rate jumps from" in line) == (schedule != "constant")
-    assert rate_when_longer(run, 100) is None
+    assert rate_when_longer(Plan.from_config(run), 100) is None
 
 
 def test_a_command_with_other_weights_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

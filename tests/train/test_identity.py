@@ -12,6 +12,7 @@ from dsmoe.config.schema import Config
 from dsmoe.config.show import flatten
 from dsmoe.data import prepare
 from dsmoe.interop.export_tokenizer import byte_tokenizer_json
+from dsmoe.plan.plan import Plan
 from dsmoe.train import run_folder as run_folders
 from dsmoe.train.identity import RECORD, Contents, differences
 from dsmoe.train.run_folder import check_run_folder, make_run_folder
@@ -39,8 +40,8 @@ def start(config: Config) -> None:
     """As a run does, as far as its first step, in a process of its own."""
     while run_folders._held:
         run_folders._held.popitem()[1].release()
-    check_run_folder(config)
-    make_run_folder(config, prepare(config))
+    check_run_folder(Plan.from_config(config))
+    make_run_folder(Plan.from_config(config), prepare(config))
 
 
 def test_a_run_without_checkpoints_from_elsewhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +66,7 @@ def test_a_run_without_checkpoints_of_other_contents(project: Path) -> None:
     tokenizer = project / "conf/tok.json"
     tokenizer.write_text(OTHER, encoding="utf-8")
     with pytest.raises(UserError, match=r"data.tokenizer is conf/tok.json \(sha256:.*there and conf/tok.json \(sha256"):
-        check_run_folder(load_config("conf/config.yaml"))
+        check_run_folder(Plan.from_config(load_config("conf/config.yaml")))
     tokenizer.write_text(byte_tokenizer_json(), encoding="utf-8")
     (project / "same.txt").write_bytes((project / "conf/web.txt").read_bytes())
     (project / "other.txt").write_text("Another line of another corpus.\n" * 300, encoding="utf-8")
@@ -75,7 +76,7 @@ def test_a_run_without_checkpoints_of_other_contents(project: Path) -> None:
         start(other)
     (project / "runs/small" / RECORD).write_text("[", encoding="utf-8")
     with pytest.raises(UserError, match=r"data.sources.0.path"):  # nothing says what was there
-        check_run_folder(other)
+        check_run_folder(Plan.from_config(other))
     (project / "conf/web.txt").write_text("More of the corpus.\n" * 300, encoding="utf-8")
     start(load_config("conf/config.yaml", ["data.sources.0.path=same.txt"]))
 

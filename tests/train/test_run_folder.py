@@ -21,6 +21,7 @@ from dsmoe.cli import main as cli
 from dsmoe.config import UserError, load_config
 from dsmoe.config.errors import PassingError, exit_code_of
 from dsmoe.data import prepare
+from dsmoe.plan.plan import Plan
 from dsmoe.runtime.processes import HostError
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train import run_folder as run_folders
@@ -123,16 +124,16 @@ def save_four(folder: Path) -> None:
 
 def test_a_lock_is_taken_once_by_a_process_and_again_when_the_folder_is_another(tmp_path: Path) -> None:
     config = layout_config(tmp_path)
-    claim_run_folder(config)
+    claim_run_folder(Plan.from_config(config))
     assert not Path(config.runs_dir).exists(), "nothing is made for a run that may be refused"
-    make_run_folder(config, [])
-    make_run_folder(config, [])
-    claim_run_folder(config)
+    make_run_folder(Plan.from_config(config), [])
+    make_run_folder(Plan.from_config(config), [])
+    claim_run_folder(Plan.from_config(config))
     lock = run_folders.run_folder(config) / ".lock"
     with lock.open("w", encoding="utf-8") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     shutil.rmtree(config.runs_dir)
-    make_run_folder(config, [])
+    make_run_folder(Plan.from_config(config), [])
     with lock.open("w", encoding="utf-8") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -163,7 +164,7 @@ def test_a_read_that_fails_for_a_moment_is_no_damage(number: int, work: Path, mo
     monkeypatch.chdir(work)
     config = load_config("config.yaml")
     left = failing_reads(monkeypatch, number, 2)
-    beginning = check_run_folder(config)
+    beginning = check_run_folder(Plan.from_config(config))
     assert left[0] < 0
     assert beginning.checkpoints[0].name == "step_00000004"
     assert not beginning.damaged
@@ -179,7 +180,7 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_not_gone_back_behind(
     failing_reads(monkeypatch, number, 99)
     before = names(work / "runs" / "small")
     with pytest.raises(UserError, match="It may be whole, and is newer than all that can be read") as error:
-        check_run_folder(config)
+        check_run_folder(Plan.from_config(config))
     assert exit_code_of(error.value) == code
     assert names(work / "runs" / "small") == before
 
@@ -194,7 +195,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(work: Path, mo
     monkeypatch.setattr(os, "scandir", failing)
     monkeypatch.setattr(run_folders, "LOOKS", (0.01,))
     with pytest.raises(PassingError, match="Stale file handle"):
-        check_run_folder(config)
+        check_run_folder(Plan.from_config(config))
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "link"])
@@ -204,7 +205,7 @@ def test_checkpoints_that_are_no_folder_are_refused_at_once(make: Callable[[Path
     folder.mkdir(parents=True)
     make(folder / "checkpoints")
     with pytest.raises(UserError, match="is to be a folder of checkpoints"):
-        check_run_folder(config)
+        check_run_folder(Plan.from_config(config))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_without_a_checkpoint_a_damaged_config_is_written_anew(tmp_path: Path) -
     folder = run_folders.run_folder(config)
     folder.mkdir(parents=True)
     (folder / "config.yaml").touch()
-    beginning, _ = make_run_folder(config, [])
+    beginning, _ = make_run_folder(Plan.from_config(config), [])
     assert beginning.checkpoints == ()
     assert "there is no checkpoint: the run begins with the config given" in beginning.notes[0]
     assert load_config(folder / "config.yaml") == config
@@ -269,7 +270,7 @@ def test_a_pipe_in_the_place_of_a_runs_file_is_named(name: str, tmp_path: Path) 
     folder.mkdir(parents=True)
     os.mkfifo(folder / name)
     with pytest.raises(UserError, match=rf"{name} is a pipe, not a file; move it away"):
-        claim_run_folder(config)
+        claim_run_folder(Plan.from_config(config))
 
 
 # ---- reports
@@ -331,18 +332,18 @@ def test_a_summary_is_made_of_what_there_is(kind: str, work: Path) -> None:
     run = work / "runs" / "small"
     metrics = run / "metrics.jsonl"
     whole = metrics.read_bytes()
-    config = load_config(work / "config.yaml")
+    plan = Plan.from_config(load_config(work / "config.yaml"))
     metrics.unlink()
     if kind == "a folder":
         metrics.mkdir()
     elif kind != "no file":
         metrics.write_bytes(HARMS.get(kind, b""))
-    text = summary(run, {"eval/bits_per_byte": 3.0}, config)
+    text = summary(run, {"eval/bits_per_byte": 3.0}, plan)
     assert text.startswith("what to run next")
     if kind in HARMS:
         metrics.write_bytes(HARMS[kind].rstrip(b"\n") + b"\n" + whole)
-        assert summary(run, None, config).startswith("held-out bits per byte")
-        assert "than the bigram model" in summary(run, {"eval/bits_per_byte": 3.0}, config)
+        assert summary(run, None, plan).startswith("held-out bits per byte")
+        assert "than the bigram model" in summary(run, {"eval/bits_per_byte": 3.0}, plan)
 
 
 def evaluations(run: Path, *found: tuple[int, float, object]) -> None:
@@ -353,29 +354,30 @@ def evaluations(run: Path, *found: tuple[int, float, object]) -> None:
 
 
 def test_a_summary_compares_evaluations_of_one_text(work: Path) -> None:
-    run, config, bigram = work / "runs/small", load_config(work / "config.yaml"), {"eval/bits_per_byte": 3.0}
+    run, bigram = work / "runs/small", {"eval/bits_per_byte": 3.0}
+    plan = Plan.from_config(load_config(work / "config.yaml"))
     few, many = {"web": "8 sequences"}, {"web": "16 sequences"}
     evaluations(run, (0, 8.0, few), (2, 6.0, few), (3, 5.0, many), (4, 4.0, many))
-    text = summary(run, bigram, config, many)
+    text = summary(run, bigram, plan, many)
     assert re.search(r"source +step 3 +step 4 +bigram model\n +all +5.000 +4.000 +3.000\n", text)
     assert "left out, as of other text: 2 evaluations of steps 0 to 2 (web: 8 sequences -> 16 sequences)" in text
     assert "1.00 bits per byte worse than the bigram model" in text
     evaluations(run, (0, 8.0, few), (4, 4.0, many))
     assert re.search(
         r"source +step 4 +bigram model\n +all +4.000 +3.000\nleft out, as of other text: step 0",
-        summary(run, bigram, config),
+        summary(run, bigram, plan),
     )
     evaluations(run, (0, 8.0, many), (4, 4.0, many))
-    text = summary(run, bigram, config, few)
+    text = summary(run, bigram, plan, few)
     assert re.search(r"source +step 0 +step 4 +bigram model\n +all +8.000 +4.000 +-\nno bigram model: ", text)
     assert "than the bigram" not in text
     evaluations(run, (0, 8.0, None), (4, 4.0, many))
-    assert "left out, as of other text: step 0 (not every one says of which)" in summary(run, bigram, config)
+    assert "left out, as of other text: step 0 (not every one says of which)" in summary(run, bigram, plan)
     for odd in ([[]], "x", 3, {"web": [{}]}, {"books": {}}):
         evaluations(run, (0, 8.0, odd), (4, 4.0, many))
-        assert "left out" in summary(run, bigram, config)
+        assert "left out" in summary(run, bigram, plan)
         evaluations(run, (0, 8.0, many), (4, 4.0, odd))
-        assert "left out" in summary(run, bigram, config)
+        assert "left out" in summary(run, bigram, plan)
 
 
 def test_a_run_that_evaluates_other_text_names_the_key_and_compares_nothing(work: Path) -> None:
@@ -489,10 +491,10 @@ def test_nothing_is_made_for_a_run_that_is_refused(
     monkeypatch.chdir(work)
     config = load_config("config.yaml", ["name=q", *wrong.split()])
     with pytest.raises(UserError, match=message):
-        make_run_folder(config, prepare(config))
+        make_run_folder(Plan.from_config(config), prepare(config))
     if "data.seed" not in wrong:  # that is known when the text is prepared
         with pytest.raises(UserError, match=message):
-            claim_run_folder(config)
+            claim_run_folder(Plan.from_config(config))
         assert cli(["config", "check", "config.yaml", "name=q", *wrong.split()]) == 2
         assert message in capsys.readouterr().err
     assert not Path("runs/q").exists()
@@ -538,9 +540,9 @@ def test_what_differs_from_the_run_whose_checkpoint_is_gone_on_from_is_said(
     monkeypatch.chdir(work)
     options = ["name=q", "checkpoint.resume=runs/small", "runs_dir=others", "data.cache_dir=other"]
     newest = "runs/small/checkpoints/step_00000004"
-    assert check_run_folder(load_config("config.yaml", options)).notes == ()
+    assert check_run_folder(Plan.from_config(load_config("config.yaml", options))).notes == ()
     changed = [f"{key}={here}" for key, (_, here) in CHANGED.items()]
-    notes = check_run_folder(load_config("config.yaml", [*options, *changed])).notes
+    notes = check_run_folder(Plan.from_config(load_config("config.yaml", [*options, *changed]))).notes
     said = {note.partition(": ")[2].partition(", ")[0]: note for note in notes}
     assert said.keys() == CHANGED.keys()
     assert all(note.startswith(f"changed since {newest} was saved: ") for note in notes)
@@ -570,7 +572,7 @@ def test_what_one_changes_after_a_divergence_may_change(
     change: str, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(work)
-    beginning = check_run_folder(load_config("config.yaml", [change]))
+    beginning = check_run_folder(Plan.from_config(load_config("config.yaml", [change])))
     key, _, value = change.partition("=")
     assert beginning.checkpoints[0].name == "step_00000004"
     assert len(beginning.notes) == 1
