@@ -17,7 +17,7 @@ from dsmoe.engine.update_guard import UpdateGuard
 from dsmoe.parallel.groups import Groups
 
 ELEMENTS_PER_PIECE = 2**18
-"""Of a gradient on a CPU, when its norm is taken."""
+"""Elements of a gradient whose norm is taken at a time on a CPU."""
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: float) -> torch.Tensor:
@@ -67,7 +67,7 @@ def clip_before_each_step(engine: deepspeed.DeepSpeedEngine, groups: Groups, max
 
 
 def take_norms_in_pieces(optimizer: Any) -> None:
-    """Let ZeRO see large gradients on a CPU as several of one parameter each when it takes the norm.
+    """Hand ZeRO large gradients on a CPU in pieces when it takes the norm.
 
     It copies each to fp64, as a whole: of all experts of a layer, 16 MiB in bf16, that takes 34 ms, and 4 ms in pieces.
     The sum is the same.

@@ -21,7 +21,7 @@ def accepted_by_deepspeed(plan: Plan) -> dict[str, Any]:
     config, accumulation_steps = plan.config, plan.batch.accumulation_steps
 
     def refusal(section: dict[str, Any]) -> Exception | None:
-        """What DeepSpeed's parser raises, if anything: it has no class of its own for a user's mistakes."""
+        """Return what DeepSpeed's parser raises, if anything: it has no class of its own for a user's mistakes."""
         try:
             DeepSpeedConfig(to_deepspeed(config.model_copy(update={"deepspeed": section}), accumulation_steps))
         except Exception as error:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def sum_in_fp32(engine: DeepSpeedEngine) -> None:
-    """Let autograd sum into fp32 `.grad`s whatever the parameters' dtype, and DeepSpeed reduce them as what they are.
+    """Make autograd sum into fp32 `.grad`s whatever the parameters' dtype, and DeepSpeed reduce them in fp32.
 
     Called when the engine has been made; `communication_data_type: fp32` in its config does the rest.
     """

@@ -80,9 +80,10 @@ def make_engine(model: nn.Module, plan: Plan, groups: Groups, settings: dict[str
 
 
 def _device_of_its_own() -> SimpleNamespace | None:
-    """What tells DeepSpeed the number of the device, which it takes to be LOCAL_RANK (0.19.8, runtime/engine.py:1941).
+    """Return what tells DeepSpeed the device's number; it expects LOCAL_RANK (0.19.8, runtime/engine.py:1941).
 
-    None where it is. A rank to which its launcher shows one device drives number 0, whatever its own number is.
+    Return None where that is right. A rank to which its launcher shows one device drives number 0, whatever its
+    LOCAL_RANK.
     """
     local_rank = Rendezvous.from_environment().local_rank or 0
     if get_accelerator().device_name() != "cuda" or device_index(local_rank) == local_rank:
@@ -91,7 +92,7 @@ def _device_of_its_own() -> SimpleNamespace | None:
 
 
 def _prepare_layers(model: nn.Module, groups: Groups, accumulation_steps: int) -> None:
-    """Let every MoE layer exchange over `groups`, with balancing losses that count once per optimizer step.
+    """Set the MoE layers to exchange over `groups`, with balancing losses that count once per optimizer step.
 
     A layer of another expert degree than the config's is left to ask DeepSpeed for a group, when the engine is made.
 
@@ -112,7 +113,7 @@ def _prepare_layers(model: nn.Module, groups: Groups, accumulation_steps: int) -
 
 
 def _reduce_over_own_groups(engine: deepspeed.DeepSpeedEngine, groups: Groups) -> None:
-    """Let the engine reduce over its own groups although DeepSpeed looks them up in one registry for all engines.
+    """Register the engine's own groups before each reduction: DeepSpeed has one registry for all engines.
 
     Without ZeRO it does so at every reduction (0.19.8, runtime/engine.py:3883), and would find those of the engine that
     was made last.

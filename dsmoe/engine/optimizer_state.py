@@ -1,4 +1,4 @@
-"""Where DeepSpeed's optimizer wrappers keep this rank's share of the masters and of the optimizer's state."""
+"""This rank's share of the fp32 masters and moments, found in DeepSpeed's optimizer wrappers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Fragment:
     parameter: torch.nn.Parameter
     start: int
     master: torch.Tensor
-    """What the optimizer's state is filed under; the parameter itself where it is its own master."""
+    """Key of the optimizer's state; the parameter itself where it is its own master."""
     offset: int
-    """Where the range begins in the flattened master."""
+    """Start of the range in the flattened master."""
     numel: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def moments_of(engine: DeepSpeedEngine, fragment: Fragment) -> dict[str, torch.T
 
 
 def make_moments(engine: DeepSpeedEngine, found: list[Fragment]) -> None:
-    """Let the optimizer have state for every master, as its first step would make it."""
+    """Make the optimizer's state for every master, as its first step would."""
     optimizer = inner_optimizer(engine)
     fused = optimizer.defaults.get("fused")
     for master in {id(fragment.master): fragment.master for fragment in found}.values():

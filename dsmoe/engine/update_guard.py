@@ -33,14 +33,14 @@ class UpdateGuard:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
         self._stopped: torch.Tensor | None = None
-        """Whether the device stopped the last update: bool, on the device; None where the host knows."""
+        """True on the device where it stopped the last update; None where the host knows."""
         is_cuda = engine.device.type == "cuda"
         self._on_host = torch.zeros((), dtype=torch.bool, pin_memory=is_cuda)
         """The same, once `_copied` has come to pass."""
         self._copied = torch.cuda.Event() if is_cuda else None
 
     def stop_unless_finite(self, adam: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-        """Let the step that `adam` is about to take change nothing if `norm`, 0-d on the device, is not finite.
+        """Make the coming step of `adam` change nothing if `norm`, 0-d on the device, is not finite.
 
         `found_inf` is how torch's gradient scaler stops a fused optimizer.
         """
@@ -51,7 +51,7 @@ class UpdateGuard:
             self._copied.record()
 
     def was_applied(self) -> bool | torch.Tensor:
-        """Whether the last update was applied: a bool where the host knows, else one on the device."""
+        """Return whether the last update was applied: a bool where the host knows, else one on the device."""
         applied = bool(self._engine.was_step_applied())
         return ~self._stopped if applied and self._stopped is not None else applied
 

@@ -41,12 +41,12 @@ LOCAL_SECONDS = 3600.0
 """After so long the local ranks of a layout are stopped."""
 
 TEXT = "".join(f"{n} times {n} is {n * n}; {n} plus {n} is {n + n}.\n" for n in range(400))
-"""What a shrunk model learns."""
+"""The corpus of a shrunk model."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is asked for: a config, the layouts to train it on, and how.
+    """A request: a config, the layouts to train it on, and how.
 
     Attributes:
         path: the config's file.
@@ -77,7 +77,7 @@ class Comparison:
             raise UserError(f"layout '{layout.text}': {error}") from None
 
     def introduction(self) -> str:
-        """What is trained, and what was changed for it."""
+        """Say what is trained, and what was changed for it."""
         given = load_config(self.path, self.overrides)
         size = "as it is" if self.full else "shrunk (--full trains it as it is)"
         line = f"{given.name}, {size}: {quantity(self.steps, 'step')} in {self.precision} on each layout"
@@ -88,8 +88,8 @@ class Comparison:
     def _settings(self, given: Config, layout: Layout, folder: Path) -> dict[str, object]:
         text, cache = str(folder / "sums.txt"), str(folder / "cache")
         small = {} if self.full else {**shrunk(given, self.layouts, text), "data.cache_dir": cache}
-        here = {"runs_dir": str(folder)}
-        return {**comparable(given, self.steps, self.precision), **small, **layout.overrides, **here}
+        place = {"runs_dir": str(folder)}
+        return {**comparable(given, self.steps, self.precision), **small, **layout.overrides, **place}
 
 
 def check_parity(

@@ -1,4 +1,4 @@
-"""Which configs to train side by side to see whether layouts train the same model: `dsmoe parity`, without training."""
+"""The configs that `dsmoe parity` trains side by side: layouts, and a model small enough for all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHORT_NAMES = {
     "chunks": "parallel.overlap_chunks",
     "nodes": "cluster.nodes",
 }
-"""What the keys of a layout stand for; `dp`, the data degree, stands for the number of devices."""
+"""Config keys by the short names in a layout; `dp`, the data degree, stands for the number of devices."""
 
 MOST_LOCAL_RANKS = 16
 """More processes than that are a typing error, or more than one machine is for."""
@@ -99,8 +99,8 @@ def parse_layout(text: str, world_size: int | None = None) -> Layout:
             f"layout '{text}' takes {ranks} processes, and at most {MOST_LOCAL_RANKS} are started on one machine; "
             f"for more, run the command under the launcher: torchrun ... -m dsmoe parity ..."
         )
-    here = {"cluster.devices_per_node": ranks // nodes, "cluster.device": "cpu"}
-    return Layout(text, ranks, {**overrides, **here})
+    machine = {"cluster.devices_per_node": ranks // nodes, "cluster.device": "cpu"}
+    return Layout(text, ranks, {**overrides, **machine})
 
 
 def parse_layouts(texts: Sequence[str], world_size: int | None = None) -> list[Layout]:
@@ -113,7 +113,7 @@ def parse_layouts(texts: Sequence[str], world_size: int | None = None) -> list[L
 
 
 def all_of(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
-    """What `make` returns for each item.
+    """Return what `make` returns for each item.
 
     Raises:
         UserError: it has refused some; what it says of each, once.
@@ -162,7 +162,7 @@ def comparable(config: Config, steps: int, precision: str) -> dict[str, Any]:
 
 
 MICRO_BATCHES = 4
-"""Of a step, on the layout of most data ranks: gradients are summed over them as well as over ranks."""
+"""Sequences of a step, on the layout of most data ranks: gradients are summed over them as well as over ranks."""
 
 
 def shrunk(config: Config, layouts: Sequence[Layout], text: str) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _only(level: Level, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _small_corpus(config: Config, text: str, sequence: int) -> dict[str, Any]:
-    """What is read, and what of the model's mathematics has to go with it and with the small sizes."""
+    """Settings of a small corpus, and of the mathematics that has to follow it and the small sizes."""
     return {
         "data.sources": [{"name": "sums", "path": text}],
         "data.tokenizer": "bytes",

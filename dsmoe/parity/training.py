@@ -22,7 +22,7 @@ from dsmoe.train.trainer import make_trainer
 
 @dataclass(frozen=True)
 class Training:
-    """What a few steps came to, as one rank saw it."""
+    """The results of a few steps on one rank."""
 
     losses: list[float]
     """The global loss of each step."""
@@ -53,7 +53,7 @@ class Difference:
     apart: float
 
     def beyond(self, tolerance: Tolerance) -> list[str]:
-        """What is farther off than it may be, in words."""
+        """Name the differences beyond the tolerance."""
         limits = {
             "loss": (self.losses, tolerance.losses),
             "gradient norm": (self.norms, tolerance.norms),
@@ -96,7 +96,7 @@ def train_few_steps(plan: Plan, rank: Rank, steps: int) -> Training:
 
 
 def difference(trainings: Sequence[Training], reference: Training) -> Difference:
-    """How far all ranks' `trainings`, the first rank's first, are from `reference`, a first rank's.
+    """Compare all ranks' `trainings`, the first rank's first, with `reference`, a first rank's.
 
     Raises:
         ValueError: they are not of the same weights.
@@ -127,11 +127,11 @@ def whole_weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], float]:
     for parts in _gathered(model):
         for name, shape, box, value in parts:
             whole = wholes.setdefault(name, torch.full(shape, float("nan")))
-            there = box.of(whole)
-            if there.isnan().all():
-                there.copy_(value)
+            part = box.of(whole)
+            if part.isnan().all():
+                part.copy_(value)
             else:
-                apart = max(apart, _largest(there - value))
+                apart = max(apart, _largest(part - value))
     return wholes, apart
 
 

@@ -1,4 +1,4 @@
-"""What a run will be, as arithmetic on its config: topology, batch, parameters, FLOPs, devices; no torch."""
+"""Arithmetic on a config: topology, batch, parameters, FLOPs and devices of a run, without torch."""
 
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.devices import KNOWN_DEVICES, DeviceFacts, known_device, resolve_device

@@ -1,4 +1,4 @@
-"""How many sequences, micro-batches and steps a run takes; every one of them follows from the config."""
+"""Numbers of sequences, micro-batches and steps of a run, derived from the config."""
 
 from __future__ import annotations
 

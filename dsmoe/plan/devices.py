@@ -1,4 +1,4 @@
-"""What the data sheets say about the accelerators that a config can name.
+"""Data sheets of the accelerators that a config can name.
 
 `memory_gib` is what a process can use: the total that torch reports for the device, which is what its out-of-memory
 messages print. It is not the sheet's number: an "80 GB" H100 offers 79.1 GiB and a "141 GB" H200 139.8 GiB.
@@ -18,7 +18,7 @@ from dsmoe.config.schema import Config, Device
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What planning and MFU need to know of a device; None where nobody can say."""
+    """Memory and peak rate of a device, for planning and MFU; None where unknown."""
 
     name: str
     memory_gib: float | None
@@ -65,7 +65,7 @@ _REPORTED = {
     "L40S": "l40s",
     "GeForce RTX 4090": "rtx4090",
 }
-"""What a device calls itself, without its maker's "NVIDIA", where a data sheet above is about exactly that one."""
+"""Names in `KNOWN_DEVICES` by the name that a device reports, without "NVIDIA", for exactly these models."""
 
 
 def known_device(name: str) -> str | None:
@@ -98,7 +98,7 @@ def resolve_device(device: str | Device | None) -> DeviceFacts | None:
 
 
 def device_problems(config: Config) -> list[Problem]:
-    """What `resolve_device` says, for `load_config`."""
+    """The problem that `resolve_device` finds, for `load_config`."""
     try:
         resolve_device(config.cluster.device)
     except UnsoundError:

@@ -13,10 +13,10 @@ from dsmoe.config.sections.parallel import world_size
 from dsmoe.config.show import flatten
 
 MOST_NODES = 4096
-"""How far the nearest number of nodes is looked for."""
+"""Most nodes among which the nearest valid number is sought."""
 MOST_SEQUENCES = 65_536
 """The largest micro-batch that is tried in place of the config's."""
-_OF_LAYOUT = ("cluster.", "parallel.", "train.batch_tokens", "train.micro_batch_size")
+_LAYOUT_KEYS = ("cluster.", "parallel.", "train.batch_tokens", "train.micro_batch_size")
 """The keys of problems that other devices may have, or not have; others are if they name a degree."""
 _DEGREE = re.compile(r"parallel\.(tensor|expert)")
 
@@ -72,30 +72,30 @@ def settings_for(config: Config, nodes: int, devices_per_node: int) -> tuple[lis
 
 
 def is_sound(config: Config) -> bool:
-    """Whether nothing is wrong with the config on any devices."""
+    """Return whether the config is right apart from its number of devices."""
     return not _known(config)
 
 
 def has_layout(config: Config) -> bool:
-    """Whether the config's own devices can have its layout."""
+    """Return whether the config's own devices can have its layout."""
     return all(problem in _known(config) for problem in cross_field_problems(config))
 
 
 def _known(config: Config) -> set[Problem]:
-    """What is wrong with the config on any devices."""
+    """The problems of the config that no number of devices mends."""
     problems = cross_field_problems(config)
-    return {(key, text) for key, text in problems if not (key.startswith(_OF_LAYOUT) or _DEGREE.search(text))}
+    return {(key, text) for key, text in problems if not (key.startswith(_LAYOUT_KEYS) or _DEGREE.search(text))}
 
 
 def adjustments(given: Config, fitted: Config) -> list[str]:
-    """What `fit_to_world` has changed: `parallel.expert 8 -> 4`."""
+    """Describe the changes of `fit_to_world`: `parallel.expert 8 -> 4`."""
     old, new = flatten(given.model_dump()), flatten(fitted.model_dump())
     return [f"{key} {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
 
 
 def _first_valid(config: Config, nodes: int, devices_per_node: int, known: Collection[Problem]) -> Config | None:
-    here = _on(config, nodes, devices_per_node)
-    return next((choice for choice in _choices(here) if all(p in known for p in cross_field_problems(choice))), None)
+    moved = _on(config, nodes, devices_per_node)
+    return next((choice for choice in _choices(moved) if all(p in known for p in cross_field_problems(choice))), None)
 
 
 def _on(config: Config, nodes: int, devices_per_node: int) -> Config:
@@ -104,7 +104,7 @@ def _on(config: Config, nodes: int, devices_per_node: int) -> Config:
 
 
 def _choices(config: Config) -> Iterator[Config]:
-    """What could be tried, best first."""
+    """Yield the configs to try, best first."""
     experts = config.parallel.expert
     divisors = divisors_of(config.moe.num_experts) if config.moe is not None else [1]
     below, above = [d for d in divisors if d < experts], [d for d in divisors if d > experts]

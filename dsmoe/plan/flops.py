@@ -1,4 +1,4 @@
-"""How many floating-point operations a token costs: the numerator of MFU, by two conventions.
+"""Floating-point operations per token: the numerator of MFU, by two conventions.
 
 Model FLOPs as in PaLM, appendix B (arXiv:2204.02311): what the mathematics needs, not what the devices happen to do.
 Recomputed activations, padding to capacity and tokens that were dropped change the time, not this count.
@@ -23,7 +23,7 @@ class Flops:
     forward: int
     """One forward pass, attention in full."""
     attention: int
-    """What of it is attention's scores and values, in full."""
+    """Its part of attention's scores and values, in full."""
 
     @property
     def training(self) -> int:

@@ -1,4 +1,4 @@
-"""What each layer of the model is, and the shapes that follow from others in the config."""
+"""The kind of each layer of the model, and shapes that follow from others in the config."""
 
 from __future__ import annotations
 

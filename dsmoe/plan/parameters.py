@@ -1,4 +1,4 @@
-"""How many parameters the model has, by part, counted from the config alone.
+"""Parameter counts of the model by part, from the config alone.
 
 Legend: V vocabulary, D hidden, H query heads, KV key/value heads, hd head width, F dense inner width, E experts,
 K experts per token, I expert inner width. Only the coefficients of a residual MoE have a bias.
@@ -18,7 +18,7 @@ from dsmoe.plan.topology import Topology
 
 @dataclass(frozen=True)
 class DeviceParameters:
-    """What one rank holds, split by where its optimizer state is sharded under ZeRO."""
+    """The parameters that one rank holds, by the group that shards their optimizer state under ZeRO."""
 
     shared: int
     """Everything but the experts: the same on all ranks of a data group."""
@@ -42,7 +42,7 @@ class ParameterCounts:
     attention: int
     """The query, key, value and output projections of all layers."""
     key_value: int
-    """Of these, the key and value projections."""
+    """The key and value projections, a part of `attention`."""
     num_kv_heads: int
     """The key/value heads that those are for, in each layer."""
     dense_ffn: int

@@ -48,9 +48,9 @@ class HeldExperts:
     first: int
     """The first one's number in its layer."""
     last: int
-    """The last one's: the rank holds all between."""
+    """The last one's number: the rank holds all between."""
     slice: int
-    """Which slice of each it holds, of `parallel.expert_tensor`."""
+    """Its slice of each expert, of `parallel.expert_tensor`."""
 
     def explain(self, num_slices: int) -> str:
         """Write it in words: `experts 0 to 7`, with `slice 1 of 2` where experts are cut."""
@@ -97,7 +97,7 @@ class Plan:
 
     @property
     def is_on_cpu(self) -> bool:
-        """Whether the run trains on CPUs, over gloo: `cluster.device` is `cpu`."""
+        """True where the run trains on CPUs, over gloo: `cluster.device` is `cpu`."""
         return self.device is not None and self.device.name == "cpu"
 
     @property

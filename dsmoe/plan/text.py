@@ -1,4 +1,4 @@
-"""How numbers and the words of others are written: counts with a unit or their noun, tables, text on one line."""
+"""Text for people: counts with a unit or their noun, tables, foreign text on one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks work together: every process group of a run as plain integers, for 8 devices or 100,000.
+"""The process groups of a run as plain integers, for 8 devices or 100,000.
 
 Rank order (Megatron-Core's parallel folding, arXiv:2504.14960): the dense layers see a grid with tensor fastest, then
 data; the expert layers see the SAME ranks as another grid with expert_tensor fastest, then expert, then expert_data.
@@ -35,7 +35,7 @@ RankGroups = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Topology:
-    """How the ranks of a run are laid out; rank r is device `r % devices_per_node` of node `r // devices_per_node`.
+    """The layout of a run's ranks; rank r is device `r % devices_per_node` of node `r // devices_per_node`.
 
     Raises:
         UserError: what the sections `cluster` and `parallel` would be refused for: a degree does not divide the number

@@ -1,1 +1,1 @@
-"""What is checked before a long job: that every device, node and link is what the others are, and what was promised."""
+"""Checks before a long job: every device, node and link is like the others, and as the config promises."""

@@ -25,7 +25,7 @@ from dsmoe.train.run_folder import run_folder
 TIMEOUT_SECONDS = 60
 """The longest that anything waits for other ranks; `cluster.collective_timeout_seconds` where that is less."""
 JOIN_SECONDS = 300
-"""How long a launcher may take from the first process to the last."""
+"""Seconds that a launcher may take from the first process to the last."""
 OUTPUT = "preflight.json"
 
 

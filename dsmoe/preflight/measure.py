@@ -27,13 +27,13 @@ from dsmoe.preflight.workload import Message, Product
 from dsmoe.runtime.watchdog import note
 
 WINDOW_SECONDS = 0.5
-"""How long each product and copy goes on."""
+"""Seconds for which each product and copy is repeated."""
 BATCH_SECONDS = 0.02
 REPEATS = 5
 PROBE_BYTES = 2**20
 LINK_BYTES = 64 * 2**20
 MOMENT_SECONDS = 0.25
-"""How long one repetition of a transfer may take."""
+"""Most seconds of one repetition of a transfer."""
 TINY_REPEATS = 20
 STORAGE_BYTES, STORAGE_PIECE, STORAGE_SECONDS = 64 * 2**20, 4 * 2**20, 2.0
 GIB = 2**30
@@ -198,13 +198,13 @@ def _begin_round(what: str, partner: int | None, device: torch.device) -> None:
 
 
 def _exchange(peer: int, sent: torch.Tensor, received: torch.Tensor) -> None:
-    """Send to `peer` what it sends here at the same time."""
+    """Send to `peer` and receive from it at the same time."""
     operations = [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
 
 
 def _fitting(wanted: int, probe_seconds: float, most_bytes: int) -> int:
-    """How many of the `wanted` bytes can be sent within a moment and within memory, if the probe took so long."""
+    """Limit the `wanted` bytes to those that a moment and the memory allow, by the seconds that the probe took."""
     in_time = int(PROBE_BYTES * MOMENT_SECONDS / max(probe_seconds, 1e-6))
     return min(wanted, max(in_time, PROBE_BYTES), most_bytes)

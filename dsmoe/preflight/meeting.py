@@ -1,4 +1,4 @@
-"""Where the ranks wait for each other, and rank 0 hears all and tells them what to do: the store that they meet at.
+"""Barriers over the rendezvous store, at which rank 0 reads all reports and decides for all ranks.
 
 Not collectives: a rank whose device has failed can still say so, and one that says nothing is known by its number.
 """
@@ -21,27 +21,27 @@ from dsmoe.runtime.watchdog import STORE_SECONDS, process_watch
 Answer = dict[str, Any]
 
 
-def meet(name: str, mine: RankReport, decide: Callable[[Sequence[RankReport]], Answer], timeout: timedelta) -> Answer:
-    """Bring `mine` to rank 0, which decides on the reports of all ranks; returns what it has decided.
+def meet(name: str, report: RankReport, decide: Callable[[Sequence[RankReport]], Answer], timeout: timedelta) -> Answer:
+    """Send this rank's `report` to rank 0, which decides on the reports of all ranks; return the decision.
 
     Raises:
         LostRanksError: ranks do not come within `timeout`.
     """
     store, prefix = process_watch().store, f"dsmoe/preflight/{name}"
     keys = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]
-    store.set(keys[mine.rank], json.dumps(mine.json()))
-    if mine.rank == 0:
+    store.set(keys[report.rank], json.dumps(report.json()))
+    if report.rank == 0:
         _wait(store, keys, timeout)
         answer = decide([RankReport.from_json(json.loads(store.get(key))) for key in keys])
         store.set(f"{prefix}/answer", json.dumps(answer))
         return answer
     _wait(store, [f"{prefix}/answer"], timeout + timedelta(seconds=STORE_SECONDS))
-    heard: Answer = json.loads(store.get(f"{prefix}/answer"))
-    return heard
+    decision: Answer = json.loads(store.get(f"{prefix}/answer"))
+    return decision
 
 
 def part() -> None:
-    """Let rank 0, which may hold the store, end last."""
+    """Wait on rank 0, which may hold the store, for the others to end."""
     store, world = process_watch().store, dist.get_world_size()
     store.add("dsmoe/preflight/parted", 1)
     deadline = time.monotonic() + STORE_SECONDS

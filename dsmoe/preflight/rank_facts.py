@@ -1,4 +1,4 @@
-"""What this rank is, without measuring anything: its versions, device and environment."""
+"""Facts of this rank that need no measurement: versions, device and environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def versions(config: Config, device: torch.device) -> dict[str, str]:
-    """What all ranks must have in common: packages, the device's model and driver, and the config's text."""
+    """Return what must be the same on all ranks: packages, the device's model and driver, and the config's text."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {package: _version_of(package) for package in ("deepspeed", "dsmoe")}
     if device.type == "cuda":

@@ -20,7 +20,7 @@ MEMORY_DIFFERS = 0.03
 
 
 def text(plan: Plan, verdict: Verdict, reports: Sequence[RankReport], seconds: float) -> str:
-    """Who was looked at, the table, the findings, and the section to paste."""
+    """The verdict for a person: the ranks, the table, the findings, and the section to paste."""
     config, cluster, versions = plan.config, plan.config.cluster, reports[0].versions
     ranks = f"{quantity(cluster.nodes, 'node')} x {quantity(cluster.devices_per_node, 'device')}"
     lines = [

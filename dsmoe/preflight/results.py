@@ -1,4 +1,4 @@
-"""What the ranks have found out, as plain numbers that travel as JSON."""
+"""Results of each rank, as plain numbers that travel as JSON."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class RankReport:
 
     rank: int
     node: int
-    """Which node the topology says it is on."""
+    """Node of the rank by the topology."""
     local_rank: int
     host: str
     versions: dict[str, str] = field(default_factory=dict)
-    """What must be the same on all ranks, by name."""
+    """Versions that must be the same on all ranks, by name."""
     environment: dict[str, str] = field(default_factory=dict)
-    """What had better be: the variables that steer NCCL and gloo."""
+    """Variables that steer NCCL and gloo, and had better be the same."""
     clock: float = 0.0
     """Seconds since 1970, read when all ranks had met."""
     memory_total_gib: float | None = None
@@ -50,22 +50,22 @@ class RankReport:
     collective_gbps: dict[str, float] = field(default_factory=dict)
     """GB/s that the device sends during each message (nccl-tests' bus bandwidth)."""
     problem: str | None = None
-    """What has kept it from measuring."""
+    """Error that kept the rank from measuring."""
     storage_problem: str | None = None
 
     def json(self) -> dict[str, Any]:
-        """As a mapping; `from_json` makes an equal one of it."""
+        """The report as a mapping, for JSON; `from_json` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> RankReport:
-        """See `json`."""
+        """The report that `json` has made a mapping of."""
         return cls(**{**tree, "links": [Link(**link) for link in tree["links"]]})
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What the YAML's `cluster` section says of each device and link; None where it says nothing."""
+    """The YAML's `cluster` section on each device and link; None where it says nothing."""
 
     memory_gib: float | None = None
     peak_tflops: float | None = None

@@ -1,4 +1,4 @@
-"""What each rank does in turn. Every stage fills a part of its report, and rank 0 says whether to go on.
+"""The stages of preflight on each rank: each fills a part of the report, and rank 0 decides whether to go on.
 
 The stages are this process' steps in `dsmoe.runtime.watchdog`: whoever hangs or dies is named with the stage it was in.
 """
@@ -39,10 +39,10 @@ from dsmoe.runtime.watchdog import process_watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: fp32 weights and two moments."""
+"""Bytes of a parameter in a checkpoint: fp32 weights and two moments."""
 MOST_ROOM = 2**30
 VISIBLE_SECONDS = 5.0
-"""How late a network file system may show a file."""
+"""Seconds after which a network file system may show a new file."""
 
 
 class Preflight:
@@ -62,7 +62,7 @@ class Preflight:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether this rank drives a device of its own."""
+        """True where this rank drives a device of its own."""
         return self.rank.device.type == "cuda"
 
     def run(self) -> None:
@@ -88,7 +88,7 @@ class Preflight:
         self._measure_messages(groups)
 
     def end(self, conclude: Callable[[Verdict, Sequence[RankReport]], int]) -> int:
-        """Let rank 0 say what comes of it, and return the exit code that it gives."""
+        """Give the verdict by `conclude` on rank 0, and return its exit code on all ranks."""
         answer = self._meet("its end", lambda reports: {"exit_code": conclude(self._verdict(), reports)})
         if self._marker is not None:
             with contextlib.suppress(OSError):  # a folder that cannot be written is a finding, and this is no other
@@ -143,7 +143,7 @@ class Preflight:
                 report.storage_problem = f"cannot make {self.folder.absolute()}: {error.strerror}; see runs_dir"
 
     def _decide_room(self, reports: Sequence[RankReport]) -> Answer:
-        """Whether all mean the same run, and how many bytes a rank's buffers may take; alike on all of them."""
+        """Decide whether all ranks have the same config, and how many bytes a rank's buffers may take."""
         sharing = 1 if self.is_cuda else self.topology.devices_per_node
         room = min(report.memory_free_gib or 0.0 for report in reports) * GIB / sharing / 8
         one_config = len({report.versions["config"] for report in reports}) == 1
@@ -156,10 +156,10 @@ class Preflight:
         square = Product(SQUARE, side, side, side)
         try:
             for product in [square, *products(self.plan)]:
-                of = torch.bfloat16 if self.is_cuda and product is square else dtype
-                fitting = product.within(self._room // of.itemsize, flops)
-                self._sizes[product.name] = f"{fitting.shape}, {'bf16' if of == torch.bfloat16 else 'fp32'}"
-                rate, checksum = product_rate(fitting, device, of)
+                kind = torch.bfloat16 if self.is_cuda and product is square else dtype
+                fitting = product.within(self._room // kind.itemsize, flops)
+                self._sizes[product.name] = f"{fitting.shape}, {'bf16' if kind == torch.bfloat16 else 'fp32'}"
+                rate, checksum = product_rate(fitting, device, kind)
                 self.report.tflops[product.name], self.report.checksums[product.name] = rate, checksum
             size = min(self._room // 2, (256 if self.is_cuda else 64) * 2**20)
             self.report.memory_gbps = copy_rate(device, size)
@@ -182,8 +182,8 @@ class Preflight:
         wanted = {_file(token, node): node for node in range(self.topology.nodes)}
         deadline = time.monotonic() + VISIBLE_SECONDS
         while wanted and time.monotonic() < deadline:
-            there = {path.name for path in self.folder.glob(".preflight_*")}
-            wanted = {name: node for name, node in wanted.items() if name not in there}
+            visible = {path.name for path in self.folder.glob(".preflight_*")}
+            wanted = {name: node for name, node in wanted.items() if name not in visible}
             time.sleep(0.05 if wanted else 0)
         if wanted:
             self.report.storage_problem = (

@@ -1,4 +1,4 @@
-"""What a config will ask of the machines: its matrix products, its messages, and who sends them; no torch.
+"""The load that a run puts on the machines: its matrix products and its messages, by arithmetic, without torch.
 
 Everything here is arithmetic on the config, so the ranks agree on it without a word.
 """
@@ -22,7 +22,7 @@ Operation = Literal["all_reduce", "all_to_all"]
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default `zero_optimization.reduce_bucket_size`: larger gradients are reduced in parts."""
 MAX_ROUNDS = 16
-"""How many others each is paired with: all, of up to 16, else evenly spaced ones. A slow node is slow with each."""
+"""Most partners of each rank: all, of up to 16, else evenly spaced ones. A slow node is slow with each."""
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -73,11 +73,11 @@ class Message:
     """Ranks in a group."""
     operation: Operation
     bytes: int
-    """Of each rank's buffer."""
+    """Bytes of each rank's buffer."""
 
     @property
     def bus_factor(self) -> float:
-        """By what to multiply bytes per second to get what a device sends per second, as nccl-tests counts."""
+        """Factor from bytes per second to what a device sends per second, as nccl-tests counts bus bandwidth."""
         return (2 if self.operation == "all_reduce" else 1) * (self.size - 1) / self.size
 
 

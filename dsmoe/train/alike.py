@@ -1,4 +1,4 @@
-"""What every rank of a run must have alike: its settings, its code and its data, as claims."""
+"""Claims that every rank of a run must share: its settings, its code and its data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow")
-"""Of which another version may compute, read or exchange something else."""
+"""Packages of which another version may compute, read or exchange something else."""
 
 
 def claims_of_run(config: Config) -> dict[str, str]:
@@ -36,7 +36,7 @@ def claims_of_run(config: Config) -> dict[str, str]:
 
 
 def claims_of_data(sources: Sequence[PreparedSource]) -> dict[str, str]:
-    """What each source has, by its checksums: nodes may have caches of their own, or corpora."""
+    """Token counts and checksum of each source: nodes may have caches or corpora of their own."""
     return {
         f"data.sources {source.name}": f"{source.train_tokens:,} training and {source.validation_tokens:,} held-out "
         f"tokens, checksum {source.checksum}"
@@ -46,7 +46,7 @@ def claims_of_data(sources: Sequence[PreparedSource]) -> dict[str, str]:
 
 @functools.cache
 def _source_digest() -> str:
-    """Of every file of the package: hosts with a checkout of their own may have another one, or edited it."""
+    """Digest of every file of the package: a host may have another checkout, or an edited one."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

@@ -64,8 +64,8 @@ def _refuse(key: str, checkpoint: Path, error: DamagedError) -> NoReturn:
     def refuse() -> None:
         earlier: list[Path] = []
         with suppress(OSError, ValueError):  # no other checkpoints, or this one is not called like one
-            there = all_checkpoints(checkpoint.parent)
-            earlier = there[: there.index(checkpoint)]
+            siblings = all_checkpoints(checkpoint.parent)
+            earlier = siblings[: siblings.index(checkpoint)]
         which = f" ({key}={earlier[-1]})" if earlier else ", or one of another run"
         raise UserError(f"{key}: {error}; name an earlier checkpoint{which}")
 

@@ -1,4 +1,4 @@
-"""What a run that goes on would do otherwise than the one that was saved: read other text, take other rates."""
+"""Changes at a resume: other text read, other learning rates, other held-out text than the saved run's."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from dsmoe.plan.text import quantity, shown, table
 from dsmoe.train.recorded import SavedData, SavedOptimizer, SavedTrain, recorded
 
 _SAME = 1e-12
-"""How far apart two shares are that differ by rounding: `weight: 0.3` beside 0.7, and 3 beside 7."""
+"""Relative difference of two shares that rounding explains: `weight: 0.3` beside 0.7, and 3 beside 7."""
 _SAME_RATE = 1e-6
-_OF_THE_RATE = ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")
-_OF_THE_EVALUATION = (
+_RATE_KEYS = ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")
+_EVALUATION_KEYS = (
     *("train.eval_sequences", "train.eval_batches", "train.sequence_length", "data.validation_fraction", "data.seed"),
 )
-"""What decides, besides the text of the sources, what is evaluated."""
+"""Keys that decide, besides the text of the sources, what is evaluated."""
 _WHOLE = 1e-9
-"""How far from 1 the sum of all shares may be by rounding."""
+"""Difference from 1 of the sum of all shares that rounding explains."""
 
 _Count = Annotated[PositiveInt, Field(strict=True)]
 _Share = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -45,16 +45,16 @@ class Order:
     """In which order a run reads which text."""
 
     version: _Count
-    """Of the rules, `ORDER_VERSION`."""
+    """Version of the rules, `ORDER_VERSION`."""
     seed: Annotated[NonNegativeInt, Field(strict=True)]
     shares: dict[str, _Share]
-    """Of the samples, by source."""
+    """Share of the samples, by source."""
     sequences: dict[str, _Count]
-    """How many each source has to train on."""
+    """Training sequences, by source."""
     texts: dict[str, _Text]
-    """Checksums of what each trains on and holds out."""
+    """Checksum of each source's training and held-out text."""
     tokenizer: Annotated[str, Field(strict=True)] = ""
-    """Digest of what makes tokens of it; empty where that was not recorded."""
+    """Digest of the tokenizer; empty where it was not recorded."""
 
     @classmethod
     def of_run(cls, config: Config, sources: Sequence[PreparedSource]) -> Order:
@@ -71,7 +71,7 @@ class Order:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path, facts: Facts) -> Order:
-        """The one it was made with; of checkpoints from before it was recorded, what is known of it.
+        """The order that a checkpoint was made with; of one from before orders were recorded, what is known of it.
 
         Raises:
             DamagedError: what was recorded is not what dsmoe records.
@@ -93,7 +93,7 @@ class Order:
         )
 
     def counts(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` are of each source."""
+        """Count the first `samples` by source."""
         names = list(self.shares)
         if self.version == ORDER_VERSION:
             mixture = Mixture([1] * len(names), [self.shares[name] for name in names], self.seed, names)
@@ -101,7 +101,7 @@ class Order:
         return {name: round(share * samples) for name, share in self.shares.items()}
 
 
-def _of_one_kind(order: Order) -> Order:
+def _same_sources(order: Order) -> Order:
     """Check what no field says by itself: the same sources everywhere, and shares of one whole."""
     if not order.shares or not order.shares.keys() == order.sequences.keys() == order.texts.keys():
         raise ValueError("shares, sequences and texts are not of the same sources, one or more")
@@ -110,7 +110,7 @@ def _of_one_kind(order: Order) -> Order:
     return order
 
 
-_RecordedOrder = Annotated[Order, AfterValidator(_of_one_kind)]
+_RecordedOrder = Annotated[Order, AfterValidator(_same_sources)]
 _Corpora = dict[str, tuple[_Count, _Count]]
 
 
@@ -120,23 +120,23 @@ def saved_tokenizer(facts: Facts) -> str:
     return digest if isinstance(digest, str) else ""
 
 
-def changed_order(checkpoint: Path, facts: Facts, plan: Plan, here: Order) -> str | None:
-    """What going on from a checkpoint would read otherwise than the run that made it, with numbers; None for nothing.
+def changed_order(checkpoint: Path, facts: Facts, plan: Plan, current: Order) -> str | None:
+    """Describe how the order of the training text differs from a checkpoint's, with numbers; None where it does not.
 
     Raises:
-        UserError: something, and `data.changed_order` does not accept it; or it is what another tokenizer makes.
+        UserError: it differs and `data.changed_order` does not accept that, or the tokenizer is another.
     """
     config, batch = plan.config, plan.batch
     if facts.step == 0:  # nothing has been read
         return None
     saved = Order.of_checkpoint(checkpoint, facts)
-    if saved.tokenizer and here.tokenizer and saved.tokenizer != here.tokenizer:
+    if saved.tokenizer and current.tokenizer and saved.tokenizer != current.tokenizer:
         raise UserError(
             f"{checkpoint} was made with another tokenizer: data.tokenizer is {config.data.tokenizer}, with contents "
-            f"of {here.tokenizer[:19]}, and was one of {saved.tokenizer[:19]}. Put that back; to begin anew with the "
-            f"weights alone, set checkpoint.weights_from: {checkpoint} and another name"
+            f"of {current.tokenizer[:19]}, and was one of {saved.tokenizer[:19]}. Put that back; to begin anew with "
+            f"the weights alone, set checkpoint.weights_from: {checkpoint} and another name"
         )
-    differing = _order_rows(saved, here)
+    differing = _order_rows(saved, current)
     if not differing:
         return None
     done, end = (steps * batch.sequences_per_step for steps in (facts.step, max(batch.steps, facts.step)))
@@ -144,7 +144,7 @@ def changed_order(checkpoint: Path, facts: Facts, plan: Plan, here: Order) -> st
         f"{checkpoint} was made with another order of the training text:",
         *(f"  {line}" for line in table([("", "saved", "here"), *differing], "<<<")),
         f"After step {facts.step}, and in the {quantity(batch.steps - facts.step, 'step')} that are left:",
-        *(f"  {line}" for line in _consequences(saved, here, done, end)),
+        *(f"  {line}" for line in _consequences(saved, current, done, end)),
     ]
     if config.data.changed_order == "accept":
         return "\n".join(lines)
@@ -155,37 +155,37 @@ def changed_order(checkpoint: Path, facts: Facts, plan: Plan, here: Order) -> st
     raise UserError("\n".join(lines))
 
 
-def _order_rows(saved: Order, here: Order) -> list[Row]:
-    """The key, and both values, of whatever decides the order and differs."""
-    found = rows({"data.seed": saved.seed}, {"data.seed": here.seed})
-    if saved.version != here.version:
-        found.append(("dsmoe's rules of the order", f"version {saved.version}", f"version {here.version}"))
-    for name in {**saved.shares, **here.shares}:
+def _order_rows(saved: Order, current: Order) -> list[Row]:
+    """Return the key and both values of each difference that decides the order."""
+    found = rows({"data.seed": saved.seed}, {"data.seed": current.seed})
+    if saved.version != current.version:
+        found.append(("dsmoe's rules of the order", f"version {saved.version}", f"version {current.version}"))
+    for name in {**saved.shares, **current.shares}:
         key = f"data.sources[{name}]"
-        if name not in here.shares or name not in saved.shares:
-            there, now = (f"{order.shares[name]:.6%}" if name in order.shares else "absent" for order in (saved, here))
-            found.append((key, there, now))
+        if name not in current.shares or name not in saved.shares:
+            was, now = (f"{order.shares[name]:.6%}" if name in order.shares else "absent" for order in (saved, current))
+            found.append((key, was, now))
             continue
-        old, new = saved.shares[name], here.shares[name]
+        old, new = saved.shares[name], current.shares[name]
         if not math.isclose(old, new, rel_tol=_SAME):
             found.append((f"{key}.weight, of all", f"{old:.6%}", f"{new:.6%}"))
-        if saved.sequences.get(name) != here.sequences[name]:
+        if saved.sequences.get(name) != current.sequences[name]:
             before = f"{saved.sequences[name]:,}" if name in saved.sequences else "unknown"
-            found.append((f"{key}, training sequences", before, f"{here.sequences[name]:,}"))
-        elif saved.texts and saved.texts[name] != here.texts[name]:
-            found.append((f"{key}, checksum of its text and split", saved.texts[name], here.texts[name]))
+            found.append((f"{key}, training sequences", before, f"{current.sequences[name]:,}"))
+        elif saved.texts and saved.texts[name] != current.texts[name]:
+            found.append((f"{key}, checksum of its text and split", saved.texts[name], current.texts[name]))
     return found
 
 
-def _consequences(saved: Order, here: Order, done: int, end: int) -> list[str]:
+def _consequences(saved: Order, current: Order, done: int, end: int) -> list[str]:
     """For each source, what of it is read again and what is left out, when sample `done` is the next of `end`."""
-    read, passed, last = saved.counts(done), here.counts(done), here.counts(end)
+    read, passed, last = saved.counts(done), current.counts(done), current.counts(end)
     lines = []
-    for name in {**saved.shares, **here.shares}:
-        if name not in here.shares:
+    for name in {**saved.shares, **current.shares}:
+        if name not in current.shares:
             lines.append(f"{name}: {read[name]:,} sequences have been read, and no more will be")
             continue
-        length = here.sequences[name]
+        length = current.sequences[name]
         if name not in saved.shares:
             lines.append(
                 f"{name}: new; of its {length:,} sequences, the order takes {passed[name]:,} for read: they are left "
@@ -194,11 +194,11 @@ def _consequences(saved: Order, here: Order, done: int, end: int) -> list[str]:
             lines += [
                 f"{name} has the text of {old}: under that name it goes on as before"
                 for old in saved.shares
-                if old not in here.shares and saved.texts.get(old) == here.texts[name]
+                if old not in current.shares and saved.texts.get(old) == current.texts[name]
             ]
             continue
-        same = saved.version == here.version and saved.seed == here.seed and saved.sequences.get(name) == length
-        if not (same and saved.texts and saved.texts[name] == here.texts[name]):
+        same = saved.version == current.version and saved.seed == current.seed and saved.sequences.get(name) == length
+        if not (same and saved.texts and saved.texts[name] == current.texts[name]):
             share = min(1.0, read[name] / max(1, saved.sequences.get(name, length)))
             lines.append(
                 f"{name}: the {last[name] - passed[name]:,} sequences that come are in another order: about "
@@ -209,19 +209,19 @@ def _consequences(saved: Order, here: Order, done: int, end: int) -> list[str]:
             lines.append(f"{name}: {again:,} sequences are read a second time before new ones come")
         elif passed[name] > read[name]:
             lines.append(f"{name}: {passed[name] - read[name]:,} sequences are left out")
-    if saved.seed != here.seed or saved.version != here.version or _texts_differ(saved, here):
+    if saved.seed != current.seed or saved.version != current.version or _texts_differ(saved, current):
         lines.append("where another part is held out than before, it has been trained on: eval/loss is too low there")
     return lines
 
 
-def _texts_differ(saved: Order, here: Order) -> bool:
-    return any(text != here.texts.get(name, text) for name, text in saved.texts.items())
+def _texts_differ(saved: Order, current: Order) -> bool:
+    return any(text != current.texts.get(name, text) for name, text in saved.texts.items())
 
 
 def changed_rate(checkpoint: Path, facts: Facts, plan: Plan) -> str | None:
-    """What the learning rate jumps from and to where a run goes on from a checkpoint, and what to write instead.
+    """Describe the jump of the learning rate where a run resumes from a checkpoint, and how to avoid it.
 
-    None where it goes on as the saved config would have it, or stays as it was.
+    None where the rate continues as the saved config would have it, or stays as it was.
 
     Raises:
         DamagedError: what was recorded is not what dsmoe records.
@@ -235,25 +235,25 @@ def changed_rate(checkpoint: Path, facts: Facts, plan: Plan) -> str | None:
     return _jump(saved, train.length, plan.config.optimizer, plan.batch.steps, facts.schedule_step, str(checkpoint))
 
 
-def changed_held_out(checkpoint: Path, facts: Facts, config: Config, here: Order, held_out: str) -> str | None:
-    """That a run which goes on from a checkpoint evaluates other text, and by what; None if not, or if nobody knows.
+def changed_held_out(checkpoint: Path, facts: Facts, config: Config, current: Order, held_out: str) -> str | None:
+    """Say which keys make a resumed run evaluate other text than the saved one; None if it does not, or if unknown.
 
     Args:
         checkpoint: for the message.
         facts: of its manifest.
         config: of the run.
-        here: what the run reads.
+        current: what the run reads.
         held_out: names what it evaluates, as `Facts.held_out` does.
     """
     saved, now = flatten(facts.config), flatten(config.model_dump(mode="json"))
     length = "train.sequence_length"
     if not facts.held_out or (facts.held_out == held_out and saved.get(length) == now[length]):
         return None
-    keys = [key for key in _OF_THE_EVALUATION if key in saved and saved[key] != now.get(key)]
+    keys = [key for key in _EVALUATION_KEYS if key in saved and saved[key] != now.get(key)]
     changes = [f"{key}, {setting_shown(saved[key])} -> {setting_shown(now.get(key))}" for key in keys]
     texts = facts.order.get("texts")
-    if isinstance(texts, dict) and texts != here.texts:
-        names = [name for name in {**texts, **here.texts} if texts.get(name) != here.texts.get(name)]
+    if isinstance(texts, dict) and texts != current.texts:
+        names = [name for name in {**texts, **current.texts} if texts.get(name) != current.texts.get(name)]
         changes.append(f"the text of {', '.join(f'data.sources[{name}]' for name in names)}")
     why = f" ({'; '.join(changes)})" if changes else ""
     return (
@@ -269,7 +269,7 @@ def setting_shown(value: object) -> str:
 
 
 def rate_when_longer(plan: Plan, steps: int) -> str | None:
-    """The same for a run that has come to its end and is made as long as `steps`."""
+    """Describe the jump of the learning rate where a finished run is continued to `steps`; None where there is none."""
     optimizer, done = plan.config.optimizer, plan.batch.steps
     last, planned = (learning_rate(optimizer, done, step) for step in (done - 1, done))
     following = learning_rate(optimizer, steps, done)
@@ -282,18 +282,18 @@ def _is_one_of(rate: float, *others: float) -> bool:
     return any(math.isclose(rate, other, rel_tol=_SAME_RATE) for other in others)
 
 
-def _jump(saved: Optimizer, saved_steps: int, here: Optimizer, steps: int, step: int, checkpoint: str) -> str | None:
+def _jump(saved: Optimizer, saved_steps: int, current: Optimizer, steps: int, step: int, checkpoint: str) -> str | None:
     if step == 0 or step >= steps:
         return None
     before, planned = (learning_rate(saved, saved_steps, s) for s in (step - 1, step))
-    now = learning_rate(here, steps, step)
+    now = learning_rate(current, steps, step)
     if _is_one_of(now, before, planned):
         return None
     planned_text = "its last" if step >= saved_steps else f"and {planned:.4g} was to follow"
     return (
         f"the learning rate jumps: step {step} of {saved_steps} ({saved.schedule}) had {before:.4g}, {planned_text}; "
-        f"step {step + 1} of {steps} ({here.schedule}) takes {now:.4g}. Without a jump: "
-        f"{'; or '.join(_without_a_jump(saved, saved_steps, here, steps, before, checkpoint))}"
+        f"step {step + 1} of {steps} ({current.schedule}) takes {now:.4g}. Without a jump: "
+        f"{'; or '.join(_without_a_jump(saved, saved_steps, current, steps, before, checkpoint))}"
     ) + (
         ". A run whose length is open is best begun with optimizer.schedule=wsd, and lengthened before its decay"
         if steps != saved_steps
@@ -302,19 +302,19 @@ def _jump(saved: Optimizer, saved_steps: int, here: Optimizer, steps: int, step:
 
 
 def _without_a_jump(
-    saved: Optimizer, saved_steps: int, here: Optimizer, steps: int, before: float, checkpoint: str
+    saved: Optimizer, saved_steps: int, current: Optimizer, steps: int, before: float, checkpoint: str
 ) -> list[str]:
-    """What to write instead; `before` is the last rate."""
+    """Settings that avoid the jump; `before` is the last rate."""
     left = [f"the length at {saved_steps} steps"] if steps != saved_steps else []
-    for key in _OF_THE_RATE:
-        was, now = getattr(saved, key), getattr(here, key)
+    for key in _RATE_KEYS:
+        was, now = getattr(saved, key), getattr(current, key)
         if was != now:
             left.append(f"optimizer.{key} at {'null' if was is None else was}")
     ways = [f"leave {' and '.join(left)}"]
     if before > 0:
         # In as many digits as `_is_one_of` tells apart.
         held = f"optimizer.schedule=constant optimizer.lr={before:.9g} optimizer.min_lr=0 optimizer.warmup_steps=0"
-        if here.decay_steps is not None:
+        if current.decay_steps is not None:
             held += " optimizer.decay_steps=null"
         ways.append(f"hold the rate: name=NEW checkpoint.resume={checkpoint} {held}")
     ways.append(f"begin another decay with these weights: name=NEW checkpoint.weights_from={checkpoint}")

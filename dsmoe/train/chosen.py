@@ -1,4 +1,4 @@
-"""Whether a run can go on from the checkpoints that it found, before anything is written for it."""
+"""Check that a run can resume from the checkpoints that it found, before anything is written for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dsmoe.plan.plan import Plan
 from dsmoe.train.changed import Order, changed_order, changed_rate, setting_shown
 from dsmoe.train.identity import changed_values
 
-_OF_THE_START = ("runs_dir", "data.cache_dir", "checkpoint.resume", "checkpoint.weights_from")
-"""How a run begins and where it writes, which is another run's own."""
+_START_KEYS = ("runs_dir", "data.cache_dir", "checkpoint.resume", "checkpoint.weights_from")
+"""Keys by which a run begins and writes: another run has its own."""
 
 
 def check_model(checkpoints: Iterable[Path], weights: Path | None, config: Config) -> None:
@@ -47,9 +47,9 @@ def changed_settings(checkpoint: Path, config: Config) -> list[str]:
     """
     saved = {key: value for key, value in flatten(inspect(checkpoint).facts.config).items() if key != "name"}
     return [
-        f"changed since {checkpoint} was saved: {key}, {setting_shown(there)} -> {setting_shown(here)}"
-        for key, there, here in changed_values(saved, config)
-        if key not in _OF_THE_START and not (is_path(key, there) or is_path(key, here))
+        f"changed since {checkpoint} was saved: {key}, {setting_shown(old)} -> {setting_shown(new)}"
+        for key, old, new in changed_values(saved, config)
+        if key not in _START_KEYS and not (is_path(key, old) or is_path(key, new))
     ]
 
 
@@ -62,10 +62,10 @@ def check_order(checkpoints: Iterable[Path], plan: Plan, sources: Sequence[Prepa
     """
 
     def check(checkpoint: Path) -> None:
-        here = Order.of_run(plan.config, sources)
+        current = Order.of_run(plan.config, sources)
         facts = inspect(checkpoint).facts
         changed_rate(checkpoint, facts, plan)
-        changed_order(checkpoint, facts, plan, here)
+        changed_order(checkpoint, facts, plan, current)
 
     _check_first(checkpoints, check)
 

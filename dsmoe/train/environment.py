@@ -60,7 +60,7 @@ _NAMES = """
     SLURM_TOPOLOGY_ADDR_PATTERN SLURM_SUBMIT_DIR SLURM_SUBMIT_HOST
 """
 _RECORDED = frozenset(_NAMES.split())
-"""What decides how ranks meet and compute, by name: whatever else begins with NCCL_ or SLURM_ may be a secret, as
+"""Variables that decide how ranks meet and compute: whatever else begins with NCCL_ or SLURM_ may be a secret, as
 SLURM_JWT is."""
 _SECRET_INSIDE = re.compile(
     r"(token|secret|pass|key|jwt|credential|auth|\bsig|signature)\w*=|\w:[^\s@]+@|\bBearer\b|\bhf_", re.IGNORECASE

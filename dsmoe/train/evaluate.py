@@ -25,7 +25,7 @@ class HeldOut:
 
 
 def text_of(held_out: Sequence[HeldOut], sequence_length: int) -> dict[str, str]:
-    """What an evaluation reads of each source, in words: losses of evaluations compare where this is the same."""
+    """Describe the text that an evaluation reads of each source: losses compare where this is the same."""
     return {
         part.source.name: f"{part.loader.num_sequences} sequences of {sequence_length} tokens, of text "
         f"{part.source.text.partition('/')[2][:12]}"

@@ -1,4 +1,4 @@
-"""What makes a run the same run: its settings, and for paths what is there rather than how they are written."""
+"""The identity of a run: its settings, and for paths their contents rather than their spelling."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
 from dsmoe.runtime.atomic_files import check_regular, write_whole
 
-_OF_THE_ORDER = ("data.sources", "data.seed", "data.validation_fraction")
-"""What may change besides free keys where `data.changed_order` accepts it. Where there are checkpoints, `check_order`
-decides."""
+_ORDER_KEYS = ("data.sources", "data.seed", "data.validation_fraction")
+"""Keys that may change besides free ones where `data.changed_order` accepts it, or where there are checkpoints:
+`check_order` then decides."""
 RECORD = ".contents.json"
 ABSENT = "absent"
 
 Difference = tuple[str, Any, Any]
-"""A key, and its value at the last start and here."""
+"""A key, its value at the last start, and its value now."""
 
 
 class _Recorded(BaseModel):
@@ -35,7 +35,7 @@ class _Recorded(BaseModel):
 
 
 class SourceContents(_Recorded):
-    """Of a source."""
+    """The contents of one source."""
 
     path: str = ""
     """Absolute, links resolved; empty for what has none."""
@@ -43,7 +43,7 @@ class SourceContents(_Recorded):
 
 
 class Contents(_Recorded):
-    """What the paths of a run's config led to when it was last started; empty where that is not known."""
+    """The contents behind the paths of a run's config at its last start; empty where they are not known."""
 
     tokenizer: str = ""
     """`tokenizer_digest`."""
@@ -55,7 +55,7 @@ class Contents(_Recorded):
 
     @classmethod
     def of_run(cls, config: Config, sources: Sequence[PreparedSource], resumed: Path | None) -> Contents:
-        """Those of a run that starts now; `resumed` is the checkpoint that `checkpoint.resume` leads to, if to any."""
+        """The contents of a run that starts now; `resumed` is the checkpoint that `checkpoint.resume` names, if any."""
         paths = {source.name: source.path for source in config.data.sources}
         return cls(
             tokenizer=tokenizer_digest(config),
@@ -69,7 +69,7 @@ class Contents(_Recorded):
 
     @classmethod
     def read(cls, run: Path) -> Contents:
-        """Those that were written in a run's folder; empty ones where they cannot be read: no reason to refuse it."""
+        """Read the contents from a run's folder; empty where they cannot be read: no reason to refuse the run."""
         try:
             check_regular(run / RECORD)
             return cls.model_validate(json.loads((run / RECORD).read_bytes()))
@@ -77,11 +77,11 @@ class Contents(_Recorded):
             return cls()
 
     def write(self, run: Path) -> None:
-        """Write them in a run's folder."""
+        """Write the contents into a run's folder."""
         write_whole(run / RECORD, self.model_dump_json(indent=1) + "\n")
 
     def is_resumed_again(self, before: object, resume: str, chosen: Path) -> bool:
-        """Whether `checkpoint.resume` leads to what it led to at the last start, when it was `before`."""
+        """Return whether `checkpoint.resume` names the same checkpoint as at the last start, when it was `before`."""
         same_place = before == resume or (self.resume and self.resume == real_path(resume))
         return bool(same_place or (self.manifest and self.manifest == manifest_digest(chosen)))
 
@@ -92,7 +92,7 @@ def real_path(path: str | None) -> str:
 
 
 def manifest_digest(checkpoint: Path) -> str:
-    """Names the very checkpoint, wherever its folder is; empty where it cannot be read."""
+    """Digest that identifies a checkpoint wherever its folder is; empty where it cannot be read."""
     try:
         check_regular(checkpoint / MANIFEST)
         return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
@@ -117,60 +117,60 @@ def differences(
         sources: what the paths of the sources lead to here, if that is known yet: those that have other paths are
             passed over until it is.
     """
-    order = _OF_THE_ORDER if has_checkpoints or config.data.changed_order == "accept" else ()
+    order = _ORDER_KEYS if has_checkpoints or config.data.changed_order == "accept" else ()
     accepted = tuple(f"{key}." for key in order)
-    here = flatten(config.model_dump(mode="json"))
+    current = flatten(config.model_dump(mode="json"))
     checksums = None if sources is None else {source.name: source.checksum for source in sources}
     found: list[Difference] = []
-    for key, there, now in _pairs(before, here):
+    for key, old, now in _pairs(before, current):
         if is_free(key) or f"{key}.".startswith(accepted):
             continue
         if key == "data.tokenizer":
-            found += _tokenizers(there, now, contents.tokenizer, tokenizer_digest(config))
-        elif is_path(key, there) and is_path(key, now):
-            name = str(here.get(f"{key.rpartition('.')[0]}.name"))
+            found += _tokenizers(old, now, contents.tokenizer, tokenizer_digest(config))
+        elif is_path(key, old) and is_path(key, now):
+            name = str(current.get(f"{key.rpartition('.')[0]}.name"))
             checksum = None if checksums is None else checksums.get(name, "")
-            if not _same_source(there, now, contents.sources.get(name), checksum):
-                found.append((key, there, now))
-        elif there != now:
-            found.append((key, there, now))
+            if not _same_source(old, now, contents.sources.get(name), checksum):
+                found.append((key, old, now))
+        elif old != now:
+            found.append((key, old, now))
     return found
 
 
 def changed_values(before: Mapping[str, Any], config: Config) -> list[Difference]:
     """Each key whose values differ as they are written."""
     pairs = _pairs(before, flatten(config.model_dump(mode="json")))
-    return [(key, there, now) for key, there, now in pairs if there != now]
+    return [(key, old, now) for key, old, now in pairs if old != now]
 
 
-def _pairs(before: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
+def _pairs(before: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Difference]:
     """Key by key; where the config before is a checkpoint's, of perhaps another version, those that both have.
 
     Two values that say the same, as `num_kv_heads: null` and the number of heads, are given as the first.
     """
-    said, said_here = spelled_out(before), spelled_out(here)
-    keys = {**before, **here} if "name" in before else [key for key in before if key in here]
+    spelled_before, spelled_now = spelled_out(before), spelled_out(current)
+    keys = {**before, **current} if "name" in before else [key for key in before if key in current]
     for key in keys:
-        there, now = before.get(key, ABSENT), here.get(key, ABSENT)
-        yield key, there, there if said.get(key, ABSENT) == said_here.get(key, ABSENT) else now
+        old, now = before.get(key, ABSENT), current.get(key, ABSENT)
+        yield key, old, old if spelled_before.get(key, ABSENT) == spelled_now.get(key, ABSENT) else now
 
 
-def _tokenizers(there: Any, now: Any, digest_there: str, digest: str) -> list[Difference]:
-    if not (digest_there and digest):  # not recorded, or there is no such file: preparing the data says so
-        return [] if there == now or _same_place(there, now) else [("data.tokenizer", there, now)]
-    if digest_there == digest:
+def _tokenizers(old: Any, now: Any, old_digest: str, digest: str) -> list[Difference]:
+    if not (old_digest and digest):  # not recorded, or there is no such file: preparing the data says so
+        return [] if old == now or _same_place(old, now) else [("data.tokenizer", old, now)]
+    if old_digest == digest:
         return []
-    return [("data.tokenizer", _shown_tokenizer(there, digest_there), _shown_tokenizer(now, digest))]
+    return [("data.tokenizer", _shown_tokenizer(old, old_digest), _shown_tokenizer(now, digest))]
 
 
 def of_other_tokenizer(config: Config, checkpoint: Path, saved: str) -> list[str]:
-    """What is to be said of weights to begin with, of a model that was trained with the tokenizer of digest `saved`."""
+    """Notes on initial weights of a model that was trained with the tokenizer of digest `saved`."""
     digest = tokenizer_digest(config)
     if not (saved and digest) or saved == digest:
         return []
-    here = _shown_tokenizer(config.data.tokenizer, digest)
+    shown = _shown_tokenizer(config.data.tokenizer, digest)
     return [
-        f"checkpoint.weights_from: {checkpoint} was trained with another tokenizer, {saved[:19]}, than {here}: its "
+        f"checkpoint.weights_from: {checkpoint} was trained with another tokenizer, {saved[:19]}, than {shown}: its "
         f"embedding is of other tokens"
     ]
 
@@ -178,11 +178,11 @@ def of_other_tokenizer(config: Config, checkpoint: Path, saved: str) -> list[str
 def with_places(config: Config, sources: Sequence[PreparedSource]) -> Config:
     """The config with the paths at which lost text lay: those given may be from beside another file than the run's."""
     lay = {source.name: source.lay for source in sources if source.lay}
-    here = Path().absolute()
+    working_folder = Path().absolute()
     entries = []
     for source in config.data.sources:
         path = Path(lay.get(source.name, ""))
-        spelled = str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+        spelled = str(path.relative_to(working_folder)) if path.is_relative_to(working_folder) else str(path)
         entries.append(source.model_copy(update={"path": spelled}) if source.name in lay else source)
     data = config.data.model_copy(update={"sources": tuple(entries)})
     return config.model_copy(update={"data": data})
@@ -193,13 +193,13 @@ def _shown_tokenizer(path: str, digest: str) -> str:
     return path if path == digest else f"{path} ({digest[:19]})"
 
 
-def _same_source(there: str, now: str, recorded: SourceContents | None, checksum: str | None) -> bool:
-    if there == now or _same_place(there, now):
+def _same_source(old: str, now: str, recorded: SourceContents | None, checksum: str | None) -> bool:
+    if old == now or _same_place(old, now):
         return True
     if recorded is None:
         return False
     return recorded.path == real_path(now) or checksum is None or recorded.checksum == checksum
 
 
-def _same_place(there: Any, now: Any) -> bool:
-    return isinstance(there, str) and isinstance(now, str) and os.path.realpath(there) == os.path.realpath(now)
+def _same_place(old: Any, now: Any) -> bool:
+    return isinstance(old, str) and isinstance(now, str) and os.path.realpath(old) == os.path.realpath(now)

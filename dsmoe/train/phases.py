@@ -10,7 +10,7 @@ from dsmoe.runtime.watchdog import SAVING, process_watch
 
 
 class Phase(StrEnum):
-    """What a rank does, in the words of failure reports."""
+    """The phases, in the words of failure reports."""
 
     DATA = "reading data"
     FORWARD = "forward pass"

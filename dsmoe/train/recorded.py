@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest records of the run that made it, as going on reads it: checked, the field named."""
+"""The run that a checkpoint's manifest records, checked field by field for a resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsmoe.plan.text import shown
 
 
 class _Part(BaseModel):
-    """Of a section of `facts.config`, what is used; another version of dsmoe may have other keys besides."""
+    """The keys of a section of `facts.config` that are used; another version of dsmoe may have further ones."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 

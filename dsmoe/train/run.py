@@ -47,7 +47,7 @@ from dsmoe.train.trainer import Trainer, make_trainer
 logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0
-"""How long a rank that has failed waits for a checkpoint that is being written."""
+"""Seconds that a failed rank waits for a checkpoint that is being written."""
 
 
 def main(arguments: Sequence[str] | Start | None = None) -> int:

@@ -11,7 +11,7 @@ from dsmoe.train.identity import RECORD
 
 LOCK, TOKEN = ".lock", ".token"
 _FILES = ("config.yaml", RECORD, LOCK, TOKEN, "metrics.jsonl", "train.log", "environment.json", "ds_config.json")
-"""What a run reads and writes in its folder."""
+"""The files that a run reads and writes in its folder."""
 
 
 def refuse_special(folder: Path) -> None:

@@ -54,18 +54,18 @@ def free_name(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a run can begin with, in the order of preference."""
+    """The checkpoints that a run can begin with, in the order of preference."""
 
     checkpoints: tuple[Path, ...] = ()
     """To go on from, newest first: each has all of its files, and the first undamaged one is taken."""
     passed_over: tuple[str, ...] = ()
     """Why others are not among them."""
     damaged: tuple[Path, ...] = ()
-    """Of the others, those that are known to be damaged."""
+    """Other checkpoints that are known to be damaged."""
     weights: Path | None = None
     """Else a checkpoint whose weights are taken."""
     notes: tuple[str, ...] = ()
-    """What else the log is to say."""
+    """Further lines for the log."""
 
 
 def claim_run_folder(plan: Plan) -> None:
@@ -134,9 +134,9 @@ def check_run_folder(plan: Plan, sources: Sequence[PreparedSource] | None = None
     if differing:
         raise UserError(_of_another_config(config, folder, found, differing))
     notes += [
-        f"changed since the run was last started: {key}, {there} -> {here}"
-        for key, there, here in changed_values(before, config)
-        if not (is_path(key, there) or is_path(key, here))
+        f"changed since the run was last started: {key}, {old} -> {new}"
+        for key, old, new in changed_values(before, config)
+        if not (is_path(key, old) or is_path(key, new))
     ]
     resumed_before = before.get("checkpoint.resume")
 
@@ -290,7 +290,7 @@ def _config_before(file: Path, found: Found) -> tuple[dict[str, Any], list[str]]
 
 
 def _contents_before(folder: Path, found: Found) -> Contents:
-    """What the paths of the run's config led to at its last start, as its folder or its newest checkpoint says."""
+    """The contents behind the paths of the run's config at its last start, by its folder or its newest checkpoint."""
     contents = Contents.read(folder)
     saved = [tokenizer for manifest in found.whole.values() if (tokenizer := saved_tokenizer(manifest.facts))]
     return contents.model_copy(update={"tokenizer": saved[0]}) if saved else contents
@@ -305,7 +305,7 @@ def _resumed(config: Config) -> Path | None:
 
 
 def _beginning(config: Config, folder: Path, found: Found, is_again: Callable[[Path], bool]) -> Beginning:
-    """What to begin with; `is_again`, whether the run has begun before with this checkpoint by `checkpoint.resume`."""
+    """Choose what to begin with; `is_again` tells whether the run has begun with this `checkpoint.resume` before."""
     resume, whole, passed_over = config.checkpoint.resume, list(found.whole), tuple(found.passed_over.values())
     weights_from = config.checkpoint.weights_from
     weights = _checkpoint_at("checkpoint.weights_from", Path(weights_from)) if weights_from else None
@@ -365,8 +365,8 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
 
 
 def _of_another_config(config: Config, folder: Path, found: Found, differing: Sequence[Difference]) -> str:
-    """What differs, and what works instead: the old values, or a folder of its own with this run's state or without."""
-    text = shown("; ".join(f"{key} is {there} there and {here} here" for key, there, here in differing))
+    """Name the differing keys and the ways out: the old values, or another run with this one's state or without."""
+    text = shown("; ".join(f"{key} is {old} there and {new} here" for key, old, new in differing))
     levels = {level_of_change(*difference) for difference in differing}
     newest = next(iter(found.whole), None)
     name = f"name={free_name(config)}"

@@ -1,4 +1,4 @@
-"""Where a run writes for people: the console, `train.log`, and the sinks of its metrics."""
+"""Outputs of a run for people: the console, `train.log`, and the sinks of its metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_to_console(rank: Rank) -> None:
-    """Let rank 0 log to standard output, and the others only errors."""
+    """Log to standard output: everything on rank 0, only errors on the others."""
     logging.raiseExceptions = False  # that a full disk takes no more of the log needs no traceback for each line
     package = logging.getLogger("dsmoe")
     package.setLevel(logging.INFO if rank.is_first else logging.ERROR)
@@ -30,7 +30,7 @@ def log_to_console(rank: Rank) -> None:
 
 
 def log_to_file(folder: Path) -> None:
-    """Let this rank log to `train.log` of the run folder as well."""
+    """Log to `train.log` of the run folder as well."""
     optional("train.log", lambda: logging.getLogger("dsmoe").addHandler(_handler(LogFile(folder / "train.log"))))
 
 

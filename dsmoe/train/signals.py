@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Whether any rank has been told to stop, as all ranks agree. Making it is collective.
+    """Agreement of all ranks to stop after the same step, once any of them has a signal. Making it is collective.
 
     Hosts may be steps ahead of their devices and of one another, so that nobody can just stop. Every step begins a
     reduction over the hosts and looks at the result of the one before: neither host nor device waits for it.
@@ -30,7 +30,7 @@ class StopSignals:
         self._world = dist.get_world_size()
         self._told: signal.Signals | None = None
         self._ends = False
-        """Whether the run ends already: a launcher may send its signal to ranks that have stopped for another's."""
+        """True once the run ends: a launcher may send its signal to ranks that have stopped for another's."""
         self._asked = torch.zeros(1, dtype=torch.int32)
         self._answer: dist.Work | None = None
 
@@ -44,7 +44,7 @@ class StopSignals:
                 signal.signal(number, self._take_note)
 
     def agreed(self) -> bool:
-        """Whether to stop now: if any rank had been told when this was last called. Call it after every step."""
+        """Return whether to stop now: whether any rank had a signal at the last call. Call it after every step."""
         first = self._world
         if self._answer is not None:
             self._answer.wait()
@@ -52,18 +52,18 @@ class StopSignals:
         if first < self._world and self._told is None:
             logger.warning("rank %d was told to stop: saving a checkpoint, then stopping", first)
         # Of the ranks that were told, the first has the largest number; 0 if there is none.
-        here = self._world - dist.get_rank() if self._told is not None else 0
-        self._asked = torch.tensor([here], dtype=torch.int32)
+        own = self._world - dist.get_rank() if self._told is not None else 0
+        self._asked = torch.tensor([own], dtype=torch.int32)
         self._answer = dist.all_reduce(self._asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._ends = first < self._world
         return self._ends
 
     def told(self) -> bool:
-        """Whether this rank has been told to stop."""
+        """Return whether this rank has a signal to stop."""
         return self._told is not None
 
     def finish(self) -> None:
-        """Let the last question be answered, so that no rank leaves while another asks."""
+        """Wait for the last reduction, so that no rank leaves while another is in it."""
         self._ends = True
         if self._answer is not None:
             self._answer.wait()

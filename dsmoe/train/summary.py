@@ -1,4 +1,4 @@
-"""What a run says at its end: what was learnt, against what a bigram model knows, and which commands go on."""
+"""The end of a run in words: held-out losses beside a bigram model's, and the commands that go on from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dsmoe.train.run_folder import free_name
 
 BITS_PER_BYTE = "eval/bits_per_byte"
 HELD_OUT = "eval/held_out"
-"""What an evaluation has read of each source (`text_of`); lines of earlier versions do not say it."""
+"""Metric that describes the text of an evaluation by source (`text_of`); lines of earlier versions lack it."""
 
 
 def summary(
@@ -79,12 +79,12 @@ def _steps(evaluations: list[dict[str, Any]]) -> str:
 
 
 def _differences(evaluation: Mapping[str, Any], text: Any) -> str:
-    """Of which text an evaluation was, where that was not `text`."""
-    there, here = (value if isinstance(value, dict) else {} for value in (evaluation.get(HELD_OUT), text))
-    if not (there and here):
+    """Name the sources whose text in an evaluation was not `text`."""
+    old, new = (value if isinstance(value, dict) else {} for value in (evaluation.get(HELD_OUT), text))
+    if not (old and new):
         return "not every one says of which"
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return "; ".join(f"{name}: {there.get(name, 'nothing')} -> {here.get(name, 'nothing')}" for name in names)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name, 'nothing')} -> {new.get(name, 'nothing')}" for name in names)
 
 
 def _evaluations(path: Path) -> Iterator[dict[str, Any]]:
@@ -109,8 +109,8 @@ def _next_steps(folder: Path, plan: Plan) -> list[str]:
     longer = f"train.steps={2 * train.steps}" if train.steps else f"train.tokens={2 * (train.tokens or 0)}"
     program = Request(plan, str(file), (longer,)).program()
     accelerator = os.environ.get("DS_ACCELERATOR")  # without it DeepSpeed takes what it finds
-    here = f"DS_ACCELERATOR={shell_word(accelerator, 'DS_ACCELERATOR')} " if accelerator else ""
-    onward = f"{here}{typed('deepspeed')} --num_gpus {config.cluster.devices_per_node} {program}"
+    setting = f"DS_ACCELERATOR={shell_word(accelerator, 'DS_ACCELERATOR')} " if accelerator else ""
+    onward = f"{setting}{typed('deepspeed')} --num_gpus {config.cluster.devices_per_node} {program}"
     path = shell_word(path_argument(str(file)), "runs_dir")
     if config.cluster.nodes > 1:
         way = "--slurm" if launched_world().launcher == SRUN else "--hostfile"
@@ -131,7 +131,7 @@ def _next_steps(folder: Path, plan: Plan) -> list[str]:
 
 
 def after_divergence(config: Config, checkpoints: Path, begun_with: Path | None = None) -> str:
-    """How to go on when training has diverged: what to add to the command that has started the run.
+    """Advise how to go on when training has diverged: what to add to the command that has started the run.
 
     Args:
         config: the run's.

@@ -72,17 +72,17 @@ class Trainer:
         self.moe_layers = [layer for _, layer in self.model.moe_layers()]
         self.signals = StopSignals(plan.collective_timeout)
         self.sinks: Sequence[Sink] = ()
-        """Where rank 0 writes metrics."""
+        """Outputs of rank 0's metrics."""
         self.step_index = 0
         """Optimizer steps done."""
         self.used_learning_rate = 0.0
-        """That of the last step."""
+        """Learning rate of the last step."""
         self._skipped_in_a_row = 0
-        """Up to the last step that is counted."""
+        """Skipped steps in a row up to the last counted step."""
         self._is_counted = True
-        """Whether the last step is; see `_count_skips`."""
+        """True once `_count_skips` has counted the last step."""
         self._odd_steps = torch.zeros((), dtype=torch.int64, device=rank.device)
-        """Of this rank's steps since the last look, those whose loss or gradient norm was not finite."""
+        """This rank's steps with a loss or gradient norm that is not finite, since the last log point."""
         self._looked_at = self._begun_at = 0
         self._begun_with: Path | None = None
         self._skipped_before = 0
@@ -219,14 +219,14 @@ class Trainer:
         self._looked_at = self.step_index
 
     def _only_skips(self) -> bool:
-        """Whether no step is taken any more: for long, or at the last step for more than half of this start's steps."""
+        """Return whether training only skips: for long, or at the end for more than half of this start's steps."""
         at_end = self.step_index == self.plan.batch.steps
         skipped = self._count_skips()
         most = 2 * skipped > self.step_index - self._begun_at
         return skipped >= MAX_SKIPPED_IN_A_ROW or (at_end and most)
 
     def skipped_steps(self) -> str:
-        """How many steps of this start were skipped, and how many at its end; empty where none was."""
+        """Say how many steps of this start were skipped, and how many at its end; empty where none was."""
         in_a_row = self._count_skips()
         skipped = self.engine.skipped_steps - self._skipped_before
         if not skipped:
@@ -340,5 +340,5 @@ def make_trainer(
 
 
 def _is_finite(number: torch.Tensor | float) -> torch.Tensor | bool:
-    """Whether it is, where it is: nothing is copied."""
+    """Return whether a number is finite, without a copy to the host."""
     return torch.isfinite(number) if isinstance(number, torch.Tensor) else math.isfinite(number)

@@ -432,14 +432,14 @@ MUTATIONS = [
     Mutation(
         "a run goes on with another tokenizer at the same path",
         "dsmoe/train/identity.py",
-        old="    if digest_there == digest:\n",
-        new="    if there == now:\n",
+        old="    if old_digest == digest:\n",
+        new="    if old == now:\n",
         caught_by="tests/train/test_identity.py::test_a_run_without_checkpoints_of_other_contents",
     ),
     Mutation(
         "a run goes on from a checkpoint of another tokenizer",
         "dsmoe/train/changed.py",
-        old="saved.tokenizer != here.tokenizer:",
+        old="saved.tokenizer != current.tokenizer:",
         new="saved.tokenizer != saved.tokenizer:",
         caught_by="tests/train/test_changed.py::test_another_tokenizer_is_never_accepted",
     ),

@@ -1,4 +1,4 @@
-"""Which ranks, nodes and links are not what the others are, or not what the config promises; no torch, no timing."""
+"""Judgement of the results: ranks, nodes and links unlike the others or the config's promise; no torch, no timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is slow beside its like.
+"""Comparison of ranks: what is slow beside its like.
 
 What a thing should reach is the median of its like, the upper one of an even number, and it is far off below a fixed
 part of that. The median, because one broken device must not move what it is compared with: a mean does, and a maximum
@@ -26,7 +26,7 @@ class Limits:
     compute: float
     link: float
     latency: float
-    """How many times the median an exchange of next to nothing may take."""
+    """Most times the median that an exchange of next to nothing may take."""
 
 
 ON_DEVICES = Limits(compute=0.85, link=0.6, latency=3.0)
@@ -36,14 +36,14 @@ ON_HOSTS = Limits(compute=0.5, link=0.15, latency=20.0)
 
 @dataclass(frozen=True)
 class Workload:
-    """What the numbers are of."""
+    """The measured products, messages and storage."""
 
     sizes: Mapping[str, str]
     """In words, by product or message."""
     groups: Mapping[str, Sequence[Sequence[int]]]
     """The groups of ranks that do each message."""
     checkpoints_gib: float = 0.0
-    """What the checkpoints of a run will take."""
+    """GiB that the checkpoints of a run take."""
     free_storage_gib: float = math.inf
 
 

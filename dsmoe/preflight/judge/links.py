@@ -1,4 +1,4 @@
-"""Which link, device, node or group is slow.
+"""Slow links, devices, nodes and groups.
 
 A device is worth its *best* link, and a link is blamed only if neither of its ends is: a slow node cannot make its
 partners look slow, nor a slow cable both of its ends. A group is blamed only where none of its links explains it.
@@ -15,10 +15,10 @@ from dsmoe.preflight.judge.wording import amount, between, share, who
 from dsmoe.preflight.results import Link, Promise, RankReport
 
 MET_GBPS, FAR_GBPS = 0.7, 0.5
-"""Of the promised rate: what a healthy link reaches at least, since protocol and routing cost a part of a data sheet's
-figure, and what only a wrong path (sockets instead of RDMA, one port of two) misses."""
+"""Shares of the promised rate. A healthy link reaches the first: protocol and routing cost a part of a data sheet's
+figure. Only a wrong path (sockets instead of RDMA, one port of two) misses the second."""
 MET_US = 2.0
-"""How many times the promised latency is as promised still."""
+"""Most times the promised latency that a healthy link takes."""
 
 Ends = tuple[int, int]
 
@@ -30,7 +30,7 @@ class _Links:
     where: str
     key: str
     said: Mapping[Ends, Sequence[Link]]
-    """What each end says of each link."""
+    """Results of each link, by its ends."""
 
 
 def judge_links(reports: Sequence[RankReport], promise: Promise, limits: Limits, verdict: Verdict) -> None:

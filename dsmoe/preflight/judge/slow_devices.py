@@ -11,7 +11,7 @@ from dsmoe.preflight.judge.wording import amount, share, who
 from dsmoe.preflight.results import SQUARE, Promise, RankReport
 
 MET_TFLOPS, FAR_TFLOPS = 0.5, 0.3
-"""Of the data sheet's peak: what a healthy device reaches at least, and what only a wrong or broken one misses."""
+"""Shares of the data sheet's peak: a healthy device reaches the first; a wrong or broken one misses the second."""
 CHECKSUM_TOLERANCE = 1e-3
 MEMORY_SHARE, FREE_SHARE = 0.97, 0.9
 STORAGE_SHARE = 0.25

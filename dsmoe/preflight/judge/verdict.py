@@ -1,4 +1,4 @@
-"""What judging comes to: a table, findings, and what the config should say."""
+"""The verdict: a table, findings, and what the config should say."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Check:
     median: float
     worst: float
     where: str
-    """Who is worst; empty where there is nobody to compare with."""
+    """The worst rank; empty where there is no other."""
     promised: float | None = None
     size: str = ""
-    """What it was measured with."""
+    """Size of the measured product or message, in words."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Verdict:
     checks: list[Check] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
-    """What the `cluster` section should say, by key."""
+    """Values that the `cluster` section should have, by key."""
     blamed: set[int] = field(default_factory=set)
     """Ranks that have been named for their links: what they take part in needs no other cause."""
 

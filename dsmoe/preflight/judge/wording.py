@@ -1,4 +1,4 @@
-"""How ranks, nodes and amounts are written in findings."""
+"""Ranks, nodes and amounts as findings write them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def who(ranks: Iterable[int], reports: Sequence[RankReport]) -> str:
     wanted = set(ranks)
     parts = []
     for members in _nodes(reports):
-        there = [report for report in members if report.rank in wanted]
-        if len(there) == len(members):
+        chosen = [report for report in members if report.rank in wanted]
+        if len(chosen) == len(members):
             which = f"all of its {len(members)} ranks" if len(members) > 1 else f"rank {members[0].rank}"
             parts.append(f"{members[0].host} ({which})")
         else:
-            parts += [f"rank {report.rank} ({report.host}, device {report.local_rank})" for report in there]
+            parts += [f"rank {report.rank} ({report.host}, device {report.local_rank})" for report in chosen]
     return _few(parts)
 
 
@@ -41,11 +41,11 @@ def amount(value: float) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.3g}"
 
 
-def share(value: float, of: float) -> str:
-    """`0.62`: how many times `of` it is."""
-    if not of:
+def share(value: float, whole: float) -> str:
+    """`0.62`: the value as a share of `whole`."""
+    if not whole:
         return "nan"
-    return f"{value / of:.2f}" if value / of >= 0.1 else f"{value / of:.2g}"
+    return f"{value / whole:.2f}" if value / whole >= 0.1 else f"{value / whole:.2g}"
 
 
 def _nodes(reports: Sequence[RankReport]) -> list[list[RankReport]]:
