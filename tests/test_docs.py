@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import dsmoe
 from dsmoe.config import schema
 from dsmoe.data import files, streams
 from tests.helpers.layer_options import moe_layer
+from tests.helpers.sources import REPOSITORY
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 SECTIONS = (dsmoe.Router, dsmoe.Balance, dsmoe.Capacity, dsmoe.Experts)
@@ -48,3 +52,38 @@ def test_the_corpora_page_names_every_format_and_compression() -> None:
     page = (DOCS / "corpora.md").read_text(encoding="utf-8")
     suffixes = {suffix for suffixes in files.SUFFIXES.values() for suffix in suffixes} | set(streams.SUFFIXES)
     assert not [suffix for suffix in suffixes - {".zstd"} if f"`{suffix}`" not in page]
+
+
+def test_the_map_names_every_room_in_the_order_that_is_checked() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = next(contract["layers"] for contract in contracts["contracts"] if contract["type"] == "layers")
+    order = re.search(r"```\n(cli\n.*?)```", page, re.DOTALL)
+    assert order is not None
+    assert order.group(1).splitlines() == [layer.replace("dsmoe.", "") for layer in layers]
+    rooms = {path.parent.name for path in (REPOSITORY / "dsmoe").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `dsmoe/(\w+)` \|", page, re.MULTILINE)) == rooms
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """A path from the repository's root, and a module or an attribute of one by its dotted name."""
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:dsmoe|tests|benchmarks|launch|docker|configs)/[\w./-]*)(?::\d+|::\w+)?`", text)
+    assert not [path for path in paths if "NAME" not in path and not (REPOSITORY / path).exists()]
+    names = re.findall(r"`(dsmoe(?:\.\w+)+)(?:\(.*?\))?`", text)
+    assert not [name for name in names if not is_defined(name)]
+
+
+def is_defined(name: str) -> bool:
+    """Whether a dotted name leads from the package to a module or an attribute."""
+    value: object = dsmoe
+    for part in name.split(".")[1:]:
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            try:
+                value = import_module(f"{getattr(value, '__name__', '')}.{part}")
+            except ImportError:
+                return False
+    return True
