@@ -18,7 +18,6 @@ from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import Effect, Section
 from dsmoe.config.show import flatten, json_schema, spelled_out
-from dsmoe.plan.batch import Batch
 from dsmoe.plan.plan import Plan
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run_folder import check_run_folder, run_folder
@@ -197,7 +196,7 @@ def others(config: Config, key: str, field: FieldInfo) -> Iterator[Config]:
         with suppress(ValidationError, UserError, AssertionError):
             other = Config.model_validate(tree)
             is_other = spelled_out(flatten(other.model_dump())) != spelled_out(flatten(config.model_dump()))
-            if is_other and Batch.from_config(other).steps > 2:
+            if is_other and Plan.from_config(other).batch.steps > 2:
                 yield other
 
 
