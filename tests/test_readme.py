@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -156,3 +157,12 @@ def test_the_shown_run_is_the_recipe_that_make_train_runs() -> None:
     counts = count_parameters(config)
     assert f"parameters: {counts.total:,} total, {counts.active:,} active" in shown
     assert f"step {config.train.steps}/{config.train.steps} 100.0%" in shown
+
+
+def test_the_picture_is_of_the_shown_run() -> None:
+    (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    drawn = {text.text for text in ElementTree.parse(REPOSITORY / picture).iter("{http://www.w3.org/2000/svg}text")}
+    (shown,) = [block for block in blocks("text", README) if "run tiny_cpu" in block]
+    (bigram,) = re.findall(r"^a bigram model .* reaches ([\d.]+) bits/byte", shown, re.MULTILINE)
+    *_, reached = re.findall(r"^eval \d+ loss .* bits/byte ([\d.]+)", shown, re.MULTILINE)
+    assert {f"bigram model {bigram}", reached} <= drawn
