@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands parse and run, its configs load, its numbers are counted."""
+"""The README and the pages that continue it: commands parse and run, configs load, numbers are counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -19,11 +21,14 @@ from dsmoe.plan import Topology, count_parameters
 from dsmoe.plan.text import readable_count
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = ("docs/configuration.md", "docs/layouts.md", "docs/testing.md")
+README, *CONTINUED = [(REPOSITORY / page).read_text(encoding="utf-8") for page in ("README.md", *PAGES)]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, *pages: str) -> list[str]:
+    """The fenced blocks of `pages`; without any, of the README and all pages that continue it."""
+    text = "\n".join(pages or (README, *CONTINUED))
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
@@ -93,10 +98,21 @@ def test_the_wrong_command_is_answered_as_shown(capsys: pytest.CaptureFixture[st
 
 
 def test_the_plan_is_printed_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    (shown,) = [block for block in blocks("text") if block.startswith("$ dsmoe plan")]
+    (shown,) = [block for block in blocks("text", *CONTINUED) if block.startswith("$ dsmoe plan")]
     command, _, answer = shown.partition("\n")
     assert cli.main(shlex.split(command)[2:]) == 0
     assert capsys.readouterr().out == answer
+
+
+def test_the_parts_of_the_plan_in_the_readme_are_parts_of_the_whole() -> None:
+    (part,) = [block for block in blocks("text", README) if block.startswith("$ dsmoe plan")]
+    (whole,) = [block for block in blocks("text", *CONTINUED) if block.startswith("$ dsmoe plan")]
+    *parts, after = part.split("...\n")
+    assert len(parts) > 1
+    assert after == ""
+    assert whole.startswith(parts[0])
+    for former, latter in pairwise(parts):
+        assert f"\n{latter}" in whole[whole.index(former) + len(former) :]
 
 
 def test_the_comparison_of_layouts_is_introduced_as_shown(
@@ -136,8 +152,17 @@ def test_the_table_of_recipes_is_what_the_configs_say() -> None:
 
 
 def test_the_shown_run_is_the_recipe_that_make_train_runs() -> None:
-    (shown,) = [block for block in blocks("text") if "run tiny_cpu" in block]
+    (shown,) = [block for block in blocks("text", README) if "run tiny_cpu" in block]
     config = load_config("configs/tiny_cpu.yaml")
     counts = count_parameters(config)
     assert f"parameters: {counts.total:,} total, {counts.active:,} active" in shown
     assert f"step {config.train.steps}/{config.train.steps} 100.0%" in shown
+
+
+def test_the_picture_is_of_the_shown_run() -> None:
+    (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    drawn = {text.text for text in ElementTree.parse(REPOSITORY / picture).iter("{http://www.w3.org/2000/svg}text")}
+    (shown,) = [block for block in blocks("text", README) if "run tiny_cpu" in block]
+    (bigram,) = re.findall(r"^a bigram model .* reaches ([\d.]+) bits/byte", shown, re.MULTILINE)
+    *_, reached = re.findall(r"^eval \d+ loss .* bits/byte ([\d.]+)", shown, re.MULTILINE)
+    assert {f"bigram model {bigram}", reached} <= drawn

@@ -35,7 +35,7 @@ def adopt(file: Path, root: Path) -> list[str]:
     changed = []
     best = [row for stage in results["stages"] for row in stage["rows"] if row.get("kind") == "best"]
     if not results["rehearsal"] and best:
-        table = root / blocks.TABLE.relative_to(blocks.TABLE.parents[3])
+        table = root / blocks.TABLE.relative_to(blocks.TABLE.parents[2])
         changed += [f"took {kernel} into {table.relative_to(root)}" for kernel in tune.adopt(best, table)]
     for source in (file, page):
         target = root / RESULTS / source.name

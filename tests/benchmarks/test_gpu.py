@@ -140,7 +140,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytes
     assert hangs["rows"] == [GOOD]
     assert re.search(r"its time was up after [1-8] s", hangs["why"]), "half of what was left when it began"
     (log,) = (path.read_text(encoding="utf-8") for path in tmp_path.glob("*/hangs.log"))
-    assert "faults.py" in log, "where it hung"
+    assert "faulty_stage.py" in log, "where it hung"
     assert not orphans()
 
 
@@ -315,8 +315,8 @@ def results_in(folder: Path, date: str, *, rehearsal: bool = False, word: str = 
 
 def repository(folder: Path) -> Path:
     (folder / adopt.RESULTS).mkdir(parents=True)
-    (folder / "dsmoe" / "moe" / "kernels").mkdir(parents=True)
-    table = Path("dsmoe") / "moe" / "kernels" / "blocks.json"
+    (folder / "dsmoe" / "kernels").mkdir(parents=True)
+    table = Path("dsmoe") / "kernels" / "blocks.json"
     (folder / table).write_text((ROOT / table).read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "README.md").write_text(f"# x\n\n{adopt.BEGIN}\nold\n{adopt.END}\n\nmore\n", encoding="utf-8")
     return folder
@@ -337,7 +337,7 @@ def test_figures_of_another_machine_are_taken_over_whole(tmp_path: Path) -> None
     assert "| 1 x NVIDIA H100 80GB HBM3, torch 2.11.0+cu130 | 2026-12-01 |" in readme
     assert f"[right, tune done](benchmarks/results/{file.stem}.md)" in readme
     assert readme.endswith(f"{adopt.END}\n\nmore\n")
-    table = json.loads((root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text(encoding="utf-8"))
+    table = json.loads((root / "dsmoe" / "kernels" / "blocks.json").read_text(encoding="utf-8"))
     assert table["sm_90"]["permute"]["sizes"] == {"block": 64, "warps": 2}
     assert adopt.adopt(root / adopt.RESULTS / file.name, root)[-1] != "wrote the status in README.md"
 
@@ -398,9 +398,9 @@ def test_an_interpreter_without_a_package_is_told_which() -> None:
 
 def test_a_rehearsal_changes_no_block_sizes_and_a_card_comes_before_it(tmp_path: Path) -> None:
     root = repository(tmp_path)
-    before = (root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text(encoding="utf-8")
+    before = (root / "dsmoe" / "kernels" / "blocks.json").read_text(encoding="utf-8")
     adopt.adopt(results_in(root / adopt.RESULTS, "2026-12-03 10:00 UTC", rehearsal=True), root)
-    assert (root / "dsmoe" / "moe" / "kernels" / "blocks.json").read_text(encoding="utf-8") == before
+    assert (root / "dsmoe" / "kernels" / "blocks.json").read_text(encoding="utf-8") == before
     assert "nothing yet" in adopt.status(root / adopt.RESULTS)
     results_in(root / adopt.RESULTS, "2026-12-01 10:00 UTC", word="failed")
     text = adopt.status(root / adopt.RESULTS)
