@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dsmoe.exit_codes import DONE, FAILED, STOPPED, USER_ERROR, of_signal
+from dsmoe.metrics.definitions import OPTIM_SKIPPED_STEPS
 from dsmoe.runtime.atomic_files import write_whole
 from dsmoe.runtime.rendezvous import slurm_attempt
 
@@ -114,7 +115,7 @@ def steps_taken(folder: Path) -> int | None:
     for line in reversed(lines):
         try:
             metrics = json.loads(line)
-            return int(metrics["step"] - metrics["optim/skipped_steps"])
+            return int(metrics["step"] - metrics[OPTIM_SKIPPED_STEPS.name])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # an evaluation's; or cut off, by the end of a rank or as the first one of the tail
     return None if lines or newest_checkpoint(folder) else 0

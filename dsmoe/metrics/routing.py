@@ -1,81 +1,109 @@
-"""The `moe/...` metrics, from the global sums of every MoE layer's statistics."""
+"""The `moe/...` metrics, computed from the global sums of every MoE layer's statistics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dsmoe.metrics.definitions import (
+    MOE_BALANCE_LOSS,
+    MOE_CAPACITY_USED_PERCENT,
+    MOE_DEAD_EXPERT_PERCENT,
+    MOE_DROPPED_PERCENT,
+    MOE_DROPPED_WEIGHT_PERCENT,
+    MOE_LOAD_CV,
+    MOE_LOAD_MAX_OVER_MEAN,
+    MOE_ROUTER_LOGIT_RMS,
+    MOE_ROUTING_ENTROPY_NORMALIZED,
+    MOE_Z_LOSS,
+)
+from dsmoe.metrics.metric import Combine, Metric
 from dsmoe.moe.stats import LayerStatistics
 
 
 @dataclass(frozen=True)
-class LayerMetrics:
-    """One layer's figures over one step and all ranks."""
+class Share:
+    """A percentage whose numerator and denominator are summed over the layers before the division."""
 
-    balance_loss: float
-    z_loss: float
-    router_logit_rms: float
-    load_max_over_mean: float
-    load_cv: float
-    dead_expert_percent: float
-    routing_entropy_normalized: float
-    dropped_percent: float
-    dropped_weight_percent: float
-    capacity_used_percent: float
+    part: float
+    whole: float
 
-    @classmethod
-    def of(cls, layer: LayerStatistics) -> LayerMetrics:
-        """Work the figures out.
+    @property
+    def percent(self) -> float:
+        """0 where the whole is 0."""
+        return self.part / max(self.whole, 1e-9) * 100
 
-        Loads are assignments before dropping. The coefficient of variation is the population's standard deviation
-        over the mean. An expert is dead if no token of the step chose it. The entropy is that of the mean score,
-        over log E: 1 when the router uses all experts alike. `router_logit_rms` is the root of the mean squared logit
-        over tokens and experts: where it grows without end, the router saturates and a z-loss helps.
-        """
-        loads = layer.assigned_E.double()
-        mean = loads.mean().clamp(min=1e-9)
-        share = layer.score_E / layer.score_E.sum().clamp(min=1e-9)
-        entropy = -(share * share.clamp(min=1e-30).log()).sum()
-        assigned, kept = float(loads.sum()), float(layer.kept_E.sum())
-        return cls(
-            balance_loss=layer.balance_loss / max(layer.micro_batches, 1),
-            z_loss=layer.z_loss / max(layer.micro_batches, 1),
-            router_logit_rms=math.sqrt(layer.square_logit / max(layer.tokens, 1)),
-            load_max_over_mean=float(loads.max() / mean),
-            load_cv=float(loads.std(correction=0) / mean),
-            dead_expert_percent=float((loads == 0).double().mean()) * 100,
-            routing_entropy_normalized=float(entropy) / math.log(len(loads)),
-            dropped_percent=(assigned - kept) / max(assigned, 1) * 100,
-            dropped_weight_percent=layer.dropped_weight / max(layer.weight, 1e-9) * 100,
-            capacity_used_percent=kept / max(layer.slots, 1) * 100,
-        )
+
+def layer_values(layer: LayerStatistics) -> dict[Metric, float | Share]:
+    """Return one layer's value of every metric with `in_every_layer`; a `Share` for those reduced as sum/sum.
+
+    Args:
+        layer: sums over the micro-batches of a step and over all ranks.
+    """
+    loads_E = layer.assigned_E.double()
+    mean = loads_E.mean().clamp(min=1e-9)
+    share_E = layer.score_E / layer.score_E.sum().clamp(min=1e-9)
+    entropy = -(share_E * share_E.clamp(min=1e-30).log()).sum()
+    assigned, kept = float(loads_E.sum()), float(layer.kept_E.sum())
+    return {
+        MOE_BALANCE_LOSS: layer.balance_loss / max(layer.micro_batches, 1),
+        MOE_Z_LOSS: layer.z_loss / max(layer.micro_batches, 1),
+        MOE_ROUTER_LOGIT_RMS: math.sqrt(layer.square_logit / max(layer.tokens, 1)),
+        MOE_ROUTING_ENTROPY_NORMALIZED: float(entropy) / math.log(len(loads_E)),
+        MOE_LOAD_MAX_OVER_MEAN: float(loads_E.max() / mean),
+        MOE_LOAD_CV: float(loads_E.std(correction=0) / mean),
+        MOE_DEAD_EXPERT_PERCENT: float((loads_E == 0).double().mean()) * 100,
+        MOE_DROPPED_PERCENT: Share(assigned - kept, assigned),
+        MOE_DROPPED_WEIGHT_PERCENT: Share(layer.dropped_weight, layer.weight),
+        MOE_CAPACITY_USED_PERCENT: Share(kept, layer.slots),
+    }
 
 
 def routing_metrics(layers: Sequence[LayerStatistics]) -> dict[str, float]:
-    """The metrics over all MoE layers; loads give the worst layer and, under `/mean`, the mean of the layers."""
-    each = [LayerMetrics.of(layer) for layer in layers]
-
-    def mean(name: str) -> float:
-        return sum(getattr(metrics, name) for metrics in each) / len(each)
-
-    means = ("balance_loss", "z_loss", "router_logit_rms", "routing_entropy_normalized")
-    result = {f"moe/{name}": mean(name) for name in means}
-    for name in ("load_max_over_mean", "load_cv", "dead_expert_percent"):
-        result[f"moe/{name}"] = max(getattr(metrics, name) for metrics in each)
-        result[f"moe/{name}/mean"] = mean(name)
-    # Shares of the whole: sums over layers before the division.
-    assigned, kept = (sum(float(getattr(layer, n).sum()) for layer in layers) for n in ("assigned_E", "kept_E"))
-    weight, dropped_weight, slots = (
-        sum(getattr(layer, n) for layer in layers) for n in ("weight", "dropped_weight", "slots")
-    )
-    result["moe/dropped_percent"] = (assigned - kept) / max(assigned, 1) * 100
-    result["moe/dropped_weight_percent"] = dropped_weight / max(weight, 1e-9) * 100
-    result["moe/capacity_used_percent"] = kept / max(slots, 1) * 100
-    return result
+    """Return the metrics over all MoE layers by name, each reduced over the layers as its definition says."""
+    values = [layer_values(layer) for layer in layers]
+    metrics: dict[str, float] = {}
+    for metric in values[0]:
+        over_layers = [of_layer[metric] for of_layer in values]
+        metrics[metric.name] = _reduced(metric, over_layers)
+        if metric.layer_mean:
+            metrics[metric.layer_mean] = _mean([_number(value) for value in over_layers])
+    return metrics
 
 
 def layer_metrics(index: int, layer: LayerStatistics) -> dict[str, float]:
-    """The same of one layer, as `moe/layer_003/...` (three digits, so that charts sort them)."""
-    metrics = LayerMetrics.of(layer)
-    return {f"moe/layer_{index:03d}/{name}": getattr(metrics, name) for name in metrics.__dataclass_fields__}
+    """Return the metrics of the MoE layer in block `index` by name: `moe/layer_003/...`."""
+    return {metric.in_layer(index): _number(value) for metric, value in layer_values(layer).items()}
+
+
+def _reduced(metric: Metric, values: Sequence[float | Share]) -> float:
+    """Reduce the layers' values of a metric to one.
+
+    Raises:
+        TypeError: a metric that is reduced as sum/sum has no `Share`, or another has one.
+    """
+    how = metric.reduction.layers
+    shares = [value for value in values if isinstance(value, Share)]
+    if len(shares) != (len(values) if how is Combine.RATIO else 0):
+        raise TypeError(f"{metric.name}: a Share is for metrics that are reduced over layers as {Combine.RATIO.value}")
+    if how is Combine.RATIO:
+        return Share(sum(share.part for share in shares), sum(share.whole for share in shares)).percent
+    assert how is not None, f"{metric.name} has a value in every layer, and no reduction over layers"
+    return _OVER_LAYERS[how]([_number(value) for value in values])
+
+
+def _number(value: float | Share) -> float:
+    return value.percent if isinstance(value, Share) else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+_OVER_LAYERS: dict[Combine, Callable[[Sequence[float]], float]] = {
+    Combine.SUM: sum,
+    Combine.MEAN: _mean,
+    Combine.MAX: max,
+    Combine.MIN: min,
+}

@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard."""
+"""Sinks of metrics: `metrics.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Something that keeps metrics."""
+    """A destination of metrics."""
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep the metrics of `step`: numbers, and what says of which text an evaluation was."""
+        """Write the metrics of `step` by name: numbers, and objects such as the text of an evaluation."""
 
     def close(self) -> None:
         """Finish writing."""
 
 
 class JsonLines:
-    """One JSON object per logged step: `step`, `time` (seconds since 1970) and the metrics.
+    """A file of one JSON object per line: `step`, `time` (seconds since 1970) and the metrics.
 
-    The file is opened for each line, so that one that is moved away, removed or repaired meanwhile is no matter.
+    Each line opens the file anew, because users move, remove and repair the file during a run.
 
     Args:
         path: the file, appended to.
-        resume_step: lines of later steps are removed: they are of a run that ended after its last checkpoint, and
-            those steps are about to be done again. -1 removes them all. Lines that are no metrics go as well.
+        resume_step: the step of the checkpoint that the run resumes from. Lines of later steps are removed, because
+            those steps are done again; -1 removes all lines. Lines without metrics are removed too.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -43,28 +43,37 @@ class JsonLines:
         if path.exists():
             lines = path.read_bytes().splitlines()
             steps = [_step_of(line) for line in lines]
-            broken = steps[:-1].count(None)  # the last one may be cut off by the end of the run before
+            broken = steps[:-1].count(None)  # the end of the run before may have cut the last line
             if broken:
                 logger.warning("%s: %d lines that are no metrics are left out", path, broken)
             kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= resume_step]
             write_whole(path, b"".join(line + b"\n" for line in kept))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append a line."""
+        """Append a line, in one write.
+
+        Raises:
+            OSError: the file system does not take the whole line.
+        """
         line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics}).encode() + b"\n"
         with self._path.open("ab+", buffering=0) as file:
             if (size := file.seek(0, os.SEEK_END)) > 0:
                 file.seek(size - 1)
-                line = line if file.read(1) == b"\n" else b"\n" + line  # a full disk has cut the one before
+                line = line if file.read(1) == b"\n" else b"\n" + line  # a full disk has cut the line before
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open between lines."""
 
 
 class TensorBoard:
-    """The same numbers for TensorBoard, under the same names."""
+    """TensorBoard events of the same numbers under the same names.
+
+    Args:
+        folder: the folder of the event files.
+        resume_step: the step of the checkpoint that the run resumes from; TensorBoard hides events of later steps.
+    """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -83,7 +92,7 @@ class TensorBoard:
 
 
 def _step_of(line: bytes) -> float | None:
-    """The step of a line; None where it is no line of metrics: cut off by a crash, or damaged."""
+    """Return the step of a line; None for one without metrics: cut off by a crash, or damaged."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmoe.checkpoint.placement import placements
+from dsmoe.metrics.definitions import EVAL_LOSS, TRAIN_LOSS
 from dsmoe.parallel import Groups
 from dsmoe.parallel.sharding import Box, Placement
 from dsmoe.plan import Plan
@@ -89,8 +90,8 @@ def train_few_steps(plan: Plan, rank: Rank, steps: int) -> Training:
     losses, norms = [], []
     for _ in range(steps):
         norms.append(float(trainer.step()))
-        losses.append(trainer.meter.read(layer_detail=False)["train/loss"])
-    held_out = trainer.evaluate()["eval/loss"]
+        losses.append(trainer.meter.read(layer_detail=False)[TRAIN_LOSS.name])
+    held_out = trainer.evaluate()[EVAL_LOSS.name]
     weights, apart = whole_weights(trainer.model)
     return Training(losses, norms, held_out, weights, apart, config.optimizer.lr * steps)
 

@@ -20,6 +20,7 @@ from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.loader import train_sequences
 from dsmoe.data.order import ORDER_VERSION, Mixture
+from dsmoe.metrics.definitions import EVAL_LOSS
 from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity, shown, table
 from dsmoe.train.recorded import SavedData, SavedOptimizer, SavedTrain, recorded
@@ -210,7 +211,9 @@ def _consequences(saved: Order, current: Order, done: int, end: int) -> list[str
         elif passed[name] > read[name]:
             lines.append(f"{name}: {passed[name] - read[name]:,} sequences are left out")
     if saved.seed != current.seed or saved.version != current.version or _texts_differ(saved, current):
-        lines.append("where another part is held out than before, it has been trained on: eval/loss is too low there")
+        lines.append(
+            f"where another part is held out than before, it has been trained on: {EVAL_LOSS.name} is too low there"
+        )
     return lines
 
 

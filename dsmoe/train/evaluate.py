@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmoe.data import PreparedSource, ValidationLoader, bigram_nats
+from dsmoe.metrics.definitions import EVAL_BITS_PER_BYTE, EVAL_LOSS, EVAL_SOURCE_BITS_PER_BYTE, EVAL_SOURCE_LOSS
 from dsmoe.runtime.progress import Job
 from dsmoe.runtime.watchdog import note
 from dsmoe.train.phases import Phase
@@ -79,9 +80,9 @@ def _metrics(sources: Sequence[PreparedSource], sums: list[list[float]]) -> dict
     total_nats = total_tokens = total_bytes = 0.0
     for source, (nats, tokens) in zip(sources, sums, strict=True):
         num_bytes = tokens * source.validation_bytes_per_token
-        metrics[f"eval/{source.name}/loss"] = nats / tokens
-        metrics[f"eval/{source.name}/bits_per_byte"] = nats / math.log(2) / num_bytes
+        metrics[EVAL_SOURCE_LOSS.name_for(source.name)] = nats / tokens
+        metrics[EVAL_SOURCE_BITS_PER_BYTE.name_for(source.name)] = nats / math.log(2) / num_bytes
         total_nats, total_tokens, total_bytes = total_nats + nats, total_tokens + tokens, total_bytes + num_bytes
-    metrics["eval/loss"] = total_nats / total_tokens
-    metrics["eval/bits_per_byte"] = total_nats / math.log(2) / total_bytes
+    metrics[EVAL_LOSS.name] = total_nats / total_tokens
+    metrics[EVAL_BITS_PER_BYTE.name] = total_nats / math.log(2) / total_bytes
     return metrics

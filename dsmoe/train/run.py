@@ -16,7 +16,8 @@ from pathlib import Path
 
 from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 from dsmoe.exit_codes import DONE, STOPPED
-from dsmoe.metrics import Sink
+from dsmoe.metrics.definitions import EVAL_BITS_PER_BYTE
+from dsmoe.metrics.sinks import Sink
 from dsmoe.parallel import Groups
 from dsmoe.plan.elastic import adjustments
 from dsmoe.plan.plan import Plan
@@ -41,7 +42,7 @@ from dsmoe.train.initialize import prepare_data
 from dsmoe.train.run_files import forget_run
 from dsmoe.train.run_folder import check_shared, claim_run_folder, make_run_folder, run_folder
 from dsmoe.train.run_log import log_to_console, log_to_file, open_sinks, optional
-from dsmoe.train.summary import BITS_PER_BYTE, summary
+from dsmoe.train.summary import summary
 from dsmoe.train.trainer import Trainer, make_trainer
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _train_and_summarise(trainer: Trainer, folder: Path) -> bool:
         "counting the pairs of tokens of a bigram model",
     )
     if bigram:
-        reached = bigram[BITS_PER_BYTE]
+        reached = bigram[EVAL_BITS_PER_BYTE.name]
         logger.info("a bigram model of the same tokens reaches %.3f bits/byte on the held-out text", reached)
     if trainer.step_index == 0:
         trainer.evaluate()

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from dsmoe.config.errors import describe
 from dsmoe.config.schema import Config
-from dsmoe.metrics import JsonLines, Sink, TensorBoard
+from dsmoe.metrics.sinks import JsonLines, Sink, TensorBoard
 from dsmoe.runtime.processes import Rank
 
 T = TypeVar("T")

@@ -15,14 +15,13 @@ from dsmoe.config.schema import Config
 from dsmoe.launch.job import Request
 from dsmoe.launch.programs import typed
 from dsmoe.launch.quoting import path_argument, shell_word
+from dsmoe.metrics.definitions import EVAL_BITS_PER_BYTE, EVAL_HELD_OUT, EVAL_SOURCE_BITS_PER_BYTE
 from dsmoe.plan.plan import Plan
 from dsmoe.runtime.world import SRUN, launched_world
 from dsmoe.train.changed import rate_when_longer
 from dsmoe.train.run_folder import free_name
 
-BITS_PER_BYTE = "eval/bits_per_byte"
-HELD_OUT = "eval/held_out"
-"""Metric that describes the text of an evaluation by source (`text_of`); lines of earlier versions lack it."""
+BITS_PER_BYTE, HELD_OUT = EVAL_BITS_PER_BYTE.name, EVAL_HELD_OUT.name
 
 
 def summary(
@@ -56,14 +55,13 @@ def _table(
         bigram = {}
         notes.append(f"no bigram model: it is of the text of this start, and step {last['step']} is not")
     columns = {**ends, "bigram model": bigram}
-    keys = [key for key in last if key.endswith("/bits_per_byte")]
-    names = {key: key.removeprefix("eval/").removesuffix("/bits_per_byte") for key in keys}
-    names[BITS_PER_BYTE] = "all"
+    sources = ((key, EVAL_SOURCE_BITS_PER_BYTE.variable_part(key)) for key in last)
+    names = {key: source for key, source in sources if source is not None} | {BITS_PER_BYTE: "all"}
     width = max(len(name) for name in [*names.values(), "source"])
     table = [
         "held-out bits per byte (lower is better)",
         f"  {'source':<{width}}{''.join(f'  {column:>12}' for column in columns)}",
-        *(f"  {names[k]:<{width}}{''.join(f'  {_number(c, k)}' for c in columns.values())}" for k in keys),
+        *(f"  {names[k]:<{width}}{''.join(f'  {_number(c, k)}' for c in columns.values())}" for k in names),
         *notes,
     ]
     if BITS_PER_BYTE in bigram:

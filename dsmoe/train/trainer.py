@@ -20,7 +20,10 @@ from dsmoe.data import PreparedSource
 from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 from dsmoe.engine.make_engine import make_engine
 from dsmoe.engine.update_guard import UpdateGuard, propagate_non_finite
-from dsmoe.metrics import Meter, Sink, console_line
+from dsmoe.metrics import definitions as metric
+from dsmoe.metrics.console import console_line
+from dsmoe.metrics.meter import Meter
+from dsmoe.metrics.sinks import Sink
 from dsmoe.model import Transformer, build_model
 from dsmoe.moe import begin_step, hold_drop_rate, update_routers
 from dsmoe.parallel.groups import Groups
@@ -32,7 +35,7 @@ from dsmoe.train.evaluate import evaluate
 from dsmoe.train.phases import Phase, phase
 from dsmoe.train.run_data import RunData, load_data
 from dsmoe.train.signals import StopSignals
-from dsmoe.train.summary import HELD_OUT, after_divergence
+from dsmoe.train.summary import after_divergence
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -195,25 +198,25 @@ class Trainer:
             metrics = self.meter.read(layer_detail=bool(detail_every) and self.step_index % (detail_every or 1) == 0)
         self._count_skips()
         if self.moe_layers:
-            hold_drop_rate(self.moe_layers, metrics["moe/dropped_percent"])
-        metrics["optim/grad_norm"] = float(grad_norm)
-        metrics["optim/lr"] = self.used_learning_rate
-        metrics["optim/skipped_steps"] = float(self.engine.skipped_steps)
-        metrics["progress/tokens"] = float(self.step_index * self.plan.batch.tokens_per_step)
-        metrics["progress/percent"] = 100.0 * self.step_index / self.plan.batch.steps
+            hold_drop_rate(self.moe_layers, metrics[metric.MOE_DROPPED_PERCENT.name])
+        metrics[metric.OPTIM_GRAD_NORM.name] = float(grad_norm)
+        metrics[metric.OPTIM_LR.name] = self.used_learning_rate
+        metrics[metric.OPTIM_SKIPPED_STEPS.name] = float(self.engine.skipped_steps)
+        metrics[metric.PROGRESS_TOKENS.name] = float(self.step_index * self.plan.batch.tokens_per_step)
+        metrics[metric.PROGRESS_PERCENT.name] = 100.0 * self.step_index / self.plan.batch.steps
         self._write(metrics)
         memory_gib = self.plan.device.memory_gib if self.plan.device else None
         logger.info(console_line(metrics, self.step_index, self.plan.batch.steps, memory_gib))
         only_skips = self._only_skips()
-        if not math.isfinite(metrics["train/loss"]) or only_skips:
+        if not math.isfinite(metrics[metric.TRAIN_LOSS.name]) or only_skips:
             with phase(Phase.SAVE):
                 self.checkpoints.wait()
             if only_skips:
                 self._set_dead_end_aside()
             skipped = self.skipped_steps() or "no step was skipped"
             self._end_diverged(
-                f"the loss is {metrics['train/loss']:.4g}, the gradient norm {metrics['optim/grad_norm']:.4g}, and "
-                f"{skipped}"
+                f"the loss is {metrics[metric.TRAIN_LOSS.name]:.4g}, "
+                f"the gradient norm {metrics[metric.OPTIM_GRAD_NORM.name]:.4g}, and {skipped}"
             )
         self._odd_steps.zero_()
         self._looked_at = self.step_index
@@ -240,17 +243,16 @@ class Trainer:
         with phase(Phase.EVALUATION):
             what = f"the evaluation after step {self.step_index}"
             metrics = evaluate(self.model, self.data.held_out, self.rank.device, what)
-        self._validation_loss, self._validated_step = metrics["eval/loss"], self.step_index
-        self._write({**metrics, HELD_OUT: self.data.held_out_text})
-        each = "  ".join(
-            f"{source.name} {metrics[f'eval/{source.name}/bits_per_byte']:.3f}" for source in self.data.sources
-        )
+        self._validation_loss, self._validated_step = metrics[metric.EVAL_LOSS.name], self.step_index
+        self._write({**metrics, metric.EVAL_HELD_OUT.name: self.data.held_out_text})
+        bits = {each.name: metric.EVAL_SOURCE_BITS_PER_BYTE.name_for(each.name) for each in self.data.sources}
+        by_source = "  ".join(f"{source} {metrics[name]:.3f}" for source, name in bits.items())
         logger.info(
             "eval %d loss %.4f bits/byte %.3f (%s)",
             self.step_index,
-            metrics["eval/loss"],
-            metrics["eval/bits_per_byte"],
-            each,
+            metrics[metric.EVAL_LOSS.name],
+            metrics[metric.EVAL_BITS_PER_BYTE.name],
+            by_source,
         )
         self.meter.restart_clock()
         return metrics

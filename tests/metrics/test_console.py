@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsmoe.metrics import console_line
+from dsmoe.metrics.console import console_line
 
 DENSE = {
     "train/loss": 7.04123,

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dsmoe.metrics import Meter
 from dsmoe.metrics import meter as meter_module
+from dsmoe.metrics.meter import Meter
 from dsmoe.moe import MoE, hold_drop_rate
 from dsmoe.parallel import Groups
 from dsmoe.plan import Batch, Plan, Topology

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dsmoe.metrics import JsonLines, TensorBoard
+from dsmoe.metrics.sinks import JsonLines, TensorBoard
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

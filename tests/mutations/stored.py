@@ -288,8 +288,8 @@ MUTATIONS = [
     Mutation(
         "both conventions have one figure",
         "dsmoe/metrics/meter.py",
-        old='"_causal": rate * flops.causal_training',
-        new='"_causal": rate * flops.training',
+        old="causal_tflops = rate * flops.causal_training",
+        new="causal_tflops = rate * flops.training",
         caught_by=f"{METER}test_throughput_is_of_the_slowest_rank_over_the_steps_in_between",
     ),
     Mutation(
