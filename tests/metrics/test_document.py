@@ -1,13 +1,14 @@
-"""docs/metrics.md is what the definitions make of it."""
+"""docs/metrics.md is fresh, and other pages name metrics that exist."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from dsmoe.metrics.definitions import METRICS
+from dsmoe.metrics.definitions import GROUPS, METRICS, find
 from dsmoe.metrics.document import page
 from dsmoe.metrics.metric import Metric
 from tests.helpers.sources import REPOSITORY
@@ -30,3 +31,10 @@ def test_every_metric_has_a_row(metric: Metric) -> None:
     assert metric.meaning in row
     assert metric.source in row
     assert row.count("|") == 5
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in (REPOSITORY / "docs").glob("*.md"))])
+def test_pages_name_metrics_that_exist(page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    named = re.findall(rf"`((?:{'|'.join(GROUPS)})/[\w/<>]+)`", text)
+    assert not [name for name in named if find(name) is None]

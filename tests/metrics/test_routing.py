@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.metrics.routing import layer_metrics, routing_metrics
+from dsmoe.metrics import routing
+from dsmoe.metrics.definitions import METRICS, MOE_DROPPED_PERCENT, MOE_LOAD_CV
+from dsmoe.metrics.metric import Metric
+from dsmoe.metrics.routing import Share, layer_metrics, layer_values, routing_metrics
 from dsmoe.moe import LayerStatistics
 
 
@@ -102,3 +105,16 @@ def test_one_layer_has_the_same_figures_under_a_name_that_sorts() -> None:
 def test_a_step_without_tokens_divides_by_nothing() -> None:
     empty = layer_sums([0, 0], weight=0.0, slots=0.0, balance_loss=0.0, z_loss=0.0, micro_batches=0.0, tokens=0.0)
     assert all(math.isfinite(value) for value in routing_metrics([empty]).values())
+
+
+def test_every_metric_of_a_layer_is_computed() -> None:
+    assert list(layer_values(layer_sums([5, 5, 5, 5]))) == [metric for metric in METRICS if metric.in_every_layer]
+
+
+@pytest.mark.parametrize(("metric", "value"), [(MOE_DROPPED_PERCENT, 1.0), (MOE_LOAD_CV, Share(1.0, 2.0))])
+def test_a_value_that_its_reduction_cannot_take_is_an_error(
+    metric: Metric, value: float | Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "layer_values", lambda layer: {metric: value})
+    with pytest.raises(TypeError, match=f"{metric.name}: a Share is for"):
+        routing_metrics([layer_sums([5, 5, 5, 5])])

@@ -300,6 +300,13 @@ MUTATIONS = [
         caught_by=f"{METER}test_throughput_is_of_the_slowest_rank_over_the_steps_in_between",
     ),
     Mutation(
+        "the load of the best layer is reported as the worst one's",
+        "dsmoe/metrics/definitions.py",
+        old="ranks=Combine.SUM, layers=Combine.MAX)",
+        new="ranks=Combine.SUM, layers=Combine.MIN)",
+        caught_by="tests/metrics/test_routing.py::test_loads_name_the_worst_layer_and_the_mean",
+    ),
+    Mutation(
         "the padding of the last evaluated batch counts",
         "dsmoe/train/evaluate.py",
         old="row[1] += weight.to(device).sum() * losses_BS.shape[1]",
