@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ Line = dict[str, Any]
 NAMES = {name: metric for metric in METRICS for name in metric.names}
 
 
-def train_and_read(config: Config) -> list[Line]:
-    """The lines of metrics.jsonl of a whole run on one rank."""
-    trainer, file = make_trainer(config), Path(config.runs_dir) / "metrics.jsonl"
-    trainer.sinks = [JsonLines(file, resume_step=-1)]
-    trainer.evaluate()
-    assert trainer.run()
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def train_and_read(configs: Mapping[str, Config]) -> dict[str, list[Line]]:
+    """The lines of metrics.jsonl of a whole run on one rank, for each config."""
+    lines = {}
+    for kind, config in configs.items():
+        trainer, file = make_trainer(config), Path(config.runs_dir) / "metrics.jsonl"
+        trainer.sinks = [JsonLines(file, resume_step=-1)]
+        trainer.evaluate()
+        assert trainer.run()
+        lines[kind] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Line]]:
             observe={"layer_detail_every": 2},
         ),
     }
-    return {kind: run_ranks(1, train_and_read, config)[0] for kind, config in configs.items()}
+    return run_ranks(1, train_and_read, configs)[0]
 
 
 def names_of(line: Line) -> set[str]:
