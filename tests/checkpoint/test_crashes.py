@@ -13,12 +13,11 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
+from dsmoe.checkpoint.dcp import ChunkSavePlanner, FolderWriter, by_key
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, checkpoint_name, verify
 from dsmoe.checkpoint.manifest import Facts, Manifest
-from dsmoe.checkpoint.planning import PartsSavePlanner, by_key
-from dsmoe.checkpoint.removal import remove_old
-from dsmoe.checkpoint.state import whole_part
-from dsmoe.checkpoint.storage import FolderWriter
+from dsmoe.checkpoint.retention import remove_old
+from dsmoe.checkpoint.state import Chunk
 from dsmoe.config.schema import Checkpoint as CheckpointSection
 from dsmoe.runtime.spawn import run_ranks
 from tests.helpers.crashes import disturb_runs, figures
@@ -152,11 +151,11 @@ class Mortal:
 
 
 def save_small(folder: Path, step: int, keep: int = 2) -> None:
-    """What `Checkpoints` does on the disk, with next to nothing to save."""
-    parts = [whole_part("model/w", torch.full((3, 4), float(step))), whole_part("step/w", torch.tensor(0.0))]
+    """What `Checkpointer` does on the disk, with next to nothing to save."""
+    chunks = [Chunk.whole("model/w", torch.full((3, 4), float(step))), Chunk.whole("step/w", torch.tensor(0.0))]
     facts = Facts(step, 0, 0, step, float(step), "AdamW", {"name": "small", "model": {}, "train": {}}, {}, {})
     writer = FolderWriter(folder / checkpoint_name(step), facts)
-    dcp.save(by_key(parts), storage_writer=writer, planner=PartsSavePlanner())
+    dcp.save(by_key(chunks), storage_writer=writer, planner=ChunkSavePlanner())
     remove_old(folder, CheckpointSection(keep=keep))
 
 

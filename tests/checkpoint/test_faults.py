@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint import CheckpointException
 
-from dsmoe.checkpoint import checkpoints as saving
-from dsmoe.checkpoint import failures, removal, safetensors
-from dsmoe.checkpoint.checkpoints import SaveError
+from dsmoe.checkpoint import retention, safetensors, saving
 from dsmoe.checkpoint.folder import all_checkpoints, look, verify
 from dsmoe.checkpoint.manifest import Manifest, UnreadableError
-from dsmoe.checkpoint.removal import remove_old, set_aside
+from dsmoe.checkpoint.retention import remove_old, set_aside
+from dsmoe.checkpoint.saving import SaveError
 from dsmoe.cli import main
 from dsmoe.config.schema import Checkpoint as CheckpointSection
 from dsmoe.config.schema import Config
@@ -452,16 +451,16 @@ def test_the_attempts_have_an_end_and_the_exit_code_says_whether_to_start_again(
 def test_what_is_not_the_disks_fault_is_not_tried_again(
     cause: Exception, is_of_disk: bool, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failures.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(saving.dist, "get_world_size", lambda: 2)
     stack = traceback.StackSummary.from_list([])
-    error = SaveError.of(Path("step_00000003"), CheckpointException("save", {1: (cause, stack)}))
+    error = SaveError.from_exception(Path("step_00000003"), CheckpointException("save", {1: (cause, stack)}))
     assert (error.is_of_disk, error.exit_code) == (is_of_disk, code)
     assert "cannot save step_00000003: " in str(error)
     assert str(cause.args[1 if is_of_disk else 0]) in str(error)
 
 
 def test_misses_are_counted_from_the_last_checkpoint_on() -> None:
-    misses = failures.Misses()
+    misses = saving.MissedSaves()
     misses.failed = 1
     assert misses.warning() == ""
     misses.put_off = 1
@@ -479,12 +478,12 @@ def test_misses_are_counted_from_the_last_checkpoint_on() -> None:
 def test_the_names_that_are_removed_are_those_that_are_written(tmp_path: Path) -> None:
     for suffix in ("partial", "replaced", "removed"):
         for step in ("step_00000001", "step_123456789"):
-            path = removal.hidden_name(tmp_path / step, suffix)
+            path = retention.hidden_name(tmp_path / step, suffix)
             path.mkdir()
-            other = removal.hidden_name(tmp_path / step, suffix)
+            other = retention.hidden_name(tmp_path / step, suffix)
             other.mkdir()
             assert path != other
-    removal.remove_leftovers(tmp_path)
+    retention.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
     shutil.rmtree(tmp_path)
-    removal.remove_leftovers(tmp_path)
+    retention.remove_leftovers(tmp_path)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.fit import check_fits
+from dsmoe.checkpoint.compatibility import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import DamagedError, Manifest, _sealed, tiles
 from dsmoe.cli import main
@@ -354,8 +354,8 @@ def test_fuzz_manifests(count: int, checkpoint: Path) -> None:
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of all that a checkpoint has, by its key and place, but for random states."""
-    parts = trainer.checkpoints._parts()
-    return {f"{part.key} {part.box}": part.here.clone() for part in parts if not part.key.startswith("rng/")}
+    chunks = trainer.checkpoints._chunks()
+    return {f"{chunk.key} {chunk.box}": chunk.values.clone() for chunk in chunks if not chunk.key.startswith("rng/")}
 
 
 def wreck(trainer: Trainer) -> None:

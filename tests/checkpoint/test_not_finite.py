@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.checkpoints import NotFiniteError
+from dsmoe.checkpoint.checkpointer import NotFiniteError
 from dsmoe.checkpoint.folder import all_checkpoints, verify
 from dsmoe.config.schema import Config
 from dsmoe.engine.optimizer_state import inner_optimizer

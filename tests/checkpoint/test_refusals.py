@@ -15,10 +15,10 @@ import pytest
 import torch
 from xxhash import xxh3_128
 
-from dsmoe.checkpoint.fit import check_fits
+from dsmoe.checkpoint.compatibility import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import DamagedError, _sealed
-from dsmoe.checkpoint.safetensors import DTYPES, Item, write_items
+from dsmoe.checkpoint.safetensors import DTYPES, LazyTensor, write_tensors
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.plan.plan import Plan
@@ -251,8 +251,8 @@ def rewrite(checkpoint: Path, change: Callable[[str, torch.Tensor], torch.Tensor
             boxes[box[2]].append((f"{key}[{','.join(map(str, box[0]))}]", box, part))
     for name, parts in boxes.items():
         parts.sort(key=lambda part: -part[2].dtype.itemsize)
-        items = [Item(box_name, x.dtype, tuple(x.shape), lambda x=x: x) for box_name, _, x in parts]
-        file, offsets = write_items(checkpoint / name, items)
+        items = [LazyTensor(box_name, x.dtype, tuple(x.shape), lambda x=x: x) for box_name, _, x in parts]
+        file, offsets = write_tensors(checkpoint / name, items)
         content["files"][name] = {"bytes": file.bytes, "xxh128": xxh3_128((checkpoint / name).read_bytes()).hexdigest()}
         for (_, box, _), offset in zip(parts, offsets, strict=True):
             box[3] = offset

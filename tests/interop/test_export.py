@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsmoe.checkpoint.headers import BYTES
 from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.cli import main
 from dsmoe.config.errors import UserError
@@ -192,11 +193,11 @@ def test_files_are_no_larger_than_asked_and_the_index_names_every_tensor(tmp_pat
     assert [file.name for file in files] == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, 6)]
     total = 0
     for file in files:
-        slots = read_header(file)
-        size = sum(slot.torch_dtype.itemsize * torch.Size(slot.shape).numel() for slot in slots.values())
+        entries = read_header(file)
+        size = sum(BYTES[entry.dtype] * torch.Size(entry.shape).numel() for entry in entries.values())
         assert size <= 20_000
         total += size
-        assert {name for name, place in index["weight_map"].items() if place == file.name} == slots.keys()
+        assert {name for name, place in index["weight_map"].items() if place == file.name} == entries.keys()
     assert index["metadata"]["total_size"] == total
 
 
