@@ -54,10 +54,7 @@ def tokenizer_files(config: Config, given: str | None, trained: str = "") -> Tok
             content = path.read_bytes()
         except OSError as error:
             raise UserError(f"the tokenizer {path.absolute()} cannot be read ({error.strerror})") from error
-        text, digest = (
-            content.decode("utf-8", errors="replace"),
-            content_digest(content),
-        )  # what is not text is refused below: it is not JSON either
+        text, digest = content.decode("utf-8", errors="replace"), content_digest(content)  # not text, so not JSON
     if trained and digest != trained and given is None:
         raise UserError(
             f"the tokenizer {name} (data.tokenizer) is not the one that the model was trained with, whose contents had "

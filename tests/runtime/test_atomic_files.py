@@ -195,7 +195,7 @@ def test_no_other_code_renames_files_into_place() -> None:
         for name, text in sources("dsmoe", "benchmarks", "docker").items()
         if any(call in text for call in ("os.replace(", "os.rename(", ".rename(", ".replace(path)", ".replace(folder"))
     }
-    assert renaming == {"dsmoe/runtime/atomic_files.py", "dsmoe/checkpoint/retention.py", "dsmoe/checkpoint/storage.py"}
+    assert renaming == {"dsmoe/runtime/atomic_files.py", "dsmoe/checkpoint/retention.py", "dsmoe/checkpoint/dcp.py"}
     storage = (package / "checkpoint" / "storage.py").read_text(encoding="utf-8")
     assert storage.count(".rename(") == storage.count("self.final.rename(hidden_name(self.final, ") == 1
 
