@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 PATIENCE = timedelta(hours=2)
-"""How long ranks wait for the slowest disk among them."""
+"""Limit of the ranks' wait for the slowest disk among them."""
 
 
 class NotFiniteError(DamagedError):
@@ -138,6 +138,7 @@ class Checkpointer:
         bad = not_finite(self._state.floats(), device).any()
         if also is not None:
             bad = bad | ~also.to(device)
+        # One flag for all tensors and ranks: its read-back is the only wait for the device.
         dist.all_reduce(flag := bad.to(torch.int32), dist.ReduceOp.MAX)
         return not flag.item()
 
@@ -191,9 +192,11 @@ class Checkpointer:
         facts, engine = manifest.facts, self._engine
         check_fits(checkpoint, manifest, self._settings, type(inner_optimizer(engine)).__name__)
         chunks, finish = list(self._state.weights_to_load()), self._state.forget_moments
+        # A checkpoint of a run that has taken no step has no moments: the optimizer is to be as before its first one.
         if any(key.startswith(f"{STEP}/") for key in manifest.tensors):
             moments, finish = self._state.moments_to_load()
             chunks += moments
+        # Into copies: extra state is no view of the model's, and `load_state_dict` sets it.
         buffers = {name: torch.empty_like(x, device="cpu") for name, x in self._state.buffers().items()}
         chunks += [Chunk.whole(f"{BUFFER}/{name}", x) for name, x in buffers.items()]
         random = {}
@@ -257,6 +260,7 @@ class Checkpointer:
                 return inspect(checkpoint)
 
             def check() -> None:
+                # Each rank reads its share of the files, whoever wrote them: each file is read once.
                 names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
                 job.expect(sum(manifest.files[name].bytes for name in names))
                 check_surely(checkpoint, manifest, names, Reading(job.at, job.add))

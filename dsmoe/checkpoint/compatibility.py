@@ -54,6 +54,7 @@ def check_fits(checkpoint: Path, manifest: Manifest, config: Mapping[str, Any], 
 
 def rows(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Row]:
     """Return a row for each key whose values differ."""
+    # A key that one side lacks differs: another version of dsmoe may have written the checkpoint.
     return [
         (key, str(saved.get(key, "absent")), str(wanted.get(key, "absent")))
         for key in {**saved, **wanted}

@@ -85,6 +85,7 @@ class ChunkSavePlanner(SavePlanner):
                 assert data is not None
                 tensor = tensors.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
                 tensor.chunks.append(data.chunk)
+        # A gap or an overlap is found now, and not by the run that would have to resume from the checkpoint.
         for key, tensor in tensors.items():
             boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
             if not tiles(tuple(tensor.size), boxes):
@@ -111,6 +112,9 @@ class ChunkLoadPlanner(LoadPlanner):
         assert metadata is not None
         self._chunks, self._stored = state_dict, metadata.state_dict_metadata
 
+    # A tensor of 6 x 4, stored by two ranks as rows 0-2 (index 0) and 3-5 (index 1); this rank wants rows 2-3. Items:
+    #   storage index 0, storage offsets (2, 0), lengths (1, 4), destination offsets (0, 0)    row 2
+    #   storage index 1, storage offsets (0, 0), lengths (1, 4), destination offsets (1, 0)    row 3
     def create_local_plan(self) -> LoadPlan:
         """One item per overlap of a stored box with a chunk's."""
         items: list[ReadItem] = []
@@ -187,7 +191,7 @@ class FolderWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's files and force them onto the disk; each result has its `StoredChunk` and `StoredFile`."""
-        self._partial = self.final.with_name(plan.storage_data)
+        self._partial = self.final.with_name(plan.storage_data)  # the coordinator's choice, by way of the plan
         results: list[WriteResult] = []
         self._account.expect(sum(map(_bytes, plan.items)))
         for number, items in enumerate(_files(plan.items)):
@@ -206,6 +210,8 @@ class FolderWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the manifest, then give the folder its name."""
+        # A crash is harmless at any line: files and manifest are on the disk before the folder gets its name, and the
+        # folder that it replaces is removed after that.
         written = {(r.index.fqn, r.index.offset): r.storage_data for rank in results for r in rank}
         tensors = {}
         for key, tensor in metadata.state_dict_metadata.items():
@@ -294,6 +300,7 @@ class FolderReader(StorageReader):
         chunks = [t.chunks[item.storage_index.index or 0] for item, t in zip(plan.items, tensors, strict=True)]
         bytes_of = [item.lengths.numel() * BYTES[t.dtype] for item, t in zip(plan.items, tensors, strict=True)]
         self._account.expect(sum(bytes_of))
+        # In the order of the disk, so that files are read from front to back.
         reads = zip(plan.items, tensors, chunks, bytes_of, strict=True)
         file = ""
         for item, tensor, chunk, size in sorted(reads, key=lambda read: (read[2].file, read[2].offset)):
@@ -333,7 +340,7 @@ def _write_item(chunk: Chunk) -> WriteItem:
 def _files(items: list[WriteItem]) -> list[list[WriteItem]]:
     """Group the items by file, those of wider elements first, so that all are aligned."""
     files: list[list[WriteItem]] = []
-    size = FILE_BYTES
+    size = FILE_BYTES  # the first item begins a file
     for item in sorted(items, key=lambda item: -_element_bytes(item)):
         if size >= FILE_BYTES:
             files.append([])

@@ -58,6 +58,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
         entries = [entry for entry in os.scandir(folder) if _NAME.fullmatch(entry.name) and _may_be_folder(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    # Of two names of one step the longer is the newer one: `spare_name` made it beside the other.
     return sorted((folder / entry.name for entry in entries), key=lambda path: (step_of(path), len(path.name)))
 
 
@@ -77,6 +78,7 @@ def inspect(checkpoint: Path) -> Manifest:
     """
     manifest = Manifest.read(checkpoint)
     check_files(checkpoint, manifest)
+    # A folder that somebody has renamed would count as newer, or older, than it is.
     if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != manifest.facts.step:
         raise DamagedError(f"{checkpoint} is not what its name says: it is of step {manifest.facts.step}")
     return manifest
@@ -167,7 +169,7 @@ def check_surely(checkpoint: Path, manifest: Manifest, names: list[str], reading
             logger.error("%s; looking again in %.0f s", error, pause)
             time.sleep(pause)
         except DamagedError:
-            time.sleep(LOOKS[0])
+            time.sleep(LOOKS[0])  # real damage is seen again at the second look
             break
     return check_contents(checkpoint, manifest, names, reading)
 
@@ -178,6 +180,7 @@ def check_headers(checkpoint: Path, manifest: Manifest, names: Iterable[str]) ->
     Raises:
         DamagedError: one has not: other weights would be loaded.
     """
+    # Checksums prove the files, and the seal the manifest; that both belong together, only the files' headers tell.
     for name, entries in _entries_by_file(checkpoint, manifest, names).items():
         _check_header(checkpoint, name, entries)
 
@@ -239,7 +242,7 @@ class Found:
     """The checkpoints of a folder, newest first."""
 
     whole: dict[Path, Manifest] = field(default_factory=dict)
-    """Those that have all of their files, of the right sizes."""
+    """Checkpoints that have all of their files, of the right sizes."""
     passed_over: dict[Path, str] = field(default_factory=dict)
     """The others, and what is wrong with each."""
     unreadable: dict[Path, UnreadableError] = field(default_factory=dict)

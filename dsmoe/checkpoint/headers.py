@@ -87,6 +87,7 @@ def _entry(path: Path, entry: dict[str, Any], start: int, size: int) -> TensorEn
     return TensorEntry(path, dtype, tuple(shape), start + first)
 
 
+# Of two equal names JSON's last would count here, and another reader might take the first.
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):

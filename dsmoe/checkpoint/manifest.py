@@ -31,7 +31,7 @@ _TABLES = ("files", "tensors")
 _TYPES = {"model": FLOATS, "exp_avg": ("F32",), "exp_avg_sq": ("F32",), "step": ("F32",), "rng": ("U8",)}
 """The types that a tensor may have, by its kind; those of buffers are the model's."""
 _MOST_LEVELS = DEEPEST + 10
-"""How deep facts may be: a config is read as YAML, of at most `DEEPEST` levels. Deeper ones exhaust Python's stack."""
+"""Bound of the facts' depth: a config is YAML of at most `DEEPEST` levels. Deeper ones exhaust Python's stack."""
 
 
 class DamagedError(UserError):
@@ -55,7 +55,7 @@ class ContradictionError(ValueError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a checkpoint besides its tensors."""
+    """Everything a checkpoint records besides its tensors."""
 
     step: int
     """Optimizer steps done. The order of the data follows from it and the seed."""
@@ -185,6 +185,7 @@ class Manifest:
             kind, _, name = key.partition("/")
             if kind == "model" and tensor.dtype != "F32" and f"exp_avg/{name}" in self.tensors:
                 raise ContradictionError(f"{key} is {tensor.dtype}, and what has moments is saved as F32")
+            # A wrong offset would load other elements without an error: everything is checked before anything is read.
             for chunk in tensor.chunks:
                 if chunk.file not in self.files:
                     raise ContradictionError(f"{key} is in {chunk.file!r}, which is none of its files")

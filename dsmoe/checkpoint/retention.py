@@ -33,7 +33,7 @@ _LEFTOVER = re.compile(r"\.step_\d{8,}(\.[0-9a-f]{8})?\.(partial|replaced|remove
 _SYSTEM_FILES = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.ASCII)
 """Files that desktops write into a folder when somebody opens it."""
 _logged: set[Path] = set()
-"""What could not be removed, as the log says already."""
+"""Paths that could not be removed, as the log says already."""
 
 
 def hidden_name(checkpoint: Path, suffix: str) -> Path:
@@ -145,6 +145,7 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
         why = found.passed_over.get(saved, "it is not there")
         logger.error("%s was saved and does not look whole (%s); older checkpoints stay", saved, why)
         return []
+    # A union: a checkpoint stays if any of the options keeps it.
     kept = {*list(found.whole)[: options.keep], *_best(found.whole, options.keep_best)}
     every = options.keep_every
     removed = [

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 WORTH_SECONDS = (60.0, 3600.0)
 """Between these, the last save is tried again for as long as the work since the last checkpoint has taken."""
 STOPPING_SECONDS = 20.0
-"""The same after a signal: its sender waits half a minute or so."""
+"""The limit after a signal, whose sender waits half a minute or so."""
 PAUSES = (2.0, 120.0)
 """Seconds before the second attempt, which double with each one, and the most that they become."""
 _ALIGNMENT = 8
@@ -146,6 +146,7 @@ class Saver:
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the last save has ended, well or not, or cannot end; no longer than `seconds`."""
         begun = time.monotonic()
+        # Not one long join: the thread may wait for a lost rank until gloo gives up, after hours.
         while self._thread is not None and self._thread.is_alive():
             lost = None if self._job is None else self._job.gone()
             if lost is not None:
@@ -182,6 +183,7 @@ class Saver:
         """End the last save: while the disk refuses, try again for as long as the lost work would take."""
         self.wait()
         begun, pause = time.monotonic(), PAUSES[0]
+        # Every rank sees the same failure, since it comes from a collective; clocks differ, so limits are agreed on.
         worth = min(max(time.time() - self.misses.since, WORTH_SECONDS[0]), WORTH_SECONDS[1])
         worth = STOPPING_SECONDS if is_stopping else worth
         while isinstance(self.failure, SaveError) and self.failure.is_of_disk:
@@ -215,10 +217,11 @@ class Saver:
         return bool(flag)
 
     def _start(self) -> None:
-        """Let a thread write the copies; without `checkpoint.asynchronous`, wait for the thread."""
+        """Start a thread that writes the copies; without `checkpoint.asynchronous`, wait for the thread."""
         final = self.folder / checkpoint_name(self._facts.step)
         self._job = Job("save", f"saving {final.name}", ends_with_rank=True)
         writer = FolderWriter(final, self._facts, self._job)
+        # A daemon: storage that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._write, args=(writer, self._job), daemon=True, name="save")
         self._thread.start()
         if not self._options.asynchronous:

@@ -137,6 +137,7 @@ class EngineState:
         for fragment in self._fragments:
             name, state = self._name(fragment.parameter), moments_of(self.engine, fragment)
             tensors = {MODEL: fragment.master, **{kind: state[kind] for kind in MOMENTS if kind in state}}
+            # Weight and moments are cut alike: one tuple of chunks per box, which one rank writes together.
             kinds = [self._fragment_chunks(kind, fragment, tensor) for kind, tensor in tensors.items()]
             for same_box in zip(*kinds, strict=True):
                 box = same_box[0].box
@@ -199,6 +200,7 @@ class EngineState:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return what the model saves besides parameters: the same on every rank and every layout."""
+        # By the state dict, which leaves out non-persistent buffers and has the layers' extra state.
         module = self.engine.module
         names = {name for name, _ in module.named_buffers()}
         saved = module.state_dict()
@@ -207,6 +209,7 @@ class EngineState:
     def floats(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield all floating-point state of this rank as it is (weights, masters, moments, buffers), roughly named."""
         yield from ((f"{MODEL}/{name}", x.detach()) for name, x in self.engine.module.named_parameters())
+        # ZeRO has many fragments in one flat master: each master once.
         for fragment in {id(f.master): f for f in self._fragments}.values():
             yield f"{MODEL} (masters)", fragment.master.detach()
             state = moments_of(self.engine, fragment)

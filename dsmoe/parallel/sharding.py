@@ -1,4 +1,4 @@
-"""Where a rank's tensors lie in the tensors of the whole model: shards, boxes, sharded tensors."""
+"""Shards, boxes and sharded tensors: the places of a rank's tensors in the tensors of the whole model."""
 
 from __future__ import annotations
 

@@ -381,11 +381,11 @@ def test_weights_alone_are_taken_where_that_is_asked_for(checkpoint: Path, tmp_p
     )
     for result in run_ranks(2, fine_tune, config, checkpoint):
         assert result == {"step": 0, "had_moments": False}
-    there, here = tensors_of(checkpoint), tensors_of(folder_of(config) / "step_00000000")
-    for key, value in there.items():
+    source, begun = tensors_of(checkpoint), tensors_of(folder_of(config) / "step_00000000")
+    for key, value in source.items():
         if key.startswith("model/") or key.endswith("balance.bias"):
-            assert torch.equal(here[key], value), key
-    assert not any(key.startswith(("step/", "exp_avg")) for key in here), "the optimizer begins anew"
+            assert torch.equal(begun[key], value), key
+    assert not any(key.startswith(("step/", "exp_avg")) for key in begun), "the optimizer begins anew"
 
 
 @pytest.mark.parametrize("key", ["resume", "weights_from"])

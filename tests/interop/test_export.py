@@ -79,8 +79,8 @@ def test_bf16_rounds_the_weights_and_not_the_selection_bias(name: str, tmp_path:
     export(tmp_path / "checkpoint", tmp_path / "out")
     import_folder(tmp_path / "out", tmp_path / "back", config)
     for key, tensor in tensors_of(tmp_path / "back").items():
-        there = tensors[key].read()
-        assert torch.equal(tensor, there if key.startswith("buffer") else there.bfloat16()), key
+        stored = tensors[key].read()
+        assert torch.equal(tensor, stored if key.startswith("buffer") else stored.bfloat16()), key
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -180,9 +180,9 @@ def test_a_run_of_any_layout_is_exported(tmp_path: Path) -> None:
     [checkpoint] = folder_of(config).iterdir()
     export(checkpoint, tmp_path / "out", dtype="fp32")
     import_folder(tmp_path / "out", tmp_path / "back", config)
-    there = tensors_of(checkpoint)
+    stored = tensors_of(checkpoint)
     for key, tensor in tensors_of(tmp_path / "back").items():
-        assert torch.equal(tensor, there[key]), key
+        assert torch.equal(tensor, stored[key]), key
 
 
 def test_files_are_no_larger_than_asked_and_the_index_names_every_tensor(tmp_path: Path) -> None:
