@@ -66,25 +66,32 @@ class Chunk:
 #   local tensor    .  . [0]     Box((0, 2), (1, 1)) of the local tensor, flat[0:1] -> Box((0, 5), (1, 1)) of the weight
 #                  [1  2] .      Box((1, 0), (1, 2)) of the local tensor, flat[1:3] -> Box((1, 3), (1, 2)) of the weight
 def chunks_of_range(
-    kind: str, sharded: ShardedTensor, shape: tuple[int, ...], start: int, flat: torch.Tensor
-) -> Iterator[Chunk]:
-    """Yield the elements [start, start + len(flat)) of a flattened rank's tensor as chunks of the global tensor.
+    sharded: ShardedTensor, shape: tuple[int, ...], start: int, values: Mapping[str, torch.Tensor]
+) -> Iterator[list[Chunk]]:
+    """Yield a range of a flattened rank's tensor as chunks of the global tensor: for each box, one of each kind.
 
     Args:
-        kind: the chunks' keys are `kind/NAME`.
         sharded: the rank's tensor as boxes of the global one.
         shape: of the rank's tensor.
         start: the first element of the range, in the flattened tensor.
-        flat: the values of the range, of one dimension; chunks are views of it.
+        values: by kind (`model`, `exp_avg`), the values of the range; flat, of equal size. Chunks are views of them.
     """
-    begin = 0
-    for box in boxes_of_range(shape, start, start + flat.numel()):
-        values = flat.narrow(0, begin, box.size).view(box.shape)
+    numel, begin = next(iter(values.values())).numel(), 0
+    for box in boxes_of_range(shape, start, start + numel):
         for local_box, global_box in sharded.boxes:
             common = box.overlap(local_box)
-            if common is not None:
-                target = common.relative_to(local_box).shifted(global_box.start)
-                yield Chunk(f"{kind}/{sharded.name}", sharded.shape, target, common.relative_to(box).view(values))
+            if common is None:
+                continue
+            target, inner = common.relative_to(local_box).shifted(global_box.start), common.relative_to(box)
+            yield [
+                Chunk(
+                    f"{kind}/{sharded.name}",
+                    sharded.shape,
+                    target,
+                    inner.view(flat.narrow(0, begin, box.size).view(box.shape)),
+                )
+                for kind, flat in values.items()
+            ]
         begin += box.size
 
 
@@ -109,15 +116,19 @@ class EngineState:
     def _name(self, parameter: torch.Tensor) -> str:
         return self._sharded[id(parameter)].name
 
-    def _fragment_chunks(self, kind: str, fragment: Fragment, tensor: torch.Tensor) -> Iterator[Chunk]:
-        """Yield the fragment's elements of `tensor`, which has the shape of the fragment's master."""
+    def _fragment_chunks(self, fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> Iterator[list[Chunk]]:
+        """Yield for each box of the fragment a chunk of each of `tensors`, which have the shape of its master."""
         parameter = fragment.parameter
-        shape, flat = tuple(parameter.shape), fragment.view(tensor)
-        return chunks_of_range(kind, self._sharded[id(parameter)], shape, fragment.start, flat)
+        values = {kind: fragment.view(tensor) for kind, tensor in tensors.items()}
+        return chunks_of_range(self._sharded[id(parameter)], tuple(parameter.shape), fragment.start, values)
+
+    def _master_chunks(self, fragment: Fragment) -> Iterator[Chunk]:
+        return (chunk for (chunk,) in self._fragment_chunks(fragment, {MODEL: fragment.master}))
 
     def _weight_chunks(self, parameter: torch.Tensor) -> Iterator[Chunk]:
-        flat = parameter.detach().view(-1)
-        return chunks_of_range(MODEL, self._sharded[id(parameter)], tuple(parameter.shape), 0, flat)
+        values = {MODEL: parameter.detach().view(-1)}
+        found = chunks_of_range(self._sharded[id(parameter)], tuple(parameter.shape), 0, values)
+        return (chunk for (chunk,) in found)
 
     def _frozen(self) -> list[torch.Tensor]:
         return [parameter for parameter in self._not_masters if not parameter.requires_grad]
@@ -127,7 +138,7 @@ class EngineState:
         masters = [
             (self._name(fragment.parameter), chunk.box)
             for fragment in self._fragments
-            for chunk in self._fragment_chunks(MODEL, fragment, fragment.master)
+            for chunk in self._master_chunks(fragment)
         ]
         frozen = [(self._name(p), chunk.box) for p in self._frozen() for chunk in self._weight_chunks(p)]
         return masters + frozen
@@ -137,13 +148,12 @@ class EngineState:
         for fragment in self._fragments:
             name, state = self._name(fragment.parameter), moments_of(self.engine, fragment)
             tensors = {MODEL: fragment.master, **{kind: state[kind] for kind in MOMENTS if kind in state}}
-            # Weight and moments are cut alike: one tuple of chunks per box, which one rank writes together.
-            kinds = [self._fragment_chunks(kind, fragment, tensor) for kind, tensor in tensors.items()]
-            for same_box in zip(*kinds, strict=True):
-                box = same_box[0].box
+            # Weight and moments are cut alike, and one rank writes all of a box.
+            for chunks in self._fragment_chunks(fragment, tensors):
+                box = chunks[0].box
                 if (name, box) not in owned:
                     continue
-                yield from same_box
+                yield from chunks
                 # One count per parameter, written by the rank that writes its first element.
                 if state and not any(box.start):
                     yield Chunk(f"{STEP}/{name}", (), Box((), ()), state["step"])
@@ -160,7 +170,7 @@ class EngineState:
     def weights_to_load(self) -> Iterator[Chunk]:
         """Yield the chunks that parameters and masters are read into."""
         for fragment in self._fragments:
-            yield from self._fragment_chunks(MODEL, fragment, fragment.master)
+            yield from self._master_chunks(fragment)
         for parameter in self._not_masters:
             yield from self._weight_chunks(parameter)
 
@@ -178,8 +188,8 @@ class EngineState:
         steps = []
         for fragment in self._fragments:
             state = moments_of(self.engine, fragment)
-            for kind in MOMENTS:
-                chunks += self._fragment_chunks(kind, fragment, state[kind])
+            for chunks_of_box in self._fragment_chunks(fragment, {kind: state[kind] for kind in MOMENTS}):
+                chunks += chunks_of_box
             counted = torch.zeros((), dtype=torch.float32)
             steps.append((fragment, counted))
             chunks.append(Chunk(f"{STEP}/{self._name(fragment.parameter)}", (), Box((), ()), counted))

@@ -62,7 +62,11 @@ def test_chunks_of_a_range_are_elements_of_the_global_tensor(first: int, last: i
     local = shard.slice_of(whole)
     sharded = ShardedTensor.sliced("w", local, shard)
     flat = local.reshape(-1)[start:stop]
-    found = list(chunks_of_range("model", sharded, tuple(local.shape), start, flat))
+    values = {"model": flat, "exp_avg": -flat}
+    found = [chunk for chunk, _ in chunks_of_range(sharded, tuple(local.shape), start, values)]
+    moments = [moment for _, moment in chunks_of_range(sharded, tuple(local.shape), start, values)]
+    assert [(m.key, m.box) for m in moments] == [("exp_avg/w", chunk.box) for chunk in found]
+    assert all(torch.equal(m.values, -chunk.values) for m, chunk in zip(moments, found, strict=True))
     assert sum(chunk.box.size for chunk in found) == stop - start
     for chunk in found:
         assert (chunk.key, chunk.shape) == ("model/w", (8, 6))
@@ -93,7 +97,7 @@ def test_the_worked_examples_in_comments() -> None:
     gate_up = ShardedTensor.sliced("w", torch.empty(4, 1), Shard(dim=0, index=1, count=2, parts=2))
     assert [(local.start[0], global_box.start[0]) for local, global_box in gate_up.boxes] == [(0, 2), (2, 6)]
     columns = ShardedTensor.sliced("w", torch.empty(2, 3), Shard(dim=1, index=1, count=2))
-    chunks = list(chunks_of_range("model", columns, (2, 3), 2, torch.arange(3)))
+    chunks = [chunk for (chunk,) in chunks_of_range(columns, (2, 3), 2, {"model": torch.arange(3)})]
     assert [chunk.box for chunk in chunks] == [Box((0, 5), (1, 1)), Box((1, 3), (1, 2))]
     assert [chunk.values.flatten().tolist() for chunk in chunks] == [[0], [1, 2]]
     sizes = {"A": 6, "B": 4, "C": 3, "D": 2}
