@@ -40,7 +40,7 @@ def full_folder(path: Path) -> Path:
 
 
 def own_folder(path: Path) -> Path:
-    """As a save leaves it that was killed, on a system that looks into folders."""
+    """Make a folder as a killed save leaves it, on a system that writes files into folders."""
     path.mkdir()
     for name in ("manifest.json", "rank_00000_000.safetensors", "rank_100000_000.safetensors", ".DS_Store"):
         (path / name).write_text("ours", encoding="utf-8")
@@ -94,7 +94,7 @@ def test_nothing_in_the_folder_is_in_the_way(kind: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def immutable(tmp_path: Path) -> Iterator[Any]:
-    """Makes folders that not even root can remove, and undoes it."""
+    """Make folders that not even root can remove, and undo that afterwards."""
     made: list[Path] = []
 
     def make(path: Path) -> None:
@@ -151,7 +151,7 @@ def test_what_somebody_has_put_where_a_checkpoint_goes_stays_there(kind: str, tm
 
 
 def save_where_nothing_is_removed(folder: Path, number: int) -> list[str]:
-    """Saves with an `unlink` and a `rmdir` that fail for everything hidden, as another user's or busy files do."""
+    """Save with an `unlink` and a `rmdir` that fail for everything hidden, as another user's or busy files do."""
     unlink, rmdir, logged = os.unlink, os.rmdir, logged_from_now()
 
     def refusing(operation: Any) -> Any:
@@ -287,7 +287,7 @@ OTHERS_IN = [
 
 
 def put(kind: str, path: Path) -> None:
-    """Something that the manifest does not list."""
+    """Write something that the manifest does not list."""
     if kind == "notes":
         full_folder(path)
     elif kind == "model.pt":
@@ -321,7 +321,7 @@ NOT_KEPT = (".DS_Store", "._manifest.json", "rank_00000_001.safetensors")
 
 
 def save_over_others(folder: Path) -> list[str]:
-    """Saves of which each removes an older one, with things of somebody in the first two."""
+    """Save several times, each removing an older checkpoint, with somebody's files in the first two."""
     logged = logged_from_now()
     for step in range(1, 7):
         save_small(folder, step)
@@ -367,7 +367,7 @@ def test_an_earlier_one_that_was_set_aside_is_in_nobodys_way(immutable: Any, tmp
 
 
 def fail_and_recover(config: Config, failures: int, number: int, failing_rank: int) -> dict[str, Any]:
-    """A last save that fails so often, and what is said of it."""
+    """Fail `failures` times in the last save; return the log."""
     trainer, logged = make_trainer(config), logged_from_now()
     saving.PAUSES, saving.WORTH_SECONDS = (0.1, 0.2), (20.0, 20.0)
     trainer.step()

@@ -18,7 +18,7 @@ from tests.helpers.small_runs import make_trainer
 
 EXPERTS = "blocks.1.ffn.deepspeed_moe.experts"
 FROZEN = {"embedding.weight", "norm.weight", f"{EXPERTS}.down"}
-"""What is cut over the tensor group, what every rank has, what is cut over the experts."""
+"""Parameters cut over the tensor group, on every rank, and cut over the experts."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank": {"ranks": 1, "zero": 0},
     "1 rank, bf16": {"ranks": 1, "zero": 0, "precision": "bf16"},

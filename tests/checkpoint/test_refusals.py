@@ -84,7 +84,7 @@ def test_a_truncated_or_missing_file_is_found_without_reading_any(checkpoint: Pa
 
 
 class Harmful:
-    """What runs when it is unpickled."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -278,7 +278,7 @@ def test_tensors_of_other_types_are_not_converted_but_refused(saved: Path, tmp_p
 
 
 def refusals_of(config: Config, checkpoints: list[Path]) -> list[list[str]]:
-    """What each says who resumes it or takes its weights."""
+    """Return for each checkpoint the messages of resuming it and of taking its weights."""
     trainer = make_trainer(config)
     said = []
     for checkpoint in checkpoints:
