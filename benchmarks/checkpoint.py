@@ -38,9 +38,9 @@ import torch.distributed as dist
 from benchmarks.measuring import seconds, write
 from benchmarks.trainers import Contender, deepspeed_contender, dsmoe_contender
 from benchmarks.workload import SHAPES, Run, make_config
-from dsmoe.checkpoint.checkpoints import Checkpoints
+from dsmoe.checkpoint.checkpointer import Checkpointer
 from dsmoe.checkpoint.folder import checkpoint_name
-from dsmoe.checkpoint.placement import placements
+from dsmoe.checkpoint.placement import sharded_tensors
 from dsmoe.config.schema import Config
 from dsmoe.plan.parameters import count_parameters
 from dsmoe.runtime.atomic_files import sync_file
@@ -178,11 +178,11 @@ def stall_turn(contender: Contender, config: Config, folder: Path) -> Iterator[t
         saved.flush()
 
 
-def checkpoints(contender: Contender, config: Config, folder: Path, asynchronous: bool) -> Checkpoints:
+def checkpoints(contender: Contender, config: Config, folder: Path, asynchronous: bool) -> Checkpointer:
     """Those of a run that has just started."""
     section = config.checkpoint.model_copy(update={"asynchronous": asynchronous})
-    engine, here = contender.engine, config.model_copy(update={"checkpoint": section})
-    made = Checkpoints(folder, engine, placements(engine.module), here)
+    engine, config = contender.engine, config.model_copy(update={"checkpoint": section})
+    made = Checkpointer(folder, engine, sharded_tensors(engine.module), config)
     made.reserve()
     return made
 

@@ -372,9 +372,9 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint has in its files, box by box; not torch's own random states, from which nothing is drawn."""
     manifest = verify(checkpoint)
     return {
-        f"{key} {box.start}": read_tensor(checkpoint / box.file, tensor.dtype, box.shape, box.offset)
+        f"{key} {chunk.start}": read_tensor(checkpoint / chunk.file, tensor.dtype, chunk.shape, chunk.offset)
         for key, tensor in manifest.tensors.items()
-        for box in tensor.boxes
+        for chunk in tensor.chunks
         if not key.startswith("rng/")
     }
 

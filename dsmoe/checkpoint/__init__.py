@@ -1,6 +1,10 @@
-"""Elastic checkpoints: named boxes of global tensors, which any layout reads, and nothing that is executed.
+"""Elastic checkpoints: boxes of named global tensors, which any layout reads; nothing in one is executed.
 
-`manifest` and `folder` say what is on the disk and whether it is whole, without torch. `state` says which boxes of
-which tensors an engine of DeepSpeed's has here, `sharing` which of them this rank writes, `planning` and `storage` let
-`torch.distributed.checkpoint` move them, and `checkpoints` is what the trainer calls.
+`Shard`, `Box` and `ShardedTensor` (`dsmoe.parallel.sharding`) say where a rank's tensors lie in the global ones,
+`placement` for every parameter of a model. A `Chunk` (`state`) is a box of a global tensor with its values in memory, a
+`StoredChunk` (`manifest`) one with the place of its values on the disk. A save goes through
+
+    checkpointer -> state (chunks of the engine) -> saving (copy, thread) -> dcp (planner, folder) -> safetensors
+
+`manifest` and `folder` read the disk without torch; so do `compatibility`, `retention` and `inspection`.
 """

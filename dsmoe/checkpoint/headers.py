@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors are in it, of which types and shapes, and where. No torch."""
+"""Headers of safetensors files: the types, shapes and places of their tensors. No torch."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from dsmoe.runtime.atomic_files import check_regular
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Size of an element by the dtype's name in safetensors files."""
 FLOATS = ("F64", "F32", "BF16", "F16")
-"""Of these, the types that weights may have."""
+"""The types that weights may have."""
 LARGEST = 1 << 63
-"""No size, number of elements or offset is as large; a product of larger ones would take for ever."""
+"""Bound of sizes, numbers of elements and offsets; a product of unbounded ones would take for ever."""
 MOST_DIMENSIONS = 32
 _LONGEST_HEADER = 100_000_000
 """As in the safetensors library: a longer one is no header."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of a file."""
+class TensorEntry:
+    """A tensor in a safetensors file."""
 
+    path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     """In bytes, from the beginning of the file."""
 
 
-def read_entries(path: Path) -> dict[str, Entry]:
-    """The tensors of a file by name; reads none of them.
+def read_entries(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of a file by name; reads the header alone.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a whole safetensors file; says why.
+        OSError: the file cannot be read.
+        ValueError: it is not a whole safetensors file; with the reason.
     """
     check_regular(path)
     size = path.stat().st_size
@@ -48,9 +49,11 @@ def read_entries(path: Path) -> dict[str, Entry]:
     try:
         header = json.loads(text, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
-        entries = {name: _entry(entry, 8 + length, size) for name, entry in header.items()}
+        entries = {name: _entry(path, entry, 8 + length, size) for name, entry in header.items()}
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header is none: {error}") from None
+    # The tensors must fill the rest of the file without a gap or an overlap. One without elements shares its offset
+    # with the next: the smaller first.
     end = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, prod(entry.shape))):
         if entry.offset != end:
@@ -62,7 +65,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 
 def are_sizes(values: object, least: int = 0) -> bool:
-    """Whether a value of JSON is a list of whole numbers from `least` on, as a shape is."""
+    """Return whether a value of JSON is a list of whole numbers from `least` on, as a shape is."""
     return (
         type(values) is list
         and len(values) <= MOST_DIMENSIONS
@@ -70,7 +73,7 @@ def are_sizes(values: object, least: int = 0) -> bool:
     )
 
 
-def _entry(entry: dict[str, Any], start: int, size: int) -> Entry:
+def _entry(path: Path, entry: dict[str, Any], start: int, size: int) -> TensorEntry:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in BYTES:
         raise ValueError(f"it has elements of type {dtype}, which is none of {', '.join(BYTES)}")
@@ -81,9 +84,10 @@ def _entry(entry: dict[str, Any], start: int, size: int) -> Entry:
         raise ValueError("its header contradicts itself")
     if start + last > size:
         raise ValueError(f"it has {size:,} bytes, and its header describes {start + last:,} or more")
-    return Entry(dtype, tuple(shape), start + first)
+    return TensorEntry(path, dtype, tuple(shape), start + first)
 
 
+# Of two equal names JSON's last would count here, and another reader might take the first.
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):

@@ -1,4 +1,4 @@
-"""What `dsmoe checkpoint show` and `verify` print. No torch: the tensors' data are not looked at."""
+"""Output of `dsmoe checkpoint show` and `verify`. No torch: the tensors' data are not looked at."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsmoe.checkpoint.fit import rows
-from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect
-from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest, other_files
+from dsmoe.checkpoint.compatibility import rows
+from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, other_files
+from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config import load_config
 from dsmoe.config.show import flatten
 from dsmoe.plan.text import first_and_last, quantity, readable_count, shown, table
@@ -27,12 +27,12 @@ _KINDS = {
 
 
 def one_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest whole one below it where it is a run's folder or that of its checkpoints.
+    """Return the checkpoint at `path`, or the newest whole one of the run folder or checkpoint folder at `path`.
 
-    Says which newer ones are not whole, and why.
+    Logs which newer ones are not whole, and why.
 
     Raises:
-        DamagedError: there is none.
+        DamagedError: there is no whole checkpoint.
     """
     if (path / MANIFEST).exists():
         return path
@@ -46,13 +46,13 @@ def one_checkpoint(path: Path) -> Path:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """The same for `verify`: the newest by its name, whole or not."""
+    """Return the newest checkpoint by its name, whole or not: `verify` is to find the damage."""
     named = all_checkpoints(path) or all_checkpoints(path / "checkpoints")
     return named[-1] if named else one_checkpoint(path)
 
 
 def summary(checkpoint: Path, tensors: bool = False) -> str:
-    """The step, the layout, the size and the contents, in lines; with `tensors`, each of them."""
+    """Describe a checkpoint in lines: step, layout, size and contents; with `tensors`, each tensor."""
     manifest = inspect(checkpoint)
     facts = manifest.facts
     layout = ", ".join(f"{key} {value}" for key, value in facts.layout.items())
@@ -70,14 +70,14 @@ def summary(checkpoint: Path, tensors: bool = False) -> str:
     lines = [*map(shown, lines), "", *table([("what", "tensors", "elements", "size"), *_kinds(manifest)], "<>>>")]
     if tensors:
         entries = [
-            (key, t.dtype, "x".join(map(str, t.shape)), str(len(t.boxes))) for key, t in manifest.tensors.items()
+            (key, t.dtype, "x".join(map(str, t.shape)), str(len(t.chunks))) for key, t in manifest.tensors.items()
         ]
         lines += ["", *table([("tensor", "dtype", "shape", "boxes"), *entries], "<<>>")]
     return "\n".join(lines)
 
 
 def not_listed(checkpoint: Path, manifest: Manifest) -> list[str]:
-    """A line on what somebody else has put into the folder, if anything."""
+    """Return a line on files of other people in the folder, if there are any."""
     others = other_files(checkpoint, manifest)
     if not others:
         return []
@@ -87,17 +87,16 @@ def not_listed(checkpoint: Path, manifest: Manifest) -> list[str]:
 
 
 def compare(checkpoint: Path, other: Path) -> str:
-    """Where a checkpoint's config differs from another's, or from a YAML file."""
+    """Return the keys in which a checkpoint's config differs from another's, or from a YAML file, as a table."""
     saved = flatten(inspect(checkpoint).facts.config)
-    there = flatten(_config_of(other))
-    differing = rows(saved, there)
+    differing = rows(saved, flatten(_config_of(other)))
     if not differing:
         return f"the same config as {other}"
     return "\n".join(table([("key", checkpoint.name, str(other)), *differing], "<<<"))
 
 
 def gigabytes(size: int) -> str:
-    """A number of bytes, for people: `1.25 GB`."""
+    """Format a number of bytes: `1.25 GB`."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 

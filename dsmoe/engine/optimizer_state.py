@@ -28,8 +28,8 @@ class Fragment:
     """Start of the range in the flattened master."""
     numel: int
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The range in a tensor of the master's shape (its values, a moment): a flat view."""
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the range in a tensor of the master's shape (its values, a moment): a flat view."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
@@ -68,7 +68,7 @@ def check_links(found: list[Fragment]) -> None:
     """
     for fragment in found:
         weight = fragment.parameter.detach().view(-1).narrow(0, fragment.start, fragment.numel)
-        if not torch.equal(fragment.of(fragment.master).to(weight), weight):
+        if not torch.equal(fragment.view(fragment.master).to(weight), weight):
             raise RuntimeError(f"DeepSpeed's master of a weight {tuple(fragment.parameter.shape)} is of another one")
 
 

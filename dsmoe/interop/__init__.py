@@ -1,7 +1,9 @@
-"""To and from other people's models: export to and import from Hugging Face, dense models made MoE.
+"""Conversion to and from other people's models: Hugging Face export and import, dense models upcycled to MoE.
 
-`architectures` has an entry for each architecture of theirs, for either direction: what its config says of our options,
-and what either side cannot express. `names` says which part of which of our tensors each of theirs is. Tensors are
-moved one at a time (`files`, `tensors`), so that memory is bounded by the largest; `logits` compares what two models
-compute. `transformers` is imported only here, and only to read their configs and to run their models.
+`architectures` has an entry for each Hugging Face architecture, for both directions: what its config says of dsmoe's
+options, and what either side cannot express. `names` maps each of its tensors to a box of one of dsmoe's. Tensors are
+moved one at a time (`model_files`, `tensors`), so that memory is bounded by the largest; `logits` compares two models.
+`transformers` is imported only in this package, and only to read its configs and to run its models.
+
+In names, `ours` is dsmoe's and `hf` is Hugging Face's.
 """

@@ -17,21 +17,23 @@ from dsmoe.data.tokenizer import ByteTokenizer, content_digest
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """By name; and the end-of-document token, as text and number, where there is one."""
+    """Files of a tokenizer."""
 
     files: dict[str, str]
+    """Contents by name."""
     end: tuple[str, int] | None
+    """The end-of-document token as text and number, where there is one."""
     is_trained: bool = True
-    """Its contents are those that the model was trained with, as far as that was recorded."""
+    """True if the contents are those that the model was trained with, as far as that was recorded."""
 
 
 def tokenizer_files(config: Config, given: str | None, trained: str = "") -> TokenizerFiles:
-    """Those of `data.tokenizer`, or of the file `given` in its place; none for `none`.
+    """Return the files of `data.tokenizer`, or of the file `given` in its place; none for `none`.
 
     Args:
         config: of the run.
-        given: what somebody says for it, and answers for.
-        trained: `tokenizer_digest` of what the model was trained with; empty where it was not recorded.
+        given: the user's choice in place of `data.tokenizer`; may differ from the tokenizer of the training.
+        trained: `tokenizer_digest` of the tokenizer of the training; empty where it was not recorded.
 
     Raises:
         UserError: there is no such file, or it is not a tokenizer, or not the one of the training.
@@ -52,7 +54,7 @@ def tokenizer_files(config: Config, given: str | None, trained: str = "") -> Tok
             content = path.read_bytes()
         except OSError as error:
             raise UserError(f"the tokenizer {path.absolute()} cannot be read ({error.strerror})") from error
-        text, digest = content.decode("utf-8", errors="replace"), content_digest(content)  # no text is no JSON either
+        text, digest = content.decode("utf-8", errors="replace"), content_digest(content)  # not text, so not JSON
     if trained and digest != trained and given is None:
         raise UserError(
             f"the tokenizer {name} (data.tokenizer) is not the one that the model was trained with, whose contents had "
@@ -87,11 +89,11 @@ def tokenizer_files(config: Config, given: str | None, trained: str = "") -> Tok
 
 
 def _as_trained(text: str, end: str | None) -> str:
-    """A tokenizer.json without what training leaves out: special tokens around a text, cutting, padding, dropout.
+    """Return a tokenizer.json that tokenizes as training does.
 
-    With what training adds: text that spells a special token, or `end`, stays text.
-
-    A model that was trained without a token before each document has never seen one: its embedding is random numbers.
+    Without what training leaves out: special tokens around a text, truncation, padding, dropout. A model trained
+    without a token before each document has never seen one: its embedding is random numbers. With what training adds:
+    text that spells a special token, or `end`, stays text.
     """
     content: dict[str, Any] = json.loads(text)
     changed = {**literals_as_text(content, end), "truncation": None, "padding": None, "post_processor": None}
@@ -105,10 +107,10 @@ def _as_trained(text: str, end: str | None) -> str:
 
 
 def byte_tokenizer_json() -> str:
-    """The `bytes` tokenizer as one of the `tokenizers` library: a BPE without merges, with the same numbers.
+    """Return the `bytes` tokenizer as one of the `tokenizers` library: a BPE without merges, with the same numbers.
 
-    That library writes a byte as a printable character: those that are one stand for themselves, and the others, in
-    order, for 256, 257 and so on (GPT-2's table).
+    That library writes a byte as a printable character (GPT-2's table): a byte that is one stands for itself, and the
+    other bytes, in order, are characters 256, 257 and so on.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""`dsmoe checkpoint import`: a Hugging Face folder as a checkpoint of ours, which any layout begins with."""
+"""`dsmoe checkpoint import`: a Hugging Face folder as a checkpoint of dsmoe's, which any layout begins with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsmoe.checkpoint.fit import refuse, rows
+from dsmoe.checkpoint.compatibility import refuse, rows
 from dsmoe.checkpoint.folder import inspect
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Model, Moe
 from dsmoe.config.yaml_text import write_yaml
 from dsmoe.interop.architectures import architecture_of
-from dsmoe.interop.huggingface import folder_tensors, read_settings, read_slots
-from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
+from dsmoe.interop.huggingface import folder_entries, folder_tensors, read_settings
+from dsmoe.interop.logits import check_memory, compare, hf_logits, our_logits
 from dsmoe.interop.model_files import whole_folder
 from dsmoe.interop.names import matches
 from dsmoe.interop.sections import describe, sections_of
@@ -23,10 +23,10 @@ from dsmoe.launch.quoting import path_override
 
 
 def fitting_sections(folder: Path) -> str:
-    """The sections of a config of ours that fit the model in a folder, as YAML.
+    """Return the sections of dsmoe's config that fit the model in a folder, as YAML.
 
     Raises:
-        UserError: no config of ours does.
+        UserError: no config of dsmoe's fits.
     """
     settings = read_settings(folder)
     found: dict[str, Any] = sections_of(settings)
@@ -38,16 +38,16 @@ def fitting_sections(folder: Path) -> str:
 def import_folder(
     folder: Path, out: Path, config: Config, check: bool = True, say: Callable[[str], None] = print
 ) -> None:
-    """Write the weights of a folder as the checkpoint `out` of step 0, which is there whole or not at all.
+    """Write the weights of a folder as the checkpoint `out` of step 0, which appears whole or not at all.
 
     One tensor is in memory at a time, but for the comparison of the logits. Weights keep the type that they have.
 
     Args:
-        folder: theirs.
+        folder: Hugging Face's.
         out: a folder that is not there yet.
-        config: the run that is to begin with them.
-        check: compare what our model computes with what transformers' does.
-        say: what is told about it goes here.
+        config: the run that is to begin with the weights.
+        check: compare the logits of dsmoe's model with those of transformers'.
+        say: called with each line of output.
 
     Raises:
         UserError: the folder is damaged, is of another model than the config's, or the logits differ.
@@ -57,15 +57,14 @@ def import_folder(
     check_same(folder, config, settings)
     if check:
         check_memory(config)
-    slots = read_slots(folder)
     pairs = list(matches(config, architecture.names))
-    tensors = folder_tensors(folder, slots, pairs)
+    tensors = folder_tensors(folder, folder_entries(folder), pairs)
     with whole_folder(out) as partial_folder:
         write_checkpoint(partial_folder, config, tensors, f"import of {folder.absolute()}")
         written = inspect(partial_folder)
         if check:
             ours = our_logits(config, checkpoint_tensors(partial_folder, written))
-            agreement = compare(ours, their_logits(folder, config))
+            agreement = compare(ours, hf_logits(folder, config))
             if not agreement.holds:
                 raise UserError(f"our model computes something else: {agreement}; {out} was not written")
             say(f"the same logits as transformers' model: {agreement}")
@@ -77,18 +76,18 @@ def import_folder(
 
 
 def check_same(folder: Path, config: Config, settings: dict[str, Any]) -> None:
-    """Check that a config of ours describes the model that a config of theirs does.
+    """Check that dsmoe's config and Hugging Face's `settings` describe the same model.
 
     Raises:
-        UserError: it does not; with a table of what differs, and the sections that would fit.
+        UserError: they do not; with a table of what differs, and the sections that would fit.
     """
     sections = sections_of(settings)
-    there = with_sections(config, sections)
+    fitting = with_sections(config, sections)
     try:
-        refuse(folder, "another model", rows(describe(there), describe(config)))
+        refuse(folder, "another model", rows(describe(fitting), describe(config)))
     except UserError as error:
         raise UserError(f"{error}\nThis fits it:\n{write_yaml(sections)}") from None
-    window, longest = there.model.max_sequence_length, config.model.max_sequence_length
+    window, longest = fitting.model.max_sequence_length, config.model.max_sequence_length
     if settings.get("sliding_window") and longest > window:
         raise UserError(
             f"model.max_sequence_length ({longest}) must be at most {window}: the model in {folder} attends to a "
@@ -97,7 +96,7 @@ def check_same(folder: Path, config: Config, settings: dict[str, Any]) -> None:
 
 
 def with_sections(config: Config, sections: dict[str, Any]) -> Config:
-    """A config with other `model` and `moe` sections."""
+    """Return a config with other `model` and `moe` sections."""
     moe = sections["moe"]
     update = {"model": Model.model_validate(sections["model"]), "moe": moe and Moe.model_validate(moe)}
     return config.model_copy(update=update)

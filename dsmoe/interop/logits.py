@@ -1,4 +1,4 @@
-"""Whether two models compute the same: their logits for the same tokens, in fp32 on the CPU."""
+"""Comparison of two models by their logits for the same tokens, in fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from dsmoe.model import build_model
 from dsmoe.plan.plan import Plan
 
 TOLERANCE = 1e-3
-"""Largest difference of a token's logits that is taken for rounding, relative to the root mean square of all. Another
-meaning of a weight gives about 1; sums in another order, 1e-6 in small models, and more in deep ones."""
+"""Largest difference of a token's logits taken for rounding, relative to the root mean square of all logits. A weight
+used otherwise gives about 1; sums in another order, 1e-6 in small models, and more in deep ones."""
 FLIPPED, FLIPPED_TOLERANCE = 0.1, 0.1
-"""This share of the tokens may differ by this much: where two experts of a token score the same to rounding, the two
-libraries may choose differently. In a model of many layers and experts, that befalls a few tokens in a hundred."""
+"""Share of the tokens that may differ by more, and by how much: where two experts of a token score the same to
+rounding, the two libraries may choose differently. In deep models of many experts, a few tokens in a hundred are so."""
 _SEQUENCES, _LENGTH = 2, 64
 NO_CODE = {"local_files_only": True, "trust_remote_code": False}
-"""What every call into transformers gets: without the second, it asks on standard input whether to run the folder's
+"""Arguments of every call into transformers: without the second, it asks on standard input whether to run the folder's
 Python, and a script that answers `y` runs it."""
 _OWN_LAYERS = {"use_safetensors": True, "attn_implementation": "sdpa"}
-"""Not pickled weights, and not the attention that a config names, which may be a kernel of somebody's on the hub."""
+"""No pickled weights, and not the attention that a config names, which may be somebody's kernel on the hub."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two sets of logits are apart."""
+    """Distance of two sets of logits."""
 
     largest: float
-    """Difference of any two logits."""
+    """Largest difference of two logits."""
     scale: float
     """The root mean square of the first."""
     apart: float
@@ -46,7 +46,7 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether that is rounding; NaN is not."""
+        """True if the distance is rounding; NaN is not."""
         return self.apart <= FLIPPED and self.largest <= FLIPPED_TOLERANCE * self.scale
 
     def __str__(self) -> str:
@@ -54,16 +54,16 @@ class Agreement:
         return text if self.apart == 0 else f"{text}, {self.apart:.1%} of the tokens apart by more than rounding"
 
 
-def compare(ours: torch.Tensor, theirs: torch.Tensor) -> Agreement:
-    """The agreement of two sets of logits, [B, S, V]."""
-    scale = float(ours.square().mean().sqrt())
-    difference_BS = (ours - theirs).abs().amax(dim=-1)
+def compare(logits_BSV: torch.Tensor, reference_BSV: torch.Tensor) -> Agreement:
+    """Compare two sets of logits, fp32, of B sequences, S positions and V tokens."""
+    scale = float(logits_BSV.square().mean().sqrt())
+    difference_BS = (logits_BSV - reference_BSV).abs().amax(dim=-1)
     apart = 1.0 - float((difference_BS <= TOLERANCE * scale).float().mean())
     return Agreement(float(difference_BS.max()), scale, apart)
 
 
 def sample_tokens(config: Config) -> torch.Tensor:
-    """Tokens to compare on, always the same."""
+    """Return the tokens to compare on, [B, S], int64; always the same."""
     length = min(_LENGTH, config.model.max_sequence_length)
     return torch.randint(
         config.model.vocab_size, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0), dtype=torch.int64
@@ -72,12 +72,12 @@ def sample_tokens(config: Config) -> torch.Tensor:
 
 @torch.no_grad()
 def our_logits(config: Config, tensors: Tensors, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Those of the model of `config`, which drops nothing, with `tensors` as weights.
+    """Return the logits of dsmoe's model of `config`, which drops nothing, with `tensors` as weights; [B, S, V], fp32.
 
     Args:
         config: the run.
-        tensors: its weights and selection biases.
-        dtype: what the weights are rounded to first; None leaves them.
+        tensors: the run's weights and selection biases.
+        dtype: the type that weights are rounded to first; None leaves them.
     """
     model = build_model(dropless(config)).eval()
     targets = {f"{MODEL}/{name}": parameter.data for name, parameter in model.named_parameters()}
@@ -93,11 +93,11 @@ def our_logits(config: Config, tensors: Tensors, dtype: torch.dtype | None = Non
 
 
 @torch.no_grad()
-def their_logits(folder: Path, config: Config) -> torch.Tensor:
-    """Those of the transformers model in a folder; `config` is the run's that it is compared to.
+def hf_logits(folder: Path, config: Config) -> torch.Tensor:
+    """Return the logits of the transformers model in a folder, [B, S, V], fp32; `config` is of the run compared to.
 
     Raises:
-        UserError: it cannot be loaded, or not with every tensor where it belongs.
+        UserError: the model cannot be loaded, or not with every tensor in its place.
     """
     transformers = import_transformers()
     with _quiet(transformers):
@@ -105,7 +105,7 @@ def their_logits(folder: Path, config: Config) -> torch.Tensor:
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, **NO_CODE, **_OWN_LAYERS
             )
-        except Exception as error:  # whatever their code makes of a folder
+        except Exception as error:  # of any type: it is transformers' code
             raise UserError(f"transformers cannot load {folder}: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
@@ -115,7 +115,7 @@ def their_logits(folder: Path, config: Config) -> torch.Tensor:
 
 
 def dropless(config: Config) -> Config:
-    """The same run on one rank, without a limit on what an expert accepts: no other library has one."""
+    """Return the same run on one rank, without a capacity: no other library has one."""
     if config.moe is None:
         return config
     parallel = config.parallel.model_copy(update={"overlap_chunks": 1})
@@ -124,14 +124,14 @@ def dropless(config: Config) -> Config:
 
 
 def check_memory(config: Config) -> None:
-    """Check that two models of this size fit into what memory is free.
+    """Check that two models of this size fit into the free memory.
 
     Raises:
         UserError: they do not.
     """
     needed = 2 * 4 * Plan.from_config(config).parameters.total
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:  # what the page cache holds is free as well
+    try:  # memory of the page cache is available as well
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
@@ -144,10 +144,10 @@ def check_memory(config: Config) -> None:
 
 
 def refuse_code(folder: Path) -> None:
-    """Refuse a folder whose config needs classes of its own, before transformers looks at it.
+    """Refuse a folder whose config needs classes of its own, before transformers looks at the folder.
 
     Raises:
-        UserError: it has such a config, and transformers has no classes for its model.
+        UserError: the config names such classes, and transformers has none for the model.
     """
     try:
         settings = json.loads((folder / "config.json").read_bytes())
@@ -163,7 +163,7 @@ def refuse_code(folder: Path) -> None:
 
 
 def import_transformers() -> Any:
-    """The library, or an error that says how to get it."""
+    """Import transformers; raise a UserError that says how to install it where it is missing."""
     try:
         import transformers
     except ImportError:
@@ -175,7 +175,7 @@ def import_transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's progress bars and its advice; what it reports is checked instead."""
+    """Silence the library's progress bars and advice: its loading report is checked instead."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Which part of which of our tensors each tensor of a Hugging Face model is."""
+"""The box of one of dsmoe's tensors that each tensor of a Hugging Face model is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BIAS = "ffn.balance.bias"
 
 @dataclass(frozen=True)
 class Names:
-    """What an architecture calls the parts of an MoE layer, below `model.layers.N.`; the dense parts are Llama's."""
+    """An architecture's names for the parts of an MoE layer, below `model.layers.N.`; the dense parts are Llama's."""
 
     moe: str = "mlp"
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -27,31 +27,31 @@ class Names:
 
 @dataclass(frozen=True)
 class Match:
-    """A tensor of theirs, and the box of ours that has the same elements."""
+    """A tensor of a Hugging Face model, and the box of one of dsmoe's tensors with the same elements."""
 
-    theirs: str
-    shape: tuple[int, ...]
-    """Theirs."""
+    hf_name: str
+    hf_shape: tuple[int, ...]
     key: str | None
-    """Ours, as in a checkpoint's manifest; None where our model has none and theirs must be zero."""
-    whole: tuple[int, ...]
-    """The shape of all of ours."""
+    """dsmoe's tensor, as in a checkpoint's manifest; None where its model has none, and Hugging Face's must be zero."""
+    shape: tuple[int, ...]
+    """Of dsmoe's tensor."""
     box: Box
+    """Within dsmoe's tensor."""
 
 
 def matches(config: Config, names: Names) -> Iterator[Match]:
-    """Every tensor of the model that `config` describes, in the order of the layers."""
+    """Yield every tensor of the model that `config` describes, in the order of the layers."""
     model = config.model
     table = (model.vocab_size, model.hidden_size)
     yield _same("model.embed_tokens.weight", "embedding.weight", *table)
     for layer in range(model.num_layers):
         yield from _attention(config, layer)
-        there, here = f"model.layers.{layer}", f"blocks.{layer}"
+        hf_path, path = f"model.layers.{layer}", f"blocks.{layer}"
         if is_moe_layer(config, layer):
-            yield from _moe(config, names, f"{there}.{names.moe}", f"{here}.")
+            yield from _moe(config, names, f"{hf_path}.{names.moe}", f"{path}.")
         else:
             assert model.ffn_size is not None, "checked when the config was loaded"
-            yield from _feed_forward(f"{there}.mlp", f"{here}.ffn", model.hidden_size, model.ffn_size)
+            yield from _feed_forward(f"{hf_path}.mlp", f"{path}.ffn", model.hidden_size, model.ffn_size)
     yield _same("model.norm.weight", "norm.weight", model.hidden_size)
     if not model.tie_embeddings:
         yield _same("lm_head.weight", "head.weight", *table)
@@ -59,57 +59,57 @@ def matches(config: Config, names: Names) -> Iterator[Match]:
 
 def _attention(config: Config, layer: int) -> Iterator[Match]:
     model = config.model
-    there, here = f"model.layers.{layer}", f"blocks.{layer}"
+    hf_path, path = f"model.layers.{layer}", f"blocks.{layer}"
     width, size = model.hidden_size, head_dim(model)
     query, key_value = model.num_heads * size, num_kv_heads(model) * size
-    yield _same(f"{there}.input_layernorm.weight", f"{here}.attention_norm.weight", width)
+    yield _same(f"{hf_path}.input_layernorm.weight", f"{path}.attention_norm.weight", width)
     for name, rows in (("q_proj", query), ("k_proj", key_value), ("v_proj", key_value)):
-        yield _same(f"{there}.self_attn.{name}.weight", f"{here}.attention.{name}.weight", rows, width)
-    yield _same(f"{there}.self_attn.o_proj.weight", f"{here}.attention.o_proj.weight", width, query)
+        yield _same(f"{hf_path}.self_attn.{name}.weight", f"{path}.attention.{name}.weight", rows, width)
+    yield _same(f"{hf_path}.self_attn.o_proj.weight", f"{path}.attention.o_proj.weight", width, query)
     for name in ("q_norm", "k_norm") if model.qk_norm else ():
-        yield _same(f"{there}.self_attn.{name}.weight", f"{here}.attention.{name}.weight", size)
-    yield _same(f"{there}.post_attention_layernorm.weight", f"{here}.ffn_norm.weight", width)
+        yield _same(f"{hf_path}.self_attn.{name}.weight", f"{path}.attention.{name}.weight", size)
+    yield _same(f"{hf_path}.post_attention_layernorm.weight", f"{path}.ffn_norm.weight", width)
 
 
-def _feed_forward(there: str, here: str, width: int, inner: int) -> Iterator[Match]:
-    """A gated one: the gate's rows stand before the others in `gate_up`."""
+def _feed_forward(hf_path: str, path: str, width: int, inner: int) -> Iterator[Match]:
+    """Yield the tensors of a gated feed-forward: in `gate_up`, the gate's rows stand before the others."""
     for part, name in enumerate(("gate_proj", "up_proj")):
         box = Box((part * inner, 0), (inner, width))
-        yield _part(f"{there}.{name}.weight", box.shape, f"{here}.gate_up.weight", (2 * inner, width), box)
-    yield _same(f"{there}.down_proj.weight", f"{here}.down.weight", width, inner)
+        yield _part(f"{hf_path}.{name}.weight", box.shape, f"{path}.gate_up.weight", (2 * inner, width), box)
+    yield _same(f"{hf_path}.down_proj.weight", f"{path}.down.weight", width, inner)
 
 
-def _moe(config: Config, names: Names, there: str, here: str) -> Iterator[Match]:
+def _moe(config: Config, names: Names, hf_path: str, path: str) -> Iterator[Match]:
     assert config.moe is not None
     moe, width = config.moe, config.model.hidden_size
     experts, inner = moe.num_experts, moe.expert_ffn_size
-    yield _same(f"{there}.gate.weight", f"{here}{ROUTER}", experts, width)
+    yield _same(f"{hf_path}.gate.weight", f"{path}{ROUTER}", experts, width)
     if names.bias is not None:
-        # Without the option, our model has no bias, and theirs has zeros.
-        key = f"{BUFFER}/{here}{BIAS}" if moe.balance.bias_update_rate else None
-        yield Match(f"{there}.{names.bias}", (experts,), key, (experts,), Box((0,), (experts,)))
+        # Without the option, dsmoe's model has no bias, and Hugging Face's has zeros.
+        key = f"{BUFFER}/{path}{BIAS}" if moe.balance.bias_update_rate else None
+        yield Match(f"{hf_path}.{names.bias}", (experts,), key, (experts,), Box((0,), (experts,)))
     gate, up, down = names.expert
     for expert in range(experts):
         for part, name in enumerate((gate, up)):
             box = Box((expert, part * inner, 0), (1, inner, width))
-            whole = (experts, 2 * inner, width)
+            stack = (experts, 2 * inner, width)
             yield _part(
-                f"{there}.experts.{expert}.{name}.weight", box.shape[1:], f"{here}{EXPERTS_GATE_UP}", whole, box
+                f"{hf_path}.experts.{expert}.{name}.weight", box.shape[1:], f"{path}{EXPERTS_GATE_UP}", stack, box
             )
         box = Box((expert, 0, 0), (1, width, inner))
-        whole = (experts, width, inner)
-        yield _part(f"{there}.experts.{expert}.{down}.weight", box.shape[1:], f"{here}{EXPERTS_DOWN}", whole, box)
+        stack = (experts, width, inner)
+        yield _part(f"{hf_path}.experts.{expert}.{down}.weight", box.shape[1:], f"{path}{EXPERTS_DOWN}", stack, box)
     if moe.shared_expert_ffn_size is not None:
         assert names.shared is not None
-        yield from _feed_forward(f"{there}.{names.shared}", f"{here}ffn.shared", width, moe.shared_expert_ffn_size)
-    elif names.shared is not None:  # theirs is always there, without width if need be
+        yield from _feed_forward(f"{hf_path}.{names.shared}", f"{path}ffn.shared", width, moe.shared_expert_ffn_size)
+    elif names.shared is not None:  # in Hugging Face's model it is always there, of width 0 if need be
         for name, shape in (("gate_proj", (0, width)), ("up_proj", (0, width)), ("down_proj", (width, 0))):
-            yield Match(f"{there}.{names.shared}.{name}.weight", shape, None, shape, Box.all_of(shape))
+            yield Match(f"{hf_path}.{names.shared}.{name}.weight", shape, None, shape, Box.whole(shape))
 
 
-def _same(there: str, here: str, *shape: int) -> Match:
-    return _part(there, shape, here, shape, Box.all_of(shape))
+def _same(hf_name: str, name: str, *shape: int) -> Match:
+    return _part(hf_name, shape, name, shape, Box.whole(shape))
 
 
-def _part(there: str, shape: tuple[int, ...], here: str, whole: tuple[int, ...], box: Box) -> Match:
-    return Match(there, shape, f"{MODEL}/{here}", whole, box)
+def _part(hf_name: str, hf_shape: tuple[int, ...], name: str, shape: tuple[int, ...], box: Box) -> Match:
+    return Match(hf_name, hf_shape, f"{MODEL}/{name}", shape, box)

@@ -1,4 +1,4 @@
-"""From a Hugging Face config to the `model` and `moe` sections that describe the same model."""
+"""Conversion of a Hugging Face config to the `model` and `moe` sections that describe the same model."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _ANY_RUN: dict[str, Any] = {
     "train": {"steps": 1, "batch_tokens": 1, "sequence_length": 1},
 }
 _KINDS_OF_LAYERS = ("model.dense_layers", "model.moe_every", "model.ffn_size")
-"""Compared as the list of dense layers, and their width if there are any."""
+"""Keys that are compared as the list of dense layers, and the width of these if there are any."""
 _GROUPS = ("moe.router.num_groups", "moe.router.top_k_groups", "moe.router.group_score")
-"""Without a meaning where there is one group."""
+"""Keys that mean nothing where there is one group."""
 
 
 def sections_of(settings: Settings) -> dict[str, Any]:
-    """The `model` and `moe` sections, without what has our default.
+    """Return the `model` and `moe` sections, without keys that have dsmoe's default.
 
     Raises:
-        UserError: the model does something that ours cannot; with each key, value and what is needed.
+        UserError: the model does something that dsmoe's cannot; with each key, value and what is needed.
     """
     architecture = architecture_of(settings)
     problems = architecture.settings_refusals(settings)
@@ -46,7 +46,7 @@ def sections_of(settings: Settings) -> dict[str, Any]:
 
 
 def _unloadable(sections: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the sections in any run's config."""
+    """Yield the problems that the sections have in any run's config."""
     try:
         config = Config.model_validate({**_ANY_RUN, **sections})
     except ValidationError as error:
@@ -59,7 +59,7 @@ def _unloadable(sections: Mapping[str, Any]) -> Iterator[str]:
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """What a model computes from its weights, by our keys, the same for configs that say the same in another way."""
+    """Describe what a model computes from its weights, by dsmoe's keys; equal where configs differ in spelling only."""
     settings, dense = spelled_out(flatten(config.model_dump())), dense_layers(config)
     found = {key: settings[key] for key in keys_of("tensor", "model.") if key not in _KINDS_OF_LAYERS}
     found["dense layers"] = ", ".join(map(str, dense)) or "none"

@@ -1,7 +1,7 @@
-"""The keys of a Hugging Face config that are read here: the kind and the range of each one's value.
+"""Types and ranges of the keys of a Hugging Face config that are read.
 
-They are checked before transformers sees them, which makes a list as long as the number of layers or labels says, and
-again with its defaults in them.
+The config is checked before transformers sees it, since transformers makes a list as long as the number of layers or
+labels says, and again with transformers' defaults in it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _NEEDED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act"),
     *("intermediate_size", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
 )
-"""What must not be null, besides the keys of the architecture's entry."""
+"""Keys that must not be null, besides those of the architecture's entry."""
 
 
 class _Part(BaseModel):
-    """Keys that may be missing or null, among others that are not looked at."""
+    """Keys that may be missing or null, among others that are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -70,7 +70,7 @@ class _Common(_Part):
 
 @lru_cache(maxsize=16)
 def _kinds(own: Architecture | None, entries: tuple[Architecture, ...]) -> type[_Common]:
-    """The common keys and all entries' (a config without a name may be of any); its own entry's types come first."""
+    """Return the common keys and all entries' (a config without a name may be of any); types of `own` come first."""
     keys: dict[str, Any] = {}
     for entry in entries:
         for key, kind in {**entry.keys, **entry.optional_keys}.items():
@@ -83,10 +83,10 @@ def _kinds(own: Architecture | None, entries: tuple[Architecture, ...]) -> type[
 
 
 def check_settings(settings: Mapping[str, Any], with_defaults: bool) -> dict[str, Any]:
-    """Return the settings with numbers as we use them; `with_defaults` says that what is needed is there.
+    """Return the settings with numbers of the declared types; `with_defaults` demands the needed keys.
 
     Raises:
-        UserError: the values of some keys cannot be; with all of them.
+        UserError: some keys have impossible values, or are missing; with all of them.
     """
     own = ARCHITECTURES.get(str(settings.get("model_type")))
     try:

@@ -1,4 +1,4 @@
-"""`dsmoe checkpoint upcycle`: a dense model's weights as the beginning of an MoE model that computes the same.
+"""`dsmoe checkpoint upcycle`: a dense model's weights as those of an MoE model that computes the same.
 
 A feed-forward is a sum over its F inner channels. The first S go to the shared expert, if there is one, and the others
 are cut into g slices as wide as an expert: g = 1 copies the feed-forward into every expert (Sparse Upcycling,
@@ -8,10 +8,15 @@ groups" of He et al. 2024 (arXiv 2410.07524). A token's experts then add up to
 
     sum_copies w_copy * sum_slices f * slice(x) = f * (sum_copies w_copy) * FFN(x),    g * sum_copies w_copy = W,
 
-with W what its K weights add up to, and f what we multiply every expert's `down` with. (`down` alone, since the others
-go through the activation.) f = g / W makes it the dense model. With normalised weights W is `moe.router.scale` for
+where W is the sum of the token's K weights, and f the factor on every expert's `down`. (`down` alone, since the others
+go through the activation.) f = g / W makes this the dense model. With normalised weights W is `moe.router.scale` for
 every token, and the logits are equal to rounding. Without, W follows from the scores, and is K / E (softmax) or K / 2
-(sigmoid) times the scale only where the router's logits are 0: we draw its weights so small that they nearly are.
+(sigmoid) times the scale only where the router's logits are 0: the router's weights are drawn so small that they nearly
+are.
+
+Example: F = 6, no shared expert, experts of width 3: g = 2 slices, channels 0-2 and 3-5. With E = 4 and K = 2, experts
+0 and 1 are the slices of copy 0, with the same row in the router, and experts 2 and 3 those of copy 1. A token of
+copy 1 has w = 1/2 for each of experts 2 and 3, so that W = 1 and f = 2: 1/2 * 2 * slice 0 + 1/2 * 2 * slice 1 = FFN(x).
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from dsmoe.checkpoint.fit import refuse, rows
+from dsmoe.checkpoint.compatibility import refuse, rows
 from dsmoe.checkpoint.folder import inspect, verify
 from dsmoe.checkpoint.inspection import one_checkpoint
 from dsmoe.checkpoint.manifest import DamagedError
@@ -34,13 +39,13 @@ from dsmoe.config.schema import Config, Moe
 from dsmoe.config.sections.model import DENSE_ACTIVATION
 from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.export import config_of
-from dsmoe.interop.huggingface import folder_tensors, read_settings, read_slots
+from dsmoe.interop.huggingface import folder_entries, folder_tensors, read_settings
 from dsmoe.interop.importing import with_sections
-from dsmoe.interop.logits import check_memory, compare, our_logits, their_logits
+from dsmoe.interop.logits import check_memory, compare, hf_logits, our_logits
 from dsmoe.interop.model_files import whole_folder
 from dsmoe.interop.names import BIAS, EXPERTS_DOWN, EXPERTS_GATE_UP, ROUTER, matches
 from dsmoe.interop.sections import describe, sections_of
-from dsmoe.interop.tensors import Tensors, Tile, Tiled, checkpoint_tensors
+from dsmoe.interop.tensors import ChunkedTensor, LazyChunk, Tensors, checkpoint_tensors
 from dsmoe.interop.weights import write_checkpoint
 from dsmoe.launch.quoting import path_override
 from dsmoe.moe.scores import SCORES
@@ -49,7 +54,7 @@ from dsmoe.parallel.sharding import Box
 from dsmoe.plan.layers import dense_layers, is_moe_layer
 
 SMALL_LOGITS = 0.01
-"""Standard deviation of the router's first logits where they must nearly be 0."""
+"""Standard deviation of the router's first logits where these must nearly be 0."""
 
 
 @dataclass(frozen=True)
@@ -57,46 +62,46 @@ class Dense:
     """A dense model."""
 
     config: Config
-    """A run's with its `model` section; only what describes the model is right in the others."""
+    """A run's config with the dense `model` section; other sections are right only where they describe the model."""
     tensors: Tensors
     logits: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How the channels of a dense feed-forward go to experts."""
+    """The division of a dense feed-forward's channels among experts; letters as in this module's docstring."""
 
     inner: int
-    """F, all channels."""
+    """F, the number of channels."""
     shared: int
-    """S, the first ones, of the shared expert."""
+    """S, the number of first channels, which go to the shared expert."""
     slices: int
-    """g."""
+    """g, the number of slices of the others."""
     factor: float
-    """f."""
+    """f, the factor on every expert's `down`."""
     router_std: float
     exact: bool
-    """Whether the logits are equal to rounding."""
+    """True if the logits are equal to rounding."""
 
 
 def upcycle(
     source: Path, out: Path, config: Config, noise: float = 0.0, check: bool = True, say: Callable[[str], None] = print
 ) -> None:
-    """Write the MoE model as the checkpoint `out` of step 0, which is there whole or not at all.
+    """Write the MoE model as the checkpoint `out` of step 0, which appears whole or not at all.
 
     One tensor is in memory at a time, but for the comparison of the logits.
 
     Args:
-        source: a dense checkpoint of ours, or a Hugging Face folder.
+        source: a dense checkpoint of dsmoe's, or a Hugging Face folder.
         out: a folder that is not there yet.
-        config: the run that is to begin with it.
+        config: the run that is to begin with `out`.
         noise: added to every expert's weights from N(0, (noise * their root mean square)^2), after the comparison, so
             that the experts differ from the beginning.
         check: compare the logits with those of the dense model.
-        say: what is told about it goes here.
+        say: called with each line of output.
 
     Raises:
-        UserError: the config is not that of an MoE model which can compute the same, or the logits differ.
+        UserError: the config is of no MoE model that can compute the same, or the logits differ.
     """
     dense = read_dense(source, config)
     cut = cut_of(dense.config, config)
@@ -131,18 +136,18 @@ def _share(cut: Cut) -> str:
 
 
 def read_dense(source: Path, config: Config) -> Dense:
-    """The dense model at `source`; `config` is the run's that is to begin with it.
+    """Return the dense model at `source`; `config` is of the run that is to begin with it.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no dense model.
     """
     if (source / "config.json").is_file():
         settings = read_settings(source)
         architecture = architecture_of(settings)
         dense = with_sections(config, sections_of(settings))
         _check_dense(source, dense)
-        tensors = folder_tensors(source, read_slots(source), list(matches(dense, architecture.names)))
-        return Dense(dense, tensors, partial(their_logits, source, config))
+        tensors = folder_tensors(source, folder_entries(source), list(matches(dense, architecture.names)))
+        return Dense(dense, tensors, partial(hf_logits, source, config))
     try:
         checkpoint = one_checkpoint(source)
     except DamagedError as error:
@@ -160,21 +165,21 @@ def _check_dense(source: Path, dense: Config) -> None:
 
 
 def _check_same(source: Path, dense: Config, config: Config) -> None:
-    """Check that outside of the feed-forwards both configs describe the same model."""
-    there, here = (
+    """Check that both configs describe the same model but for the feed-forwards."""
+    saved, wanted = (
         {key: value for key, value in describe(one).items() if key.startswith("model.") and key != "model.ffn_size"}
         for one in (dense, config)
     )
     if dense_layers(config):
-        there["model.ffn_size"], here["model.ffn_size"] = dense.model.ffn_size, config.model.ffn_size
-    refuse(source, "another model", rows(there, here))
+        saved["model.ffn_size"], wanted["model.ffn_size"] = dense.model.ffn_size, config.model.ffn_size
+    refuse(source, "another model", rows(saved, wanted))
 
 
 def cut_of(dense: Config, config: Config) -> Cut:
-    """How the dense model's channels go to the experts of `config`.
+    """Divide the dense model's channels among the experts of `config`.
 
     Raises:
-        UserError: they cannot so that the models compute the same; with the keys and the reasons.
+        UserError: no division makes the models compute the same; with the keys and the reasons.
     """
     moe, inner = config.moe, dense.model.ffn_size
     assert inner is not None, "a dense model has a width"
@@ -224,7 +229,7 @@ def _obstacles(moe: Moe, inner: int, shared: int) -> Iterator[str]:
 
 
 def upcycled(dense: Dense, config: Config, cut: Cut, noise: float = 0.0) -> Tensors:
-    """The tensors of the MoE model, each made when it is read."""
+    """Return the tensors of the MoE model, each made when it is read."""
     weights = {key: tensor for key, tensor in dense.tensors.items() if key.startswith(f"{MODEL}/")}
     for layer in range(config.model.num_layers):
         if is_moe_layer(config, layer):
@@ -235,19 +240,23 @@ def upcycled(dense: Dense, config: Config, cut: Cut, noise: float = 0.0) -> Tens
     return weights
 
 
-def _moe_layer(path: str, gate_up: Tiled, down: Tiled, config: Config, cut: Cut, noise: float) -> dict[str, Tiled]:
-    """The tensors of one layer; experts are fp32, for what they are multiplied with and added to."""
+def _moe_layer(
+    path: str, gate_up: ChunkedTensor, down: ChunkedTensor, config: Config, cut: Cut, noise: float
+) -> dict[str, ChunkedTensor]:
+    """Return the tensors of one layer; experts are fp32, since they are multiplied by a factor and get noise."""
     moe, width = config.moe, config.model.hidden_size
     assert moe is not None
     experts, inner = moe.num_experts, moe.expert_ffn_size
 
-    def stacked(name: str, shape: tuple[int, int], read: Callable[[int, int], torch.Tensor], factor: float) -> Tiled:
-        tiles = []
+    def stacked(
+        name: str, shape: tuple[int, int], read: Callable[[int, int], torch.Tensor], factor: float
+    ) -> ChunkedTensor:
+        chunks = []
         for expert in range(experts):
             channels = partial(read, cut.shared + expert % cut.slices * inner, inner)
             seed = seed_of(config.train.seed, path, name, "upcycling", expert)
-            tiles.append(Tile(Box((expert, 0, 0), (1, *shape)), partial(_expert, channels, factor, noise, seed)))
-        return Tiled(torch.float32, (experts, *shape), tiles)
+            chunks.append(LazyChunk(Box((expert, 0, 0), (1, *shape)), partial(_expert, channels, factor, noise, seed)))
+        return ChunkedTensor(torch.float32, (experts, *shape), chunks)
 
     read_up, read_down = partial(_rows, gate_up, cut.inner), partial(_columns, down)
     found = {
@@ -256,26 +265,26 @@ def _moe_layer(path: str, gate_up: Tiled, down: Tiled, config: Config, cut: Cut,
         EXPERTS_DOWN: stacked(EXPERTS_DOWN, (width, inner), read_down, cut.factor),
     }
     if cut.shared:
-        up, away = partial(read_up, 0, cut.shared), partial(read_down, 0, cut.shared)
-        found["ffn.shared.gate_up.weight"] = _whole(gate_up.dtype, (2 * cut.shared, width), up)
-        found["ffn.shared.down.weight"] = _whole(down.dtype, (width, cut.shared), away)
+        shared_up, shared_down = partial(read_up, 0, cut.shared), partial(read_down, 0, cut.shared)
+        found["ffn.shared.gate_up.weight"] = _whole(gate_up.dtype, (2 * cut.shared, width), shared_up)
+        found["ffn.shared.down.weight"] = _whole(down.dtype, (width, cut.shared), shared_down)
     tensors = {f"{MODEL}/{path}.{name}": tensor for name, tensor in found.items()}
     if moe.balance.bias_update_rate:  # a selection bias is part of the model, and begins at 0
         tensors[f"{BUFFER}/{path}.{BIAS}"] = _whole(torch.float32, (experts,), partial(torch.zeros, experts))
     return tensors
 
 
-def _whole(dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], torch.Tensor]) -> Tiled:
-    return Tiled(dtype, shape, [Tile(Box.all_of(shape), read)])
+def _whole(dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], torch.Tensor]) -> ChunkedTensor:
+    return ChunkedTensor(dtype, shape, [LazyChunk(Box.whole(shape), read)])
 
 
-def _rows(gate_up: Tiled, all_channels: int, first: int, count: int) -> torch.Tensor:
-    """Channels of the gate, and then the same of the other half."""
+def _rows(gate_up: ChunkedTensor, all_channels: int, first: int, count: int) -> torch.Tensor:
+    """Return channels of the gate, followed by the same channels of `up`."""
     width = gate_up.shape[1]
     return torch.cat([gate_up.read(Box((half + first, 0), (count, width))) for half in (0, all_channels)])
 
 
-def _columns(down: Tiled, first: int, count: int) -> torch.Tensor:
+def _columns(down: ChunkedTensor, first: int, count: int) -> torch.Tensor:
     return down.read(Box((0, first), (down.shape[0], count)))
 
 
@@ -289,7 +298,7 @@ def _expert(channels: Callable[[], torch.Tensor], factor: float, noise: float, s
 
 
 def _router(path: str, config: Config, cut: Cut) -> torch.Tensor:
-    """A row for each copy, which its slices share."""
+    """Return the router's weight: a row for each copy, repeated for its slices."""
     assert config.moe is not None
     rows_CD = torch.empty(config.moe.num_experts // cut.slices, config.model.hidden_size)
     normal_from(seed_of(config.train.seed, f"{path}.ffn", "router"), rows_CD, cut.router_std)

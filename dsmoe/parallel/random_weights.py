@@ -18,7 +18,7 @@ def seed_of(seed: int, *names: object) -> int:
 def normal_from(seed: int, tensor: torch.Tensor, std: float, shard: Shard | None = None) -> None:
     """Fill `tensor` in place from N(0, std^2), with a generator of its own; a meta tensor has nothing to fill.
 
-    With a `shard` the whole weight is drawn, and `tensor` gets its part: the same numbers for any number of ranks.
+    With a `shard` the whole weight is drawn, and `tensor` gets its slice: the same numbers for any number of ranks.
     """
     if tensor.is_meta:
         return
@@ -27,7 +27,7 @@ def normal_from(seed: int, tensor: torch.Tensor, std: float, shard: Shard | None
     with torch.no_grad():
         # Drawn in fp32 whatever the dtype, so that bf16 weights are the rounded fp32 ones.
         whole = torch.empty(shape, dtype=torch.float32, device=tensor.device).normal_(0.0, std, generator=generator)
-        tensor.copy_(whole if shard is None else shard.of(whole))
+        tensor.copy_(whole if shard is None else shard.slice_of(whole))
 
 
 def uniform_from(seed: int, tensor: torch.Tensor, bound: float) -> None:

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsmoe.checkpoint.placement import placements
+from dsmoe.checkpoint.placement import sharded_tensors
+from dsmoe.checkpoint.state import Chunk
 from dsmoe.metrics.definitions import EVAL_LOSS, TRAIN_LOSS
 from dsmoe.parallel import Groups
-from dsmoe.parallel.sharding import Box, Placement
+from dsmoe.parallel.sharding import ShardedTensor
 from dsmoe.plan import Plan
 from dsmoe.runtime.processes import Rank
 from dsmoe.train.initialize import prepare_data
@@ -125,29 +126,33 @@ def whole_weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], float]:
     """
     wholes: dict[str, torch.Tensor] = {}
     apart = 0.0
-    for parts in _gathered(model):
-        for name, shape, box, value in parts:
-            whole = wholes.setdefault(name, torch.full(shape, float("nan")))
-            part = box.of(whole)
-            if part.isnan().all():
-                part.copy_(value)
+    for chunks in _gathered(model):
+        for chunk in chunks:
+            whole = wholes.setdefault(chunk.key, torch.full(chunk.shape, float("nan")))
+            gathered = chunk.box.view(whole)
+            if gathered.isnan().all():
+                gathered.copy_(chunk.values)
             else:
-                apart = max(apart, _largest(part - value))
+                apart = max(apart, _largest(gathered - chunk.values))
     return wholes, apart
 
 
-def _gathered(model: nn.Module) -> Iterator[list[tuple[str, tuple[int, ...], Box, torch.Tensor]]]:
-    """For each parameter and saved buffer all ranks' pieces of it, on the first rank; empty lists on the others."""
+def _gathered(model: nn.Module) -> Iterator[list[Chunk]]:
+    """Yield for each parameter and saved buffer all ranks' chunks, on the first rank; empty lists on the others."""
     is_first = dist.get_rank() == 0
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    where = {**{name: Placement.whole(name, buffer) for name, buffer in buffers.items()}, **placements(model)}
+    replicated = {name: ShardedTensor.replicated(name, buffer) for name, buffer in buffers.items()}
+    sharded_by_name = {**replicated, **sharded_tensors(model)}
     for name, tensor in (*model.named_parameters(), *buffers.items()):
-        placement, value = where[name], tensor.detach().float().cpu()
-        pieces = [(placement.name, placement.shape, p.there, p.here.of(value).clone()) for p in placement.pieces]
+        sharded, value = sharded_by_name[name], tensor.detach().float().cpu()
+        chunks = [
+            Chunk(sharded.name, sharded.shape, global_box, local_box.view(value).clone())
+            for local_box, global_box in sharded.boxes
+        ]
         gathered: list[Any] | None = [None] * dist.get_world_size() if is_first else None
-        dist.gather_object(pieces, gathered)
-        yield [piece for rank_pieces in gathered or [] for piece in rank_pieces]
+        dist.gather_object(chunks, gathered)
+        yield [chunk for rank_chunks in gathered or [] for chunk in rank_chunks]
 
 
 def _relative(values: Sequence[float], reference: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from dsmoe.checkpoint.fit import Row, rows
+from dsmoe.checkpoint.compatibility import Row, rows
 from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config.errors import UserError
 from dsmoe.config.schedules import learning_rate

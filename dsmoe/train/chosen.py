@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from dsmoe.checkpoint.fit import check_fits
+from dsmoe.checkpoint.compatibility import check_fits
 from dsmoe.checkpoint.folder import inspect
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config.paths import is_path

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsmoe.checkpoint.folder import Found, all_checkpoints, inspect, look, step_of
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
-from dsmoe.checkpoint.removal import set_aside
+from dsmoe.checkpoint.retention import set_aside
 from dsmoe.config import load_config
 from dsmoe.config.effects import level_of_change
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error

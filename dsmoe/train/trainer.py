@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from dsmoe.checkpoint.checkpoints import Checkpoints
+from dsmoe.checkpoint.checkpointer import Checkpointer
 from dsmoe.checkpoint.folder import all_checkpoints, inspect, step_of
-from dsmoe.checkpoint.placement import placements
-from dsmoe.checkpoint.removal import set_aside
+from dsmoe.checkpoint.placement import sharded_tensors
+from dsmoe.checkpoint.retention import set_aside
 from dsmoe.config.errors import ExplainedError
 from dsmoe.data import PreparedSource
 from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
@@ -66,7 +66,7 @@ class Trainer:
     """
 
     def __init__(
-        self, plan: Plan, rank: Rank, engine: DeepSpeedEngine, data: RunData, checkpoints: Checkpoints, meter: Meter
+        self, plan: Plan, rank: Rank, engine: DeepSpeedEngine, data: RunData, checkpoints: Checkpointer, meter: Meter
     ) -> None:
         self.plan, self.rank, self.engine = plan, rank, engine
         self.data, self.checkpoints, self.meter = data, checkpoints, meter
@@ -337,7 +337,7 @@ def make_trainer(
     model = build_model(plan.config, groups, rank.device)
     engine = make_engine(model, plan, groups, settings or accepted_by_deepspeed(plan))
     data = load_data(plan, groups, sources)
-    checkpoints = Checkpoints(checkpoint_folder, engine, placements(model), plan.config, data.facts())
+    checkpoints = Checkpointer(checkpoint_folder, engine, sharded_tensors(model), plan.config, data.facts())
     return Trainer(plan, rank, engine, data, checkpoints, Meter(plan, model.moe_layers(), rank.device))
 
 

@@ -13,12 +13,11 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
+from dsmoe.checkpoint.dcp import ChunkSavePlanner, FolderWriter, by_key
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, checkpoint_name, verify
 from dsmoe.checkpoint.manifest import Facts, Manifest
-from dsmoe.checkpoint.planning import PartsSavePlanner, by_key
-from dsmoe.checkpoint.removal import remove_old
-from dsmoe.checkpoint.state import whole_part
-from dsmoe.checkpoint.storage import FolderWriter
+from dsmoe.checkpoint.retention import remove_old
+from dsmoe.checkpoint.state import Chunk
 from dsmoe.config.schema import Checkpoint as CheckpointSection
 from dsmoe.runtime.spawn import run_ranks
 from tests.helpers.crashes import disturb_runs, figures
@@ -130,11 +129,11 @@ def test_killed_at_random_instants_a_run_of_two_ranks_goes_on_as_undisturbed(tmp
 
 
 class Killed(BaseException):
-    """Nothing of the process runs any more."""
+    """The process has been killed."""
 
 
 class Mortal:
-    """Lets the operations on the disk of a save through, up to one of them."""
+    """Let the operations of a save on the disk through, up to one of them."""
 
     def __init__(self, patch: pytest.MonkeyPatch, lives: int) -> None:
         self.lives = lives
@@ -152,33 +151,33 @@ class Mortal:
 
 
 def save_small(folder: Path, step: int, keep: int = 2) -> None:
-    """What `Checkpoints` does on the disk, with next to nothing to save."""
-    parts = [whole_part("model/w", torch.full((3, 4), float(step))), whole_part("step/w", torch.tensor(0.0))]
+    """What `Checkpointer` does on the disk, with next to nothing to save."""
+    chunks = [Chunk.whole("model/w", torch.full((3, 4), float(step))), Chunk.whole("step/w", torch.tensor(0.0))]
     facts = Facts(step, 0, 0, step, float(step), "AdamW", {"name": "small", "model": {}, "train": {}}, {}, {})
     writer = FolderWriter(folder / checkpoint_name(step), facts)
-    dcp.save(by_key(parts), storage_writer=writer, planner=PartsSavePlanner())
+    dcp.save(by_key(chunks), storage_writer=writer, planner=ChunkSavePlanner())
     remove_old(folder, CheckpointSection(keep=keep))
 
 
 def die_before_every_operation(folder: Path) -> list[int]:
-    """Of a save, one after the other, each time beginning with the same two checkpoints; the steps found afterwards."""
+    """Die before each operation of a save in turn, from the same two checkpoints; return the steps found afterwards."""
     newest, operations = [], 0
     while True:
-        here = folder / str(operations)
+        folder_of_save = folder / str(operations)
         for step in (1, 2):
-            save_small(here, step)
+            save_small(folder_of_save, step)
         with pytest.MonkeyPatch.context() as patch:
             mortal = Mortal(patch, operations)
             try:
-                save_small(here, 3)
+                save_small(folder_of_save, 3)
                 return newest
             except (Killed, CheckpointException):
                 assert mortal.lives < 0
-        found, passed_over = candidates(here)
+        found, passed_over = candidates(folder_of_save)
         assert not passed_over, "what has a checkpoint's name is one"
         newest.append(verify(found[0]).facts.step)
-        save_small(here, 3)
-        left = sorted(path.name for path in here.iterdir())
+        save_small(folder_of_save, 3)
+        left = sorted(path.name for path in folder_of_save.iterdir())
         assert left == ["step_00000002", "step_00000003"], (operations, left)
         operations += 1
 
@@ -191,7 +190,7 @@ def test_whatever_operation_is_the_last_one_a_whole_checkpoint_is_there(tmp_path
 
 
 def record_a_save(folder: Path) -> list[tuple[str, str]]:
-    """What a save over an older one forces onto the disk, renames and removes, in order."""
+    """Return what a save over an older one forces onto the disk, renames and removes, in order."""
     for step in (1, 2):
         save_small(folder, step)
     done: list[tuple[str, str]] = []

@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint import CheckpointException
 
-from dsmoe.checkpoint import checkpoints as saving
-from dsmoe.checkpoint import failures, removal, safetensors
-from dsmoe.checkpoint.checkpoints import SaveError
+from dsmoe.checkpoint import retention, safetensors, saving
 from dsmoe.checkpoint.folder import all_checkpoints, look, verify
 from dsmoe.checkpoint.manifest import Manifest, UnreadableError
-from dsmoe.checkpoint.removal import remove_old, set_aside
+from dsmoe.checkpoint.retention import remove_old, set_aside
+from dsmoe.checkpoint.saving import SaveError
 from dsmoe.cli import main
 from dsmoe.config.schema import Checkpoint as CheckpointSection
 from dsmoe.config.schema import Config
@@ -41,7 +40,7 @@ def full_folder(path: Path) -> Path:
 
 
 def own_folder(path: Path) -> Path:
-    """As a save leaves it that was killed, on a system that looks into folders."""
+    """Make a folder as a killed save leaves it, on a system that writes files into folders."""
     path.mkdir()
     for name in ("manifest.json", "rank_00000_000.safetensors", "rank_100000_000.safetensors", ".DS_Store"):
         (path / name).write_text("ours", encoding="utf-8")
@@ -95,7 +94,7 @@ def test_nothing_in_the_folder_is_in_the_way(kind: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def immutable(tmp_path: Path) -> Iterator[Any]:
-    """Makes folders that not even root can remove, and undoes it."""
+    """Make folders that not even root can remove, and undo that afterwards."""
     made: list[Path] = []
 
     def make(path: Path) -> None:
@@ -152,7 +151,7 @@ def test_what_somebody_has_put_where_a_checkpoint_goes_stays_there(kind: str, tm
 
 
 def save_where_nothing_is_removed(folder: Path, number: int) -> list[str]:
-    """Saves with an `unlink` and a `rmdir` that fail for everything hidden, as another user's or busy files do."""
+    """Save with an `unlink` and a `rmdir` that fail for everything hidden, as another user's or busy files do."""
     unlink, rmdir, logged = os.unlink, os.rmdir, logged_from_now()
 
     def refusing(operation: Any) -> Any:
@@ -288,7 +287,7 @@ OTHERS_IN = [
 
 
 def put(kind: str, path: Path) -> None:
-    """Something that the manifest does not list."""
+    """Write something that the manifest does not list."""
     if kind == "notes":
         full_folder(path)
     elif kind == "model.pt":
@@ -322,7 +321,7 @@ NOT_KEPT = (".DS_Store", "._manifest.json", "rank_00000_001.safetensors")
 
 
 def save_over_others(folder: Path) -> list[str]:
-    """Saves of which each removes an older one, with things of somebody in the first two."""
+    """Save several times, each removing an older checkpoint, with somebody's files in the first two."""
     logged = logged_from_now()
     for step in range(1, 7):
         save_small(folder, step)
@@ -368,7 +367,7 @@ def test_an_earlier_one_that_was_set_aside_is_in_nobodys_way(immutable: Any, tmp
 
 
 def fail_and_recover(config: Config, failures: int, number: int, failing_rank: int) -> dict[str, Any]:
-    """A last save that fails so often, and what is said of it."""
+    """Fail `failures` times in the last save; return the log."""
     trainer, logged = make_trainer(config), logged_from_now()
     saving.PAUSES, saving.WORTH_SECONDS = (0.1, 0.2), (20.0, 20.0)
     trainer.step()
@@ -452,16 +451,16 @@ def test_the_attempts_have_an_end_and_the_exit_code_says_whether_to_start_again(
 def test_what_is_not_the_disks_fault_is_not_tried_again(
     cause: Exception, is_of_disk: bool, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failures.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(saving.dist, "get_world_size", lambda: 2)
     stack = traceback.StackSummary.from_list([])
-    error = SaveError.of(Path("step_00000003"), CheckpointException("save", {1: (cause, stack)}))
+    error = SaveError.from_exception(Path("step_00000003"), CheckpointException("save", {1: (cause, stack)}))
     assert (error.is_of_disk, error.exit_code) == (is_of_disk, code)
     assert "cannot save step_00000003: " in str(error)
     assert str(cause.args[1 if is_of_disk else 0]) in str(error)
 
 
 def test_misses_are_counted_from_the_last_checkpoint_on() -> None:
-    misses = failures.Misses()
+    misses = saving.MissedSaves()
     misses.failed = 1
     assert misses.warning() == ""
     misses.put_off = 1
@@ -479,12 +478,12 @@ def test_misses_are_counted_from_the_last_checkpoint_on() -> None:
 def test_the_names_that_are_removed_are_those_that_are_written(tmp_path: Path) -> None:
     for suffix in ("partial", "replaced", "removed"):
         for step in ("step_00000001", "step_123456789"):
-            path = removal.hidden_name(tmp_path / step, suffix)
+            path = retention.hidden_name(tmp_path / step, suffix)
             path.mkdir()
-            other = removal.hidden_name(tmp_path / step, suffix)
+            other = retention.hidden_name(tmp_path / step, suffix)
             other.mkdir()
             assert path != other
-    removal.remove_leftovers(tmp_path)
+    retention.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
     shutil.rmtree(tmp_path)
-    removal.remove_leftovers(tmp_path)
+    retention.remove_leftovers(tmp_path)

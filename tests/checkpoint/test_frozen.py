@@ -18,7 +18,7 @@ from tests.helpers.small_runs import make_trainer
 
 EXPERTS = "blocks.1.ffn.deepspeed_moe.experts"
 FROZEN = {"embedding.weight", "norm.weight", f"{EXPERTS}.down"}
-"""What is cut over the tensor group, what every rank has, what is cut over the experts."""
+"""Parameters cut over the tensor group, on every rank, and cut over the experts."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank": {"ranks": 1, "zero": 0},
     "1 rank, bf16": {"ranks": 1, "zero": 0, "precision": "bf16"},
@@ -46,12 +46,12 @@ def frozen_trainer(config: Config) -> Trainer:
 
 def save_frozen(config: Config) -> dict[str, Any]:
     """Train, save before the first step and after some, and train on; the figures of the later steps."""
-    here = frozen_trainer(config)
-    here.save()
-    take_steps(here, BEFORE)
-    here.save()
-    figures = take_steps(here, AFTER)
-    here.checkpoints.flush()
+    trainer = frozen_trainer(config)
+    trainer.save()
+    take_steps(trainer, BEFORE)
+    trainer.save()
+    figures = take_steps(trainer, AFTER)
+    trainer.checkpoints.flush()
     return figures
 
 
@@ -69,25 +69,25 @@ def go_on_frozen(config: Config, checkpoint: Path) -> dict[str, Any]:
     ],
 )
 def test_a_run_with_frozen_parameters_goes_on_on_another_layout(saved: str, resumed: str, tmp_path: Path) -> None:
-    there = layout_config(tmp_path, **LAYOUTS[saved], runs_dir=str(tmp_path / "there"))
-    (figures, *_) = run_ranks(there.cluster.devices_per_node, save_frozen, there)
-    first, checkpoint = (folder_of(there) / f"step_{step:08d}" for step in (0, BEFORE))
+    saving = layout_config(tmp_path, **LAYOUTS[saved], runs_dir=str(tmp_path / "there"))
+    (figures, *_) = run_ranks(saving.cluster.devices_per_node, save_frozen, saving)
+    first, checkpoint = (folder_of(saving) / f"step_{step:08d}" for step in (0, BEFORE))
     before, after = tensors_of(first), tensors_of(checkpoint)
     for key in (key for key in before if key.startswith("model/")):
         assert torch.equal(before[key], after[key]) == (key.removeprefix("model/") in FROZEN), key
     trained = {key.partition("/")[2] for key in after if key.startswith("exp_avg/")}
     assert trained == {key.removeprefix("model/") for key in after if key.startswith("model/")} - FROZEN
-    stored = "BF16" if there.train.precision == "bf16" else "F32"
+    stored = "BF16" if saving.train.precision == "bf16" else "F32"
     assert {Manifest.read(checkpoint).tensors[f"model/{name}"].dtype for name in FROZEN} == {stored}
 
-    here = layout_config(tmp_path, **LAYOUTS[resumed], runs_dir=str(tmp_path / "here"))
-    (continued, *_) = run_ranks(here.cluster.devices_per_node, go_on_frozen, here, checkpoint)
-    again = tensors_of(folder_of(here) / checkpoint.name)
+    resuming = layout_config(tmp_path, **LAYOUTS[resumed], runs_dir=str(tmp_path / "here"))
+    (continued, *_) = run_ranks(resuming.cluster.devices_per_node, go_on_frozen, resuming, checkpoint)
+    again = tensors_of(folder_of(resuming) / checkpoint.name)
     for key in (key for key in after if not key.startswith("rng/")):
         assert torch.equal(again[key], after[key]), key
     if saved == resumed:
         assert continued == figures
     else:
-        relative = 2e-3 if there.train.precision == "bf16" else 1e-5
+        relative = 2e-3 if saving.train.precision == "bf16" else 1e-5
         assert continued["losses"] == pytest.approx(figures["losses"], rel=relative)
         assert continued["norms"] == pytest.approx(figures["norms"], rel=4 * relative)

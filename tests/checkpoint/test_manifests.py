@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.fit import check_fits
+from dsmoe.checkpoint.compatibility import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import DamagedError, Manifest, _sealed, tiles
 from dsmoe.cli import main
@@ -72,7 +72,7 @@ def swap(content: Content, *places: int) -> None:
 
 
 def set_in(*path: Any) -> Callable[[Content], None]:
-    """Put the last of the arguments where the others lead."""
+    """Put the last argument at the place that the others lead to."""
     *way, last, value = path
 
     def change(content: Content) -> None:
@@ -85,7 +85,7 @@ def set_in(*path: Any) -> Callable[[Content], None]:
 
 
 def nested(levels: int, around: Callable[[Any], Any] = lambda inner: {"a": inner}) -> Any:
-    """Nothing, in so many levels."""
+    """Nest None in so many levels."""
     value: Any = None
     for _ in range(levels):
         value = around(value)
@@ -287,7 +287,7 @@ def test_many_boxes_are_checked_in_linear_time() -> None:
 
 
 def numbers_in(holder: Any) -> list[tuple[Any, Any]]:
-    """Every place in the tree that holds a leaf."""
+    """Return every place in the tree that holds a leaf."""
     items = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
     found = []
     for key, value in items:
@@ -296,7 +296,7 @@ def numbers_in(holder: Any) -> list[tuple[Any, Any]]:
 
 
 def mutate(content: Content, draw: random.Random) -> None:
-    """A change in one or two leaves, or whole entries moved, dropped or doubled."""
+    """Change one or two leaves, or move, drop or double whole entries."""
     for _ in range(draw.choice([1, 1, 1, 2])):
         part = draw.choice(["facts", "files", "tensors", "tensors", "tensors"])
         holder, key = draw.choice(numbers_in(content[part]))
@@ -353,9 +353,9 @@ def test_fuzz_manifests(count: int, checkpoint: Path) -> None:
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Copies of all that a checkpoint has, by its key and place, but for random states."""
-    parts = trainer.checkpoints._parts()
-    return {f"{part.key} {part.box}": part.here.clone() for part in parts if not part.key.startswith("rng/")}
+    """Return copies of all values that a checkpoint has, by key and box, but for random states."""
+    chunks = trainer.checkpoints._chunks()
+    return {f"{chunk.key} {chunk.box}": chunk.values.clone() for chunk in chunks if not chunk.key.startswith("rng/")}
 
 
 def wreck(trainer: Trainer) -> None:

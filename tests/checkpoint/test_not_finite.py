@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.checkpoints import NotFiniteError
+from dsmoe.checkpoint.checkpointer import NotFiniteError
 from dsmoe.checkpoint.folder import all_checkpoints, verify
 from dsmoe.config.schema import Config
 from dsmoe.engine.optimizer_state import inner_optimizer
@@ -91,7 +91,7 @@ def test_one_bad_element_on_one_rank_keeps_the_state_from_being_saved(
 
 
 def save_as_an_older_version_would(config: Config, upto: int, what: str) -> None:
-    """So many checkpoints, the last of which has an element that is no number."""
+    """Make checkpoints, the last of which has a NaN element."""
     trainer = make_trainer(config)
     for step in range(1, upto + 1):
         trainer.step()
@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_the_last_finite_one_and_says_so(tmp_path: Path) -> N
 
 
 PLAIN: dict[str, Any] = {"model": {}, "optimizer": {}, "train": {"micro_batch_size": 1}}
-"""What `write_config` has."""
+"""The sections of `write_config`."""
 
 
 def small_moe() -> dict[str, Any]:
@@ -202,7 +202,7 @@ os._exit(run.main())
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_a_diverged_run_advises_works(ranks: int, tmp_path: Path) -> None:
-    """It saves every step, and looks at the loss after the last one only."""
+    """The run saves every step, and looks at the loss after the last one only."""
     options = {"train": {"steps": 9}, "checkpoint": {"every": 1, "keep": 3}, "observe": {"log_every": 50}}
     config = write_config(tmp_path, ranks=ranks, runs_dir="runs", **options)
     script = tmp_path / "diverges.py"
@@ -249,7 +249,7 @@ def test_a_finite_state_from_which_every_step_is_skipped_is_no_checkpoint_to_go_
 
 @pytest.mark.parametrize("wrong", ["moe.balance.aux_loss=1e30", "model.init_std=1e30", "optimizer.lr=1e30"])
 def test_a_run_that_ends_with_skipped_steps_alone_has_failed(wrong: str, tmp_path: Path) -> None:
-    """It is too short for the twenty skipped steps in a row that end a longer one."""
+    """The run is too short for the twenty skipped steps in a row that end a longer one."""
     options = {"train": {"steps": 6}, "checkpoint": {"every": 2}}
     config = str(write_config(tmp_path, runs_dir="runs", **options))
     outcome = pretrain(tmp_path, "--config", config, wrong, "optimizer.grad_clip=0", "train.steps=4")
@@ -261,7 +261,7 @@ def test_a_run_that_ends_with_skipped_steps_alone_has_failed(wrong: str, tmp_pat
 
 
 def skip_and_save(config: Config, skipped: list[int], stopped_after: int = 0) -> list[str]:
-    """A run whose gradients are not finite in some steps, and that a signal may stop; what it says."""
+    """Train with gradients that are not finite in some steps, until a signal if one comes; return the output."""
     trainer, logged = make_trainer(config), logged_from_now()
     step = trainer.step
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from xxhash import xxh3_128
 
-from dsmoe.checkpoint.fit import check_fits
+from dsmoe.checkpoint.compatibility import check_fits
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import DamagedError, _sealed
-from dsmoe.checkpoint.safetensors import DTYPES, Item, write_items
+from dsmoe.checkpoint.safetensors import DTYPES, LazyTensor, write_tensors
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.plan.plan import Plan
@@ -84,7 +84,7 @@ def test_a_truncated_or_missing_file_is_found_without_reading_any(checkpoint: Pa
 
 
 class Harmful:
-    """What runs when it is unpickled."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -251,8 +251,8 @@ def rewrite(checkpoint: Path, change: Callable[[str, torch.Tensor], torch.Tensor
             boxes[box[2]].append((f"{key}[{','.join(map(str, box[0]))}]", box, part))
     for name, parts in boxes.items():
         parts.sort(key=lambda part: -part[2].dtype.itemsize)
-        items = [Item(box_name, x.dtype, tuple(x.shape), lambda x=x: x) for box_name, _, x in parts]
-        file, offsets = write_items(checkpoint / name, items)
+        items = [LazyTensor(box_name, x.dtype, tuple(x.shape), lambda x=x: x) for box_name, _, x in parts]
+        file, offsets = write_tensors(checkpoint / name, items)
         content["files"][name] = {"bytes": file.bytes, "xxh128": xxh3_128((checkpoint / name).read_bytes()).hexdigest()}
         for (_, box, _), offset in zip(parts, offsets, strict=True):
             box[3] = offset
@@ -278,7 +278,7 @@ def test_tensors_of_other_types_are_not_converted_but_refused(saved: Path, tmp_p
 
 
 def refusals_of(config: Config, checkpoints: list[Path]) -> list[list[str]]:
-    """What each says who resumes it or takes its weights."""
+    """Return for each checkpoint the messages of resuming it and of taking its weights."""
     trainer = make_trainer(config)
     said = []
     for checkpoint in checkpoints:
@@ -381,11 +381,11 @@ def test_weights_alone_are_taken_where_that_is_asked_for(checkpoint: Path, tmp_p
     )
     for result in run_ranks(2, fine_tune, config, checkpoint):
         assert result == {"step": 0, "had_moments": False}
-    there, here = tensors_of(checkpoint), tensors_of(folder_of(config) / "step_00000000")
-    for key, value in there.items():
+    source, begun = tensors_of(checkpoint), tensors_of(folder_of(config) / "step_00000000")
+    for key, value in source.items():
         if key.startswith("model/") or key.endswith("balance.bias"):
-            assert torch.equal(here[key], value), key
-    assert not any(key.startswith(("step/", "exp_avg")) for key in here), "the optimizer begins anew"
+            assert torch.equal(begun[key], value), key
+    assert not any(key.startswith(("step/", "exp_avg")) for key in begun), "the optimizer begins anew"
 
 
 @pytest.mark.parametrize("key", ["resume", "weights_from"])

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint import safetensors, storage
-from dsmoe.checkpoint.checkpoints import SaveError
+from dsmoe.checkpoint import dcp, safetensors
 from dsmoe.checkpoint.folder import candidates, verify
 from dsmoe.checkpoint.manifest import Manifest
+from dsmoe.checkpoint.saving import SaveError
 from dsmoe.config import dump_config
 from dsmoe.config.schema import Config
 from dsmoe.metrics.sinks import JsonLines, TensorBoard
@@ -82,13 +82,13 @@ def test_the_newest_the_milestones_and_the_best_are_kept(
 
 def save_with_slow_disk(config: Config) -> dict[str, Any]:
     trainer = make_trainer(config)
-    may_write, write = threading.Event(), storage.write_items
+    may_write, write = threading.Event(), dcp.write_tensors
 
     def slow_write(*arguments: Any) -> Any:
         assert may_write.wait(30)
         return write(*arguments)
 
-    storage.write_items = slow_write
+    dcp.write_tensors = slow_write
     trainer.step()
     weights = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.save()
@@ -117,13 +117,13 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits(tmp_p
 
 def diverge_while_saving(config: Config) -> None:
     trainer = make_trainer(config)
-    write = storage.write_items
+    write = dcp.write_tensors
 
     def slow_write(*arguments: Any) -> Any:
         time.sleep(1.0)
         return write(*arguments)
 
-    storage.write_items = slow_write
+    dcp.write_tensors = slow_write
     trainer.step()
     trainer.save()
     next(trainer.model.parameters()).data.fill_(math.nan)
@@ -138,7 +138,7 @@ def test_a_run_that_diverges_keeps_the_checkpoint_that_is_being_written(tmp_path
 
 
 def fail_while_saving(config: str) -> int:
-    write = storage.write_items
+    write = dcp.write_tensors
 
     def slow_write(*arguments: Any) -> Any:
         time.sleep(2.0)
@@ -149,7 +149,7 @@ def fail_while_saving(config: str) -> int:
             raise ValueError("of the program's own")
         return take_step(trainer)
 
-    storage.write_items, take_step, Trainer.step = slow_write, Trainer.step, step  # type: ignore[method-assign]
+    dcp.write_tensors, take_step, Trainer.step = slow_write, Trainer.step, step  # type: ignore[method-assign]
     return main(["--config", config])
 
 
@@ -267,11 +267,11 @@ LARGE = {
 def save_one_step(config: Config) -> int:
     trainer = make_trainer(config)
     trainer.checkpoints.reserve()
-    reserved = trainer.checkpoints._buffer._bytes.data_ptr()
+    reserved = trainer.checkpoints._saver.buffer._bytes.data_ptr()
     trainer.step()
     trainer.save()
     trainer.checkpoints.flush()
-    assert trainer.checkpoints._buffer._bytes.data_ptr() == reserved, "enough memory from the beginning"
+    assert trainer.checkpoints._saver.buffer._bytes.data_ptr() == reserved, "enough memory from the beginning"
     return sum(parameter.numel() for parameter in trainer.model.parameters())
 
 
@@ -295,7 +295,7 @@ def test_the_size_is_twelve_bytes_per_parameter_evenly_shared(
 
 
 def save_in_small_files(config: Config) -> None:
-    storage.FILE_BYTES = 200_000
+    dcp.FILE_BYTES = 200_000
     save_between(config, 1, 0)
 
 

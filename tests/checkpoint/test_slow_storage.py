@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from dsmoe.checkpoint import removal, safetensors, storage
+from dsmoe.checkpoint import dcp, retention, safetensors
 from dsmoe.checkpoint.folder import all_checkpoints, verify
 from dsmoe.config.schema import Config
 from dsmoe.runtime import progress, watchdog
@@ -47,10 +47,10 @@ def lines_of(logged: list[str]) -> list[str]:
 
 HANGS: dict[str, tuple[Any, str]] = {
     "a write": (safetensors, "_write"),
-    "the manifest": (storage, "write_synced"),
-    "removing what is left": (storage, "remove_leftovers"),
-    "removing an old one": (removal, "_remove_folder"),
-    "a read": (storage, "read_tensor"),
+    "the manifest": (dcp, "write_synced"),
+    "removing what is left": (dcp, "remove_leftovers"),
+    "removing an old one": (retention, "_remove_folder"),
+    "a read": (dcp, "read_tensor"),
     "a checksum": (hashlib, "file_digest"),
 }
 
@@ -229,15 +229,15 @@ def freeze_while_loading(config: Config, frozen_rank: int) -> dict[str, Any]:
     trainer.step()
     trainer.save()
     trainer.checkpoints.finish()
-    read, reading = storage.read_tensor, lock_reading()
+    read, reading = dcp.read_tensor, lock_reading()
 
     def freeze(*arguments: Any) -> Any:
         if trainer.rank.rank == frozen_rank and threading.current_thread().name == "dsmoe waiting":
-            storage.read_tensor = read
+            dcp.read_tensor = read
             freeze_between_beats(process_watch(), reading, "load")
         return read(*arguments)
 
-    storage.read_tensor = freeze
+    dcp.read_tensor = freeze
     error = None
     try:
         trainer.resume(folder_of(config) / "step_00000001")

@@ -81,7 +81,7 @@ def errors(config: Config) -> dict[str, float]:
     def take(*_: object) -> None:  # ZeRO steps one parameter group after the other
         for fragment in (fragment for fragment in fragments(engine) if fragment.master.grad is not None):
             whole = found.setdefault(id(fragment.parameter), torch.zeros(fragment.parameter.numel()))
-            whole[fragment.start :][: fragment.numel] = fragment.of(fragment.master.grad)
+            whole[fragment.start :][: fragment.numel] = fragment.view(fragment.master.grad)
 
     inner_optimizer(engine).register_step_pre_hook(take)
     for x in micro_batches(model):

@@ -46,7 +46,7 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     engine = trainer.engine
     tensors = trainer.model.state_dict()
     for number, fragment in enumerate(fragments(engine)):
-        tensors[f"master/{number}"] = fragment.of(fragment.master)
+        tensors[f"master/{number}"] = fragment.view(fragment.master)
         for name, moment in inner_optimizer(engine).state[fragment.master].items():
             tensors[f"{name}/{number}"] = moment
     tensors["rate"] = torch.tensor(inner_optimizer(engine).param_groups[0]["lr"])

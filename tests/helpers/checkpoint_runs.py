@@ -11,6 +11,7 @@ import torch
 from dsmoe.checkpoint.manifest import Manifest
 from dsmoe.checkpoint.safetensors import DTYPES, read_tensor
 from dsmoe.config.schema import Config
+from dsmoe.parallel.sharding import Box
 from dsmoe.train import Trainer
 from tests.helpers.small_runs import make_trainer, small_config
 
@@ -102,8 +103,8 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     found = {}
     for key, tensor in manifest.tensors.items():
         whole = torch.zeros(tensor.shape, dtype=DTYPES[tensor.dtype])
-        for box in tensor.boxes:
-            there = whole[tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))]
-            there.copy_(read_tensor(checkpoint / box.file, tensor.dtype, box.shape, box.offset))
+        for chunk in tensor.chunks:
+            values = read_tensor(checkpoint / chunk.file, tensor.dtype, chunk.shape, chunk.offset)
+            Box(chunk.start, chunk.shape).view(whole).copy_(values)
         found[key] = whole
     return found

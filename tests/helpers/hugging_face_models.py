@@ -11,7 +11,7 @@ import yaml
 from dsmoe import build_model
 from dsmoe.checkpoint.state import BUFFER, MODEL
 from dsmoe.config.schema import Config
-from dsmoe.interop.tensors import Tensors, Tile, Tiled
+from dsmoe.interop.tensors import ChunkedTensor, LazyChunk, Tensors
 from dsmoe.interop.weights import write_checkpoint
 from dsmoe.parallel.sharding import Box
 from tests.helpers.checkpoint_runs import take_steps
@@ -61,11 +61,11 @@ def random_tensors(config: Config) -> Tensors:
     for key, tensor in tensors.items():
         noise = torch.randn(tensor.shape, generator=generator)
         tensor.add_(noise, alpha=0.3 if "norm" in key or key.startswith(BUFFER) else 0.05)
-    return {key: tiled(tensor) for key, tensor in tensors.items()}
+    return {key: chunked(tensor) for key, tensor in tensors.items()}
 
 
-def tiled(tensor: torch.Tensor) -> Tiled:
-    return Tiled(tensor.dtype, tuple(tensor.shape), [Tile(Box.all_of(tensor.shape), lambda: tensor)])
+def chunked(tensor: torch.Tensor) -> ChunkedTensor:
+    return ChunkedTensor(tensor.dtype, tuple(tensor.shape), [LazyChunk(Box.whole(tensor.shape), lambda: tensor)])
 
 
 def save(config: Config, checkpoint: Path) -> Tensors:

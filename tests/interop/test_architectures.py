@@ -45,7 +45,7 @@ FAMILIES = {re.findall(r"[a-z]+", name)[0] for name in [*ARCHITECTURES, *REFUSED
 
 
 def words_of(file: Path) -> Iterator[tuple[int, str]]:
-    """What code can decide by: names of things, and text that is one word."""
+    """Yield what code can decide by: names of things, and text that is one word."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\S+", node.value):
             yield node.lineno, node.value
@@ -105,7 +105,7 @@ def test_an_unknown_format_is_refused_with_those_that_there_are(name: str, tmp_p
 
 
 class MadeUpConfig(transformers.PreTrainedConfig):
-    """What transformers must know of any architecture to read its config."""
+    """Keys that transformers needs of any architecture to read its config."""
 
     model_type = "made_up"
 

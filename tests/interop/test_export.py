@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsmoe.checkpoint.headers import BYTES
 from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.cli import main
 from dsmoe.config.errors import UserError
@@ -78,8 +79,8 @@ def test_bf16_rounds_the_weights_and_not_the_selection_bias(name: str, tmp_path:
     export(tmp_path / "checkpoint", tmp_path / "out")
     import_folder(tmp_path / "out", tmp_path / "back", config)
     for key, tensor in tensors_of(tmp_path / "back").items():
-        there = tensors[key].read()
-        assert torch.equal(tensor, there if key.startswith("buffer") else there.bfloat16()), key
+        stored = tensors[key].read()
+        assert torch.equal(tensor, stored if key.startswith("buffer") else stored.bfloat16()), key
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -179,9 +180,9 @@ def test_a_run_of_any_layout_is_exported(tmp_path: Path) -> None:
     [checkpoint] = folder_of(config).iterdir()
     export(checkpoint, tmp_path / "out", dtype="fp32")
     import_folder(tmp_path / "out", tmp_path / "back", config)
-    there = tensors_of(checkpoint)
+    stored = tensors_of(checkpoint)
     for key, tensor in tensors_of(tmp_path / "back").items():
-        assert torch.equal(tensor, there[key]), key
+        assert torch.equal(tensor, stored[key]), key
 
 
 def test_files_are_no_larger_than_asked_and_the_index_names_every_tensor(tmp_path: Path) -> None:
@@ -192,11 +193,11 @@ def test_files_are_no_larger_than_asked_and_the_index_names_every_tensor(tmp_pat
     assert [file.name for file in files] == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, 6)]
     total = 0
     for file in files:
-        slots = read_header(file)
-        size = sum(slot.torch_dtype.itemsize * torch.Size(slot.shape).numel() for slot in slots.values())
+        entries = read_header(file)
+        size = sum(BYTES[entry.dtype] * torch.Size(entry.shape).numel() for entry in entries.values())
         assert size <= 20_000
         total += size
-        assert {name for name, place in index["weight_map"].items() if place == file.name} == slots.keys()
+        assert {name for name, place in index["weight_map"].items() if place == file.name} == entries.keys()
     assert index["metadata"]["total_size"] == total
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoe.checkpoint.safetensors import Item, write_items
+from dsmoe.checkpoint.safetensors import LazyTensor, write_tensors
 from dsmoe.config.errors import UserError
-from dsmoe.interop.model_files import read_header, whole_folder
+from dsmoe.interop.model_files import read_entry, read_header, whole_folder
 
 TENSORS = {
     "wide": torch.randn(3, 4, dtype=torch.float32),
@@ -32,13 +32,13 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), first: int = 0, las
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    items = [Item(name, x.dtype, tuple(x.shape), lambda x=x: x) for name, x in TENSORS.items()]
-    written, offsets = write_items(tmp_path / "file", items, {"format": "pt"})
+    items = [LazyTensor(name, x.dtype, tuple(x.shape), lambda x=x: x) for name, x in TENSORS.items()]
+    written, offsets = write_tensors(tmp_path / "file", items, {"format": "pt"})
     assert written.bytes == (tmp_path / "file").stat().st_size
-    slots = read_header(tmp_path / "file")
-    assert [slots[name].offset for name in TENSORS] == offsets
+    entries = read_header(tmp_path / "file")
+    assert [entries[name].offset for name in TENSORS] == offsets
     for name, tensor in TENSORS.items():
-        assert torch.equal(slots[name].read(), tensor)
+        assert torch.equal(read_entry(entries[name]), tensor)
     safetensors = pytest.importorskip("safetensors.torch")
     theirs = safetensors.load_file(tmp_path / "file")
     assert all(torch.equal(theirs[name], tensor) for name, tensor in TENSORS.items())
@@ -49,7 +49,7 @@ def test_tensors_that_are_not_aligned_are_read(tmp_path: Path) -> None:
     for pad in range(4):  # wherever the data begin
         path = forge(tmp_path / "file", {**header, "__metadata__": {"x": "y" * pad}}, 9)
         expected = torch.frombuffer(bytearray(range(1, 9)), dtype=torch.float32)
-        assert torch.equal(read_header(path)["wide"].read(), expected)
+        assert torch.equal(read_entry(read_header(path)["wide"]), expected)
 
 
 FORGED: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -77,10 +77,10 @@ def test_a_header_that_contradicts_itself_or_the_file_is_refused(forged: str, tm
 def test_a_disk_that_is_full_is_an_error_with_the_files_name_and_leaves_nothing(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("Linux only")
-    item = Item("a", torch.float32, (100_000,), lambda: torch.zeros(100_000))
+    item = LazyTensor("a", torch.float32, (100_000,), lambda: torch.zeros(100_000))
     with (
         pytest.raises(UserError, match=r"cannot write /dev/full: No space left on device"),
         whole_folder(tmp_path / "a"),
     ):
-        write_items(Path("/dev/full"), [item])
+        write_tensors(Path("/dev/full"), [item])
     assert not list(tmp_path.iterdir())

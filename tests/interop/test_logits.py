@@ -1,4 +1,4 @@
-"""What passes for the same logits, and what does not."""
+"""Comparison of logits: rounding passes for the same, other weights do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is exported tokenises as training did, whatever rules the tokenizer's file has."""
+"""Exported tokenizers tokenize as training did, whatever rules the tokenizer's file has."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXTS = [
 
 
 def template(*around: str) -> dict[str, Any]:
-    """A post-processor that puts BEGIN before a text, END behind it, or both."""
+    """Return a post-processor that puts BEGIN before a text, END behind it, or both."""
     single: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
     if BEGIN in around:
         single.insert(0, {"SpecialToken": {"id": BEGIN, "type_id": 0}})

@@ -24,11 +24,11 @@ from tests.helpers.checkpoint_runs import tensors_of
 from tests.helpers.hugging_face_models import (
     LLAMA,
     QWEN3,
+    chunked,
     load_sections,
     make_config,
     save,
     save_theirs,
-    tiled,
     train_on,
 )
 
@@ -89,7 +89,7 @@ def test_the_logits_are_those_of_the_dense_model(
     upcycle(llama, tmp_path / "out", config)
     assert "the same logits as the dense model: largest difference" in capsys.readouterr().out
     weights = tensors_of(tmp_path / "out")
-    stored = {key: tiled(tensor) for key, tensor in weights.items()}
+    stored = {key: chunked(tensor) for key, tensor in weights.items()}
     dense = upcycling.read_dense(llama, config)
     agreement = compare(our_logits(config, stored), dense.logits())
     assert agreement.largest < 1e-5 * agreement.scale

@@ -90,9 +90,9 @@ def part_of(whole: torch.Tensor, name: str, model: nn.Module, groups: Groups) ->
     if isinstance(module, StackedExperts):
         shard = module.shards(groups.coordinate("expert_tensor"))[name.endswith("down")]
         first = groups.coordinate("expert") * module.num_local_experts
-        return torch.stack([shard.of(expert) for expert in whole[first : first + module.num_local_experts]])
+        return torch.stack([shard.slice_of(expert) for expert in whole[first : first + module.num_local_experts]])
     shard = getattr(module, "shard", None)
-    return whole if shard is None else shard.of(whole)
+    return whole if shard is None else shard.slice_of(whole)
 
 
 def check_case(case: Case, sequence: bool) -> None:

@@ -164,7 +164,7 @@ def check_case(case: Case, layer: dsmoe.MoE, groups: Groups) -> None:
         mine_L = wanted[first : first + layer.num_local_experts]
         if layer.layout.expert_tensor > 1:
             gate_up, down = layer.experts.shards(groups.coordinate("expert_tensor"))
-            mine_L = torch.stack([(down if name == "down" else gate_up).of(expert) for expert in mine_L])
+            mine_L = torch.stack([(down if name == "down" else gate_up).slice_of(expert) for expert in mine_L])
         same(f"{name}.grad", actual, mine_L)
 
     if case.factor is None and not case.aux_loss and not case.masked:

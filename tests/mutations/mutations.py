@@ -473,9 +473,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a sealed manifest is believed, whatever the files' headers say",
-        "dsmoe/checkpoint/manifest.py",
-        old="        if expected.get(box) != there.get(box):\n",
-        new="        if box not in there:\n",
+        "dsmoe/checkpoint/folder.py",
+        old="        if expected.get(chunk) != actual.get(chunk):\n",
+        new="        if chunk not in actual:\n",
         caught_by="tests/checkpoint/test_manifests.py::test_a_header_that_says_something_else_than_the_manifest_is_found",
     ),
     Mutation(
@@ -487,7 +487,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a checkpoint that is not finite is gone on from",
-        "dsmoe/checkpoint/checkpoints.py",
+        "dsmoe/checkpoint/checkpointer.py",
         old="        if first is not None:\n            raise NotFiniteError",
         new="        if first == str():\n            raise NotFiniteError",
         caught_by=f"{NOT_FINITE}test_every_rank_refuses_to_go_on_from_one_and_names_the_tensor[weight-model/]",

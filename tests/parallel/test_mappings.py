@@ -98,7 +98,7 @@ def test_shards_make_up_the_whole(dim: int, parts: int) -> None:
     again = torch.zeros_like(whole)
     for index in range(2):
         shard = Shard(dim, index, 2, parts)
-        part = shard.of(whole)
+        part = shard.slice_of(whole)
         assert shard.whole_shape(part.shape) == list(whole.shape)
         shard.put(part, again)
     assert torch.equal(again, whole)
@@ -106,4 +106,4 @@ def test_shards_make_up_the_whole(dim: int, parts: int) -> None:
 
 def test_each_of_two_stacked_matrices_is_cut() -> None:
     gate_up = torch.arange(8.0)[:, None]
-    assert Shard(0, 1, 2, parts=2).of(gate_up)[:, 0].tolist() == [2, 3, 6, 7]
+    assert Shard(0, 1, 2, parts=2).slice_of(gate_up)[:, 0].tolist() == [2, 3, 6, 7]

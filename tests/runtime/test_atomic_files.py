@@ -189,15 +189,15 @@ def test_writing_without_a_name_of_its_own_names_the_file(tmp_path: Path) -> Non
 
 def test_no_other_code_renames_files_into_place() -> None:
     """One function is right for files, and one for folders; checkpoints are renamed to get them out of the way, too."""
-    package = Path(atomic_files.__file__).parent
+    package = Path(atomic_files.__file__).parents[1]
     renaming = {
         name
         for name, text in sources("dsmoe", "benchmarks", "docker").items()
         if any(call in text for call in ("os.replace(", "os.rename(", ".rename(", ".replace(path)", ".replace(folder"))
     }
-    assert renaming == {"dsmoe/runtime/atomic_files.py", "dsmoe/checkpoint/removal.py", "dsmoe/checkpoint/storage.py"}
-    storage = (package / "checkpoint" / "storage.py").read_text(encoding="utf-8")
-    assert storage.count(".rename(") == storage.count("self.final.rename(hidden_name(self.final, ") == 1
+    assert renaming == {"dsmoe/runtime/atomic_files.py", "dsmoe/checkpoint/retention.py", "dsmoe/checkpoint/dcp.py"}
+    dcp = (package / "checkpoint" / "dcp.py").read_text(encoding="utf-8")
+    assert dcp.count(".rename(") == dcp.count("self.final.rename(hidden_name(self.final, ") == 1
 
 
 def test_the_name_of_a_folder_is_forced_onto_the_disk_after_it_is_given(

@@ -67,15 +67,15 @@ def _saving(strike: Callable[[], None]) -> None:
 
 
 def _loading(strike: Callable[[], None]) -> None:
-    from dsmoe.checkpoint import storage
+    from dsmoe.checkpoint import dcp
 
-    read = storage.read_tensor
+    read = dcp.read_tensor
 
     def striking(*arguments: Any) -> object:
         strike()
         return read(*arguments)
 
-    storage.read_tensor = striking  # type: ignore[assignment]
+    dcp.read_tensor = striking  # type: ignore[assignment]
 
 
 PHASES = {

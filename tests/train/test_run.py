@@ -65,11 +65,11 @@ def _main_in_child(folder: str, arguments: list[str], streams: str) -> None:
         os.dup2(os.open(f"{streams}/{name}", os.O_CREAT | os.O_WRONLY), descriptor)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
-    from dsmoe.checkpoint import checkpoints
+    from dsmoe.checkpoint import folder as checkpoint_folder
     from dsmoe.train import run_folder as run_folders
     from dsmoe.train.run import main
 
-    checkpoints.LOOKS = run_folders.LOOKS = (0.05, 0.2)  # the pauses before a damaged file is read again
+    checkpoint_folder.LOOKS = run_folders.LOOKS = (0.05, 0.2)  # the pauses before a damaged file is read again
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()

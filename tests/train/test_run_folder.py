@@ -584,10 +584,10 @@ def test_what_one_changes_after_a_divergence_may_change(
 
 FULL = """
 import errno, os, sys
-from dsmoe.checkpoint import checkpoints, safetensors
+from dsmoe.checkpoint import safetensors, saving
 from dsmoe.train import run
 number, often = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-checkpoints.PAUSES, checkpoints.WORTH_SECONDS = (0.2, 0.2), (1.0, 1.0)
+saving.PAUSES, saving.WORTH_SECONDS = (0.2, 0.2), (1.0, 1.0)
 write, left = safetensors._write, [often]
 def full(path, *arguments):
     if "step_00000004" in str(path) and os.environ.get("RANK", "0") == os.environ["FULL_RANK"]:

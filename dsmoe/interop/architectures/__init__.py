@@ -1,11 +1,11 @@
-"""The architectures of Hugging Face's that our options can be written as, and why others cannot.
+"""Registry of the Hugging Face architectures that dsmoe's options can be written as, and reasons why others cannot.
 
-Each has an entry (`Architecture`) that holds all that depends on its name, for export and for import: what its config
-says, how it calls its tensors, what it cannot express. Another one is a file with an entry, and its place in
-`ARCHITECTURES`; other code asks the entry and compares no names.
+Each has an entry (`Architecture`) that holds all that depends on its name, for export and for import: its config, the
+names of its tensors, what it cannot express. A new one is a file with an entry, and its place in `ARCHITECTURES`; other
+code asks the entry and compares no names.
 
-What each computes was read in transformers 5.23's own files (`models/NAME/modeling_NAME.py`). All of them turn halves
-of a head's vector (rotary positions) as we do.
+What each computes was read in transformers 5.23's own files (`models/NAME/modeling_NAME.py`). All of them rotate halves
+of a head's vector (rotary positions) as dsmoe does.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from dsmoe.interop.architectures.qwen3_moe import QWEN3_MOE
 from dsmoe.plan.layers import dense_layers
 
 ARCHITECTURES = {a.name: a for a in (MIXTRAL, QWEN3_MOE, GLM4_MOE, LLAMA, QWEN3, MISTRAL)}
-"""In the order in which an export without a named one tries them."""
+"""In the order in which an export tries them where none is named."""
 REFUSED = {one.name: one for one in (DEEPSEEK_V2, DEEPSEEK_V3)}
-"""Those whose refusal has a reason of its own."""
+"""Architectures that are refused with a reason of their own."""
 
 
 def choose(config: Config, name: str | None) -> Architecture:
-    """The architecture of this name, or else the first that fits.
+    """Return the architecture of this name, or the first that fits where `name` is None.
 
     Raises:
-        UserError: it, or every one, cannot express the config's options; with all the reasons.
+        UserError: that architecture, or every one, cannot express the config's options; with all the reasons.
     """
     reason = REFUSED[name].why_not_written if name in REFUSED else None
     if reason is not None:
@@ -49,10 +49,10 @@ def choose(config: Config, name: str | None) -> Architecture:
 
 
 def architecture_of(settings: Settings) -> Architecture:
-    """The one that a config is of.
+    """Return the architecture of a Hugging Face config.
 
     Raises:
-        UserError: it is none that we can read.
+        UserError: dsmoe cannot read models of it.
     """
     name = settings.get("model_type")
     if isinstance(name, str) and name in ARCHITECTURES:

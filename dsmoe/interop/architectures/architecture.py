@@ -1,4 +1,4 @@
-"""An entry of the registry: one architecture of Hugging Face's, to it and from it."""
+"""An entry of the registry: one Hugging Face architecture, for export and import."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Experts:
     """The MoE layers of an architecture, as its config describes them."""
 
     layers: Callable[[Settings], list[int]]
-    """Which of its layers are MoE layers."""
+    """Returns the indices of the MoE layers."""
     section: Callable[[Settings], dict[str, Any]]
-    """Our `moe` section."""
+    """Returns dsmoe's `moe` section."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """An architecture that people ask for and that our options cannot be written as."""
+    """An architecture that people ask for and that dsmoe's options cannot be written as."""
 
     name: str
     why_not_read: str
     why_not_written: str | None = None
-    """None where nothing is to be said but that there is no such format."""
+    """None where the message is that there is no such format."""
 
 
 def _none(_: object) -> Iterator[str]:
@@ -46,19 +46,20 @@ def _none(_: object) -> Iterator[str]:
 
 @dataclass(frozen=True, eq=False)  # an entry is equal to itself alone, so that it can be a cache's key
 class Architecture:
-    """One of theirs.
+    """A Hugging Face architecture.
 
     Attributes:
         name: its `model_type`.
-        class_name: that of its causal language model.
-        settings: what its config says besides what every config does.
-        names: what it calls the parts of an MoE layer.
+        class_name: of its causal language model.
+        settings: returns the keys of its config that not every config has.
+        names: its names for the parts of an MoE layer.
         keys: the types of the keys that its config must have, besides those that every config has.
         optional_keys: the types of other keys that are read.
-        qk_norm: whether its attention norms queries and keys; None where its config says it (`use_qk_norm`).
-        needs: the values that our options must have, besides `model.qk_norm`.
-        misfits: what else of our options it cannot express, as sentences.
-        settings_misfits: what it does, by its config, that ours cannot, besides what any config may say, as sentences.
+        qk_norm: True if its attention norms queries and keys; None where its config decides (`use_qk_norm`).
+        needs: the values that dsmoe's options must have, besides `model.qk_norm`.
+        misfits: yields sentences on other options of dsmoe's that it cannot express.
+        settings_misfits: yields sentences on what its config asks for and dsmoe's model cannot do, besides what any
+            config may ask for.
         experts: its MoE layers; None where all of its layers are dense.
     """
 
@@ -75,7 +76,7 @@ class Architecture:
     experts: Experts | None = None
 
     def refusals(self, config: Config) -> list[str]:
-        """Why the model of `config` is not one of these: each with key, value and what is needed."""
+        """Return why the model of `config` cannot be one of these: each reason with key, value and what is needed."""
         unmet = []
         for need in (*self.needs, *_QK_NORM_NEEDS[self.qk_norm]):
             value = _value(config, need.key)
@@ -98,7 +99,7 @@ class Architecture:
             )
 
     def export(self, config: Config) -> dict[str, Any]:
-        """Its config for a model that it can express; readers before and after transformers 5 find the rotary base."""
+        """Return its config for a model that it can express; transformers before and from 5 find the rotary base."""
         model, activation = config.model, DENSE_ACTIVATION
         if config.moe is not None and len(dense_layers(config)) < model.num_layers:
             activation = config.moe.activation
@@ -123,7 +124,7 @@ class Architecture:
         }
 
     def settings_refusals(self, settings: Settings) -> list[str]:
-        """Why a model of its config `settings` is none of ours: each with key, value and what is needed."""
+        """Return why dsmoe's model cannot be that of `settings`: each reason with key, value and what is needed."""
         return [*self._common_misfits(settings), *self.settings_misfits(settings)]
 
     def _common_misfits(self, settings: Settings) -> Iterator[str]:
@@ -146,7 +147,7 @@ class Architecture:
             yield f"its MoE layers ({', '.join(map(str, sparse))}) must be every n-th one after some dense ones"
 
     def sections(self, settings: Settings) -> dict[str, Any]:
-        """The `model` and `moe` sections of a model without `settings_refusals`, without what has our default."""
+        """Return the `model` and `moe` sections of a model without `settings_refusals`; defaults are left out."""
         sparse = self._moe_layers(settings)
         model: dict[str, Any] = {
             "vocab_size": settings["vocab_size"],
@@ -163,15 +164,15 @@ class Architecture:
             model["ffn_size"] = settings["intermediate_size"]
         window = settings.get("sliding_window") or settings["max_position_embeddings"]
         model |= {
-            # Up to a window's length, attention within the window is attention.
+            # In sequences no longer than the window, attention within a window is full attention.
             "max_sequence_length": min(window, settings["max_position_embeddings"]),
             "rope_theta": float(_rotary(settings)["rope_theta"]),
             "norm_eps": float(settings["rms_norm_eps"]),
-            # Asked for where the architecture has none, it is refused once its weights are missing.
+            # A config that asks for norms where the architecture has none is refused once their weights are missing.
             "qk_norm": self.qk_norm or bool(settings.get("use_qk_norm")),
             "tie_embeddings": bool(settings["tie_word_embeddings"]),
         }
-        if settings["initializer_range"] > 0:  # 0 says nothing of a model that has been trained
+        if settings["initializer_range"] > 0:  # 0 stands in configs of trained models, and means nothing
             model["init_std"] = float(settings["initializer_range"])
         return {"model": model, "moe": self.experts.section(settings) if self.experts and sparse else None}
 
@@ -191,9 +192,12 @@ def _rotary(settings: Settings) -> Mapping[str, Any]:
 
 
 def _pattern(sparse: list[int], num_layers: int) -> Any:
-    """(`dense_layers`, `moe_every`) that give these MoE layers; None if none do."""
+    """Return (`dense_layers`, `moe_every`) that give these MoE layers; None if none do."""
     every = sparse[1] - sparse[0] if len(sparse) > 1 else 1
-    candidates = [(sparse[0] + 1 - every, every), (0, sparse[0] + 1)]  # of a single one, the latter has none after it
+    candidates = [
+        (sparse[0] + 1 - every, every),
+        (0, sparse[0] + 1),
+    ]  # with a single MoE layer, the second candidate has none after it
     for first, step in candidates:
         if first >= 0 and [n for n in range(first, num_layers) if (n - first + 1) % step == 0] == sparse:
             return first, step

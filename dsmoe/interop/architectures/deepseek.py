@@ -1,4 +1,4 @@
-"""DeepSeek's, which are refused for their attention."""
+"""DeepSeek-V2 and V3, which are refused for their attention."""
 
 from __future__ import annotations
 

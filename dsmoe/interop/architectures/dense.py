@@ -1,4 +1,4 @@
-"""Architectures without experts, which differ in whether queries and keys are normed."""
+"""Llama, Mistral and Qwen3: architectures without experts, with or without norms of queries and keys."""
 
 from __future__ import annotations
 

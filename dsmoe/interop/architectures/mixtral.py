@@ -1,4 +1,4 @@
-"""Mixtral: softmax, the weights of a token's experts add up to 1, experts in every layer."""
+"""Mixtral: softmax scores, weights of a token's experts that add up to 1, experts in every layer."""
 
 from __future__ import annotations
 

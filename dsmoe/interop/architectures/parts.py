@@ -1,4 +1,4 @@
-"""What the entries of the registry are made of: keys and options that several architectures share."""
+"""Keys and options that several architectures of the registry share."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Count = Annotated[int, Field(ge=0, le=65_536)]
 LayerIndex = Annotated[int, Field(ge=0, le=10_000)]
 
 HIDDEN_ACT = {name: shape.hidden_act for name, shape in ACTIVATION_SHAPES.items() if shape.hidden_act is not None}
-"""Our gated activations by the name that the function of the gate has there."""
+"""For each gated activation of dsmoe's, Hugging Face's name of the gate's function."""
 
 
 def activation_of(settings: Settings) -> str:
-    """Our name of the gated activation that a config has."""
+    """Return dsmoe's name of a config's gated activation."""
     return next(ours for ours, theirs in HIDDEN_ACT.items() if theirs == settings["hidden_act"])
 
 
 @dataclass(frozen=True)
 class Need:
-    """What an option must be for an architecture, and why."""
+    """The values that an architecture allows for an option, and why."""
 
     key: str
     allowed: tuple[object, ...]

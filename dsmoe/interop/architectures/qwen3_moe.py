@@ -1,4 +1,4 @@
-"""Qwen3-MoE: softmax, normed queries and keys, dense layers anywhere."""
+"""Qwen3-MoE: softmax scores, normed queries and keys, dense layers anywhere."""
 
 from __future__ import annotations
 

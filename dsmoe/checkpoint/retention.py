@@ -1,9 +1,9 @@
-"""Remove what a run needs no more, and move what is damaged aside: never as a condition of anything else. No torch.
+"""Retention: remove old checkpoints and leftovers of saves, and set damaged checkpoints aside. No torch.
 
-Only folders with names of our own exact pattern are touched, `.step_00000100.partial` and the like, and checkpoints
-that nothing keeps; and in them, only files with names of our own. What cannot be removed (another user's, immutable, a
-mount, open on NFS, with a file in it that somebody has put there) is said once and stays.
-Only whoever holds the run folder's lock may call what is here.
+Nothing else depends on a removal. Only folders with names of dsmoe's exact pattern, `.step_00000100.partial` and the
+like, and checkpoints that nothing keeps are touched; and in them, only files with names of dsmoe's. What cannot be
+removed (another user's, immutable, a mount, open on NFS, with a file of somebody's in it) is logged once and stays.
+Only the holder of the run folder's lock may call these functions.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from dsmoe.plan.text import first_and_last
 logger = logging.getLogger(__name__)
 
 DAMAGED = ".damaged"
-"""What is added to the name of a checkpoint that has been passed over."""
+"""Added to the name of a checkpoint that has been passed over."""
 _LEFTOVER = re.compile(r"\.step_\d{8,}(\.[0-9a-f]{8})?\.(partial|replaced|removed)", re.ASCII)
-_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.ASCII)
-"""What systems write into folders that somebody looks at, and have no other use for."""
-_said: set[Path] = set()
-"""What could not be removed, of which the log has been told."""
+_SYSTEM_FILES = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.ASCII)
+"""Files that desktops write into a folder when somebody opens it."""
+_logged: set[Path] = set()
+"""Paths that could not be removed, as the log says already."""
 
 
 def hidden_name(checkpoint: Path, suffix: str) -> Path:
-    """`.step_00000100.partial` beside a checkpoint, or `.step_00000100.1c9e02ab.partial` where that name is taken."""
+    """Return `.step_00000100.partial` beside a checkpoint; `.step_00000100.1c9e02ab.partial` where that is taken."""
     path = checkpoint.with_name(f".{checkpoint.name}.{suffix}")
     if os.path.lexists(path):
         path = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}.{suffix}")
@@ -45,25 +45,25 @@ def hidden_name(checkpoint: Path, suffix: str) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what saves and removals that did not come to an end have left, as far as that is possible."""
+    """Remove what interrupted saves and removals have left, as far as possible."""
     try:
         names = [entry.name for entry in os.scandir(folder) if _LEFTOVER.fullmatch(entry.name)]
     except OSError:
-        return  # there is no such folder yet, or saving will find out what is wrong with it
+        return  # no such folder yet, or one whose fault saving will report
     for name in sorted(names):
         remove(folder / name)
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or a link but nothing that it points to; where that cannot be done, say so once."""
+    """Remove a folder, or a link but not its target; log once where that cannot be done."""
     try:
         if path.is_symlink():
             path.unlink()
-        elif path.is_dir():  # we make no files of such names
+        elif path.is_dir():  # dsmoe makes no files of such names
             _remove_folder(path)
     except OSError as error:
-        if path not in _said:
-            _said.add(path)
+        if path not in _logged:
+            _logged.add(path)
             logger.warning(
                 "cannot remove %s (%s); it stays, and takes its room on the disk until somebody removes it",
                 *(path, describe(error)),
@@ -71,27 +71,29 @@ def remove(path: Path) -> None:
 
 
 def is_others(path: Path) -> bool:
-    """Whether somebody else has put this there: no folder, a link, or a folder with files of which none is dsmoe's."""
+    """Return whether somebody else made this: no folder, a link, or a folder with files none of which is dsmoe's."""
     if path.is_symlink() or not path.is_dir():
         return True
     names = os.listdir(path)
-    return bool(names) and len(_of_others(names)) == len(names)
+    return bool(names) and len(_others_files(names)) == len(names)
 
 
-def _of_others(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not (is_own_file(name) or _OF_SYSTEMS.fullmatch(name))]
+def _others_files(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not (is_own_file(name) or _SYSTEM_FILES.fullmatch(name))]
 
 
 def _remove_folder(path: Path) -> None:
-    """Remove all that is ours and can be removed, and raise the first error of the rest.
+    """Remove all files of dsmoe's that can be removed, and raise the first error of the rest.
 
-    What somebody else has put there may be all that there is of it: only what systems write for themselves goes too.
+    Files of other people stay, since there may be no other copy; those that desktops write are removed too.
     """
     errors: list[OSError] = []
+    # By descriptor and without following links: should another process replace the folder by a link meanwhile, nothing
+    # behind the link is removed.
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         names = sorted(os.listdir(folder))
-        others = _of_others(names)
+        others = _others_files(names)
         for name in sorted(set(names) - set(others)):
             try:
                 os.unlink(name, dir_fd=folder)
@@ -110,14 +112,14 @@ def _remove_folder(path: Path) -> None:
 
 
 def set_aside(checkpoints: Iterable[Path]) -> list[Path]:
-    """Rename damaged checkpoints, where a run goes on from an earlier one; returns their new paths.
+    """Rename damaged checkpoints, where a run resumes from an earlier one, and return their new paths.
 
-    They keep what they have, and nothing takes them for the newest any more. One that cannot be renamed is said.
+    Their files stay, and nothing takes them for the newest any more. One that cannot be renamed is logged.
     """
     aside = []
     for checkpoint in checkpoints:
         target = checkpoint.with_name(checkpoint.name + DAMAGED)
-        if target.is_dir():  # of an earlier time
+        if target.is_dir():  # set aside at an earlier start
             remove(target)
         if os.path.lexists(target):
             target = checkpoint.with_name(f"{checkpoint.name}.{secrets.token_hex(4)}{DAMAGED}")
@@ -131,11 +133,11 @@ def set_aside(checkpoints: Iterable[Path]) -> list[Path]:
 def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> list[Path]:
     """Remove the checkpoints that nothing in `options` keeps, and return them. Call it when a newer one is safe.
 
-    Stays, besides: what cannot be read now, and what `is_others`.
+    Checkpoints that cannot be read now stay, and what `is_others`.
 
     Args:
-        folder: where they are.
-        options: what stays.
+        folder: of the run's checkpoints.
+        options: section `checkpoint`.
         saved: the newest, which this run has just written: unless it is seen to be whole, nothing is removed.
     """
     found = look(folder)
@@ -143,6 +145,7 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
         why = found.passed_over.get(saved, "it is not there")
         logger.error("%s was saved and does not look whole (%s); older checkpoints stay", saved, why)
         return []
+    # A union: a checkpoint stays if any of the options keeps it.
     kept = {*list(found.whole)[: options.keep], *_best(found.whole, options.keep_best)}
     every = options.keep_every
     removed = [
@@ -151,13 +154,13 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
         if checkpoint not in kept and not (every and step_of(checkpoint) % every == 0) and not is_others(checkpoint)
     ]
     for checkpoint in sorted(removed, key=step_of):
-        # Under a name that nothing takes for a checkpoint: removing takes time, and may be interrupted.
+        # First renamed to what nothing takes for a checkpoint: removing takes time, and may be interrupted.
         going = hidden_name(checkpoint, "removed")
         try:
             checkpoint.rename(going)
         except OSError as error:
-            if checkpoint not in _said:
-                _said.add(checkpoint)
+            if checkpoint not in _logged:
+                _logged.add(checkpoint)
                 logger.warning("cannot remove %s, which is kept no more: %s", checkpoint, error.strerror)
             continue
         remove(going)
@@ -165,17 +168,17 @@ def remove_old(folder: Path, options: Checkpoint, saved: Path | None = None) -> 
 
 
 def _best(whole: Mapping[Path, Manifest], count: int) -> list[Path]:
-    """The `count` of the lowest loss of each text that was evaluated: losses of two texts do not compare."""
+    """Return the `count` checkpoints of the lowest loss, of each text: losses of two texts do not compare."""
     losses: dict[tuple[str, str], list[tuple[float, int, Path]]] = {}
     for path, manifest in whole.items():
         facts = manifest.facts
         if facts.validation_loss is not None and math.isfinite(facts.validation_loss):
             length = str(flatten(facts.config).get("train.sequence_length"))
             losses.setdefault((facts.held_out, length), []).append((facts.validation_loss, step_of(path), path))
-    return [path for of_text in losses.values() for _, _, path in sorted(of_text)[:count]]
+    return [path for losses_of_text in losses.values() for _, _, path in sorted(losses_of_text)[:count]]
 
 
 def discard(path: Path) -> None:
-    """Remove what a save that has failed has written, without a word: the failure itself is said."""
+    """Remove what a failed save has written; logs nothing, as the failure itself is logged."""
     with suppress(OSError):
         _remove_folder(path)
