@@ -23,9 +23,9 @@ from xxhash import xxh3_128
 from dsmoe.checkpoint.facts import ContradictionError, Facts, facts_of
 from dsmoe.checkpoint.headers import BYTES, FLOATS, LARGEST, Entry, are_sizes, read_entries
 from dsmoe.config.errors import UserError, exit_code_of
-from dsmoe.config.sealed import is_sealed, sealed_json
 from dsmoe.plan.text import shown
 from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
+from dsmoe.runtime.checksummed_json import is_sealed, sealed_json
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli.common import load, takes_overrides
+from dsmoe.cli.config_arguments import load, takes_overrides
 from dsmoe.config import UserError
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli.common import load, print_notes, takes_config
+from dsmoe.cli.config_arguments import load, print_notes, takes_config
 from dsmoe.config import Config, dump_config
+from dsmoe.config.dump import json_schema
 from dsmoe.config.errors import Problem
-from dsmoe.config.show import json_schema
 from dsmoe.plan import Plan
 from dsmoe.plan.devices import device_problems
 
@@ -33,8 +33,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from dsmoe.config.inputs import input_problems
-    from dsmoe.data.check import check_sources
+    from dsmoe.config.input_files import input_problems
+    from dsmoe.data.check_sources import check_sources
     from dsmoe.launch.hosts import host_problems
 
     notes: list[str] = []

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli.common import load, print_notes, takes_config
+from dsmoe.cli.config_arguments import load, print_notes, takes_config
 from dsmoe.config import Config
 from dsmoe.launch.job import Request, default_folder
 from dsmoe.launch.programs import activation
@@ -70,11 +70,11 @@ def _launch(arguments: argparse.Namespace) -> None:
 
 def _notes_on_sources(config: Config) -> list[str]:
     """Whose text is not here, and whether the cache has it; a plan needs neither."""
-    from dsmoe.data.files import may_be_lost
+    from dsmoe.data.corpus_files import may_be_lost
 
     lost = [source for source in config.data.sources if may_be_lost(source)]
     if any(any(Path(config.data.cache_dir).glob(f"{source.name}-*")) for source in lost):
-        from dsmoe.data.check import notes_on_sources  # which takes a while
+        from dsmoe.data.check_sources import notes_on_sources  # which takes a while
 
         return notes_on_sources(config)
     advice = "`dsmoe config check`, where the run is to be, says whether it is there"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli.common import load, takes_config
+from dsmoe.cli.config_arguments import load, takes_config
 from dsmoe.config import Config
 from dsmoe.parity.layouts import parse_layouts
 from dsmoe.runtime.rendezvous import Rendezvous

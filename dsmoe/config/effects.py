@@ -7,9 +7,9 @@ from functools import reduce
 from types import MappingProxyType
 from typing import Any, get_args
 
+from dsmoe.config.dump import spelled_out
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import Effect, Level, Section
-from dsmoe.config.show import spelled_out
 
 
 def _marked(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, Effect]]:

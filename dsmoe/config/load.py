@@ -13,13 +13,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
+from dsmoe.config.dump import dump_config
 from dsmoe.config.errors import ConfigError, Problem
-from dsmoe.config.explain import explain
-from dsmoe.config.partial import sound_part
+from dsmoe.config.partial_config import sound_part
 from dsmoe.config.paths import expand_path, resolve_paths
 from dsmoe.config.schema import Config
-from dsmoe.config.show import dump_config
+from dsmoe.config.validation_messages import explain
 from dsmoe.config.yaml_text import (
     COMMAND_LINE,
     DEEPEST,

@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsmoe.data.baseline import bigram_nats
+    from dsmoe.data.bigram_baseline import bigram_nats
     from dsmoe.data.cache import prepare
     from dsmoe.data.loader import TrainLoader, ValidationLoader
-    from dsmoe.data.prepared import PreparedSource
+    from dsmoe.data.prepared_source import PreparedSource
     from dsmoe.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "PreparedSource": "dsmoe.data.prepared",
+    "PreparedSource": "dsmoe.data.prepared_source",
     "TrainLoader": "dsmoe.data.loader",
     "ValidationLoader": "dsmoe.data.loader",
-    "bigram_nats": "dsmoe.data.baseline",
+    "bigram_nats": "dsmoe.data.bigram_baseline",
     "load_tokenizer": "dsmoe.data.tokenizer",
     "prepare": "dsmoe.data.cache",
 }

@@ -18,11 +18,8 @@ import numpy as np
 
 from dsmoe.config.errors import UserError, system_error
 from dsmoe.config.schema import Config, Data, Source
-from dsmoe.data.cache_staging import in_the_making
-from dsmoe.data.corpora import TextDigest, documents
-from dsmoe.data.finding import Place, damage_of_copies, folders_alike, origin_of, place_of, served_note
-from dsmoe.data.look import look_first
-from dsmoe.data.meta import (
+from dsmoe.data.cache_lookup import Place, damage_of_copies, folders_alike, origin_of, place_of, served_note
+from dsmoe.data.cache_meta import (
     META,
     PARTS,
     Meta,
@@ -32,11 +29,8 @@ from dsmoe.data.meta import (
     token_file,
     write_meta,
 )
-from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_documents
-from dsmoe.data.packing import Packed, Progress, copy_documents, document_hash, pack
-from dsmoe.data.prepared import PreparedSource, too_short
-from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
-from dsmoe.data.stored import (
+from dsmoe.data.cache_staging import in_the_making
+from dsmoe.data.checksummed_files import (
     DamagedCacheError,
     FileReader,
     TokenFile,
@@ -46,7 +40,13 @@ from dsmoe.data.stored import (
     sums_path,
     verify,
 )
+from dsmoe.data.corpora import TextDigest, documents
+from dsmoe.data.held_out_overlap import DOCUMENT, Documents, Split, left_out, write_documents
+from dsmoe.data.packing import Packed, Progress, copy_documents, document_hash, pack
+from dsmoe.data.precheck import look_first
+from dsmoe.data.prepared_source import PreparedSource, too_short
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
+from dsmoe.data.validation_split import choose_validation, cut_single_document, hash_limit
 from dsmoe.runtime.atomic_files import publish_folder, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)

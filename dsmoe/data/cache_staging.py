@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-from dsmoe.config.locks import MISSING, HeldError, Lock, machine, take
+from dsmoe.runtime.file_locks import MISSING, HeldError, Lock, machine, take
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.config.schema import Source
-from dsmoe.data.files import corpus_files, find_files, is_builtin
+from dsmoe.data.corpus_files import corpus_files, find_files, is_builtin
 from dsmoe.data.hub import hub_records
-from dsmoe.data.problems import BadFileError, BadRecord, shown, source_error, translated
 from dsmoe.data.readers import records
+from dsmoe.data.source_errors import BadFileError, BadRecord, shown, source_error, translated
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from dsmoe.config.schema import Source
 from dsmoe.data.json_records import field_text
-from dsmoe.data.problems import BadRecord, source_error
+from dsmoe.data.source_errors import BadRecord, source_error
 
 
 def hub_records(source: Source, cache_dir: Path) -> Iterator[str | BadRecord]:

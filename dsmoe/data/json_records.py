@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from dsmoe.data.problems import BadFileError, BadRecord
+from dsmoe.data.source_errors import BadFileError, BadRecord
 
 RECORD_LIMIT = 1 << 30
 """Bytes of the longest record; without a limit a file without line ends would have to fit into memory."""

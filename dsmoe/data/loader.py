@@ -11,20 +11,22 @@ import numpy as np
 import torch
 
 from dsmoe.config.schema import Config
-from dsmoe.data.order import Mixture
-from dsmoe.data.prepared import PreparedSource
-from dsmoe.data.sequences import Sequences
-from dsmoe.data.stored import TokenFile
+from dsmoe.data.checksummed_files import TokenFile
+from dsmoe.data.prepared_source import PreparedSource, Sequences
+from dsmoe.data.sampling_order import Mixture
 from dsmoe.plan.batch import eval_sequences
 
 
 class TrainLoader:
     """The training micro-batches of one data rank.
 
-    Its sequences are those of each source's `train.bin` (`dsmoe.data.sequences`), but for text that another source
-    holds out: every token but the first is a target exactly once per epoch. A step's global batch is cut into
-    micro-batches, which are dealt to the ranks in turn: which ones exist does not depend on the number of ranks. There
-    is no state: resuming is asking for another step.
+    Trains on all sequences of each source's `train.bin` (`Sequences`) except text that another source holds out: every
+    token but the first is a target exactly once per epoch. Each step's global batch is cut into micro-batches, which
+    are dealt to the ranks in turn, so the micro-batches do not depend on the number of ranks. Stateless: to resume, ask
+    for a later step. With 4 sequences a step and micro-batches of 1:
+
+        step 0: samples 0 1 2 3     1 rank: [0] [1] [2] [3]     2 ranks: rank 0 [0] [2], rank 1 [1] [3]
+        step 1: samples 4 5 6 7     1 rank: [4] [5] [6] [7]     2 ranks: rank 0 [4] [6], rank 1 [5] [7]
 
     Reads are synchronous: a micro-batch is a few times 64 KiB of a file, and all that is read is checked.
 

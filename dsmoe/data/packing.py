@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from dsmoe.config.errors import UserError
-from dsmoe.data.coverage import Coverage
-from dsmoe.data.problems import shown
-from dsmoe.data.stored import FileWriter, StoredFile
+from dsmoe.data.checksummed_files import FileWriter, StoredFile
+from dsmoe.data.source_errors import shown
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
+from dsmoe.data.tokenizer_coverage import Coverage
 
 logger = logging.getLogger(__name__)
 

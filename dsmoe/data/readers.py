@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.config.schema import Source
+from dsmoe.data.decompression import SUFFIXES, contents
 from dsmoe.data.json_records import json_records, missing_field, not_utf8, null_character
-from dsmoe.data.problems import BadFileError, BadRecord, shown
-from dsmoe.data.streams import SUFFIXES, contents
+from dsmoe.data.source_errors import BadFileError, BadRecord, shown
 
 _ROWS = 1000
 """Rows of a parquet file that become Python strings at a time."""
@@ -21,7 +21,7 @@ def records(source: Source, file: Path) -> Iterator[str | BadRecord]:
     Memory holds one text file, or one record of jsonl, or one row group of the parquet column.
 
     Raises:
-        As `problems.translated` expects.
+        As `source_errors.translated` expects.
     """
     return {"text": _text, "jsonl": _jsonl, "parquet": _parquet}[source.format](file, source.text_field)
 
@@ -30,7 +30,7 @@ def first_record(source: Source, file: Path) -> str | BadRecord | None:
     """Read as little as shows that `file` can be opened and begins with what the source says; None without records.
 
     Raises:
-        As `problems.translated` expects.
+        As `source_errors.translated` expects.
     """
     if source.format != "text":
         return next(records(source, file), None)

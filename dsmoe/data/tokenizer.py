@@ -12,12 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsmoe.config.end_of_document import candidates, end_token, no_end_token, ordinary_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.paths import unset_in
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import MOST_TOKENS
-from dsmoe.data.literals import literals_as_text
+from dsmoe.data.special_tokens import candidates, end_token, literals_as_text, no_end_token, ordinary_token
 
 _NO_SPACES = str.maketrans("", "", "▁Ġ")
 """Takes away what pre-tokenizers write for a space."""
@@ -131,7 +130,7 @@ class FileTokenizer:
     """A tokenizer saved by the `tokenizers` library, as in a Hugging Face model's `tokenizer.json`.
 
     Text that spells a special token (`<|endoftext|>` inside a document) is encoded as ordinary text, also where the
-    model itself would make the token of it (`dsmoe.data.literals`).
+    model itself would make the token of it (`dsmoe.data.special_tokens`).
 
     Args:
         path: of the file.

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
+from dsmoe.config.dump import flatten, spelled_out
 from dsmoe.config.effects import keys_of
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten, spelled_out
 from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.architectures.parts import Settings
 from dsmoe.plan.layers import dense_layers

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.partial_config import UnsoundError
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import show_value
 from dsmoe.launch.job import Job, Request

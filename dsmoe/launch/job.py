@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsmoe.config.dump import flatten
 from dsmoe.config.errors import UserError, describe, system_error
 from dsmoe.config.load import included_files, read_as_written
 from dsmoe.config.paths import is_of_host, paths_as_written, variables_of
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
 from dsmoe.launch.quoting import path_argument, shell_command, shell_word, ssh_path, ssh_word
 from dsmoe.plan.plan import Plan
 from dsmoe.runtime.atomic_files import write_whole

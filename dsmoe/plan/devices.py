@@ -12,7 +12,7 @@ import difflib
 from dataclasses import dataclass
 
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.partial_config import UnsoundError
 from dsmoe.config.schema import Config, Device
 
 

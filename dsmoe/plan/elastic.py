@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
+from dsmoe.config.dump import flatten
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.nearest import divisors_of, either, neighbours
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.parallel import world_size
-from dsmoe.config.show import flatten
+from dsmoe.config.suggestions import divisors_of, either, neighbours
 
 MOST_NODES = 4096
 """Most nodes among which the nearest valid number is sought."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.partial_config import UnsoundError
 from dsmoe.config.schema import Config
 from dsmoe.plan.elastic import fit_to_world, has_layout, is_sound, settings_for
 from dsmoe.plan.plan import Plan

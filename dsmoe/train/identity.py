@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dsmoe.checkpoint.manifest import MANIFEST
+from dsmoe.config.dump import flatten, spelled_out
 from dsmoe.config.effects import is_free
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten, spelled_out
 from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
 from dsmoe.runtime.atomic_files import check_regular, write_whole

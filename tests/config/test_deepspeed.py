@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, Kind, to_deepspeed
-from dsmoe.config.deepspeed_checks import deepspeed_problems
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, Kind, deepspeed_problems, to_deepspeed
 from dsmoe.config.errors import UserError
 from dsmoe.plan.plan import Plan
 from tests.helpers.recipes import VALID, load, problems_of, write

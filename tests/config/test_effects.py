@@ -13,11 +13,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dsmoe.config import UserError, dump_config
+from dsmoe.config.dump import flatten, json_schema, spelled_out
 from dsmoe.config.effects import effect_of, is_free, level_of_change, tensor_part, value_at
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import Effect, Section
-from dsmoe.config.show import flatten, json_schema, spelled_out
 from dsmoe.plan.plan import Plan
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run_folder import check_run_folder, run_folder

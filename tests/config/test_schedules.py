@@ -8,12 +8,12 @@ from typing import get_args
 
 import pytest
 
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
+from dsmoe.config.dump import flatten, spelled_out
 from dsmoe.config.errors import UserError
 from dsmoe.config.load import load_config
 from dsmoe.config.schedules import SCHEDULES, Schedule, learning_rate
 from dsmoe.config.schema import Config, Optimizer
-from dsmoe.config.show import flatten, spelled_out
 from tests.helpers.recipes import VALID, write
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsmoe.config import locks
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, cache, packing, prepare
+from dsmoe.runtime import file_locks
 from tests.data.conftest import MakeConfig
 from tests.data.test_tokenizer import train_bpe
 
@@ -288,7 +288,7 @@ def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfi
     cache_dir = Path(config.data.cache_dir)
     cache_dir.mkdir()
 
-    def leave(number: int, source: str = "corpus", host: str = locks.machine(), age: float = 0) -> list[str]:
+    def leave(number: int, source: str = "corpus", host: str = file_locks.machine(), age: float = 0) -> list[str]:
         partial = cache_dir / f".{source}-{16 * '0'}.{number:032x}.partial"
         partial.mkdir()
         (partial / "tokens.bin").write_bytes(b"")
@@ -305,7 +305,7 @@ def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfi
         path = cache_dir / f".corpus-{16 * '0'}.{of_earlier_version}.77.{32 * '0'}.partial"
         path.mkdir()
         os.utime(path, (time.time() - age,) * 2)
-    held = locks.take(cache_dir / alive[0])
+    held = file_locks.take(cache_dir / alive[0])
     source = prepare_one(config)
     held.release()
     assert folders(config) == sorted([*kept, path.name, source.folder.name])

@@ -24,7 +24,7 @@ import xxhash
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.data.corpora import documents
-from dsmoe.data.look import source_problems
+from dsmoe.data.precheck import source_problems
 
 RUNS = [pytest.param(0, 20, id="short"), pytest.param(1, 2000, id="long", marks=pytest.mark.fuzz)]
 WORDS = ["alpha", "beta", "γάμμα", "delta,", '"quoted"', "back\\slash", "[brackets]", "{braces}", "𝄞", "line\nend"]

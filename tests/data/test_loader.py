@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmoe.data import PreparedSource, TrainLoader, ValidationLoader
-from dsmoe.data.stored import DamagedCacheError, write_file
+from dsmoe.data.checksummed_files import DamagedCacheError, write_file
 from tests.data.conftest import MakeConfig
 
 SPEC = {"name": "unused", "path": "unused"}

@@ -24,8 +24,8 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.data import json_records
 from dsmoe.data.corpora import corpus_state, documents
-from dsmoe.data.look import source_problems
-from dsmoe.data.problems import translated
+from dsmoe.data.precheck import source_problems
+from dsmoe.data.source_errors import translated
 
 TEXTS = [f"document {number} " + "ü" * number for number in range(300)]
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS).encode()

@@ -15,7 +15,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.data.packing import pack
 from dsmoe.data.tokenizer import load_tokenizer, require_end_of_document, token_dtype
 from tests.data.conftest import MakeConfig
-from tests.data.test_literals import MODELS, saved
+from tests.data.test_special_tokens import MODELS, saved
 from tests.helpers import damage
 
 TEXTS = ["ab <s>ab</s> a </s>", "", " ", "x\n\t", "γάμμα 𝄞", "<unk><0x0A>", "ab" * 500]

@@ -298,14 +298,14 @@ MUTATIONS = [
         "dsmoe/data/loader.py",
         old="config.train.sequence_length, source.left_out)",
         new="config.train.sequence_length)",
-        caught_by="tests/data/test_overlap.py::test_the_single_document_of_one_source_among_those_of_another",
+        caught_by="tests/data/test_held_out_overlap.py::test_the_single_document_of_one_source_among_those_of_another",
     ),
     Mutation(
         "what is read of the cache is not checked",
-        "dsmoe/data/stored.py",
+        "dsmoe/data/checksummed_files.py",
         old="* CHUNK]) != expected:",
         new="* CHUNK]) != expected and False:",
-        caught_by="tests/data/test_damage.py::test_every_damage_is_refused[150]",
+        caught_by="tests/data/test_damaged_cache.py::test_every_damage_is_refused[150]",
     ),
     Mutation(
         "how much is evaluated depends on the micro-batch",
@@ -316,10 +316,10 @@ MUTATIONS = [
     ),
     Mutation(
         "a light source's share is rounded away",
-        "dsmoe/data/order.py",
+        "dsmoe/data/sampling_order.py",
         old="* (1 << 64)))",
         new="* (1 << 10)) << 54)",
-        caught_by="tests/data/test_order.py::test_light_sources_have_their_weight_and_no_more",
+        caught_by="tests/data/test_sampling_order.py::test_light_sources_have_their_weight_and_no_more",
     ),
     Mutation(
         "the ranks of a tensor group read different data",
@@ -445,24 +445,25 @@ MUTATIONS = [
     ),
     Mutation(
         "the checksums of the cache are believed unread",
-        "dsmoe/data/stored.py",
+        "dsmoe/data/checksummed_files.py",
         old="xxh3_128_hexdigest(sums_path(path).read_bytes()) != stored.xxh128",
         new="not stored.xxh128",
-        caught_by="tests/data/test_damage.py::test_other_tokens_with_checksums_of_their_own",
+        caught_by="tests/data/test_damaged_cache.py::test_other_tokens_with_checksums_of_their_own",
     ),
     Mutation(
         "the description of a cache is believed unsealed",
-        "dsmoe/data/meta.py",
+        "dsmoe/data/cache_meta.py",
         old="if not is_sealed(text, content):",
         new="if not text:",
-        caught_by="tests/data/test_damage.py::test_a_number_that_nothing_else_tells_is_sealed",
+        caught_by="tests/data/test_damaged_cache.py::test_a_number_that_nothing_else_tells_is_sealed",
     ),
     Mutation(
         "damaged tokens serve where the text is gone",
-        "dsmoe/data/check.py",
+        "dsmoe/data/check_sources.py",
         old="        verify_files([(prepared, meta)], VERIFIED_AT_START)\n",
         new="",
-        caught_by="tests/data/test_check.py::test_a_damaged_cache_does_not_serve_without_the_text[a held-out token]",
+        caught_by="tests/data/test_check_sources.py"
+        "::test_a_damaged_cache_does_not_serve_without_the_text[a held-out token]",
     ),
     Mutation(
         "a manifest is believed unsealed",

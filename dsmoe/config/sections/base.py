@@ -19,7 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.nearest import closest_key
+from dsmoe.config.suggestions import closest_key
 
 Level = Literal["tensor", "math", "step", "free"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import nearest_multiples_of
 from dsmoe.config.sections.base import Interval, NoEffect, NonNegativeInt, PositiveInt, Section, Text
+from dsmoe.config.suggestions import nearest_multiples_of
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.train import Train

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BeforeValidator, Field
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import divisors_of, nearest_multiples_of, nearest_of
 from dsmoe.config.sections.base import (
     Layers,
     Length,
@@ -19,6 +18,7 @@ from dsmoe.config.sections.base import (
     Width,
     whole_number,
 )
+from dsmoe.config.suggestions import divisors_of, nearest_multiples_of, nearest_of
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.moe import Moe

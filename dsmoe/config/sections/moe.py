@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import divisors_of, nearest_multiples_of, nearest_of
 from dsmoe.config.sections.base import (
     Devices,
     Effect,
@@ -25,6 +24,7 @@ from dsmoe.config.sections.base import (
     whole_number,
 )
 from dsmoe.config.sections.parallel import uneven_problems
+from dsmoe.config.suggestions import divisors_of, nearest_multiples_of, nearest_of
 
 BalanceScope = Literal["micro_batch", "sequence", "global"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import nearest_multiples_of
 from dsmoe.config.sections.base import Interval, NoEffect, PositiveInt, Section
+from dsmoe.config.suggestions import nearest_multiples_of
 
 
 class Observe(Section):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import divisors_of, nearest_of, neighbours
 from dsmoe.config.sections.base import Devices, NoEffect, Section, whole_number
+from dsmoe.config.suggestions import divisors_of, nearest_of, neighbours
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.cluster import Cluster

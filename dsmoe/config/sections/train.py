@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import nearest_multiples_of
 from dsmoe.config.sections.base import (
     Interval,
     Length,
@@ -18,6 +17,7 @@ from dsmoe.config.sections.base import (
     StepEffect,
 )
 from dsmoe.config.sections.parallel import world_size
+from dsmoe.config.suggestions import nearest_multiples_of
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.cluster import Cluster

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsmoe.config.dump import flatten
 from dsmoe.config.paths import places_of_lost
 from dsmoe.config.schema import Data, Source
-from dsmoe.config.show import flatten
+from dsmoe.data.cache_meta import FORMAT_VERSION, PARTS, Origin, made_folders
+from dsmoe.data.checksummed_files import DamagedCacheError
 from dsmoe.data.corpora import corpus_state, names_and_sizes, source_state
-from dsmoe.data.files import is_builtin
-from dsmoe.data.meta import FORMAT_VERSION, PARTS, Origin, made_folders
-from dsmoe.data.problems import LostCopyError, LostCorpusError, shown
-from dsmoe.data.stored import DamagedCacheError
+from dsmoe.data.corpus_files import is_builtin
+from dsmoe.data.source_errors import LostCopyError, LostCorpusError, shown
 from dsmoe.data.tokenizer import Tokenizer
 
 _OF_TEXT = ("path", "num_files", "files")

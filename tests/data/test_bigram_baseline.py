@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsmoe.data import PreparedSource, baseline, bigram_nats, prepare
-from dsmoe.data.stored import write_file
+from dsmoe.data import PreparedSource, bigram_baseline, bigram_nats, prepare
+from dsmoe.data.checksummed_files import write_file
 from tests.data.conftest import MakeConfig
 
 VOCAB = 7
@@ -52,7 +52,7 @@ def test_against_brute_force(length: int, tmp_path: Path) -> None:
 
 
 def test_probabilities_sum_to_one() -> None:
-    model = baseline._Bigram(np.array([0, 1, 2, 0, 1, 3]), VOCAB)
+    model = bigram_baseline._Bigram(np.array([0, 1, 2, 0, 1, 3]), VOCAB)
     model.fit_weights(np.array([0, 1, 2, 2, 5]))
     for previous in range(VOCAB):
         nats = [model.nats(np.array([previous, token])) for token in range(VOCAB)]

@@ -15,10 +15,10 @@ import pytest
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Source
-from dsmoe.config.sealed import sealed_json
-from dsmoe.data import PreparedSource, TrainLoader, cache, prepare, stored
-from dsmoe.data.meta import META, made_folders
+from dsmoe.data import PreparedSource, TrainLoader, cache, checksummed_files, prepare
+from dsmoe.data.cache_meta import META, made_folders
 from dsmoe.data.tokenizer import ByteTokenizer
+from dsmoe.runtime.checksummed_json import sealed_json
 from tests.data.conftest import MakeConfig
 from tests.helpers import damage
 
@@ -120,7 +120,7 @@ def test_what_the_start_leaves_out_is_found_when_it_is_read(seed: int, config: C
     for _ in range(3):
         damage.flip_a_bit(path, draw)
     found = prepare(config, check=0)
-    with pytest.raises(stored.DamagedCacheError, match=f"{sources[0].folder} is damaged"):
+    with pytest.raises(checksummed_files.DamagedCacheError, match=f"{sources[0].folder} is damaged"):
         [rows(config, found, step) for step in range(200)]
 
 
@@ -131,7 +131,7 @@ def test_a_number_that_nothing_else_tells_is_sealed(config: Config) -> None:
     number = f'"bytes": {first.validation_bytes}, "documents"'
     assert text.count(number) == 1
     (first.folder / META).write_text(text.replace(number, number.replace('": ', '": 1', 1)), encoding="utf-8")
-    with pytest.raises(stored.DamagedCacheError, match=r"meta.json is not what was written"):
+    with pytest.raises(checksummed_files.DamagedCacheError, match=r"meta.json is not what was written"):
         prepare(config)
 
 
@@ -140,8 +140,8 @@ def test_other_tokens_with_checksums_of_their_own(name: str, config: Config) -> 
     """As when a file is restored from another folder together with its checksums."""
     (first, *_) = prepare(config)
     data = (first.folder / name).read_bytes()
-    stored.write_file(first.folder / name, data[16:] + data[:16])
-    with pytest.raises(stored.DamagedCacheError, match=rf"{name}.sums is not what was written"):
+    checksummed_files.write_file(first.folder / name, data[16:] + data[:16])
+    with pytest.raises(checksummed_files.DamagedCacheError, match=rf"{name}.sums is not what was written"):
         prepare(config)
 
 
@@ -150,7 +150,7 @@ def test_a_file_cut_off_while_it_is_read_is_an_error_and_no_signal(config: Confi
     loader = TrainLoader(sources, config, 0, 1)
     list(loader.micro_batches(0))
     os.truncate(sources[0].folder / "train.bin", 10)
-    with pytest.raises(stored.DamagedCacheError, match=r"train\.bin ends at byte 10, before its end"):
+    with pytest.raises(checksummed_files.DamagedCacheError, match=r"train\.bin ends at byte 10, before its end"):
         list(loader.micro_batches(1))
 
 
@@ -171,7 +171,7 @@ def test_what_was_checked_is_not_read_again_until_it_changes(config: Config, mon
 def test_a_large_cache_is_sampled_at_a_start_and_read_whole_where_that_is_asked(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "SPAN", 4096)
+    monkeypatch.setattr(checksummed_files, "SPAN", 4096)
     read_bytes: list[int] = []
     verify = cache.verify
 
@@ -214,7 +214,7 @@ def test_the_first_token_beyond_the_vocabulary_is_refused(config: Config) -> Non
     prepare(config)
     change(ByteTokenizer.vocab_size)
     with pytest.raises(
-        stored.DamagedCacheError, match=r"meta.json: tokens up to 257 as <u2, and the tokenizer has 257"
+        checksummed_files.DamagedCacheError, match=r"meta.json: tokens up to 257 as <u2, and the tokenizer has 257"
     ):
         prepare(config)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmoe.data.order import BLOCK, ORDER_VERSION, Mixture, make_key, permute
+from dsmoe.data.sampling_order import BLOCK, ORDER_VERSION, Mixture, make_key, permute
 
 UNHURRIED = settings(deadline=None, max_examples=50)  # the machine is shared
 SEEDS = st.integers(0, 2**70)

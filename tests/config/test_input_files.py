@@ -14,13 +14,13 @@ import pytest
 
 from dsmoe.cli import main
 from dsmoe.config import ConfigError, UserError, dump_config, load_config
-from dsmoe.config.inputs import input_problems
-from dsmoe.config.nearest import closest_key
+from dsmoe.config.dump import flatten
+from dsmoe.config.input_files import input_problems
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
+from dsmoe.config.suggestions import closest_key
 from dsmoe.config.synonyms import ABSENT, NOTES, SYNONYMS, meant_by
 from dsmoe.data import load_tokenizer
-from dsmoe.data.check import check_sources
+from dsmoe.data.check_sources import check_sources
 from dsmoe.data.tokenizer import require_end_of_document
 from tests.helpers.recipes import VALID, problems_of, write
 

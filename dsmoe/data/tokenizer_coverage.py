@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dsmoe.config.errors import UserError
-from dsmoe.data.problems import shown
+from dsmoe.data.source_errors import shown
 from dsmoe.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from dsmoe.config.errors import UserError
 from dsmoe.data import load_tokenizer, prepare
-from dsmoe.data.literals import literals_as_text
+from dsmoe.data.special_tokens import literals_as_text
 from dsmoe.data.tokenizer import FileTokenizer
 from tests.data.conftest import MakeConfig
 

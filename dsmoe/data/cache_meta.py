@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsmoe.config.sealed import is_sealed, sealed_json
-from dsmoe.data.stored import DamagedCacheError, StoredFile
+from dsmoe.data.checksummed_files import DamagedCacheError, StoredFile
 from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
+from dsmoe.runtime.checksummed_json import is_sealed, sealed_json
 
 META = "meta.json"
 FORMAT_VERSION = 2
@@ -33,7 +33,7 @@ class File(_Strict):
 
     @property
     def stored(self) -> StoredFile:
-        """As `dsmoe.data.stored` wants it."""
+        """As `dsmoe.data.checksummed_files` wants it."""
         return StoredFile(self.bytes, self.xxh128)
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.inputs import may, where_looked
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.input_files import may, where_looked
+from dsmoe.config.partial_config import UnsoundError
 from dsmoe.config.paths import may_be_there, unset_in
 from dsmoe.config.schema import Config, Source
 from dsmoe.data.cache import VERIFIED_AT_START, open_folder, verify_files
-from dsmoe.data.files import corpus_files, is_builtin
-from dsmoe.data.finding import damage_of_copies, place_of, served_note
-from dsmoe.data.look import source_problems
-from dsmoe.data.problems import LostCopyError, LostCorpusError, source_error
+from dsmoe.data.cache_lookup import damage_of_copies, place_of, served_note
+from dsmoe.data.corpus_files import corpus_files, is_builtin
+from dsmoe.data.precheck import source_problems
+from dsmoe.data.source_errors import LostCopyError, LostCorpusError, source_error
 from dsmoe.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, require_end_of_document
 
 MOST_FILES = 100

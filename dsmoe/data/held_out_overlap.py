@@ -1,7 +1,8 @@
 """Text that one source holds out and another would train on: found by the documents' hashes, and not trained on.
 
 Most sources hold out exactly the documents whose hashes are below one limit, and two of those cannot disagree. What
-remains are the exceptions of small sources (`dsmoe.data.split`): a few documents, looked up in the other sources.
+remains are the exceptions of small sources (`dsmoe.data.validation_split`): a few documents, looked up in the other
+sources.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsmoe.data.stored import FileReader, StoredFile, write_file
+from dsmoe.data.checksummed_files import FileReader, StoredFile, write_file
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("begin", "<i8"), ("end", "<i8")])
 """A document of a token file: its hash, and from which token to which it is."""

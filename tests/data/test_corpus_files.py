@@ -15,7 +15,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.paths import expand_glob
 from dsmoe.config.schema import Source
 from dsmoe.data.corpora import documents
-from dsmoe.data.files import corpus_files, find_files
+from dsmoe.data.corpus_files import corpus_files, find_files
 from tests.helpers.privileges import without_override
 
 

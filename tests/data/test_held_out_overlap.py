@@ -12,8 +12,8 @@ import pytest
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Source
-from dsmoe.data import PreparedSource, TrainLoader, bigram_nats, cache, overlap, prepare
-from dsmoe.data.stored import write_file
+from dsmoe.data import PreparedSource, TrainLoader, bigram_nats, cache, held_out_overlap, prepare
+from dsmoe.data.checksummed_files import write_file
 from tests.data.conftest import MakeConfig
 
 EOD = 256
@@ -163,17 +163,17 @@ def test_large_sources_are_not_looked_through(
         raise AssertionError("looked through")
 
     for way in ("_all_through", "_one_by_one"):
-        monkeypatch.setattr(overlap.Documents, way, fail)
+        monkeypatch.setattr(held_out_overlap.Documents, way, fail)
     assert [source.left_out for source in prepare(config)] == [(), ()]
 
 
 @pytest.mark.parametrize("few", [0, 10_000])
 def test_both_ways_of_looking_up_find_the_same(few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "_FEW", few)
-    monkeypatch.setattr(overlap, "_BLOCK", 8 if few == 0 else 0.001)
+    monkeypatch.setattr(held_out_overlap, "_FEW", few)
+    monkeypatch.setattr(held_out_overlap, "_BLOCK", 8 if few == 0 else 0.001)
     hashes = np.random.default_rng(0).integers(0, 50, 300).astype(np.uint64)
-    overlap.write_documents(tmp_path / "d", hashes, np.arange(1, 301))
-    found = overlap.Documents(tmp_path / "d", 300).find(np.array([3, 7, 49, 60], dtype=np.uint64))
+    held_out_overlap.write_documents(tmp_path / "d", hashes, np.arange(1, 301))
+    found = held_out_overlap.Documents(tmp_path / "d", 300).find(np.array([3, 7, 49, 60], dtype=np.uint64))
     ends = np.cumsum(np.arange(1, 301))
     expected = {
         (int(h), int(e - n), int(e)) for h, e, n in zip(hashes, ends, range(1, 301), strict=True) if h in (3, 7, 49)

@@ -17,9 +17,9 @@ from pathlib import Path
 from dsmoe.config.errors import UserError
 from dsmoe.config.paths import expand_glob, literal_start, unset_in
 from dsmoe.config.schema import Source
-from dsmoe.data import streams
-from dsmoe.data.problems import LostCorpusError, shown, source_error
+from dsmoe.data import decompression
 from dsmoe.data.readers import data_suffix
+from dsmoe.data.source_errors import LostCorpusError, shown, source_error
 
 BUILTIN_PREFIX = "builtin:"
 SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",)}
@@ -175,7 +175,7 @@ def _without_copies(paths: list[Path], found: Found) -> Iterator[Path]:
     """Yield one of `a.jsonl`, `a.jsonl.gz` and `a.jsonl.zst`: most likely the same text, so the first of them."""
     seen = set()
     for path in sorted(paths):
-        uncompressed = path.with_suffix("") if path.suffix.lower() in streams.SUFFIXES else path
+        uncompressed = path.with_suffix("") if path.suffix.lower() in decompression.SUFFIXES else path
         if uncompressed in seen:
             found.leave_out(path, _COPY)
         else:
@@ -256,7 +256,7 @@ def _each_once(paths: Iterable[Path], found: Found) -> Iterator[Path]:
 def _name_end(path: Path) -> str:
     """The end of a name, with that of its compression: `.jsonl.gz`."""
     ends = [suffix.lower() for suffix in path.suffixes[-2:]]
-    compressed = ends and ends[-1] in streams.SUFFIXES
+    compressed = ends and ends[-1] in decompression.SUFFIXES
     return shown("".join(ends if compressed else ends[-1:]))[:20] or "without a suffix"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.locks import HeldError, machine, take
+from dsmoe.runtime.file_locks import HeldError, machine, take
 from dsmoe.train import run_folder
 
 CONTEXT = multiprocessing.get_context("fork")

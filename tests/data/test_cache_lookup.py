@@ -17,10 +17,10 @@ from dsmoe.cli import main
 from dsmoe.config import load_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.config.sealed import sealed_json
 from dsmoe.data import cache, prepare
-from dsmoe.data.meta import META
-from dsmoe.data.prepared import PreparedSource
+from dsmoe.data.cache_meta import META
+from dsmoe.data.prepared_source import PreparedSource
+from dsmoe.runtime.checksummed_json import sealed_json
 from tests.data.conftest import MakeConfig
 from tests.data.test_cache import decode, prepare_one, spec, write_corpus
 from tests.train.test_run import write_config

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config, Source
-from dsmoe.data.files import corpus_files, is_builtin
+from dsmoe.data.corpus_files import corpus_files, is_builtin
 from dsmoe.data.hub import hub_records
-from dsmoe.data.problems import BadRecord, source_error, translated
 from dsmoe.data.readers import first_record
+from dsmoe.data.source_errors import BadRecord, source_error, translated
 from dsmoe.data.tokenizer import Tokenizer, load_tokenizer, require_end_of_document
 
 _MOST_PROBLEMS = 5

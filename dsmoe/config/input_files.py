@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.partial_config import UnsoundError
 from dsmoe.config.paths import NO_PATHS, may_be_there, unset_in
 from dsmoe.config.schema import Config
 
@@ -17,7 +17,7 @@ _CHECKPOINT = re.compile(r"/step_[0-9]+/manifest\.json$")
 
 
 def input_problems(config: Config) -> list[Problem]:
-    """Return which files are missing or cannot be read; those of `data` are for `dsmoe.data.check`."""
+    """Return which files are missing or cannot be read; those of `data` are for `dsmoe.data.check_sources`."""
     problems: list[Problem] = []
     for check in _CHECKS:
         with suppress(UnsoundError):

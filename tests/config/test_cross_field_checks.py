@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from dsmoe.config import Config
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
 from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS
+from dsmoe.config.dump import flatten
 from dsmoe.config.sections.parallel import world_size
-from dsmoe.config.show import flatten
 from tests.helpers.recipes import load, problems
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from dsmoe.cli import main
 from dsmoe.config import ConfigError, load_config
-from dsmoe.config.inputs import input_problems
+from dsmoe.config.input_files import input_problems
 from dsmoe.data import prepare
-from dsmoe.data.check import MOST_FILES, check_sources
+from dsmoe.data.check_sources import MOST_FILES, check_sources
 from dsmoe.interop.export_tokenizer import byte_tokenizer_json
 from tests.helpers.privileges import without_override
 from tests.train.test_run import pretrain, refused, write_config

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
+from dsmoe.data.validation_split import choose_validation, cut_single_document, hash_limit
 
 UNHURRIED = settings(deadline=None)  # the machine is shared
 

@@ -23,7 +23,7 @@ def choose_validation(hashes_D: np.ndarray, bytes_D: np.ndarray, fraction: float
     nearly `fraction` of the bytes. Where they have a tenth more or less, the documents are held out in the order of
     their hashes until they have `fraction` of the bytes. A text so large that most of the corpus would be held out with
     it (beyond halfway from `fraction` to everything) then stays in training. What such a source holds out and others
-    would train on, or the other way round, `dsmoe.data.overlap` finds.
+    would train on, or the other way round, `dsmoe.data.held_out_overlap` finds.
 
     Equal hashes are equal texts and stay together, so no text is on both sides.
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dsmoe.config.errors import UserError
 from dsmoe.data import load_tokenizer, prepare
-from dsmoe.data.coverage import Coverage
 from dsmoe.data.tokenizer import FileTokenizer
+from dsmoe.data.tokenizer_coverage import Coverage
 from tests.data.conftest import MakeConfig
 
 LETTERS = "abcdefghijklm"

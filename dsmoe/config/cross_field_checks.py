@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from dsmoe.config.deepspeed_checks import deepspeed_problems
+from dsmoe.config.deepspeed import deepspeed_problems
 from dsmoe.config.errors import Problem
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.partial_config import UnsoundError
 from dsmoe.config.schema import Config, Moe
 from dsmoe.config.sections import checkpoint, data, model, moe, observe, optimizer, parallel, train
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsmoe.config.nearest import closest_key
 from dsmoe.config.schema import Config
+from dsmoe.config.suggestions import closest_key
 from dsmoe.config.synonyms import meant_by
 from dsmoe.config.yaml_text import COMMAND_LINE, Node, lookup, plain, show_value
 

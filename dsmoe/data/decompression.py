@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-from dsmoe.data.problems import BadFileError, shown
+from dsmoe.data.source_errors import BadFileError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def contents(file: Path) -> Iterator[tuple[str, io.BufferedReader]]:
 
     Raises:
         OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile: here or while the stream is read, as
-            `problems.translated` expects them: the file is cut off, damaged or unreadable.
+            `source_errors.translated` expects them: the file is cut off, damaged or unreadable.
         BadFileError: a compressed file has no bytes, or an archive cannot be unpacked here.
     """
     with file.open("rb") as raw:

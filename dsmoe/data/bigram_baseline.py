@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from dsmoe.data.prepared import PreparedSource
+from dsmoe.data.prepared_source import PreparedSource
 
 MAX_TRAIN_TOKENS = 50_000_000
 MAX_HELD_OUT_TOKENS = 1_000_000
