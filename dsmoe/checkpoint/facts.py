@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsmoe.checkpoint.headers import are_sizes
-from dsmoe.config.yaml_text import DEEPEST
+from dsmoe.config.yaml_text import MAX_DEPTH
 
-_MOST_LEVELS = DEEPEST + 10
-"""How deep facts may be: a config is read as YAML, of at most `DEEPEST` levels. Deeper ones exhaust Python's stack."""
+_MOST_LEVELS = MAX_DEPTH + 10
+"""The most levels of facts: a config is read as YAML of at most `MAX_DEPTH`, and deeper ones exhaust Python's stack."""
 
 
 class ContradictionError(ValueError):

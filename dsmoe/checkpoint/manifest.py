@@ -25,7 +25,7 @@ from dsmoe.checkpoint.headers import BYTES, FLOATS, LARGEST, Entry, are_sizes, r
 from dsmoe.config.errors import UserError, exit_code_of
 from dsmoe.plan.text import shown
 from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
-from dsmoe.runtime.checksummed_json import is_sealed, sealed_json
+from dsmoe.runtime.checksummed_json import has_valid_checksum, json_with_checksum
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
@@ -119,7 +119,7 @@ class Manifest:
             content = json.loads(text)
             if content.get("format") != FORMAT:
                 raise DamagedError(f"{path} is of another format: {content.get('format')!r}, not {FORMAT!r}")
-            if not is_sealed(text, content, _TABLES):
+            if not has_valid_checksum(text, content, _TABLES):
                 raise ValueError
             if content.keys() != {"format", "facts", "files", "tensors", "sha256"}:
                 raise ContradictionError(f"its entries are {', '.join(content)}")
@@ -349,4 +349,4 @@ def _tensor(key: str, entry: list[Any]) -> StoredTensor:
 
 
 def _sealed(content: dict[str, Any]) -> str:
-    return sealed_json(content, _TABLES)
+    return json_with_checksum(content, _TABLES)

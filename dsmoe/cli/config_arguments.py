@@ -1,4 +1,4 @@
-"""What several commands have in common: the config that they take, and notes."""
+"""Arguments of commands that take a config: the YAML file, overrides, loading, and notes."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import sys
 from collections.abc import Sequence
 
 from dsmoe.config import Config, load_config
-from dsmoe.config.load import Look
+from dsmoe.config.load import ConfigCheck
 
 
-def takes_config(parser: argparse.ArgumentParser, run: object) -> None:
-    """Let a command take a YAML file and overrides; `run` is what it does."""
+def add_config_arguments(parser: argparse.ArgumentParser, run: object) -> None:
+    """Add the arguments of a YAML file and overrides to a command, and `run` as its function."""
     parser.add_argument("config", metavar="CONFIG", help="the YAML file")
-    takes_overrides(parser)
+    add_override_arguments(parser)
     parser.set_defaults(run=run)
 
 
-def takes_overrides(parser: argparse.ArgumentParser) -> None:
-    """Let a command take overrides, as many as there are."""
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of any number of overrides to a command."""
     parser.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="set a key over the file, for example moe.top_k=4"
     )
 
 
-def load(arguments: argparse.Namespace, *looks: Look) -> Config:
-    """The config that a command was given, which `looks` check as well.
+def load(arguments: argparse.Namespace, *checks: ConfigCheck) -> Config:
+    """Load the config of a command's arguments, with further checks.
 
     Raises:
-        UserError: something is wrong in it.
+        UserError: the config has problems.
     """
-    return load_config(arguments.config, arguments.overrides, *looks)
+    return load_config(arguments.config, arguments.overrides, *checks)
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Print what does not stop a command, apart from its output."""
+    """Print notes to standard error, apart from the output of the command."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

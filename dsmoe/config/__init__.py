@@ -1,4 +1,4 @@
-"""The YAML file as one typed, frozen tree: schema, loading, cross-field checks, DeepSpeed's own config."""
+"""Configuration: schema of the YAML file, loading, cross-field checks, and the generated DeepSpeed config."""
 
 from dsmoe.config.dump import dump_config
 from dsmoe.config.errors import ConfigError, UserError

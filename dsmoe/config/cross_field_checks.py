@@ -1,6 +1,6 @@
-"""Every rule that holds between keys which are each right by themselves, run on a config, on any machine.
+"""Cross-field checks: all rules between keys that are valid one by one, for any machine.
 
-The rules stand beside the sections that they are about. Every message names the keys, their values and what to do.
+Each rule is defined beside the section it is about. Every message names the keys, their values and the remedy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from dsmoe.config.deepspeed import deepspeed_problems
 from dsmoe.config.errors import Problem
-from dsmoe.config.partial_config import UnsoundError
+from dsmoe.config.partial_config import InvalidKeyError
 from dsmoe.config.schema import Config, Moe
 from dsmoe.config.sections import checkpoint, data, model, moe, observe, optimizer, parallel, train
 
@@ -18,19 +18,19 @@ Rule = Callable[[Config], Iterable[Problem]]
 
 
 def cross_field_problems(config: Config) -> list[Problem]:
-    """Return every contradiction between keys of a config whose keys are valid one by one.
+    """Return every contradiction between keys of a config.
 
-    In a `sound_part` of one, those between the keys that are there: a rule ends where it wants another.
+    In a `valid_part`, a rule is skipped as soon as it reads a key that is wrong or missing.
     """
     problems: list[Problem] = []
     for rule in _RULES:
-        with suppress(UnsoundError):
+        with suppress(InvalidKeyError):
             problems.extend(rule(config))
     return problems
 
 
-def _where_experts(rule: Callable[[Config, Moe], Iterable[Problem]]) -> Rule:
-    """A rule for configs that have the section `moe`."""
+def _if_moe(rule: Callable[[Config, Moe], Iterable[Problem]]) -> Rule:
+    """Return a rule for all configs that does nothing where `moe` is null."""
     return lambda c: () if c.moe is None else rule(c, c.moe)
 
 
@@ -38,19 +38,19 @@ _RULES: tuple[Rule, ...] = (
     lambda c: parallel.tensor_degree_problems(c.cluster, c.parallel),
     lambda c: parallel.sequence_problems(c.parallel),
     lambda c: parallel.tensor_slice_problems(c.parallel, c.model, c.train),
-    _where_experts(lambda c, m: moe.dense_path_slice_problems(m, c.parallel.tensor)),
+    _if_moe(lambda c, m: moe.dense_path_slice_problems(m, c.parallel.tensor)),
     lambda c: parallel.spread_problems(c.cluster, c.parallel, c.moe),
     lambda c: parallel.expert_degree_problems(c.cluster, c.parallel),
     lambda c: parallel.exchange_problems(c.cluster, c.parallel),
     lambda c: model.attention_problems(c.model),
     lambda c: model.layer_problems(c.model, c.moe),
-    _where_experts(lambda _, m: moe.choice_problems(m.num_experts, m.top_k, m.router)),
-    _where_experts(lambda _, m: moe.dense_path_problems(m)),
-    _where_experts(lambda c, m: moe.row_problems(c.model.hidden_size, m.expert_ffn_size, c.parallel.expert_tensor)),
-    _where_experts(lambda _, m: moe.causal_problems(m.router)),
-    _where_experts(lambda _, m: moe.expert_choice_problems(m.router, m.balance, m.capacity)),
-    _where_experts(lambda _, m: moe.group_problems(m.num_experts, m.top_k, m.router)),
-    _where_experts(lambda _, m: moe.capacity_problems(m.capacity)),
+    _if_moe(lambda _, m: moe.choice_problems(m.num_experts, m.top_k, m.router)),
+    _if_moe(lambda _, m: moe.dense_path_problems(m)),
+    _if_moe(lambda c, m: moe.row_problems(c.model.hidden_size, m.expert_ffn_size, c.parallel.expert_tensor)),
+    _if_moe(lambda _, m: moe.causal_problems(m.router)),
+    _if_moe(lambda _, m: moe.expert_choice_problems(m.router, m.balance, m.capacity)),
+    _if_moe(lambda _, m: moe.group_problems(m.num_experts, m.top_k, m.router)),
+    _if_moe(lambda _, m: moe.capacity_problems(m.capacity)),
     lambda c: data.source_problems(c.data),
     lambda c: data.tokenizer_problems(c.data, c.model),
     lambda c: optimizer.learning_rate_problems(c.optimizer),

@@ -1,4 +1,4 @@
-"""A configuration as text: the resolved YAML that loads again, its dotted keys, and the JSON Schema for editors."""
+"""Output of a config: the resolved YAML that loads again, dotted keys, and the JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def dump_config(config: Config) -> str:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a dsmoe YAML file.
 
-    No key is marked as required, because a file may leave any of them to what it includes; `dsmoe config check`
-    tells what is missing in the end.
+    No key is marked as required, because a file may leave any key to its includes; `dsmoe config check` reports missing
+    keys.
     """
     schema = Config.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
@@ -36,10 +36,10 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def spelled_out(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Flattened settings with the values that `null` stands for, where these follow from other settings.
+def with_nulls_resolved(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flattened settings with nulls replaced by the values that follow from other settings.
 
-    What is no config of dsmoe's stays as it is.
+    `model.num_kv_heads: null` with `model.num_heads: 8` becomes 8. Settings that are no config of dsmoe stay unchanged.
     """
     found = dict(flat)
     heads, width = flat.get("model.num_heads"), flat.get("model.hidden_size")
@@ -62,7 +62,7 @@ def _steps(flat: Mapping[str, Any]) -> int | None:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf under its dotted key, as overrides write it: `data.sources.0.path`."""
+    """Return every leaf by its dotted key, as in overrides: `data.sources.0.path`."""
     if isinstance(tree, Mapping):
         items = list(tree.items())
     elif isinstance(tree, list | tuple) and any(isinstance(item, Mapping) for item in tree):

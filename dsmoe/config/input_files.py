@@ -1,4 +1,4 @@
-"""Whether the files that a config names, data aside, can be read: for `dsmoe config check`. No torch."""
+"""Checks that the files a config names, except data, can be read: for `dsmoe config check`. No torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.partial_config import UnsoundError
-from dsmoe.config.paths import NO_PATHS, may_be_there, unset_in
+from dsmoe.config.partial_config import InvalidKeyError
+from dsmoe.config.paths import PATH_KEYWORDS, may_exist, unset_variables_note
 from dsmoe.config.schema import Config
 
 _CHECKPOINT = re.compile(r"/step_[0-9]+/manifest\.json$")
 
 
 def input_problems(config: Config) -> list[Problem]:
-    """Return which files are missing or cannot be read; those of `data` are for `dsmoe.data.check_sources`."""
+    """Return a problem for each missing or unreadable file; files of `data` are left to `dsmoe.data.check_sources`."""
     problems: list[Problem] = []
     for check in _CHECKS:
-        with suppress(UnsoundError):
+        with suppress(InvalidKeyError):
             problems.extend(check(config))
     return problems
 
@@ -35,7 +35,7 @@ def _checkpoints(config: Config) -> Iterator[Problem]:
         ("checkpoint.resume", config.checkpoint.resume),
         ("checkpoint.weights_from", config.checkpoint.weights_from),
     ):
-        if path is None or path in NO_PATHS.get(key, ()):
+        if path is None or path in PATH_KEYWORDS.get(key, ()):
             continue
         unreadable = list(_unreadable(key, path))
         yield from unreadable
@@ -45,26 +45,26 @@ def _checkpoints(config: Config) -> Iterator[Problem]:
         saved = folder / "checkpoints"
         if not saved.is_dir():
             yield key, f"{key}: {path} is neither a checkpoint nor a run's folder"
-        elif not may(saved, os.R_OK | os.X_OK):
+        elif not may_access(saved, os.R_OK | os.X_OK):
             yield key, f"{key}: {saved} cannot be read: permission denied"
         elif not any(map(_CHECKPOINT.search, map(str, saved.glob("step_*/manifest.json")))):
             yield key, f"{key} is the folder of a run, {path}, that has no whole checkpoint"
 
 
 def _unreadable(key: str, path: str) -> Iterator[Problem]:
-    if not may_be_there(path):
-        yield key, f"{key}: there is no file or folder {path}{unset_in(path)}{where_looked(path)}"
-    elif not may(path, os.R_OK):
+    if not may_exist(path):
+        yield key, f"{key}: there is no file or folder {path}{unset_variables_note(path)}{where_searched(path)}"
+    elif not may_access(path, os.R_OK):
         yield key, f"{key}: {path} cannot be read: permission denied"
 
 
-def may(path: str | Path, mode: int) -> bool:
-    """Whether this process may use a path so: `os.R_OK`, `os.W_OK`, `os.X_OK`, joined by `|`."""
+def may_access(path: str | Path, mode: int) -> bool:
+    """Return whether this process has access of `mode` to a path: `os.R_OK`, `os.W_OK`, `os.X_OK`, joined by `|`."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def where_looked(path: str) -> str:
-    """For a message: where a path that leads to nothing was looked for; empty for an absolute one."""
+def where_searched(path: str) -> str:
+    """Return the end of a message on a missing path: where a relative one was searched; empty for an absolute one."""
     return "" if os.path.isabs(path) else " in this folder, or beside the YAML file"
 
 

@@ -1,4 +1,4 @@
-"""What is right in a config some of whose keys are wrong: enough to check the rest."""
+"""Partial config: the valid keys of a config with wrong keys, so that the rest can still be checked."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from dsmoe.config.schema import Config, Section
 Place = tuple[str | int, ...]
 
 
-class UnsoundError(Exception):
-    """A key is wanted whose value is wrong or missing."""
+class InvalidKeyError(Exception):
+    """A key was read whose value is wrong or missing."""
 
 
-class _Unsound:
-    """In place of a section of which some keys are wrong: those that are right."""
+class _PartialSection:
+    """The valid keys of a section; reading any other key raises InvalidKeyError."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
 
     def __getattr__(self, name: str) -> Any:
-        raise UnsoundError(name)
+        raise InvalidKeyError(name)
 
 
-def sound_part(tree: dict[str, Any], error: ValidationError) -> Any:
-    """What looks like a `Config` to whoever reads only keys that are right; any other raises `UnsoundError`.
+def valid_part(tree: dict[str, Any], error: ValidationError) -> Any:
+    """Return an object with the valid keys of a `Config`; reading any other key raises `InvalidKeyError`.
+
+    With `{name: a, model: {hidden_size: x, num_layers: 2}}`:
+
+        valid_part(...).model.num_layers     2
+        valid_part(...).model.num_kv_heads   None, the default
+        valid_part(...).model.hidden_size    raises InvalidKeyError("hidden_size")
 
     Args:
         tree: the values, by section and key.
-        error: what pydantic says of them.
+        error: pydantic's errors for `tree`.
     """
     wrong = [(found["loc"], found["type"]) for found in error.errors(include_url=False, include_context=False)]
     return _section(Config, tree, wrong, ())
@@ -42,8 +48,8 @@ def _section(kind: type[BaseModel], tree: Any, wrong: list[tuple[Place, str]], p
     if not below and isinstance(tree, dict):
         return kind.model_validate(tree)
     if not isinstance(tree, dict):
-        return _Unsound({})
-    # A key that nobody knows may be one that is missing, mistyped: then its default is not what is meant.
+        return _PartialSection({})
+    # An unknown key may be a mistyped one of the section, so no missing key can be assumed to have its default.
     mistyped = any(why == "extra_forbidden" and len(location) == len(place) + 1 for location, why in below)
     values: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
@@ -56,11 +62,11 @@ def _section(kind: type[BaseModel], tree: Any, wrong: list[tuple[Place, str]], p
             values[name] = _section(section, tree[name], wrong, (*place, name))
         elif not is_wrong:
             values[name] = _value(field, tree[name])
-    return _Unsound(values)
+    return _PartialSection(values)
 
 
 def _section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, nullable or not; None for a value, a list or one of several kinds."""
+    """Return the section that a field holds, nullable or not; None for a value, a list or a union."""
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     one = kinds[0] if len(kinds) == 1 else None
     return one if isinstance(one, type) and issubclass(one, Section) else None

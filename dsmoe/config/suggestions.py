@@ -1,4 +1,4 @@
-"""The valid values next to an invalid one, for messages that offer a fix."""
+"""Suggestions for messages: the nearest valid values, and the key that a misspelt one means."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
 _TYPO = 0.65
-"""How alike a word and its misspelling are at least: `k` and `kk` are (0.67); `min` and `max` (0.33) are not."""
+"""Least likeness of a word and its misspelling: `k` and `kk` have 0.67, `min` and `max` 0.33."""
 _MOST_GUESSES = 5
 
 
@@ -21,27 +21,27 @@ def neighbours(value: int, valid: list[int]) -> list[int]:
     return [n for n in valid if n < value][-1:] + [n for n in valid if n > value][:1]
 
 
-def either(values: Iterable[int]) -> str:
+def join_or(values: Iterable[int]) -> str:
     """Join the values by "or"."""
     return " or ".join(map(str, values))
 
 
 def nearest_of(value: int, valid: list[int]) -> str:
     """Name the valid values on both sides of `value`."""
-    return either(neighbours(value, valid))
+    return join_or(neighbours(value, valid))
 
 
 def nearest_multiples_of(value: int, unit: int) -> str:
     """Name the multiples of `unit` on both sides of `value`."""
     below = value // unit * unit
-    return either(n for n in (below, below + unit) if n)
+    return join_or(n for n in (below, below + unit) if n)
 
 
 def closest_key(name: str, keys: Iterable[str], cutoff: float = 0.6) -> str:
     """Return the key of which `name` is a misspelling, or "".
 
-    Names of several words are alike in most letters where one word is another one and means another thing (`save_every`
-    and `eval_every`), so every word has to be one misspelt. Words that have run together are compared as a whole.
+    Names such as `save_every` and `eval_every` share most letters and mean different things, so names are compared word
+    by word; names with different numbers of words (`topk` and `top_k`) are compared without the underscores.
     """
     return next((key for key in get_close_matches(name, keys, _MOST_GUESSES, cutoff) if _is_misspelt(name, key)), "")
 
@@ -54,5 +54,5 @@ def _is_misspelt(name: str, key: str) -> bool:
 
 
 def _likeness(word: str, other: str) -> float:
-    """From 0 to 1: twice the letters in common, in order, by all letters."""
+    """Return the likeness from 0 to 1: twice the letters in common, in order, divided by all letters."""
     return SequenceMatcher(None, word, other).ratio()

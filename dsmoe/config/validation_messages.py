@@ -1,7 +1,7 @@
-"""Pydantic's findings in the words of the YAML file: key path, what is expected, what is there, where, and a remedy.
+"""Messages for pydantic's validation errors: key path, expected and actual value, place in the file, and a remedy.
 
-What is expected is read from the schema and not from pydantic's texts, so every wrong value of a key gets the same
-wording, whichever rule it broke.
+The expected value is described from the schema rather than with pydantic's text, so every wrong value of a key gets the
+same wording, whichever rule it broke.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsmoe.config.yaml_text import COMMAND_LINE, Node, lookup, plain, show_value
 Schema = dict[str, Any]
 Path = tuple[str | int, ...]
 MOST_SHOWN = 50
-"""So many problems are explained: to guess what an unknown key means takes milliseconds."""
+"""The most problems that are explained, because a guess at an unknown key takes milliseconds."""
 
 
 def explain(error: ValidationError, tree: Node) -> list[str]:
@@ -34,14 +34,14 @@ def explain(error: ValidationError, tree: Node) -> list[str]:
 
 
 class _Explainer:
-    """Knows the tree that was validated and the JSON Schema of what it should be."""
+    """Explains errors by the validated tree and the JSON Schema."""
 
     def __init__(self, tree: Node) -> None:
         self.tree = tree
         self.root: Schema = Config.model_json_schema()
 
     def line(self, kind: str, location: Path) -> str | None:
-        """Return the text for one finding; None if it is only a consequence of another, or of pydantic's ways."""
+        """Return the text for one error; None if the error only follows from another, or is an artefact of pydantic."""
         found = self.follow(location)
         if found is None:
             return None
@@ -51,17 +51,20 @@ class _Explainer:
         if kind == "missing" and isinstance(path[-1], str):
             noun = "section" if self.members(schema) else "key"
             return f"{_dotted(path)}: required {noun} is missing ({self.where_missing(path)})"
-        if kind == "missing":  # a list that is too short: what is wrong is the list
+        if kind == "missing":  # a list that is too short: the problem is about the list
             path, schema = path[:-1], parent
-        if kind == "too_short" and plain(lookup(self.tree, path)):  # pydantic counts only the entries that are right
+        if kind == "too_short" and plain(lookup(self.tree, path)):  # pydantic counts the valid entries only
             return None
         return f"{_dotted(path)}: {self.mismatch(path, schema)} ({self.where(path)})"
 
     def follow(self, location: Path) -> tuple[Path, Schema, Schema] | None:
-        """Return pydantic's location as a path in the tree, with the schemas of the value and of what holds it.
+        """Return pydantic's location as a path in the tree, with the schemas of the value and of its parent.
 
-        Where a value may be text or a mapping, pydantic reports every alternative under the name of its type. A
-        mapping is then meant as the mapping; anything else is judged once, against the whole union.
+        For a union of text and mapping, pydantic reports errors of every alternative, with the type's name in the
+        location. A mapping is judged against the mapping alone; any other value once, against the whole union:
+
+            cluster: {device: {memory_gib: x}}     ("cluster", "device", "Device", "memory_gib")
+            becomes the path                       ("cluster", "device", "memory_gib")
         """
         path: Path = ()
         parent, schema = {}, self.root
@@ -81,13 +84,13 @@ class _Explainer:
         return path, schema, parent
 
     def child(self, schema: Schema, part: str | int) -> Schema:
-        """Return the schema of a section's key or of a list's entry; empty for an unknown key."""
+        """Return the schema of a key of a section or of an entry of a list; empty for an unknown key."""
         if isinstance(part, int):
             return self.resolve(schema["prefixItems"][part] if "prefixItems" in schema else schema["items"])
         return self.resolve(schema.get("properties", {}).get(part, {}))
 
     def resolve(self, schema: Schema) -> Schema:
-        """Follow a reference to a section, and keep what stands beside it, such as a default."""
+        """Return a reference's section, merged with the keywords beside the reference, such as a default."""
         if "$ref" not in schema:
             return schema
         section = self.root["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
@@ -142,9 +145,9 @@ class _Explainer:
         return f"a list of at least {schema.get('minItems', 0)}"
 
     def unknown_key(self, path: Path, section: Schema) -> str:
-        """Return what is probably meant by a key that its section does not have."""
+        """Return the message for a key that its section does not have, with the key that is probably meant."""
         name = str(path[-1])
-        own = self.members(section)
+        in_section = self.members(section)
         sections = dict(self.sections("", self.root))
         if "." in name:
             return "unknown key; dots are for the command line, in a file a section is indented below its name"
@@ -155,11 +158,13 @@ class _Explainer:
             return f"unknown key; {synonym}"
         elsewhere = {key: _join(home, key) for home, keys in sections.items() for key in keys}
         guess = (
-            closest_key(name, own, 0.8) or elsewhere.get(closest_key(name, elsewhere, 0.8)) or closest_key(name, own)
+            closest_key(name, in_section, 0.8)
+            or elsewhere.get(closest_key(name, elsewhere, 0.8))
+            or closest_key(name, in_section)
         )
         if guess:
             return f"unknown key; did you mean '{guess}'?"
-        return f"unknown key; the keys here are {', '.join(own)}"
+        return f"unknown key; the keys here are {', '.join(in_section)}"
 
     def sections(self, path: str, schema: Schema) -> Iterator[tuple[str, Iterable[str]]]:
         """Yield every section's dotted path and keys; a list of sections is entered at its first entry."""
@@ -198,13 +203,13 @@ def _limits(schema: Schema) -> str:
         return f" that matches {schema['pattern']}"
     if "minLength" in schema:
         return " that is not empty"
-    # "maximum" is no rule of the key's, but a bound on what can be: it is said where a value exceeds it.
+    # "maximum" is left out, as a bound far above useful values: `mismatch` adds it when a value exceeds it.
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
     return " and".join(f" {sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
 
 
 def _exceeded(schema: Schema, value: float) -> float | None:
-    """The schema's maximum, if the value is above it; of the alternatives where there are several."""
+    """Return the maximum in the schema, or in one of its alternatives, that the value exceeds; None without one."""
     for option in (schema, *schema.get("anyOf", [])):
         if "maximum" in option and value > option["maximum"] and value != math.inf:
             return float(option["maximum"])

@@ -1,6 +1,6 @@
-"""Corpora to micro-batches: documents, tokens, cache, order, loaders, and the bigram baseline.
+"""Data pipeline from corpora to micro-batches: documents, tokens, cache, sampling order, loaders, bigram baseline.
 
-The names below load what they need when they are first used: looking at the cache imports no torch.
+The public names are imported lazily, at their first use, so that reading the cache imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "prepare",
 ]
 
-_HOME = {
+_MODULES = {
     "PreparedSource": "dsmoe.data.prepared_source",
     "TrainLoader": "dsmoe.data.loader",
     "ValidationLoader": "dsmoe.data.loader",
@@ -32,9 +32,10 @@ _HOME = {
     "load_tokenizer": "dsmoe.data.tokenizer",
     "prepare": "dsmoe.data.cache",
 }
+"""The module that defines each public name."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'dsmoe.data' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""A bigram model of held-out text: the number that a trained model has to beat."""
+"""Bigram model of held-out text: the loss that a trained model has to beat."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ EM_STEPS = 10
 
 
 def bigram_nats(source: PreparedSource, vocab_size: int, sequences: np.ndarray) -> float:
-    """Sum the cross entropy of every token of `sequences` but their first under an interpolated bigram model, in nats.
+    """Sum the cross entropy, in nats, of every token but the first of each sequence under an interpolated bigram model.
 
-    p(b | a) = w2 * count(a, b) / count(a) + w1 * count(b) / count + w0 / vocab_size (Jelinek and Mercer 1980), where
-    the unigram term stands in for the bigram term after an `a` that was never seen. Counts come from the first 95 % of
-    the first 50 million tokens that are trained on, the weights from the rest of them by expectation maximisation.
+    p(b | a) = w2 * count(a, b) / count(a) + w1 * count(b) / count + w0 / vocab_size (Jelinek and Mercer 1980). For an
+    `a` that was never counted, the unigram term replaces the bigram term. Counts come from the first 95 % of the first
+    50 million training tokens, the weights from the remaining 5 % by expectation maximisation.
 
     Args:
-        source: from `prepare`; only its training part is learnt from.
-        vocab_size: number of tokens the model knows; every token is below it.
-        sequences: [N, S + 1] tokens, as a language model is evaluated on.
+        source: from `prepare`; only its training part is read.
+        vocab_size: vocabulary size of the evaluated model; every token is below it.
+        sequences: `[N, S + 1]` tokens of the evaluation.
     """
-    tokens = _trained_on(source)
+    tokens = _training_tokens(source)
     num_held_out = min(MAX_HELD_OUT_TOKENS, math.ceil(HELD_OUT_FRACTION * len(tokens)))
     model = _Bigram(tokens[:-num_held_out], vocab_size)
     model.fit_weights(tokens[-num_held_out - 1 :])
     return sum(model.nats(sequence) for sequence in sequences)
 
 
-def _trained_on(source: PreparedSource) -> np.ndarray:
-    """The first training tokens of a source, without those that another source holds out."""
+def _training_tokens(source: PreparedSource) -> np.ndarray:
+    """Return the first training tokens of a source, without those that another source holds out."""
     size = min(source.train_tokens, MAX_TRAIN_TOKENS)
     is_trained_on = np.ones(size, dtype=bool)
     for begin, end in source.left_out:
@@ -43,7 +43,7 @@ def _trained_on(source: PreparedSource) -> np.ndarray:
 
 
 class _Bigram:
-    """Counts of tokens and of neighbouring pairs. A pair (a, b) is the number a * vocab_size + b."""
+    """Counts of tokens and of pairs of neighbours; the pair (a, b) has the id a * vocab_size + b."""
 
     def __init__(self, tokens: np.ndarray, vocab_size: int):
         self._vocab_size = vocab_size
@@ -53,7 +53,7 @@ class _Bigram:
         self._weights = np.full(3, 1 / 3)
 
     def fit_weights(self, tokens: np.ndarray) -> None:
-        """Maximise the likelihood of tokens[1:], none of whose pairs were counted, by expectation maximisation."""
+        """Fit the weights by expectation maximisation to tokens[1:], none of whose pairs were counted."""
         terms_T3 = self._terms(tokens)
         for _ in range(EM_STEPS):
             shares_T3 = terms_T3 * self._weights
@@ -61,7 +61,7 @@ class _Bigram:
             self._weights = shares_T3.mean(axis=0)
 
     def nats(self, tokens: np.ndarray) -> float:
-        """Cross entropy of tokens[1:], each given the one before it."""
+        """Return the cross entropy, in nats, of tokens[1:], each given its predecessor."""
         return float(-np.log(self._terms(tokens) @ self._weights).sum())
 
     def _pair_ids(self, tokens: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ class _Bigram:
         return numbers[:-1] * self._vocab_size + numbers[1:]
 
     def _terms(self, tokens: np.ndarray) -> np.ndarray:
-        """Bigram, unigram and uniform probability of tokens[1:], `[tokens - 1, 3]` float64."""
+        """Return the bigram, unigram and uniform probabilities of tokens[1:], `[tokens - 1, 3]` float64."""
         pairs = self._pair_ids(tokens)
         place = np.minimum(np.searchsorted(self._pairs, pairs), len(self._pairs) - 1)
         counts = np.where(self._pairs[place] == pairs, self._pair_counts[place], 0)

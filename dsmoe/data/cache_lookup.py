@@ -1,4 +1,4 @@
-"""Which folder of the cache has the tokens of a source: by what its text is, wherever that lies, or has lain."""
+"""Lookup of a source's folder in the cache: by the content of its text, even if the text has been moved or lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.config.dump import flatten
-from dsmoe.config.paths import places_of_lost
+from dsmoe.config.paths import candidate_paths
 from dsmoe.config.schema import Data, Source
 from dsmoe.data.cache_meta import FORMAT_VERSION, PARTS, Origin, made_folders
 from dsmoe.data.checksummed_files import DamagedCacheError
@@ -21,32 +21,32 @@ from dsmoe.data.corpus_files import is_builtin
 from dsmoe.data.source_errors import LostCopyError, LostCorpusError, shown
 from dsmoe.data.tokenizer import Tokenizer
 
-_OF_TEXT = ("path", "num_files", "files")
-"""Of a recipe's source, what says which files they were, and where."""
+_FILE_KEYS = ("path", "num_files", "files")
+"""Keys of a recipe's source that identify its files and their place."""
 _MOST_NAMED = 3
-"""Folders of the cache that a message names."""
+"""The most folders of the cache that a message names."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the cache the tokens of a source are, or are to be."""
+    """The folder of the cache for the tokens of a source, whether it exists yet or not."""
 
     folder: Path
     recipe: dict[str, Any]
-    """Everything that decides what is in it."""
+    """Everything that decides the content of the folder."""
     lost: LostCorpusError | None = None
-    """What has become of the text, if it is lost: then the folder is there."""
-    lay: str = ""
-    """Where lost text lay, or in a project that was moved, would lie now; absolute."""
-    then: str = ""
-    """That it lay elsewhere before the project was moved, for a message."""
+    """The error for lost text; None if the text exists. A place with this error has a folder."""
+    lost_path: str = ""
+    """Absolute path of lost text: the former path, or in a project that was moved, the path that follows from it."""
+    moved_note: str = ""
+    """End of a message: the path of the text before the project was moved."""
 
 
-def place_of(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> Place:
-    """Find the folder of `source`, whose name follows from everything that decides what is in it.
+def locate_source(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) -> Place:
+    """Return the folder of `source`, named by a hash of everything that decides its content.
 
     Raises:
-        UserError: as `corpus_state`: the text is lost, and no folder was made of it, for one.
+        UserError: as `corpus_state`; for example, the text is lost and the cache has no folder made of it.
     """
     recipe: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -58,36 +58,36 @@ def place_of(source: Source, tokenizer: Tokenizer, data: Data, cache_dir: Path) 
     try:
         recipe["source"] = corpus_state(source)
     except LostCorpusError as error:
-        return _place_of_lost(source, recipe, cache_dir, error)
+        return _locate_lost_source(source, recipe, cache_dir, error)
     fingerprint = hashlib.sha256(_text(recipe).encode("utf-8")).hexdigest()[:16]
     return Place(cache_dir / f"{source.name}-{fingerprint}", recipe)
 
 
-def folders_alike(source: Source, place: Place) -> Iterator[tuple[Path, dict[str, Any], str]]:
-    """The other folders that may have the tokens of a source, if its files were moved, copied or touched.
+def similar_folders(source: Source, place: Place) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """Yield the folders that may have the tokens of a source whose files were moved, copied or touched.
 
-    All else is the same, and the names and sizes of the files are, where that was recorded, or their number. Yields the
-    folder, its recipe and the digest of its text, which is empty where it was not recorded.
+    The settings are equal, and so are the names and sizes of the files, or where these were not recorded, the number of
+    files. Yields (folder, recipe, digest of the text); the digest is empty if it was not recorded.
     """
-    if not is_of_files(source):
+    if not is_user_files(source):
         return
     files = names_and_sizes(source)
     for folder, content in made_folders(place.folder.parent, source.name):
-        own, origin = content["recipe"], content.get("origin")
-        then = origin.get("files") if isinstance(origin, dict) else files
-        same_number = _source_of(own).get("num_files") == place.recipe["source"]["num_files"]
-        if then == files and same_number and _settings(own) == _settings(place.recipe):
-            yield folder, own, str(origin.get("blake2b", "")) if isinstance(origin, dict) else ""
+        recipe, origin = content["recipe"], content.get("origin")
+        recorded = origin.get("files") if isinstance(origin, dict) else files
+        same_number = _source_part(recipe).get("num_files") == place.recipe["source"]["num_files"]
+        if recorded == files and same_number and _settings(recipe) == _settings(place.recipe):
+            yield folder, recipe, str(origin.get("blake2b", "")) if isinstance(origin, dict) else ""
 
 
-def is_of_files(source: Source) -> bool:
-    """Whether a source is a user's files."""
+def is_user_files(source: Source) -> bool:
+    """Return whether a source consists of a user's files, neither builtin nor of the hub."""
     return source.path is not None and not is_builtin(source)
 
 
 def origin_of(source: Source, cache_dir: Path, digest: str) -> Origin | None:
-    """What is recorded of the files of `source`, whose text has this `TextDigest`; None for what is no user's files."""
-    if not is_of_files(source):
+    """Return the record of a user's files for `meta.json`; `digest` is their `TextDigest`. None for other sources."""
+    if not is_user_files(source):
         return None
     path = str(Path(source.path or "").absolute())
     from_cache = os.path.relpath(path, cache_dir)
@@ -95,13 +95,20 @@ def origin_of(source: Source, cache_dir: Path, digest: str) -> Origin | None:
 
 
 def served_note(place: Place) -> str:
-    """What is said where a folder of the cache stands for text that is lost."""
-    return f"{place.lost}: its tokens are taken from {place.folder}, which was made of what was there{place.then}"
+    """Return the note that a folder of the cache replaces lost text."""
+    return f"{place.lost}: its tokens are taken from {place.folder}, which was made of what was there{place.moved_note}"
 
 
 @contextmanager
-def damage_of_copies(lost: Mapping[Path, LostCorpusError]) -> Iterator[None]:
-    """Advise nobody to remove a damaged folder in which there is what is left of lost text; `lost` is by folder."""
+def protect_last_copies(lost: Mapping[Path, LostCorpusError]) -> Iterator[None]:
+    """Replace the advice to delete a damaged folder if the folder is the only copy of lost text.
+
+    Args:
+        lost: the errors of lost texts, by the folders that replace them.
+
+    Raises:
+        LostCopyError: instead of the DamagedCacheError of one of these folders.
+    """
     try:
         yield
     except DamagedCacheError as damage:
@@ -113,35 +120,40 @@ def damage_of_copies(lost: Mapping[Path, LostCorpusError]) -> Iterator[None]:
         ) from None
 
 
-def _place_of_lost(source: Source, recipe: dict[str, Any], cache_dir: Path, error: LostCorpusError) -> Place:
-    """The folder that was made of text which is not there any more.
+def _locate_lost_source(source: Source, recipe: dict[str, Any], cache_dir: Path, error: LostCorpusError) -> Place:
+    """Return the folder that was made of text which no longer exists.
 
-    The text was at the very path, or, in a project that was moved, as far from the cache as that path is.
+    The text was at the source's path, or at the same path relative to the cache in a project that was moved since:
+
+        source.path           recorded path     recorded from_cache   result
+        /new/data/a.txt       /new/data/a.txt   (any)                 found, at its path
+        /new/data/a.txt       /old/data/a.txt   ../data/a.txt         found, moved with the cache /old/cache to /new
+        /new/data/a.txt       /old/text/a.txt   ../text/a.txt         not found; named in the error
 
     Raises:
-        LostCorpusError: there is none, or there are several of different texts; it says which look like it.
+        LostCorpusError: no folder fits, or several of different texts do; the message names similar folders.
     """
     path = source.path or ""
-    places = {_unicode(place) for place in (str(Path(path).absolute()), *places_of_lost(path))}
-    far = {_unicode(os.path.relpath(place, cache_dir)) for place in places}
-    there: dict[str, Place] = {}
+    paths = {_unicode(place) for place in (str(Path(path).absolute()), *candidate_paths(path))}
+    from_cache_paths = {_unicode(os.path.relpath(place, cache_dir)) for place in paths}
+    at_path: dict[str, Place] = {}
     moved: dict[str, Place] = {}
-    elsewhere, otherwise = [], []
+    of_other_paths, of_other_settings = [], []
     for folder, content in made_folders(cache_dir, source.name):
-        own, origin = content["recipe"], content.get("origin")
+        made_with, origin = content["recipe"], content.get("origin")
         origin = origin if isinstance(origin, dict) else {}
-        lay = str(origin.get("path", _source_of(own).get("path")))
+        text_path = str(origin.get("path", _source_part(made_with).get("path")))
         parts = json.dumps([content.get(part) for part in PARTS], sort_keys=True)
-        if _settings(own) != _settings(recipe):
-            otherwise.append(f"{folder}, made with {_differences(_settings(own), _settings(recipe))}")
-        elif lay in places:
-            there[parts] = Place(folder, own, error, lay)
-        elif (from_cache := str(origin.get("from_cache"))) in far:
-            here = os.path.normpath(cache_dir / from_cache)
-            moved[parts] = Place(folder, own, error, here, f", when that was {lay}")
+        if _settings(made_with) != _settings(recipe):
+            of_other_settings.append(f"{folder}, made with {_differences(_settings(made_with), _settings(recipe))}")
+        elif text_path in paths:
+            at_path[parts] = Place(folder, made_with, error, text_path)
+        elif (from_cache := str(origin.get("from_cache"))) in from_cache_paths:
+            present_path = os.path.normpath(cache_dir / from_cache)
+            moved[parts] = Place(folder, made_with, error, present_path, f", when that was {text_path}")
         else:
-            elsewhere.append(f"{folder}, made of {lay}")
-    found = list((there or moved).values())
+            of_other_paths.append(f"{folder}, made of {text_path}")
+    found = list((at_path or moved).values())
     if len(found) == 1:
         return found[0]
     if found:
@@ -149,31 +161,31 @@ def _place_of_lost(source: Source, recipe: dict[str, Any], cache_dir: Path, erro
         error.in_cache = (
             f"; the cache has several texts that were there: move away those that are not meant ({folders})"
         )
-    elif elsewhere:
+    elif of_other_paths:
         error.in_cache = (
-            f"; the cache has {_some(elsewhere)}: if that is the text, give this source that path, where nothing need "
-            "be any more"
+            f"; the cache has {_some(of_other_paths)}: if that is the text, give this source that path, where nothing "
+            "need be any more"
         )
-    elif otherwise:
-        error.in_cache = f"; the cache has {_some(otherwise)}: set that back, or the text is needed"
+    elif of_other_settings:
+        error.in_cache = f"; the cache has {_some(of_other_settings)}: set that back, or the text is needed"
     raise error
 
 
-def _source_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _source_part(recipe: Mapping[str, Any]) -> dict[str, Any]:
     source = recipe.get("source")
     return source if isinstance(source, dict) else {}
 
 
 def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says besides the files and where they were, by dotted key."""
-    source = {key: value for key, value in _source_of(recipe).items() if key not in _OF_TEXT}
+    """Return the settings of a recipe, by dotted key: all of it except the files and their place."""
+    source = {key: value for key, value in _source_part(recipe).items() if key not in _FILE_KEYS}
     return flatten({**recipe, "source": source})
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What one recipe says and the other does not: `seed 1 (here 0)`."""
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    return ", ".join(f"{key.removeprefix('source.')} {there.get(key)} (here {here.get(key)})" for key in keys)
+def _differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return the settings in which a cached recipe differs from the wanted one: `seed 1 (here 0)`."""
+    keys = [key for key in {**cached, **wanted} if cached.get(key) != wanted.get(key)]
+    return ", ".join(f"{key.removeprefix('source.')} {cached.get(key)} (here {wanted.get(key)})" for key in keys)
 
 
 def _some(folders: list[str]) -> str:
@@ -182,10 +194,10 @@ def _some(folders: list[str]) -> str:
 
 
 def _text(recipe: Mapping[str, Any]) -> str:
-    """The same for equal recipes."""
+    """Return a text that is equal for equal recipes."""
     return json.dumps(recipe, sort_keys=True)
 
 
 def _unicode(path: str) -> str:
-    """A path that JSON has: names need not be UTF-8."""
+    """Return a path as text that JSON can hold, because file names need not be UTF-8."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")

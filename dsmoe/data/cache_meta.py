@@ -1,4 +1,4 @@
-"""`meta.json`: what a folder of the cache is, sealed, with the size and checksum of each of its files."""
+"""`meta.json` of a cache folder: its content, the size and checksum of each file, and a checksum of itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsmoe.data.checksummed_files import DamagedCacheError, StoredFile
 from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
-from dsmoe.runtime.checksummed_json import is_sealed, sealed_json
+from dsmoe.runtime.checksummed_json import has_valid_checksum, json_with_checksum
 
 META = "meta.json"
 FORMAT_VERSION = 2
-"""1 had no checksums, and another split."""
+"""Format 1 had no checksums, and another validation split."""
 PARTS = ("train", "validation")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -33,36 +33,36 @@ class File(_Strict):
 
     @property
     def stored(self) -> StoredFile:
-        """As `dsmoe.data.checksummed_files` wants it."""
+        """Size and checksum as `dsmoe.data.checksummed_files` takes them."""
         return StoredFile(self.bytes, self.xxh128)
 
 
 class Part(_Strict):
-    """`train` or `validation`."""
+    """The part of a source for training or for validation."""
 
     tokens: Count
     bytes: Count
-    """Of the text."""
+    """UTF-8 bytes of the text."""
     documents: Count
     token_file: File
     document_file: File
 
 
 class Origin(_Strict):
-    """The text of a user's files, of which tokens were made."""
+    """A record of the user's files that the tokens were made of."""
 
     path: str
-    """Where it was, absolute."""
+    """Absolute path of the source."""
     from_cache: str
-    """The same, from the folder of the cache."""
+    """The path relative to the folder of the cache."""
     files: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of its files (`names_and_sizes`)."""
+    """Digest of the files' names and sizes (`names_and_sizes`)."""
     blake2b: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    """Of all documents, exact and in order (`TextDigest`)."""
+    """Digest of all documents, exact and in order (`TextDigest`)."""
 
 
 class Meta(_Strict):
-    """The contents of a `meta.json`, but for its seal."""
+    """The contents of a `meta.json`, except its checksum of itself."""
 
     dtype: Literal["<u2", "<u4"]
     max_token: Count
@@ -72,51 +72,51 @@ class Meta(_Strict):
     train: Part
     validation: Part
     recipe: dict[str, Any]
-    """What decided all this."""
+    """Everything that decides the tokens: source, tokenizer, seed and validation fraction."""
     origin: Origin | None = None
-    """None for text that is no user's files, and where an earlier version of dsmoe did not record it."""
+    """None for builtin and hub text, and where an earlier version of dsmoe did not record it."""
 
     def parts(self) -> dict[str, Part]:
-        """Both, by name."""
+        """Return both parts by name."""
         return {"train": self.train, "validation": self.validation}
 
     def files(self) -> dict[str, StoredFile]:
-        """All files but this one, by name."""
+        """Return all files of the folder except `meta.json`, by name."""
         return {
-            name: file.stored
-            for part, found in self.parts().items()
-            for name, file in ((token_file(part), found.token_file), (document_file(part), found.document_file))
+            file_name: file.stored
+            for name, part in self.parts().items()
+            for file_name, file in ((token_file(name), part.token_file), (document_file(name), part.document_file))
         }
 
 
 def token_file(part: str) -> str:
-    """The name of the tokens of `train` or `validation`."""
+    """Return the name of the token file of `train` or `validation`."""
     return f"{part}.bin"
 
 
 def document_file(part: str) -> str:
-    """The name of the list of their documents."""
+    """Return the name of the file that lists the documents of `train` or `validation`."""
     return f"{part}.documents"
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
-    """Write it, sealed."""
+    """Write the folder's `meta.json` with a checksum of itself."""
     absent = {"origin"} if meta.origin is None else None  # earlier versions refuse what they do not know
-    (folder / META).write_text(sealed_json(meta.model_dump(exclude=absent)), encoding="utf-8")
+    (folder / META).write_text(json_with_checksum(meta.model_dump(exclude=absent)), encoding="utf-8")
 
 
 def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
-    """Read that of a folder which is to have what `recipe` makes.
+    """Read the `meta.json` of a folder that should have been made with `recipe`.
 
     Raises:
-        DamagedCacheError: it is missing, not what was written, or of another recipe.
-        OSError: it cannot be read.
+        DamagedCacheError: the file is missing, not what was written, or of another recipe.
+        OSError: the file cannot be read.
     """
     try:
         check_regular(folder / META)
         text = (folder / META).read_text(encoding="utf-8")
         content = json.loads(text)
-        if not is_sealed(text, content):
+        if not has_valid_checksum(text, content):
             raise DamagedCacheError(folder, f"{META} is not what was written")
         meta = Meta.model_validate({key: value for key, value in content.items() if key != "sha256"})
     except FileNotFoundError:
@@ -137,7 +137,7 @@ def read_meta(folder: Path, recipe: Mapping[str, Any]) -> Meta:
 
 
 def made_folders(cache_dir: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folders of source `name` with what the `meta.json` of each says, unchecked: a mapping with a `recipe`."""
+    """Yield the folders of source `name` with the contents of `meta.json`, unchecked except for having a `recipe`."""
     for folder in sorted(cache_dir.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}")):
         try:
             check_regular(folder / META)
@@ -149,7 +149,7 @@ def made_folders(cache_dir: Path, name: str) -> Iterator[tuple[Path, dict[str, A
 
 
 def old_formats(cache_dir: Path, name: str) -> Iterator[tuple[Path, object]]:
-    """The folders of source `name` that another version of dsmoe has made, and of which format each is."""
+    """Yield the folders of source `name` that another version of dsmoe has made, with the format of each."""
     for path, content in made_folders(cache_dir, name):
         version = content["recipe"].get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:

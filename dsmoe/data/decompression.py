@@ -1,4 +1,4 @@
-"""The bytes in a file, decompressed, where every cut and every detectable damage is an error."""
+"""Decompression of files, with an error for every cut and every detectable damage."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SUFFIXES = {
     ".lz4": "lz4",
     ".zip": "zip",
 }
-"""The compression that the end of a name (in small letters) stands for."""
+"""Compressions by the suffix of a name, in small letters."""
 
-# No text in UTF-8 begins like this, but for bzip2's, of which all ten bytes are compared (of an empty stream too).
+# Text in UTF-8 begins like none of these except bzip2's, of which all ten bytes are compared, for an empty stream too.
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\x00": "xz",
@@ -46,15 +46,15 @@ _TAR_MAGIC = slice(257, 262), b"ustar"
 
 
 def contents(file: Path) -> Iterator[tuple[str, io.BufferedReader]]:
-    """Yield the name to show and the decompressed bytes of `file`; of a zip archive, those of each of its files.
+    """Yield the name for messages and the decompressed bytes of `file`, or of each file in a zip archive.
 
-    The first bytes tell the compression, else the name; a zip archive is told from its name alone. A stream is valid
-    until the next is asked for.
+    The first bytes decide the compression, else the suffix; for a zip archive, the suffix alone. A stream is valid
+    until the next one is requested.
 
     Raises:
-        OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile: here or while the stream is read, as
-            `source_errors.translated` expects them: the file is cut off, damaged or unreadable.
-        BadFileError: a compressed file has no bytes, or an archive cannot be unpacked here.
+        OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile: the file is cut off, damaged or unreadable;
+            raised here or while the stream is read, for `source_errors.translated`.
+        BadFileError: a compressed file has no bytes, or an archive has to be unpacked by the user.
     """
     with file.open("rb") as raw:
         start = raw.peek(16)
@@ -65,7 +65,7 @@ def contents(file: Path) -> Iterator[tuple[str, io.BufferedReader]]:
         if codec == "zip":
             yield from _archive(file, raw)
             return
-        if start.startswith(_ZIP_MAGIC):  # also a document of an office program, which is full of markup
+        if start.startswith(_ZIP_MAGIC):  # perhaps an office document, which is full of markup
             raise BadFileError("path", f"{shown(file)} is a zip archive; unpack it, or end its name in .zip")
         with _decompressed(raw, codec) as stream:
             place, magic = _TAR_MAGIC
@@ -82,9 +82,11 @@ def _decompressed(raw: io.BufferedReader, codec: str | None) -> Iterator[io.Buff
         elif codec == "gzip":
             yield stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER))
         elif codec == "xz":
-            yield stack.enter_context(io.BufferedReader(_Streams(raw, lzma.LZMADecompressor, b"\0"), _BUFFER))
+            yield stack.enter_context(
+                io.BufferedReader(_ConcatenatedStreams(raw, lzma.LZMADecompressor, b"\0"), _BUFFER)
+            )
         elif codec == "bz2":
-            yield stack.enter_context(io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), _BUFFER))
+            yield stack.enter_context(io.BufferedReader(_ConcatenatedStreams(raw, bz2.BZ2Decompressor), _BUFFER))
         else:
             import pyarrow
 
@@ -96,7 +98,7 @@ def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReade
         hidden = []
         for name, info in _members(file, archive):
             try:
-                member = archive.open(info)  # also of what is left out: a damaged name is seen here
+                member = archive.open(info)  # opened even if left out below, because that finds a damaged name
             except (RuntimeError, NotImplementedError) as error:  # a password, or an unknown compression
                 detail = f"{shown(file)}: cannot unpack {shown(info.filename)} ({error}); unpack the archive"
                 raise BadFileError("path", detail) from error
@@ -113,10 +115,10 @@ def _archive(file: Path, raw: IO[bytes]) -> Iterator[tuple[str, io.BufferedReade
 
 
 def _members(file: Path, archive: zipfile.ZipFile) -> list[tuple[str, zipfile.ZipInfo]]:
-    """What is in an archive, with the path of each from the top, in the order of a walk through its folders.
+    """Return the members of an archive with their normalized paths, in the order of a walk through its folders.
 
     Raises:
-        BadFileError: there is more in it than its directory tells apart.
+        BadFileError: two members have the same path, or data precedes the first member.
     """
     members = {posixpath.normpath(info.filename.lstrip("/")): info for info in archive.infolist()}
     if len(members) < len(archive.infolist()):
@@ -133,16 +135,16 @@ def _members(file: Path, archive: zipfile.ZipFile) -> list[tuple[str, zipfile.Zi
 
 
 def _walk_order(name: str) -> list[tuple[bool, str]]:
-    """Sort the files of a folder before those of its subfolders, as `datasets` does."""
+    """Return a sort key that puts the files of a folder before those of its subfolders, like `datasets`."""
     *folders, file = name.split("/")
     return [*((True, folder) for folder in folders), (False, file)]
 
 
-class _Streams(io.RawIOBase):
-    """The streams of an xz or bz2 file, one after another, some of them empty.
+class _ConcatenatedStreams(io.RawIOBase):
+    """Reader of the concatenated streams of an xz or bz2 file, of which some may be empty.
 
-    `lzma.LZMAFile` and `bz2.BZ2File` take a damaged second stream for the end of the file, without an error.
-    To pyarrow, a bz2 file with an empty stream is damaged.
+    Needed because `lzma.LZMAFile` and `bz2.BZ2File` take a damaged second stream for the end of the file without an
+    error, and pyarrow takes a bz2 file with an empty stream for damaged.
     """
 
     def __init__(self, raw: IO[bytes], new_decoder: Callable[[], _Decoder], padding: bytes = b""):
@@ -150,11 +152,11 @@ class _Streams(io.RawIOBase):
         self._new_decoder = new_decoder
         self._decoder: _Decoder | None = new_decoder()
         self._padding = padding
-        """What may stand between and after streams."""
+        """Bytes that may stand between and after streams."""
         self._pending = b""
 
     def readable(self) -> bool:
-        """Say yes, for `io.BufferedReader`."""
+        """Return True, for `io.BufferedReader`."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""A look at the tokenizer and at every file of every source, so that all problems are reported before the work."""
+"""Checks before tokenising: load the tokenizer and read the beginning of every file, to report all problems at once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from dsmoe.data.source_errors import BadRecord, source_error, translated
 from dsmoe.data.tokenizer import Tokenizer, load_tokenizer, require_end_of_document
 
 _MOST_PROBLEMS = 5
-"""Files that one source may report; a folder has thousands."""
+"""Files of one source that are reported one by one: a folder may have thousands."""
 
 
-def look_first(config: Config, cache_dir: Path, is_prepared: Callable[[Source, Tokenizer], bool]) -> Tokenizer:
-    """Load the tokenizer and open every file of every source that is not prepared.
+def precheck(config: Config, cache_dir: Path, is_prepared: Callable[[Source, Tokenizer], bool]) -> Tokenizer:
+    """Load the tokenizer, and open every file of every source that is not in the cache.
 
     Args:
-        config: what is read.
-        cache_dir: absolute, for what `datasets` downloads of hub data sets.
-        is_prepared: whether the tokens of a source are in the cache, so that its text is not read.
+        config: reads `data` and `model.vocab_size`.
+        cache_dir: absolute path; `datasets` keeps its downloads below it.
+        is_prepared: returns whether the tokens of a source are in the cache, so that its text is not needed.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        UserError: a line for each problem: the tokenizer does not load, exceeds `model.vocab_size` or has no token for
-            the end of a document; a file is missing, may not be read, is of another format, or has no usable text in
+        UserError: a line for each problem: the tokenizer does not load, exceeds `model.vocab_size` or has no
+            end-of-document token; a file is missing, may not be read, is of another format, or has no usable text in
             its first record.
     """
     problems = []
@@ -49,15 +52,15 @@ def look_first(config: Config, cache_dir: Path, is_prepared: Callable[[Source, T
 
 
 def source_problems(source: Source, cache_dir: Path, most_files: int | None = None) -> list[str]:
-    """Say what keeps `source` from being read, as far as the beginning of every file tells.
+    """Return the problems that prevent reading `source`, as far as the beginning of every file shows.
 
     Args:
-        source: of the config.
-        cache_dir: absolute.
-        most_files: how many files are opened, the first ones; None for all.
+        source: one source of the config.
+        cache_dir: absolute path; `datasets` keeps its downloads below it.
+        most_files: number of files that are opened, the first ones; None for all.
 
     Returns:
-        One message a file, at most `_MOST_PROBLEMS` and one that counts the others.
+        One message per file, at most `_MOST_PROBLEMS` and one that counts the others.
 
     Raises:
         UserError: the files cannot be found, or the hub data set cannot be opened.

@@ -1,4 +1,4 @@
-"""One source as tokens: where its files are, how many tokens each part has, and how they are read."""
+"""Tokens of one prepared source: its files, their sizes, and the sequences in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsmoe.data.checksummed_files import TokenFile
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """The token files of one source. Tokens include the end-of-document tokens; bytes are those of the UTF-8 text."""
+    """The token files of one source; tokens include the end-of-document tokens, bytes count the UTF-8 text."""
 
     name: str
     weight: float
@@ -27,26 +27,26 @@ class PreparedSource:
     validation_tokens: int
     validation_bytes: int
     max_token: int
-    """No token is larger."""
-    text: str = ""
-    """Checksum of the training tokens, and of the held-out ones."""
+    """The largest token of both parts."""
+    token_checksums: str = ""
+    """Checksums of the training tokens and of the held-out tokens, joined by a slash."""
     tokenizer: str = ""
-    """`tokenizer_digest` of what made the tokens."""
-    lay: str = ""
-    """Where its text was, absolute, if it is lost: the config's path may not tell, beside which file it was."""
+    """`tokenizer_digest` of the tokenizer that made the tokens."""
+    lost_path: str = ""
+    """Absolute path of the text if it is lost; the config's relative path does not say relative to which file."""
     left_out: tuple[tuple[int, int], ...] = ()
-    """Ranges of training tokens, in order, that another source of the run holds out: they are not to be trained on."""
+    """Ranges of training tokens, in order, that another source of the run holds out and that are not trained on."""
 
     @property
     def validation_bytes_per_token(self) -> float:
-        """Bytes of validation text per validation token; nats per token / ln 2 / this is bits per byte."""
+        """Bytes of held-out text per held-out token: bits per byte = nats per token / ln 2 / bytes per token."""
         return self.validation_bytes / self.validation_tokens
 
     @property
     def train(self) -> np.ndarray:
-        """The tokens that are trained on, to look at: read-only, unchecked, `[tokens]` of `dtype`.
+        """The training tokens for inspection: read-only, not verified, `[tokens]` of `dtype`.
 
-        A map of the file; where something is `left_out`, a copy of the rest in memory.
+        A memory map of the file, or if `left_out` is not empty, a copy in memory without those ranges.
         """
         tokens = np.memmap(self.folder / token_file("train"), dtype=self.dtype, mode="r")
         if not self.left_out:
@@ -56,59 +56,63 @@ class PreparedSource:
 
     @property
     def validation(self) -> np.memmap:
-        """The held-out tokens to look at, read-only, unchecked, `[validation_tokens]` of `dtype`."""
+        """The held-out tokens for inspection: read-only, not verified, `[validation_tokens]` of `dtype`."""
         return np.memmap(self.folder / token_file("validation"), dtype=self.dtype, mode="r")
 
     @property
     def checksum(self) -> str:
-        """Of what is trained on and what is held out."""
-        return hashlib.sha256(f"{self.text} {self.left_out}".encode()).hexdigest()[:16]
+        """Checksum of the tokens that are trained on and held out, 16 hexadecimal digits."""
+        return hashlib.sha256(f"{self.token_checksums} {self.left_out}".encode()).hexdigest()[:16]
 
     @property
     def train_file(self) -> TokenFile:
-        """The training tokens, checked wherever they are read."""
+        """The training tokens, verified wherever they are read."""
         return TokenFile(self.folder / token_file("train"), self.dtype, self.train_tokens, self.max_token)
 
     @property
     def validation_file(self) -> TokenFile:
-        """The held-out tokens, checked wherever they are read."""
+        """The held-out tokens, verified wherever they are read."""
         return TokenFile(self.folder / token_file("validation"), self.dtype, self.validation_tokens, self.max_token)
 
 
 class Sequences:
-    """The sequences of a file, numbered from 0 without gaps.
+    """The sequences of a token file that have no token of the ranges `left_out`, numbered from 0 without gaps.
 
     A sequence is S + 1 tokens; neighbours overlap by one, so that every token but the first is a target exactly once
-    (less than S tokens at the end of the file are in none).
+    (less than S tokens at the end of the file are in none). A file of 10 tokens with S = 2 and (5, 6) left out:
+
+        place in the file    0        1        2        3
+        tokens               0 1 2    2 3 4    4 5 6    6 7 8      (token 9 is in none)
+        number               0        1        -        2          place([0, 1, 2]) is [0, 1, 3]
 
     Args:
-        num_tokens: of the file.
+        num_tokens: tokens in the file.
         sequence_length: S.
-        left_out: ranges of tokens, in order and apart, that no sequence may touch.
+        left_out: ranges of tokens, in order and apart, that no sequence may contain.
     """
 
     def __init__(self, num_tokens: int, sequence_length: int, left_out: Sequence[tuple[int, int]] = ()):
         length = sequence_length
-        whole = max(0, (num_tokens - 1) // length)
-        # Sequence k has the tokens from k * S to (k + 1) * S, that one included.
+        in_file = max(0, (num_tokens - 1) // length)
+        # Sequence k has the tokens from k * S up to and including (k + 1) * S.
         touched = [
             np.arange(max(0, -(-(begin - length) // length)), (end - 1) // length + 1) for begin, end in left_out
         ]
-        gone = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *touched]))
-        gone = gone[gone < whole]
-        self._kept_before = gone - np.arange(len(gone))
-        self._count = whole - len(gone)
+        excluded = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *touched]))
+        excluded = excluded[excluded < in_file]
+        self._kept_before = excluded - np.arange(len(excluded))
+        self._count = in_file - len(excluded)
 
     def __len__(self) -> int:
         return self._count
 
     def place(self, numbers: np.ndarray) -> np.ndarray:
-        """Where in the file the sequences with these numbers begin, in sequences, `[...]` int64."""
+        """Return the places in the file of the sequences with these numbers, in units of sequences, `[...]` int64."""
         return numbers + np.searchsorted(self._kept_before, numbers, side="right")
 
 
 def too_short(source: PreparedSource, config: Config) -> list[str]:
-    """Say which parts of a source have too little text for one sequence."""
+    """Return a problem for each part of a source that has too little text for one sequence."""
     length = config.train.sequence_length
     problems = []
     for part, tokens, fix in (

@@ -1,4 +1,8 @@
-"""Which sequence is read when: a pure function of the seed and the sample number, without state."""
+"""Sampling order: the sequence of every sample as a pure function of the seed and the sample number, without state.
+
+Step t of a run reads the samples t * n to (t + 1) * n - 1, with n sequences per step, on any number of ranks. Suffixes
+of array names: N blocks, K samples of a block.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +15,31 @@ from fractions import Fraction
 import numpy as np
 
 ORDER_VERSION = 2
-"""Under another, the samples of a run are others. (1 had shares of 1/1024, and none smaller.)"""
+"""Changes whenever the order does; checkpoints record it. (Version 1 rounded shares to multiples of 1/1024.)"""
 BLOCK = 64
-"""Samples that are shuffled among each other."""
+"""Samples that are shuffled with each other."""
 
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 
-# Uses of a key that must not share random numbers.
+# The uses of random numbers, each with keys of its own so that no two share a number.
 _BLOCK_KEY = 0
 _EPOCH_KEY = 1
 _TREE_KEY = 2
 
 
 def permute(index: np.ndarray, length: int, key: np.ndarray) -> np.ndarray:
-    """Send `index` through a pseudo-random permutation of `range(length)`, without a table, for any length below 2^63.
+    """Apply a pseudo-random permutation of `range(length)` to `index`, without a table, for any length below 2^63.
 
-    A Feistel network over pairs (left, right) in `side` x `side >= length`, walked along its cycle until it is back
-    inside the range (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    A Feistel network permutes the pairs (left, right) of `side * side >= length` numbers. A result outside the range
+    goes through the network again until it is inside (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    With length 7, side is 3 and the network permutes 0 to 8; if it sends 2 to 8 and 8 to 5, the result for 2 is 5.
 
     Args:
         index: `[...]` integers in `range(length)`.
         length: size of the range.
-        key: uint64, `[...]` or broadcast to it; every key is another permutation (see `make_key`).
+        key: uint64, `[...]` or broadcast to it, from `make_key`; every key is another permutation.
 
     Returns:
         `[...]` int64. For a fixed key, a bijection of `range(length)`.
@@ -51,7 +56,7 @@ def permute(index: np.ndarray, length: int, key: np.ndarray) -> np.ndarray:
 
 
 def make_key(*parts: int | np.ndarray) -> np.ndarray:
-    """Hash non-negative integers, or `[n]` arrays of them, in order, to keys `[n]` or `[1]` uint64."""
+    """Hash a sequence of non-negative integers, or of `[n]` arrays of them, to keys, `[1]` or `[n]` uint64."""
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
         number = np.atleast_1d(np.asarray(part & _MASK if isinstance(part, int) else part).astype(np.uint64))
@@ -76,7 +81,7 @@ def _mix(number: np.ndarray) -> np.ndarray:
 
 
 class Mixture:
-    """An endless sequence of samples drawn from several sources.
+    """An endless sequence of samples from several sources in proportion to their weights.
 
     Guaranteed, for every seed:
 
@@ -84,20 +89,27 @@ class Mixture:
     * of the first n samples, n a multiple of 64, a source of share p = weight / sum(weights) has n * p, up to less than
       4 more or fewer, however small its weight and however many sources there are; between multiples of 64, up to
       64 * p more or fewer on top;
-    * the samples of one source, in the order they come, go through all its sequences once (an epoch), then through
-      all of them once again in another order, and so on.
+    * the samples of one source, in their order, go through all its sequences once (an epoch), then through all of them
+      again in another order, and so on.
 
-    Shares are exact: a binary tree has the sources as its leaves, and of the first m samples that reach an inner node,
-    floor(m * P + U) go to its left, where P is the left's share of the node and U, in [0, 1), is drawn from the seed.
-    So the place of any sample in its source follows from its number by one multiplication for each level. The tree is
-    Huffman's: a sample passes log2(sources) levels or fewer on average, and as no inner node has more than two thirds
-    of the one above it, the roundings of all levels add up to less than 4 samples.
+    With seed 0, source a of 3 sequences and weight 3, and source b of 2 sequences and weight 1:
+
+        sample      0  1  2  3  4  5  6  7       48 of the first 64 samples are from a, 16 from b
+        source      a  a  b  b  a  a  a  b
+        sequence    0  1  1  0  2  0  1  0       a: 0 1 2, then 0 1 2, then 1 0 2; b: 1 0, then 0 1, ...
+        with 4 sequences a step, step 1 trains on samples 4 to 7, in every run and after every resume
+
+    Shares are exact: the sources are the leaves of a binary tree, and of the first m samples that reach an inner node,
+    floor(m * P + U) go to its left child, where P is the left child's share of the node and U, in [0, 1), is drawn from
+    the seed. So the number of a sample within its source follows from its overall number by one multiplication per
+    level. The tree is Huffman's: a sample passes log2(sources) levels or fewer on average, and because no inner node
+    has more than two thirds of its parent's share, the roundings of all levels add up to less than 4 samples.
 
     Args:
         lengths: number of sequences of each source.
         weights: shares of the samples, relative to each other.
-        seed: decides both orders.
-        names: of the sources, all different, which decide the order within each; their numbers where left out.
+        seed: decides the order of the sources and of the sequences in each.
+        names: names of the sources, all different, on which the order within each depends; by default, their numbers.
     """
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, names: Sequence[str] | None = None):
@@ -112,7 +124,7 @@ class Mixture:
         self._tree = _Tree(weights, names, seed)
 
     def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Find the samples `first` to `first + count - 1`: their sources and sequences, each `[count]` int64."""
+        """Return sources and sequences of the samples `first` to `first + count - 1`, each `[count]` int64."""
         if count == 0:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         first_block, offset = divmod(first, BLOCK)
@@ -122,41 +134,54 @@ class Mixture:
         numbers = number_NK.reshape(-1)[offset : offset + count]
         sequences = np.empty(count, dtype=np.int64)
         for source in np.unique(sources):
-            mine = sources == source
-            epochs, indices = np.divmod(numbers[mine], self._lengths[source])
+            is_source = sources == source
+            epochs, indices = np.divmod(numbers[is_source], self._lengths[source])
             keys = make_key(self._seed, _EPOCH_KEY, self._name_keys[source], epochs)
-            sequences[mine] = permute(indices, self._lengths[source], keys)
+            sequences[is_source] = permute(indices, self._lengths[source], keys)
         return sources, sequences
 
     def counts(self, total: int) -> np.ndarray:
-        """Count how many of the first `total` samples come from each source, `[sources]` int64."""
+        """Return how many of the first `total` samples come from each source, `[sources]` int64."""
         full_blocks, rest = divmod(total, BLOCK)
         source_NK, _ = self._blocks(np.array([full_blocks]))
         return self._tree.counts(full_blocks * BLOCK) + np.bincount(source_NK[0, :rest], minlength=len(self._lengths))
 
     def _blocks(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give each sample of N blocks of K samples its source and its number among that source's samples, `[N, K]`.
+        """Return the source of each sample of the blocks and its number among the samples of the source, each `[N, K]`.
 
-        The tree deals the sources in turn, so that some ranks would read one source only: within each block the samples
-        are shuffled, and each source's then numbered in the order in which they come.
+        The tree deals the sources in a regular order, in which some ranks would read one source only. So the samples of
+        each block are shuffled, and the numbers of each source dealt again in the new order. A block of 4:
+
+            dealt by the tree     a0  b0  a1  a2
+            shuffled              a1  a0  b0  a2
+            renumbered            a0  a1  b0  a2
         """
-        even_NK, number_NK = self._tree.find(blocks[:, None] * BLOCK + np.arange(BLOCK))
+        regular_NK, number_NK = self._tree.find(blocks[:, None] * BLOCK + np.arange(BLOCK))
         place_NK = permute(np.arange(BLOCK)[None, :], BLOCK, make_key(self._seed, _BLOCK_KEY, blocks)[:, None])
-        source_NK = np.take_along_axis(even_NK, place_NK, axis=1)
-        # Stable sorts group each block's samples by source: before the shuffle by number, after it by time.
-        by_number_NK = np.argsort(even_NK, axis=1, kind="stable")
-        by_time_NK = np.argsort(source_NK, axis=1, kind="stable")
+        source_NK = np.take_along_axis(regular_NK, place_NK, axis=1)
+        # Stable sorts group the samples of a block by source, in the dealt and in the shuffled order. The k-th sample
+        # of a source in the shuffled order gets the number of the k-th in the dealt order.
+        dealt_NK = np.argsort(regular_NK, axis=1, kind="stable")
+        in_time_NK = np.argsort(source_NK, axis=1, kind="stable")
         shuffled_NK = np.empty_like(number_NK)
-        np.put_along_axis(shuffled_NK, by_time_NK, np.take_along_axis(number_NK, by_number_NK, axis=1), axis=1)
+        np.put_along_axis(shuffled_NK, in_time_NK, np.take_along_axis(number_NK, dealt_NK, axis=1), axis=1)
         return source_NK, shuffled_NK
 
 
 class _Tree:
-    """Deals the samples 0, 1, 2, ... to sources in exact proportion. Leaves are `-1 - source`, inner nodes from 0."""
+    """Binary tree that deals the samples 0, 1, 2, ... to sources in exact proportion.
+
+    Nodes are numbers: leaves `-1 - source`, inner nodes from 0. At a node with P = 0.75 for its left child and U = 0:
+
+        sample n            0      1     2     3     4
+        floor(n * P + U)    0      0     1     2     3      samples below n that went left
+        child               right  left  left  left  right  left if floor((n + 1) * P + U) is larger
+        number there        0      0     1     2     1      n - floor(n * P + U) on the right
+    """
 
     def __init__(self, weights: Sequence[float], names: Sequence[str], seed: int):
         self._num_sources = len(weights)
-        # Ties go by name, so that nothing depends on the order in which sources are given.
+        # Equal weights are ordered by name, so that the tree does not depend on the order of the arguments.
         by_weight = sorted(range(len(weights)), key=lambda source: (weights[source], names[source]))
         heap = [(Fraction(weights[source]), number, -1 - source) for number, source in enumerate(by_weight)]
         self._children: list[tuple[int, int]] = []
@@ -174,7 +199,7 @@ class _Tree:
         self._offsets = make_key(seed, _TREE_KEY, np.arange(len(shares)))
 
     def find(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sample and its number among that source's samples, each `[...]` int64."""
+        """Return the source of each sample and its number among the samples of the source, each `[...]` int64."""
         numbers = samples.astype(np.int64).reshape(-1)
         nodes = np.full(len(numbers), self._root, dtype=np.int64)
         while (inner := np.flatnonzero(nodes >= 0)).size:
@@ -186,7 +211,7 @@ class _Tree:
         return (-1 - nodes).reshape(samples.shape), numbers.reshape(samples.shape)
 
     def counts(self, total: int) -> np.ndarray:
-        """Count how many of the samples below `total` each source has, `[sources]` int64."""
+        """Return how many of the samples below `total` each source has, `[sources]` int64."""
         found = np.zeros(self._num_sources, dtype=np.int64)
         waiting = [(self._root, total)]
         while waiting:
@@ -200,13 +225,16 @@ class _Tree:
 
 
 def _scaled(number: np.ndarray, share: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """floor((number * share + offset) / 2^64) without rounding, `[n]` int64: a product of 128 bits, from halves."""
+    """Return floor((number * share + offset) / 2^64) without rounding, `[n]` int64.
+
+    Long multiplication of 64-bit numbers with 32-bit digits gives the upper 64 bits of the product of 128 bits.
+    """
     half, low = np.uint64(32), np.uint64((1 << 32) - 1)
     a_high, a_low = number.astype(np.uint64) >> half, number.astype(np.uint64) & low
     b_high, b_low = share >> half, share & low
     lowest = a_low * b_low
     middle = a_high * b_low + (lowest >> half)
     other = a_low * b_high + (middle & low)
-    below = (other << half) | (lowest & low)  # the lower 64 bits of the product
+    below = (other << half) | (lowest & low)  # the lower 64 bits of the product; adding `offset` may carry
     above = a_high * b_high + (middle >> half) + (other >> half)
     return (above + (below + offset < below)).astype(np.int64)

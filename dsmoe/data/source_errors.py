@@ -1,4 +1,4 @@
-"""What can be wrong with a record or a file, and the one place where readers' errors become messages."""
+"""Errors of reading a source: bad records and files, and the translation of readers' errors into messages."""
 
 from __future__ import annotations
 
@@ -16,28 +16,37 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.plan.text import shown
 
-_FOR_THE_USER = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
-"""Refusals of the system that last until somebody changes a path or a permission."""
+_LASTING_ERRORS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+"""Errors of the system that last until somebody changes a path or a permission."""
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record without usable text, which readers yield in its place, so that the records after it can be read."""
+    """A record without usable text; readers yield it in place of the text and go on with the next record."""
 
     key: str
-    """The key of the source that it is about."""
+    """The key of the source that the problem is about."""
     message: str
-    """Its file and its line, item or row, and what is wrong with it."""
+    """The file, the line, item or row, and the problem."""
     advice: str = "mend it"
+    """The remedy, or empty if `message` says it all."""
 
     def error(self, source: Source) -> UserError:
-        """Make the error that ends the reading where `bad_records` is `refuse`."""
+        """Return the error that ends the reading if `bad_records` is `refuse`."""
         skip = ", or set `bad_records: skip` to leave such records out and count them"
         return source_error(source, self.key, f"{self.message}; {self.advice}{skip}" if self.advice else self.message)
 
 
 class BadFileError(Exception):
-    """A file that cannot be read as its source says; `key` is the key of the source that it is about."""
+    """A file that cannot be read as its source says; `key` is the key of the source that the problem is about."""
 
     def __init__(self, key: str, problem: str):
         super().__init__(key, problem)
@@ -49,37 +58,37 @@ class LostCorpusError(UserError):
     """There is nothing at a source's path."""
 
     in_cache = ""
-    """What else the message ends with: why the cache does not stand for it."""
+    """End of the message: why the cache cannot replace the text."""
 
     def __str__(self) -> str:
         return super().__str__() + self.in_cache
 
 
 class LostCopyError(LostCorpusError):
-    """There is nothing at a source's path, and what the cache has of it is damaged."""
+    """There is nothing at a source's path, and its tokens in the cache are damaged."""
 
 
 def source_error(source: Source, key: str, problem: str, kind: type[UserError] = UserError) -> UserError:
-    """Make the error about one key of one source."""
+    """Return the error about one key of one source."""
     return kind(f"data.sources[{source.name}].{key}: {shown(problem)}")
 
 
 @contextmanager
 def translated(source: Source, file: Path) -> Iterator[None]:
-    """Turn every error of reading `file` into one that names it.
+    """Turn every error of reading `file` into an error that names it.
 
     Raises:
         UserError: the file is damaged, is not what the source says, or may not be read.
-        OSError: the storage failed, which may pass by itself; it has the file's name.
+        OSError: the storage failed, perhaps for a short time; with the file's name.
     """
     try:
         yield
     except BadFileError as error:
         raise source_error(source, error.key, error.problem) from error
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a library's own, or a place in the file that cannot be
+        if error.errno in (None, errno.EINVAL):  # raised by a library, or by a seek to an impossible place
             raise _damaged(source, file, error) from error
-        if error.errno in _FOR_THE_USER:
+        if error.errno in _LASTING_ERRORS:
             raise source_error(source, "path", f"{shown(file)} cannot be read ({error.strerror})") from error
         raise OSError(error.errno, error.strerror, os.fspath(file)) from error
     except Exception as error:
@@ -89,9 +98,9 @@ def translated(source: Source, file: Path) -> Iterator[None]:
 
 
 def _errors_of_decoders() -> tuple[type[Exception], ...]:
-    import pyarrow  # after an error only: it takes a while
+    import pyarrow  # imported after an error only, because the import is slow
 
-    # Names in the footer of a damaged parquet file need not be UTF-8; text that is not is a record of its own.
+    # UnicodeDecodeError: a name in the footer of a damaged parquet file. Text that is not UTF-8 is a BadRecord instead.
     return EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, UnicodeDecodeError, pyarrow.ArrowException
 
 

@@ -1,13 +1,14 @@
-"""Text that spells a special token, such as `</s>` in HTML, stays text for a `tokenizers` JSON file.
+"""Special tokens: the end of a document, and text that spells a special token, which must stay text.
 
-The library's splitter can be told to leave special tokens in text alone. Models that look up whole pieces in their
-vocabulary make the token of such text all the same. So no such piece may reach the model: after the file's own
-pre-tokenizer, each literal is cut behind its first character. With `</s>` as special token,
+The splitter of the `tokenizers` library can be told to leave special tokens in text alone. Models that look up whole
+pieces in their vocabulary still make the special token of text that spells it, such as `</s>` in HTML. So no such piece
+may reach the model: after the file's own pre-tokenizer, each literal is cut behind its first character. With `</s>` as
+special token,
 
     "out</s>"    becomes the pieces    "out", "<", "/s>"
 
-of which no model can make `</s>`, and whose text is the same. The rule becomes a part of the file, so that an exported
-tokenizer has it too.
+of which no model can make `</s>`, and whose text is the same. The rule becomes a part of the tokenizer file, so that an
+exported tokenizer has it too.
 """
 
 from __future__ import annotations
@@ -20,19 +21,25 @@ from typing import Any
 from dsmoe.config.errors import UserError
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
-"""Of which the first that a tokenizer has is taken, where `data.end_of_document` names none."""
+"""The usual end-of-document tokens; the first in the vocabulary is used if `data.end_of_document` is null."""
 _MOST_CANDIDATES = 10
-_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-"""How models with `byte_fallback` call the tokens that stand for a byte."""
+_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+"""Names of the tokens that stand for a byte in models with `byte_fallback`."""
 
 
 def end_token(
     vocabulary: Mapping[str, int], end: str | None, where: str, candidates: str = ""
 ) -> tuple[str, int] | None:
-    """The token after every document, as text and number: `end`, or one of the usual names; None where there is none.
+    """Return the end-of-document token as text and number: `end`, else one of the usual names; None without any.
+
+    Args:
+        vocabulary: numbers of the tokens by their texts.
+        end: `data.end_of_document`.
+        where: origin of the vocabulary, for the message.
+        candidates: end of the message, from `candidates`.
 
     Raises:
-        UserError: `end`, which is data.end_of_document, is not in the vocabulary; with `where` that is from.
+        UserError: `end` is not in the vocabulary.
     """
     if end is not None and end not in vocabulary:
         raise UserError(f"data.end_of_document ({end!r}) is no token of {where}; set it to one{candidates}")
@@ -41,7 +48,7 @@ def end_token(
 
 
 def ordinary_token(end: str, where: str, candidates: str) -> UserError:
-    """What is said of an `end` that text gives: `where` it is a token, and what may be meant."""
+    """Return the error for a `data.end_of_document` that ordinary text is encoded as; arguments as in `end_token`."""
     return UserError(
         f"data.end_of_document ({end!r}) is an ordinary token of {where}, which makes it of text, so that documents "
         f"would end within; set it to a special token{candidates}"
@@ -49,7 +56,7 @@ def ordinary_token(end: str, where: str, candidates: str) -> UserError:
 
 
 def no_end_token(path: str, candidates: str) -> str:
-    """What is said of a vocabulary, of `data.tokenizer`, without a token of the usual names."""
+    """Return the message for a `data.tokenizer` at `path` without any of the usual end-of-document tokens."""
     return (
         f"data.tokenizer {path} has none of the usual end-of-document tokens ({', '.join(END_OF_DOCUMENT_NAMES)}), so "
         f"that nothing would separate documents; set data.end_of_document to the token that follows each{candidates}"
@@ -57,7 +64,7 @@ def no_end_token(path: str, candidates: str) -> str:
 
 
 def candidates(special: Iterable[str]) -> str:
-    """For these messages: which of the special tokens, by their texts, may be meant; empty where there are none."""
+    """Return the end of these messages that lists special tokens, given by their texts; empty without any."""
     names = sorted(special, key=lambda name: "end" not in name.lower())
     more = ", ..." if len(names) > _MOST_CANDIDATES else ""
     return f", for example of its special tokens: {', '.join(names[:_MOST_CANDIDATES])}{more}" if names else ""
@@ -67,11 +74,11 @@ def literals_as_text(content: Mapping[str, Any], end: str | None) -> dict[str, A
     """Change the contents of a tokenizer.json so that no text gives a special token, or `end`.
 
     Args:
-        content: valid for the `tokenizers` library.
-        end: the token after every document, as text; None where there is none.
+        content: a tokenizer.json that the `tokenizers` library accepts.
+        end: the end-of-document token, as text; None if there is none.
 
     Returns:
-        The same contents where the model makes no such token of text anyway.
+        The changed contents; equal to `content` if the model makes no such token of text anyway.
     """
     changed = dict(content)
     added: list[dict[str, Any]] = list(content.get("added_tokens") or [])
@@ -79,23 +86,26 @@ def literals_as_text(content: Mapping[str, Any], end: str | None) -> dict[str, A
         added = [{**token, "special": True} if token["content"] == end else token for token in added]
         changed["added_tokens"] = added
     literals = {token["content"] for token in added if token.get("special")}
-    if end in END_OF_DOCUMENT_NAMES:  # not every file lists them as added tokens
+    if end in END_OF_DOCUMENT_NAMES:  # not every file lists it as an added token
         literals.add(end)
     model = content["model"]
     if model.get("byte_fallback"):
-        literals |= _BYTES
-    literals = {literal for literal in literals & _made_of_text(model) if len(literal) > 1}
+        literals |= _BYTE_TOKENS
+    literals = {literal for literal in literals & _producible_tokens(model) if len(literal) > 1}
     if literals:
         split = {"type": "Split", "pattern": {"Regex": _first_characters(literals)}}
-        own = content.get("pre_tokenizer")
-        own = own["pretokenizers"] if own and own.get("type") == "Sequence" else [own] if own else []
-        splits = [*own, {**split, "behavior": "Isolated", "invert": False}]
+        existing = content.get("pre_tokenizer")
+        if existing and existing.get("type") == "Sequence":
+            existing = existing["pretokenizers"]
+        else:
+            existing = [existing] if existing else []
+        splits = [*existing, {**split, "behavior": "Isolated", "invert": False}]
         changed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits}
     return changed
 
 
-def _made_of_text(model: Mapping[str, Any]) -> set[str]:
-    """The tokens, as text, that the model may make of a piece that is spelled so."""
+def _producible_tokens(model: Mapping[str, Any]) -> set[str]:
+    """Return the tokens, as text, that the model may make of a piece with the same spelling."""
     vocabulary = model["vocab"]
     if "merges" not in model or model.get("ignore_merges"):
         return set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
@@ -105,7 +115,7 @@ def _made_of_text(model: Mapping[str, Any]) -> set[str]:
 
 
 def _first_characters(literals: Iterable[str]) -> str:
-    """A regular expression for the first character of every literal, wherever the literal begins: `<(?=/s>|s>)`."""
+    """Return a regular expression for the first character of every literal: of `<s>` and `</s>`, `<(?=/s>|s>)`."""
     rest: dict[str, list[str]] = defaultdict(list)
     for literal in sorted(literals):
         rest[literal[0]].append(re.escape(literal[1:]))

@@ -1,4 +1,4 @@
-"""How much of a source's text no token stands for, on a sample of its documents, and where that is too much."""
+"""Tokenizer coverage: the share of a source's characters that no token stands for, on a sample of its documents."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from dsmoe.data.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 REFUSED_SHARE = 0.2
-"""Of the characters; above, the tokenizer is not one for that text."""
+"""Share of lost characters above which the tokenizer is refused."""
 WARNED_SHARE = 0.001
-_DOCUMENTS = 16
-"""Of each batch of `pack`, which has about a million characters."""
-_CHARACTERS = 2000
-"""Of each of them."""
-_ENOUGH = 10_000
-"""Characters that are worth an early word."""
+"""Share of lost characters above which a warning is logged."""
+_SAMPLED_DOCUMENTS = 16
+"""Documents sampled from each batch of `pack`, which has about a million characters."""
+_SAMPLED_CHARACTERS = 2000
+"""Characters sampled from each document."""
+_EARLY_WARNING_CHARACTERS = 10_000
+"""Characters that have to be counted before an early warning."""
 _MOST_NAMED = 5
 
 
 class Coverage:
-    """Look at a few documents of every batch, which their hashes choose, so that the cost is a few percent.
+    """Coverage of one source, counted on the documents of every batch with the lowest hashes.
+
+    The sample is so small that counting costs a few percent of tokenising.
 
     Args:
-        name: of the source, for messages.
-        tokenizer: makes the tokens.
+        name: name of the source, for messages.
+        tokenizer: the tokenizer of the source.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer):
@@ -38,26 +41,26 @@ class Coverage:
         self._tokenizer = tokenizer
         self._characters = 0
         self._lost: Counter[str] = Counter()
-        self._is_told = False
+        self._has_warned = False
 
-    def look(self, texts: Sequence[str], hashes: Sequence[int]) -> None:
-        """Count in some of the texts, of which these are the hashes; log early what may be refused in the end."""
+    def count(self, texts: Sequence[str], hashes: Sequence[int]) -> None:
+        """Count in some of the texts, chosen by their `hashes`; warn early if the source may be refused in the end."""
         pieces = []
-        for number, text in heapq.nsmallest(_DOCUMENTS, zip(hashes, texts, strict=True)):
-            begin = number % (len(text) - _CHARACTERS) if len(text) > _CHARACTERS else 0
-            pieces.append(text[begin : begin + _CHARACTERS])
+        for number, text in heapq.nsmallest(_SAMPLED_DOCUMENTS, zip(hashes, texts, strict=True)):
+            begin = number % (len(text) - _SAMPLED_CHARACTERS) if len(text) > _SAMPLED_CHARACTERS else 0
+            pieces.append(text[begin : begin + _SAMPLED_CHARACTERS])
         for lost in self._tokenizer.lost_characters(pieces):
             self._lost.update(lost)
         self._characters += sum(len("".join(piece.split())) for piece in pieces)
-        if not self._is_told and self._characters >= _ENOUGH and self._share > REFUSED_SHARE:
-            self._is_told = True  # a source may begin with another language than most of it is in
+        if not self._has_warned and self._characters >= _EARLY_WARNING_CHARACTERS and self._share > REFUSED_SHARE:
+            self._has_warned = True  # a source may begin with another language than most of it is in
             logger.warning("so far, %s", self._problem())
 
     def finish(self) -> None:
-        """Log a share that is worth a thought.
+        """Log a warning if the share of lost characters is above `WARNED_SHARE`.
 
         Raises:
-            UserError: too much is lost.
+            UserError: the share is above `REFUSED_SHARE`.
         """
         if self._share > REFUSED_SHARE:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Which text is held out for validation: whole documents chosen by hash, or the end of a single one.
+"""Validation split: hold out whole documents chosen by hash, or the end of a single document.
 
 A document's hash depends on its text and `data.seed` alone, so that nearly all sources hold out the same documents.
 """
@@ -7,29 +7,35 @@ from __future__ import annotations
 
 import numpy as np
 
-NEAR = 0.1
-"""How far the held-out part of a source's bytes may be from the fraction, relative to the smaller part."""
+TOLERANCE = 0.1
+"""Tolerance of the held-out share of a source's bytes, relative to the smaller of the two parts."""
 
 
 def hash_limit(fraction: float) -> int:
-    """Below which a document's hash is, of uint64, if its hash alone holds it out."""
+    """Return the limit below which a document's uint64 hash holds it out: `fraction` of all hashes are below."""
     return round(fraction * 2**64)
 
 
 def choose_validation(hashes_D: np.ndarray, bytes_D: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose held-out documents: those of the lowest hashes, and where the sizes allow the same ones in every source.
+    """Choose the held-out documents: those with the lowest hashes, where the sizes allow the same ones in every source.
 
-    Those are the documents whose hash is below `hash_limit(fraction)`: in a source of thousands of documents they have
-    nearly `fraction` of the bytes. Where they have a tenth more or less, the documents are held out in the order of
-    their hashes until they have `fraction` of the bytes. A text so large that most of the corpus would be held out with
-    it (beyond halfway from `fraction` to everything) then stays in training. What such a source holds out and others
-    would train on, or the other way round, `dsmoe.data.held_out_overlap` finds.
+    These are the documents with a hash below `hash_limit(fraction)`: in a source of thousands of documents they have
+    nearly `fraction` of the bytes. If they miss `fraction` by more than `TOLERANCE`, the documents are instead held out
+    in the order of their hashes until they have `fraction` of the bytes. A text with which more than
+    (1 + fraction) / 2 of the corpus would be held out then stays in training. `dsmoe.data.held_out_overlap` finds the
+    documents in which such a source differs from the others.
 
-    Equal hashes are equal texts and stay together, so no text is on both sides.
+    Equal hashes are equal texts and stay together, so no text is on both sides. With fraction 0.25 and hashes as parts
+    of 2^64:
+
+        hash    0.10  0.20  0.60  0.90        hash    0.10  0.40  0.60  0.90
+        bytes     10    15    40    35        bytes     10    20    40    30
+        below the limit: 25 of 100 bytes      below the limit: 10 of 100 bytes, too few
+        held out: 0.10 and 0.20               held out by order: 0.10 and 0.40, 30 of 100 bytes
 
     Args:
-        hashes_D: `[documents]` uint64, of the texts.
-        bytes_D: `[documents]` int64, sizes of the texts.
+        hashes_D: `[documents]` uint64 hashes of the texts.
+        bytes_D: `[documents]` int64 sizes of the texts.
         fraction: part of all bytes to hold out, in (0, 1).
 
     Returns:
@@ -37,7 +43,7 @@ def choose_validation(hashes_D: np.ndarray, bytes_D: np.ndarray, fraction: float
     """
     below_D = hashes_D < np.uint64(min(hash_limit(fraction), 2**64 - 1))
     missed = abs(int(bytes_D[below_D].sum()) - fraction * int(bytes_D.sum()))
-    is_near = missed <= NEAR * min(fraction, 1 - fraction) * int(bytes_D.sum())
+    is_near = missed <= TOLERANCE * min(fraction, 1 - fraction) * int(bytes_D.sum())
     if is_near and below_D.any() and not below_D.all():
         return below_D
     _, text_D = np.unique(hashes_D, return_inverse=True)  # numbered in the order of their hashes
@@ -55,10 +61,10 @@ def choose_validation(hashes_D: np.ndarray, bytes_D: np.ndarray, fraction: float
 
 
 def cut_single_document(text: str, fraction: float) -> tuple[str, str]:
-    """Cut `text` in two, the second part about `fraction` of its bytes: after a line, else after a space.
+    """Cut `text` in two, the second part with about `fraction` of the bytes: after a line, else after a space.
 
-    To find one, the second part may grow to twice that size; text without a line end or space there is
-    cut between two characters.
+    To end the first part at a line or space, the second part may grow to twice that size; without either, the cut is
+    between two characters.
     """
     data = text.encode("utf-8")
     size = max(1, round(fraction * len(data)))

@@ -1,4 +1,4 @@
-"""JSON files that say themselves whether they are what was written: checkpoints' manifests, caches' descriptions."""
+"""JSON with a checksum of itself: manifests of checkpoints, `meta.json` of the data cache."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 
-def sealed_json(content: Mapping[str, Any], tables: Collection[str] = ()) -> str:
-    """JSON with a checksum of itself as the last entry, a line for each key, and for each entry of a table.
+def json_with_checksum(content: Mapping[str, Any], tables: Collection[str] = ()) -> str:
+    """Return JSON with a checksum of itself as the last entry, one line per key and per entry of a table.
+
+    The checksum covers the text before it. `{"step": 3, "files": {"a": 1}}` with the table `files`:
+
+        {
+        "step": 3,
+        "files": {
+          "a": 1
+        },
+        "sha256": "..."
+        }
 
     Args:
-        content: what is written, without a key `sha256`.
-        tables: the keys whose values are mappings that get a line for each entry.
+        content: the entries, without a key `sha256`.
+        tables: the keys whose values are mappings that get one line per entry.
     """
     lines: list[str] = []
     for key, value in content.items():
@@ -26,6 +36,6 @@ def sealed_json(content: Mapping[str, Any], tables: Collection[str] = ()) -> str
     return f'{{\n{text},\n"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
-def is_sealed(text: str, content: Mapping[str, Any], tables: Collection[str] = ()) -> bool:
-    """Check that `text`, as which `content` was read, is what `sealed_json` wrote."""
-    return sealed_json({key: value for key, value in content.items() if key != "sha256"}, tables) == text
+def has_valid_checksum(text: str, content: Mapping[str, Any], tables: Collection[str] = ()) -> bool:
+    """Return whether `text`, which was parsed to `content`, is exactly what `json_with_checksum` wrote."""
+    return json_with_checksum({key: value for key, value in content.items() if key != "sha256"}, tables) == text

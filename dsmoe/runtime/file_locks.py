@@ -1,4 +1,4 @@
-"""Locks that die with their holder: `flock` on a file, and what can be done where a file system has none."""
+"""File locks that end with their process (`flock`), and detection of file systems without locks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MISSING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
-"""How file systems without `flock` refuse it: Lustre mounted without `-o flock`, NFS without its lock service."""
+"""Errors of file systems without `flock`: Lustre mounted without `-o flock`, NFS without its lock service."""
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
@@ -19,30 +19,30 @@ class HeldError(Exception):
 
 @dataclass
 class Lock:
-    """A lock file that this process has open; the system lets go of it however the process ends."""
+    """An open lock file; the system releases the lock however the process ends."""
 
     path: Path
     descriptor: int
     works: bool
-    """False where the file system has no locks, so that nothing is held."""
+    """False if the file system has no locks, so that nothing is held."""
 
     @property
     def is_in_place(self) -> bool:
-        """Whether its file is still the one at its path: a folder may have been removed and made anew."""
+        """True if the locked file is still the one at its path; the folder may have been removed and made anew."""
         return _is_at(self.descriptor, self.path)
 
     def release(self) -> None:
-        """Let go of it; the file stays."""
+        """Release the lock; the file stays."""
         os.close(self.descriptor)
 
 
 def take(path: Path) -> Lock:
-    """Take the lock at `path`, a file that is made where there is none in a folder that exists, without waiting.
+    """Take the lock at `path` without waiting; make the file if necessary, in a folder that exists.
 
-    Child processes that are forked while it is held hold it too, for as long as they live.
+    Child processes forked meanwhile hold the lock too, for as long as they live.
 
     Raises:
-        HeldError: another process has it.
+        HeldError: another process holds the lock.
         OSError: the file cannot be opened.
     """
     while True:
@@ -58,11 +58,11 @@ def take(path: Path) -> Lock:
             raise OSError(error.errno, error.strerror, str(path)) from None
         if _is_at(descriptor, path):
             return Lock(path, descriptor, works=True)
-        os.close(descriptor)  # whoever had it has removed the file between the two calls
+        os.close(descriptor)  # the previous holder removed the file between the two calls: try again
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that is at `path` now."""
+    """Return whether the open file is the one that is now at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def machine() -> str:
-    """Names the running kernel: the same in all containers of a machine, another after it has started anew."""
+    """Return an id of the running kernel: the same in all containers of a machine, another after a reboot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip().replace("-", "")
     except OSError:

@@ -19,7 +19,7 @@ from dsmoe.config import load_config
 from dsmoe.config.dump import dump_config, flatten
 from dsmoe.config.effects import level_of_change
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
-from dsmoe.config.paths import NO_PATHS, is_path, unset_in
+from dsmoe.config.paths import PATH_KEYWORDS, is_path, unset_variables_note
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource
 from dsmoe.plan.plan import Plan
@@ -299,7 +299,7 @@ def _contents_before(folder: Path, found: Found) -> Contents:
 def _resumed(config: Config) -> Path | None:
     """The checkpoint that `checkpoint.resume` leads to; None where it is no path."""
     resume = config.checkpoint.resume
-    if resume in NO_PATHS["checkpoint.resume"]:
+    if resume in PATH_KEYWORDS["checkpoint.resume"]:
         return None
     return _checkpoint_at("checkpoint.resume", Path(resume))
 
@@ -359,7 +359,7 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
     try:
         return inspect(checkpoint)
     except DamagedError as error:
-        refusal = UserError(f"{key}: {error}{unset_in(str(checkpoint))}")
+        refusal = UserError(f"{key}: {error}{unset_variables_note(str(checkpoint))}")
         refusal.exit_code = exit_code_of(error)
         raise refusal from None
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dsmoe.config import UserError, dump_config
-from dsmoe.config.dump import flatten, json_schema, spelled_out
+from dsmoe.config.dump import flatten, json_schema, with_nulls_resolved
 from dsmoe.config.effects import effect_of, is_free, level_of_change, tensor_part, value_at
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
@@ -195,7 +195,7 @@ def others(config: Config, key: str, field: FieldInfo) -> Iterator[Config]:
         (value_at(tree, ".".join(sections)) if sections else tree)[name] = value
         with suppress(ValidationError, UserError, AssertionError):
             other = Config.model_validate(tree)
-            is_other = spelled_out(flatten(other.model_dump())) != spelled_out(flatten(config.model_dump()))
+            is_other = with_nulls_resolved(flatten(other.model_dump())) != with_nulls_resolved(flatten(config.model_dump()))
             if is_other and Plan.from_config(other).batch.steps > 2:
                 yield other
 

@@ -99,7 +99,7 @@ def test_the_text_need_not_stay_where_it_was(
     shutil.rmtree(folder)
     with caplog.at_level(logging.INFO):
         found = prepare_one(make_config(spec(path[what], weight=2.0)))
-    assert (found.folder, found.text) == (made.folder, made.text)
+    assert (found.folder, found.token_checksums) == (made.folder, made.token_checksums)
     assert f"its tokens are taken from {made.folder}, which was made of what was there" in caplog.text
     for elsewhere in (tmp_path / "mistyped.jsonl", tmp_path / "corpora" / "mistyped" / "*.jsonl"):
         with pytest.raises(UserError, match=r"there is no file|no file matches"):
@@ -117,7 +117,7 @@ def test_of_one_text_whose_file_was_touched_either_folder_will_do(tmp_path: Path
         made.append(prepare_one(make_config(spec(tmp_path / "a.jsonl"))))
     assert made[0].folder != made[1].folder
     (tmp_path / "a.jsonl").unlink()
-    assert prepare_one(make_config(spec(tmp_path / "a.jsonl"))).text == made[0].text
+    assert prepare_one(make_config(spec(tmp_path / "a.jsonl"))).token_checksums == made[0].token_checksums
 
 
 def test_a_path_is_one_however_it_is_written(

@@ -20,7 +20,7 @@ from dsmoe.config.schema import Config
 from dsmoe.data import cache, prepare
 from dsmoe.data.cache_meta import META
 from dsmoe.data.prepared_source import PreparedSource
-from dsmoe.runtime.checksummed_json import sealed_json
+from dsmoe.runtime.checksummed_json import json_with_checksum
 from tests.data.conftest import MakeConfig
 from tests.data.test_cache import decode, prepare_one, spec, write_corpus
 from tests.train.test_run import write_config
@@ -57,7 +57,7 @@ def config_in(project: Path, make_config: MakeConfig, what: str = "corpora", **d
 
 
 def same(first: PreparedSource, second: PreparedSource) -> bool:
-    return (first.text, first.train_tokens) == (second.text, second.train_tokens)
+    return (first.token_checksums, first.train_tokens) == (second.token_checksums, second.train_tokens)
 
 
 @pytest.mark.parametrize("what", ["corpora", "corpora/a.jsonl", "corpora/*/*.jsonl", "corpora/**/*.jsonl"])
@@ -158,7 +158,7 @@ def run_mutations(project: Path, make_config: MakeConfig, rounds: int, seed: int
         config = config_in(place, make_config)
         fresh = config_in(place, make_config, cache_dir=str(place.parent / f"fresh{number}"))
         found, wanted = prepare_one(config), prepare_one(fresh)
-        assert found.text == wanted.text, (number, kind)
+        assert found.token_checksums == wanted.token_checksums, (number, kind)
         assert np.array_equal(found.train, wanted.train)
         shutil.rmtree(place.parent / f"fresh{number}")
 
@@ -185,7 +185,7 @@ def of_an_earlier_version(made: PreparedSource, source: Path, files: list[Path])
     keys = {"path": str(source), "num_files": len(files), "files": f"sha256:{digest.hexdigest()}"}
     content["recipe"]["source"].update(keys)
     fingerprint = hashlib.sha256(json.dumps(content["recipe"], sort_keys=True).encode()).hexdigest()[:16]
-    (made.folder / META).write_text(sealed_json(content), encoding="utf-8")
+    (made.folder / META).write_text(json_with_checksum(content), encoding="utf-8")
     return made.folder.rename(made.folder.with_name(f"corpus-{fingerprint}"))
 
 

@@ -18,7 +18,7 @@ from dsmoe.config.schema import Config, Source
 from dsmoe.data import PreparedSource, TrainLoader, cache, checksummed_files, prepare
 from dsmoe.data.cache_meta import META, made_folders
 from dsmoe.data.tokenizer import ByteTokenizer
-from dsmoe.runtime.checksummed_json import sealed_json
+from dsmoe.runtime.checksummed_json import json_with_checksum
 from tests.data.conftest import MakeConfig
 from tests.helpers import damage
 
@@ -53,7 +53,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads((path.parent / META).read_text(encoding="utf-8"))
     del content["sha256"]
     change(content)
-    (path.parent / META).write_text(sealed_json(content), encoding="utf-8")
+    (path.parent / META).write_text(json_with_checksum(content), encoding="utf-8")
 
 
 def lie(path: Path, draw: random.Random) -> None:

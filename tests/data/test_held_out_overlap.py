@@ -162,15 +162,15 @@ def test_large_sources_are_not_looked_through(
     def fail(*args: object) -> None:
         raise AssertionError("looked through")
 
-    for way in ("_all_through", "_one_by_one"):
+    for way in ("_scan", "_search"):
         monkeypatch.setattr(held_out_overlap.Documents, way, fail)
     assert [source.left_out for source in prepare(config)] == [(), ()]
 
 
 @pytest.mark.parametrize("few", [0, 10_000])
 def test_both_ways_of_looking_up_find_the_same(few: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out_overlap, "_FEW", few)
-    monkeypatch.setattr(held_out_overlap, "_BLOCK", 8 if few == 0 else 0.001)
+    monkeypatch.setattr(held_out_overlap, "_MOST_SEARCHES", few)
+    monkeypatch.setattr(held_out_overlap, "_BLOCK_DOCUMENTS", 8 if few == 0 else 0.001)
     hashes = np.random.default_rng(0).integers(0, 50, 300).astype(np.uint64)
     held_out_overlap.write_documents(tmp_path / "d", hashes, np.arange(1, 301))
     found = held_out_overlap.Documents(tmp_path / "d", 300).find(np.array([3, 7, 49, 60], dtype=np.uint64))

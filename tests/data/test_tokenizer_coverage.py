@@ -147,7 +147,7 @@ def test_a_large_source_is_told_of_early_and_judged_in_the_end(
     told_after = []
     with caplog.at_level(logging.WARNING):
         for batch in range(10):
-            coverage.look([f"{'xyz' if batch < unknown else 'abc'} " * 500] * 20, range(20))
+            coverage.count([f"{'xyz' if batch < unknown else 'abc'} " * 500] * 20, range(20))
             told_after.append(caplog.text.count("so far, data.tokenizer: no token stands for 100.00%"))
         with pytest.raises(UserError, match=r"for 50\.00%") if is_refused else nullcontext():
             coverage.finish()

@@ -453,7 +453,7 @@ MUTATIONS = [
     Mutation(
         "the description of a cache is believed unsealed",
         "dsmoe/data/cache_meta.py",
-        old="if not is_sealed(text, content):",
+        old="if not has_valid_checksum(text, content):",
         new="if not text:",
         caught_by="tests/data/test_damaged_cache.py::test_a_number_that_nothing_else_tells_is_sealed",
     ),
@@ -468,7 +468,7 @@ MUTATIONS = [
     Mutation(
         "a manifest is believed unsealed",
         "dsmoe/checkpoint/manifest.py",
-        old="if not is_sealed(text, content, _TABLES):",
+        old="if not has_valid_checksum(text, content, _TABLES):",
         new="if not text:",
         caught_by="tests/checkpoint/test_manifests.py::test_a_number_that_nothing_else_tells_is_sealed",
     ),

@@ -236,8 +236,8 @@ MUTATIONS = [
     Mutation(
         "a folder is to be made below a file",
         "dsmoe/data/check_sources.py",
-        old="    if not os.path.isdir(there):\n",
-        new="    if not os.path.lexists(there):\n",
+        old="    if not os.path.isdir(existing):\n",
+        new="    if not os.path.lexists(existing):\n",
         caught_by=f"{CHECK}test_a_folder_that_cannot_be_made[file-runs_dir]",
     ),
     Mutation(
