@@ -20,7 +20,7 @@ _WAYS = {
     "--slurm": ("slurm", "job scripts, for sbatch"),
     "--docker": ("docker", "a compose file, for containers"),
 }
-"""The ways in which `dsmoe launch` can start a run: the option, the module of dsmoe.launch that writes it, and what it writes."""
+"""The ways to start a run, by option of `dsmoe launch`: the module of dsmoe.launch, and a phrase on its files."""
 
 
 def add_commands(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every key says what another value of it does to a run that has begun."""
+"""Every key has the effect that changing it has on a run that has begun."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _reference(schema: dict[str, Any]) -> str:
 
 
 def test_the_documented_effect_of_every_key_is_its_effect() -> None:
-    """The table says each key, or the section that it is in."""
+    """The table has every key, or the key's section."""
     text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     documented = {}
     for level, keys in re.findall(r"^\| `(tensor|math|step|free)` \| ([^|]+) \|", text, re.MULTILINE):
@@ -77,7 +77,7 @@ def test_the_documented_effect_of_every_key_is_its_effect() -> None:
 
 
 def _ends(key: str) -> list[str]:
-    """`a.b.c`, `a.b`, `a`."""
+    """Yield `a.b.c`, `a.b`, `a`."""
     parts = key.split(".")
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
@@ -155,12 +155,12 @@ def test_what_decides_about_tensors_that_may_begin_anew_is_left_out_for_weights(
     assert list(tensor_part({**config, "moe": None}))[-1] == "moe"
 
 
-# What the effects mean, tried with other values of every key on a run that has a checkpoint.
+# The meaning of the effects, tested with other values of every key on a run that has a checkpoint.
 
 _PLACES = ("name", "runs_dir")
-"""Of the run folder: with another one there is nothing to go on with."""
+"""Keys that decide the run folder; in another folder there is no run to resume."""
 _BY_CONTENTS = ("data.tokenizer", "data.sources.", "data.seed", "data.validation_fraction")
-"""Compared by what is read and made of it: tests/train/test_identity.py and test_changed.py."""
+"""Keys compared by content rather than value: tests/train/test_identity.py and test_changed.py."""
 _VALUES: tuple[Any, ...] = (
     *(True, False, None, 0, 1, 2, 64, 2048, 0.25, 50.0, "always", [0.8, 0.9]),
     *({"zero_optimization": {"reduce_bucket_size": 1}}, {"memory_gib": 3.0, "peak_tflops": 4.0}),
@@ -170,7 +170,7 @@ _TRIED = [(key, field) for key, field in leaves(Config) if key not in _PLACES an
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
-    """The config of a run that has been started, on more devices since, and its checkpoint."""
+    """Return the config of a run that was started and then resumed on more devices, and its checkpoint."""
     folder = tmp_path_factory.mktemp("effects")
     balance = {"scope": "sequence", "bias_update_rate": 0.01}
     capacity = {"factor": 1.5, "target_drop_percent": 5.0}
@@ -187,7 +187,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
 
 
 def others(config: Config, key: str, field: FieldInfo) -> Iterator[Config]:
-    """The config with other values of a key, each valid by itself, with steps after the checkpoint."""
+    """Yield the config with other values of a key, each valid by itself, with steps after the checkpoint."""
     literals = [value for part in _nested(field.annotation) if get_origin(part) is Literal for value in get_args(part)]
     *sections, name = key.split(".")
     for value in (*literals, *_VALUES):
@@ -208,7 +208,7 @@ def _nested(annotation: object) -> Iterator[object]:
 
 
 def observed(config: Config, checkpoint: Path, key: str) -> str:
-    """The effect of what a config has otherwise than the run, by what starts with it are told."""
+    """Return the effect of a config's difference from the run, by the messages of the starts with it."""
 
     def told(**changed: Any) -> tuple[str, ...]:
         return check_run_folder(Plan.from_config(config.model_copy(update=changed))).notes
@@ -230,7 +230,7 @@ def observed(config: Config, checkpoint: Path, key: str) -> str:
 
 
 def names(notes: tuple[str, ...], since: str, key: str) -> bool:
-    """Whether they say that the key, or something in its value, has changed."""
+    """Return whether messages report that the key, or a part of its value, has changed."""
     return any(note.startswith((f"changed since {since}: {key},", f"changed since {since}: {key}.")) for note in notes)
 
 

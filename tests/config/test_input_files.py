@@ -1,4 +1,4 @@
-"""`dsmoe config check` looks at the files that a config names, and at what is right beside what is wrong."""
+"""`dsmoe config check` checks the files that a config names, also those of valid keys in a config with wrong ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_all_that_is_missing_is_reported_at_once(tmp_path: Path, capsys: pytest.
     for override in overrides:
         key, _, value = override.partition("=")
         assert any(f"{key}: " in line and value in line for line in error.splitlines()), override
-    assert main(["config", "show", str(path), *overrides]) == 0  # also on a machine that does not have them
+    assert main(["config", "show", str(path), *overrides]) == 0  # runs on machines without these files
 
 
 PATHS = ["runs_dir", "data.cache_dir", "data.tokenizer", "data.sources.0.path", "cluster.hostfile", "checkpoint.resume"]
@@ -86,7 +86,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(size: int, added: dict[str, int]
 
 
 def test_a_tokenizer_of_which_nothing_ends_a_document(tmp_path: Path) -> None:
-    """As `prepare` says it, in the same words."""
+    """The message is the same as that of `prepare`."""
     file = tokenizer(tmp_path / "tokenizer.json", 200, "t0", **{"<|begin|>": 200, "<|the end|>": 201})
     path = write(tmp_path, VALID)
     (problem,) = check(path, f"data.tokenizer={file}")
@@ -103,7 +103,7 @@ def test_a_tokenizer_of_which_nothing_ends_a_document(tmp_path: Path) -> None:
     )
     for end in ("t7", "<|the end|>"):
         assert check(path, f"data.tokenizer={file}", f"data.end_of_document={end}") == []
-    assert check(path) == []  # of bytes, 256
+    assert check(path) == []  # the vocabulary has 256 bytes
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"vocab": 3}}', "\x00", "[" * 100_000])
@@ -162,7 +162,7 @@ def test_a_wrong_section_is_no_traceback_and_brings_no_consequences(wrong: str, 
 
 
 def test_a_mistyped_key_is_not_taken_for_its_default(tmp_path: Path) -> None:
-    """Of a section with an unknown key, what the file does not say may be what was meant: nothing is said of that."""
+    """In a section with an unknown key, a missing key may be the mistyped one, so no problem of it is reported."""
     problems = problems_of(
         write(tmp_path, VALID), "moe.top_kk=9", "moe.router.normalize_weight=false", "moe.num_experts=8"
     )
@@ -262,7 +262,7 @@ def test_another_word_is_no_misspelling(key: str, tmp_path: Path) -> None:
 
 
 def misspelt(name: str) -> Iterator[str]:
-    """With a letter missing, twice or changed, two letters exchanged, and the words run together."""
+    """Yield misspellings: a letter missing, doubled or changed, two letters exchanged, and words joined."""
     for i in range(len(name)):
         if name[i] != "_" and len(name) > 3:
             yield from (name[:i] + name[i + 1 :], name[: i + 1] + name[i:])
@@ -275,7 +275,7 @@ def test_misspellings_of_every_key_are_guessed(tmp_path: Path) -> None:
     paths = list(flatten(load_config(write(tmp_path, VALID)).model_dump()))
     for path in paths:
         section, _, name = path.rpartition(".")
-        if name.startswith(("inter_", "intra_")):  # some misspellings of the one are as near to the other
+        if name.startswith(("inter_", "intra_")):  # misspellings of one of these keys are as near to the other
             continue
         own = [one.rpartition(".")[2] for one in paths if one.rpartition(".")[0] == section]
         for wrong in misspelt(name):
@@ -292,7 +292,7 @@ def test_misspellings_of_every_key_are_guessed(tmp_path: Path) -> None:
 def test_a_variable_that_is_not_set_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where nothing is there; a file whose name has a dollar sign may be."""
+    """An unset variable is reported for a missing file only, because a file's name may have a dollar sign."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NOPE", raising=False)
     path = write(tmp_path, VALID)
@@ -337,7 +337,7 @@ def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
         assert load_config(write(tmp_path, dump_config(config), "again.yaml")) == config
     monkeypatch.delenv("SCRATCH")
     problems = problems_of(path, *(f"{key}=${{SCRATCH}}/x" for key in keys))
-    assert [problem.partition(":")[0] for problem in problems] == keys[:2]  # folders that would be made
+    assert [problem.partition(":")[0] for problem in problems] == keys[:2]  # folders that dsmoe makes
     assert load_config(path, ["data.tokenizer=a$SCRATCH"]).data.tokenizer == "a$SCRATCH"
     assert all("no variable SCRATCH" in problem for problem in problems)
     (problem,) = problems_of(path, "runs_dir=~nobody_of_this_name/x")
@@ -359,14 +359,14 @@ def test_a_path_is_beside_the_file_that_says_it_or_in_the_working_directory(
     config = load_config(path)
     assert (
         config.data.tokenizer == "conf/base/t.json"
-    )  # relative to the file that says it, not to the one that includes
+    )  # relative to the file that has the path, not to the file that includes it
     assert [source.path for source in config.data.sources] == ["conf/base/there.txt", "conf/base/*.txt"]
-    assert config.runs_dir == "base"  # made by dsmoe: in the working directory
+    assert config.runs_dir == "base"  # a folder that dsmoe makes: in the working directory
     for value, expected in {"both.txt": "conf/both.txt", "here.txt": "here.txt", "none.txt": "none.txt"}.items():
         body = f"data: {{sources: [{{name: a, path: {value}}}]}}\n{text}"
         assert load_config(write(tmp_path, body, "conf/y.yaml").relative_to(tmp_path)).data.sources[0].path == expected
     over = ["data.sources=[{name: a, path: both.txt}]"]
-    assert load_config(path, over).data.sources[0].path == "both.txt"  # the command line's: the working directory
+    assert load_config(path, over).data.sources[0].path == "both.txt"  # from the command line: in the working directory
     assert load_config(tmp_path / path).data.tokenizer == str(tmp_path / "conf/base/t.json")
     (tmp_path / "runs/tiny").mkdir(parents=True)
     (tmp_path / "runs/tiny/config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -375,7 +375,7 @@ def test_a_path_is_beside_the_file_that_says_it_or_in_the_working_directory(
 
 
 def test_beside_a_linked_file_is_beside_what_it_leads_to(tmp_path: Path) -> None:
-    """And folders whose names a glob would take for its own."""
+    """Globs beside the YAML file, and in folders whose names have magic characters."""
     body = VALID[VALID.index("model:") : VALID.index("data:")] + VALID[VALID.index("optimizer:") :]
     write(tmp_path, "text", "shared/data [v1]/a.txt")
     write(tmp_path, "{}", "shared/tok.json")

@@ -1,4 +1,4 @@
-"""Learning rates by hand-made arithmetic, and that the registry of schedules is all that knows their names."""
+"""Learning rates equal to values computed by hand, and a registry that alone knows the schedules' names."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_name_of_the_schema_has_an_entry_and_the_other_way_round() -> None
 
 
 def with_schedule(folder: Path, **optimizer: object) -> Config:
-    """A config whose `optimizer` has these options, which the schema need not allow."""
+    """Return a config whose `optimizer` has these options, which the schema need not allow."""
     config = load_config(write(folder, VALID))
     return config.model_copy(update={"optimizer": config.optimizer.model_copy(update=optimizer)})
 

@@ -43,7 +43,7 @@ def spec(path: Path, **keys: object) -> dict:
 
 
 def decode(tokens: np.ndarray) -> list[str]:
-    """Documents of a byte-token file, each of which ends with the end-of-document token."""
+    """Return the documents of a byte-token file, each of which ends with the end-of-document token."""
     parts = np.split(tokens, np.flatnonzero(tokens == EOD) + 1)
     assert len(parts[-1]) == 0
     return [bytes(part[:-1].tolist()).decode("utf-8") for part in parts[:-1]]
@@ -283,7 +283,7 @@ def test_a_killed_run_does_no_harm(corpus: Path, make_config: MakeConfig, monkey
 
 
 def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfig) -> None:
-    """Of this source, by a process whose lock is free; on another machine, whose locks may be its own, after a day."""
+    """Folders of this source are removed if their lock is free; if made on another machine, only after a day."""
     config = make_config(spec(corpus))
     cache_dir = Path(config.data.cache_dir)
     cache_dir.mkdir()
@@ -314,7 +314,7 @@ def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfi
 def test_a_live_process_of_the_same_host_and_number_keeps_its_folder(
     corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two containers may have one host name, and process numbers that the other does not see."""
+    """Two containers may have the same host name, and processes that the other does not see."""
     config = make_config(spec(corpus))
     context = multiprocessing.get_context("fork")
     building, go_on = context.Event(), context.Event()
@@ -332,7 +332,7 @@ def test_a_live_process_of_the_same_host_and_number_keeps_its_folder(
     process = context.Process(target=elsewhere)
     process.start()
     assert building.wait(timeout=60)
-    monkeypatch.setattr(os, "kill", None)  # as if its number said nothing here
+    monkeypatch.setattr(os, "kill", None)  # as in a container, where the process number says nothing
     prepare(make_config(spec(corpus), data={"seed": 1}))
     assert sum(name.endswith(".partial") for name in folders(config)) == 1
     go_on.set()
@@ -439,7 +439,7 @@ def test_racing_processes_share_one_folder(
     publish = cache._publish
 
     def publish_together(partial: Path, folder: Path) -> None:
-        barrier.wait(timeout=60)  # all have built before any renames
+        barrier.wait(timeout=60)  # all processes have written their folder before one renames it
         publish(partial, folder)
 
     monkeypatch.setattr(cache, "_publish", publish_together)

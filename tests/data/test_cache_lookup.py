@@ -1,4 +1,4 @@
-"""Text that was moved, copied or touched is not tokenised again, and other text is never taken for it."""
+"""Moved, copied or touched text is not tokenised again, and other text is never taken for it."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ TEXTS = [f"document number {n}" for n in range(60)]
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with a corpus in two files, one below the other's."""
+    """Write a corpus of two files, the second in a subfolder."""
     corpus = tmp_path / "project" / "corpora"
     (corpus / "more").mkdir(parents=True)
     write_corpus(corpus / "a.jsonl", TEXTS[:30])
@@ -40,7 +40,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_tokenizing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """From `setattr` on, which tests do by `forbid`."""
+    """Fail when anything is tokenised, after `forbid`."""
     with monkeypatch.context() as patch:
         yield patch
 
@@ -74,7 +74,7 @@ def test_the_same_text_elsewhere_is_not_tokenised_again(
     place = project.with_name("elsewhere")
     if way == "moved":
         project.rename(place)
-    elif way == "copied":  # files have the times of the copy
+    elif way == "copied":  # copied files have new times
         shutil.copytree(project, place, copy_function=shutil.copyfile)
     else:
         place = project
@@ -87,11 +87,11 @@ def test_the_same_text_elsewhere_is_not_tokenised_again(
     assert found.folder.parent == place / "cache"
     assert f"its text is that of {place}/cache/{made.folder.name}, and its tokens are taken from there" in caplog.text
     assert "preparing" not in caplog.text
-    no_tokenizing.setattr(cache, "documents", cache.pack)  # from now on it is known without reading
+    no_tokenizing.setattr(cache, "documents", cache.pack)  # recorded now, and found without reading the text
     assert prepare_one(config_in(place, make_config, what)) == found
     stored = [path.stat().st_ino for path in place.glob("cache/*/train.bin")]
     assert len(stored) == 2
-    assert len(set(stored)) == 1  # in the room of one
+    assert len(set(stored)) == 1  # hard links take no more room
 
 
 def test_where_files_cannot_be_linked_they_are_copied(
@@ -114,7 +114,7 @@ def test_where_files_cannot_be_linked_they_are_copied(
 def test_other_text_of_the_same_names_sizes_and_times_is_not_taken(
     project: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As archives, images and object stores make them, whose times are all 0; also if only white space differs."""
+    """Archives, images and object stores give files the time 0; texts that differ in white space alone differ too."""
     corpora = {"first": TEXTS, "second": [text.upper() for text in TEXTS], "third": [f"{t[:-1]} " for t in TEXTS]}
     for name, texts in corpora.items():
         folder = project / name
@@ -128,7 +128,7 @@ def test_other_text_of_the_same_names_sizes_and_times_is_not_taken(
 
 
 def run_mutations(project: Path, make_config: MakeConfig, rounds: int, seed: int) -> None:
-    """Change something of the corpus at random, or nothing, and compare the tokens with those of a cache of its own."""
+    """Change the corpus at random, or not at all, and compare the tokens with those of an empty cache."""
     choose = random.Random(seed)
     place = project
     for number in range(rounds):
@@ -176,7 +176,7 @@ def test_whatever_happens_to_the_files_the_tokens_are_those_of_the_text(
 
 
 def of_an_earlier_version(made: PreparedSource, source: Path, files: list[Path]) -> Path:
-    """Turn a folder of the cache into what was made before the text was recorded."""
+    """Turn a folder of the cache into one of an earlier version, which did not record the text."""
     content = json.loads((made.folder / META).read_bytes())
     del content["origin"], content["sha256"]
     digest = hashlib.sha256()
@@ -221,7 +221,7 @@ def test_a_damaged_folder_of_the_same_text_is_not_taken(
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project whose config and text are in a folder below the working one, tokenised."""
+    """Tokenise a project whose config and text are in a subfolder of the working directory."""
     conf = tmp_path / "project/conf"
     conf.mkdir(parents=True)
     (conf / "web.txt").write_text("A line of the corpus, and another.\n" * 300, encoding="utf-8")
@@ -236,7 +236,9 @@ def test_lost_text_beside_a_config_elsewhere(run: Path, capsys: pytest.CaptureFi
     (run / "conf/web.txt").unlink()
     for command in (["config", "check"], ["prepare"], ["plan"]):
         assert main([*command, "conf/config.yaml"]) == 0, capsys.readouterr().err
-    assert main(["config", "check", "conf/config.yaml", "data.sources.0.path=./web.txt"]) == 2  # here, and not there
+    assert (
+        main(["config", "check", "conf/config.yaml", "data.sources.0.path=./web.txt"]) == 2
+    )  # in the working directory, not beside the YAML file
 
 
 def test_lost_text_of_a_project_that_was_moved(

@@ -1,4 +1,4 @@
-"""`config check`, `prepare`, `plan`, `launch` and training agree about text that is not where it was, and any other."""
+"""`config check`, `prepare`, `plan`, `launch` and training agree about text, whether it is in place or lost."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.train.test_run import pretrain, refused, write_config
 
 COMMANDS = (["config", "check"], ["prepare"], ["plan"], ["plan", "--json"], ["launch", "--docker", "--dry-run"])
 READY = COMMANDS[:2]
-"""Those that are to say whether a run can begin here; the others plan for any machine."""
+"""Commands that check whether a run can start on this machine; the others plan for any machine."""
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a run whose corpus is in the cache; `text` has it."""
+    """The working folder of a run whose corpus, `text`, is in the cache."""
     (tmp_path / "text").mkdir()
     text = "A line of the corpus, and another.\n" * 300
     (tmp_path / "text/web.txt").write_text(text, encoding="utf-8")
@@ -40,7 +40,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def say(capsys: pytest.CaptureFixture[str], *overrides: str) -> list[tuple[int, str, str]]:
-    """Exit code and streams of every command."""
+    """Return exit code, standard output and standard error of every command."""
     found = []
     for command in COMMANDS:
         code = main([*command, "config.yaml", *overrides])
@@ -90,7 +90,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_cache_does_not_serve_without_the_text(
     damage: str, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The advice for a damaged cache, to remove it, would lose what there is."""
+    """The advice to delete a damaged cache would lose the only copy of lost text."""
     shutil.rmtree(project / "text")
     (made,) = (project / "cache").glob("web-*")
     DAMAGE[damage](made)
@@ -105,7 +105,7 @@ def test_a_damaged_cache_does_not_serve_without_the_text(
 
 
 def test_without_text_and_cache(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run is planned on any machine; where it is to begin, both are wanted."""
+    """A run can be planned without text and tokenizer, but not started."""
     shutil.rmtree(project / "text")
     shutil.rmtree(project / "cache")
     for command, (code, out, err) in zip(COMMANDS, say(capsys), strict=True):
@@ -115,7 +115,7 @@ def test_without_text_and_cache(project: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_config_check_finds_what_prepare_would(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every kind of wrong text, by its key and line, without torch; and nothing is said of what is prepared."""
+    """Every kind of wrong text is reported by key and line, without torch; prepared text is not reported."""
     (project / "json").mkdir()
     (project / "json/a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
     (project / "empty.txt").touch()
@@ -149,8 +149,8 @@ def test_a_folder_that_cannot_be_made(key: str, place: str, project: Path, capsy
     (project / "file").touch()
     (project / "link").symlink_to("nowhere")
     assert main(["config", "check", "config.yaml", f"{key}={place}"]) == 2
-    there = "link" if place == "link" else "file"
-    assert f"{key}: cannot use {project}/{place}: {project}/{there} is no folder" in capsys.readouterr().err
+    existing = "link" if place == "link" else "file"
+    assert f"{key}: cannot use {project}/{place}: {project}/{existing} is no folder" in capsys.readouterr().err
 
 
 TOKENIZERS: dict[str, Callable[[str], bytes]] = {
@@ -199,7 +199,7 @@ def test_of_a_large_folder_the_first_files_are_opened(project: Path, capsys: pyt
 
 
 def closed(path: Path, mode: int, *overrides: str) -> list[str]:
-    """What is said of a project where `path` has this mode, by `config check`; `prepare` is to be refused as well."""
+    """Return the report of `config check` on a project where `path` has this mode; `prepare` is refused as well."""
     before = path.stat().st_mode
     path.chmod(mode)
     try:

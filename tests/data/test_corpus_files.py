@@ -1,4 +1,4 @@
-"""Which files of a folder or a glob are read, each once, and what is said of the others."""
+"""Files of a folder or a glob that are read, each once, and the log of the others."""
 
 import glob
 import gzip
@@ -28,7 +28,7 @@ def read(path: Path | str, format_: str = "jsonl", **keys: Any) -> list[str]:
 
 
 def write(folder: Path, *names: str) -> None:
-    """Files with one document each, which is the file's name."""
+    """Write files with one document each, the file's name."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def test_a_closed_folder_of_pythons_library(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_glob_reads_through_a_folder_that_may_only_be_searched(tmp_path: Path) -> None:
-    """A name that is written out needs no list."""
+    """A glob part without magic characters needs no permission to list the folder."""
     write(tmp_path, "shut/in/z.jsonl", "shut/file")
     (tmp_path / "shut").chmod(0o111)
     with without_override():
@@ -151,13 +151,13 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", "e.jsonl", "deep/d.jsonl")
     write(tmp_path / "blobs", "0123")
     inside = tmp_path / "in"
-    (inside / "b").symlink_to("../elsewhere")  # a folder elsewhere
-    (inside / "c").symlink_to("../elsewhere/deep")  # what is below it
+    (inside / "b").symlink_to("../elsewhere")  # a folder outside the corpus
+    (inside / "c").symlink_to("../elsewhere/deep")  # a folder inside the first link
     (inside / "a" / "up").symlink_to("..")  # a circle
     (inside / "a" / "self").symlink_to("self")
-    (inside / "0").symlink_to("z")  # a folder that is here too
+    (inside / "0").symlink_to("z")  # a folder that is in the corpus as well
     (inside / "again.jsonl").symlink_to("real.jsonl")
-    (inside / "blob.jsonl").symlink_to("../blobs/0123")  # as in the hub's cache
+    (inside / "blob.jsonl").symlink_to("../blobs/0123")  # a link to a file, as in the hub's cache
     (tmp_path / "elsewhere" / "back").symlink_to("../in")
     found = find_files(source(inside))
     assert [str(file.relative_to(inside)) for file in found.files] == [
@@ -213,7 +213,7 @@ def test_a_glob_through_circles_ends_and_reads_everything_once(tmp_path: Path) -
     write(tmp_path, "a/x.jsonl", "b/y.jsonl", ".hidden/z.jsonl")
     for folder in "ab":
         for name in "pq":
-            (tmp_path / folder / name).symlink_to("..")  # glob.glob would find 2^40 ways
+            (tmp_path / folder / name).symlink_to("..")  # glob.glob would follow 2^40 paths
     assert read(tmp_path / "**" / "*.jsonl") == ["a/x.jsonl", "b/y.jsonl"]
     assert read(tmp_path / "**") == ["a/x.jsonl", "b/y.jsonl"]
     assert read(tmp_path / "*" / "**" / "[xy].jsonl") == ["a/x.jsonl", "b/y.jsonl"]

@@ -1,7 +1,7 @@
-"""Damaged corpora, thousands of ways: the same documents, or one error that names the file; never others in silence.
+"""Corpora damaged at random give the same documents or one error that names the file, never silently other documents.
 
-What no reader can detect is taken for what it is: a change in uncompressed text or in an unsealed block makes other
-text, and a file cut between two whole streams is a whole file. Such text is compared with a second, simple reading.
+Damage that no reader can detect is accepted: a change in uncompressed text or in a block without checksum makes other
+text, and a file cut between two whole streams is a whole file. Such text is compared with a second, simple reader.
 """
 
 import bz2
@@ -35,7 +35,7 @@ def some_texts(rng: random.Random, count: int) -> list[str]:
 
 
 def sealed_zstd(data: bytes) -> bytes:
-    """A frame with a checksum of its content, as the `zstd` program writes; pyarrow writes none."""
+    """Return a frame with a checksum of its content, as the `zstd` program writes it and pyarrow does not."""
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)
@@ -92,7 +92,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def outcome(path: Path, cache: Path, **keys: Any) -> list[str] | None:
-    """The documents, or None for one error of one line that names the file; everything else fails the test."""
+    """Return the documents, or None for a one-line error that names the file; anything else fails the test."""
     source = Source(name="fuzz", path=str(path), **keys)
     try:
         problems = source_problems(source, cache)
@@ -111,7 +111,7 @@ def outcome(path: Path, cache: Path, **keys: Any) -> list[str] | None:
 
 
 def plain_reading(data: bytes) -> list[str] | None:
-    """Read uncompressed jsonl in the simplest way; None where it is not that."""
+    """Read uncompressed jsonl in the simplest way; None if the file is not valid jsonl."""
     try:
         lines = data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n")
         texts = [json.loads(line.lstrip("\ufeff"))["text"] for line in lines if line.strip()]
@@ -263,7 +263,7 @@ def test_zip(seed: int, count: int, tmp_path: Path) -> None:
 
 
 def hostile_record(rng: random.Random, text: str) -> tuple[str, bool]:
-    """A line of jsonl, and whether it has a usable text."""
+    """Return a line of jsonl, and whether it has a usable text."""
     depth = rng.choice([50, 99, 100, 101, 500, 2_000, 20_000])
     opening, closing = rng.choice([("[", "]"), ('{"text":', "}"), ('[{"a":', "}]")])
     nested = opening * depth + rng.choice(["0", '"]}\\""', "null"]) + closing * depth
@@ -318,7 +318,7 @@ def test_hostile_json(seed: int, count: int, array: bool, tmp_path: Path) -> Non
         lines[place], usable = hostile_record(rng, texts[place])
         if array:
             if not usable and lines[place].count('"') % 2 == 0:
-                lines[place] = '{"text": 1}'  # what is no JSON may end the array
+                lines[place] = '{"text": 1}'  # invalid JSON may end the array
             elif not usable:
                 continue
             path.write_text("[" + ",\n".join(line.replace("\ufeff", "") for line in lines) + "]", encoding="utf-8")

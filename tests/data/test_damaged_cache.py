@@ -1,4 +1,4 @@
-"""A cache that is not what was written is refused, with its folder's name, wherever the damage is."""
+"""A damaged cache is refused with the name of its folder, wherever the damage is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers import damage
 
 @pytest.fixture(autouse=True)
 def _made_up_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without files to read: 400 documents of about 200 KiB, and others for the source `b`."""
+    """Yield documents without files: 400 of about 200 KiB in all, and others for the source `b`."""
 
     def documents(source: Source, **folders: Path) -> Iterator[str]:
         return (f"{source.name} {n}: " + "some text " * (n % 97) for n in range(400))
@@ -42,14 +42,14 @@ def config(tmp_path: Path, make_config: MakeConfig) -> Config:
 
 
 def exchange_with_another(path: Path, draw: random.Random) -> None:
-    """One of the same name, of the other source, or of another kind in the same folder."""
+    """Return a file to put in place: of the same name in the other source, or of another kind in the same folder."""
     (other_folder,) = [f for f in path.parent.parent.iterdir() if f != path.parent]
     others = [p for p in (*path.parent.iterdir(), other_folder / path.name) if p.read_bytes() != path.read_bytes()]
     path.write_bytes(draw.choice(sorted(others)).read_bytes())
 
 
 def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a description and seal it again, as one would who means it."""
+    """Change a `meta.json` and give it a valid checksum, as a deliberate edit would."""
     content = json.loads((path.parent / META).read_text(encoding="utf-8"))
     del content["sha256"]
     change(content)
@@ -57,7 +57,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def lie(path: Path, draw: random.Random) -> None:
-    """Another value, or one of another type, in a description that is sealed."""
+    """Put another value, or one of another type, into a `meta.json` with a valid checksum."""
 
     def change(content: dict[str, Any]) -> None:
         holder, key = content, draw.choice(["dtype", "max_token", "train", "validation", "recipe", "new"])
@@ -76,7 +76,7 @@ def lie(path: Path, draw: random.Random) -> None:
 
 
 def other_text(path: Path, draw: random.Random) -> None:
-    """Bytes that are no JSON, or JSON of another shape."""
+    """Return bytes that are no JSON, or JSON of another shape."""
     wrong = [b"\xff\xfe", b"[]", b"null", b"{", b"{}", b"[" * 100_000, b'{"a": 1e999}', b"12", b'"text"']
     (path.parent / META).write_bytes(draw.choice(wrong))
 
@@ -87,7 +87,7 @@ WAYS = [*damage.WAYS, exchange_with_another, *[lie] * 3, other_text]
 @pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.fuzz)])
 @pytest.mark.timeout(3600)
 def test_every_damage_is_refused(count: int, config: Config, tmp_path: Path) -> None:
-    """Seeded; by `prepare` as a run calls it, with one message that names the folder."""
+    """`prepare`, called as by a run, refuses seeded damage with one message that names the folder."""
     cache_dir, whole = Path(config.data.cache_dir), tmp_path / "whole"
     prepare(config)
     shutil.copytree(cache_dir, whole)
@@ -114,7 +114,7 @@ def rows(config: Config, sources: list[PreparedSource], step: int) -> list[list[
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_the_start_leaves_out_is_found_when_it_is_read(seed: int, config: Config) -> None:
-    """As in a cache that is too large to be read at a start: an epoch meets the damage, whatever it is."""
+    """Damage that is not verified at the start, as in a large cache, is found within an epoch."""
     sources = prepare(config)
     path, draw = sources[0].folder / "train.bin", random.Random(seed)
     for _ in range(3):
@@ -125,7 +125,7 @@ def test_what_the_start_leaves_out_is_found_when_it_is_read(seed: int, config: C
 
 
 def test_a_number_that_nothing_else_tells_is_sealed(config: Config) -> None:
-    """Bits per byte follow from it."""
+    """The number of text bytes, from which bits per byte follow, is covered by the checksum."""
     (first, *_) = prepare(config)
     text = (first.folder / META).read_text(encoding="utf-8")
     number = f'"bytes": {first.validation_bytes}, "documents"'
@@ -137,7 +137,7 @@ def test_a_number_that_nothing_else_tells_is_sealed(config: Config) -> None:
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train.documents"])
 def test_other_tokens_with_checksums_of_their_own(name: str, config: Config) -> None:
-    """As when a file is restored from another folder together with its checksums."""
+    """A file restored from another folder together with its checksums is refused."""
     (first, *_) = prepare(config)
     data = (first.folder / name).read_bytes()
     checksummed_files.write_file(first.folder / name, data[16:] + data[:16])
@@ -204,7 +204,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(
 
 
 def test_the_first_token_beyond_the_vocabulary_is_refused(config: Config) -> None:
-    """Of a cache that is sealed, as another tokenizer of the same digest would have made it."""
+    """A cache with a valid checksum, as another tokenizer of the same digest would have made it."""
     (first, *_) = prepare(config)
 
     def change(largest: int) -> None:

@@ -1,4 +1,4 @@
-"""No text that one source holds out is trained on through another."""
+"""Text that one source holds out is never trained on through another."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EOD = 256
 
 @pytest.fixture(autouse=True)
 def _read_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `datasets`, which takes a second for each source."""
+    """Read documents without `datasets`, which takes a second per source."""
 
     def documents(source: Source, **folders: Path) -> Iterator[str]:
         text = Path(source.path or "").read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ def texts_of(seed: int, count: int, largest: int = 60) -> list[str]:
 
 
 def held_out(source: PreparedSource) -> list[str]:
-    """The held-out documents."""
+    """Return the held-out documents."""
     tokens = np.asarray(source.validation)
     parts = np.split(tokens, np.flatnonzero(tokens == EOD) + 1)
     return [bytes(part[:-1].tolist()).decode() for part in parts[:-1]]
@@ -52,7 +52,7 @@ def text_of(tokens: np.ndarray) -> str:
 
 
 def trained_on(config: Config, sources: list[PreparedSource]) -> str:
-    """All tokens that are read in the first epochs of all sources, as text."""
+    """Return all tokens that are read in the first epochs of all sources, as text."""
     loader = TrainLoader(sources, config, 0, 1)
     steps = 0
     while min(loader.epochs(steps).values()) < 1:
@@ -62,7 +62,7 @@ def trained_on(config: Config, sources: list[PreparedSource]) -> str:
 
 
 def check(config: Config) -> list[PreparedSource]:
-    """Every held-out document begins with its number, and no sequence that is read has the beginning of one."""
+    """Check that no sequence read for training has the beginning of a held-out document, which is its number."""
     sources = prepare(config)
     read = "\n".join([trained_on(config, sources), *(text_of(source.train) for source in sources)])
     for source in sources:
@@ -76,7 +76,7 @@ def check(config: Config) -> list[PreparedSource]:
 def test_the_same_documents_in_sources_of_any_size(
     fraction: float, seed: int, tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    """A large source, parts of it in small ones with text of their own, in other orders, and one all of whose is."""
+    """A large source, small ones with parts of it in other orders and own text, and one whose whole text is in it."""
     everything = texts_of(seed, 300)
     pick = random.Random(seed)
     sources = [
@@ -99,7 +99,7 @@ def test_the_same_documents_in_sources_of_any_size(
 
 
 def test_a_small_source_of_what_a_large_one_holds_out(tmp_path: Path, make_config: MakeConfig) -> None:
-    """It would train on most of that: it holds out no more than its fraction."""
+    """The small source alone would train on most of the held-out text, because it holds out only its fraction."""
     options = {
         "data": {"validation_fraction": 0.2},
         "train": {"sequence_length": 32, "batch_tokens": 32 * 512},
@@ -139,7 +139,7 @@ def test_the_single_document_of_one_source_among_those_of_another(tmp_path: Path
         )
         try:
             sources = prepare(config)
-        except UserError as error:  # where the whole book is held out, nothing of it may be trained on
+        except UserError as error:  # if the whole book is held out elsewhere, no part of it may be trained on
             outcomes.add(str(error).partition(" of its")[0])
             continue
         tail = held_out(sources[0])[0].splitlines()
@@ -154,7 +154,7 @@ def test_the_single_document_of_one_source_among_those_of_another(tmp_path: Path
 def test_large_sources_are_not_looked_through(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where both hold out by the limit alone there is nothing to look up; and looking up one by one finds the same."""
+    """Sources without exceptions need no lookup; binary search and scan find the same documents."""
     sources = [write(tmp_path / f"{name}.jsonl", texts_of(seed, 2000, 20)) for seed, name in enumerate("ab")]
     config = make_config(*sources, train={"sequence_length": 32, "batch_tokens": 32 * 512})
     prepare(config)

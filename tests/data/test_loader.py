@@ -125,7 +125,7 @@ def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path: Path, make_config: Ma
 
 
 def evaluated(loaders: list[ValidationLoader]) -> list[list[int]]:
-    """Collect the rows that count, in the order in which one rank would read them."""
+    """Return the rows that count, in the order in which one rank would read them."""
     turns = zip(*loaders, strict=True)  # strict: every rank has as many micro-batches
     return [
         row

@@ -1,4 +1,4 @@
-"""`prepare` looks at everything before it tokenises anything, and reports all problems at once."""
+"""`prepare` checks every source before it tokenises any, and reports all problems at once."""
 
 import gzip
 import json

@@ -60,7 +60,7 @@ GOLDEN_SEQUENCES = [99, 74, 3824, 2945, 10, 3250, 71, 4252]
 
 
 def test_the_order_is_the_same_for_ever() -> None:
-    """A run that resumes under a new version must go on with the same data; else `ORDER_VERSION` says so."""
+    """The order is that of earlier versions, so that runs can resume; a change needs a new `ORDER_VERSION`."""
     assert ORDER_VERSION == 2
     sources, sequences = Mixture([100, 5000], [2, 3], seed=1234, names=["b", "a"]).locate(5000, 8)
     assert sources.tolist() == GOLDEN_SOURCES
@@ -86,7 +86,7 @@ MANY = st.lists(st.floats(-6, 0).map(lambda exponent: 10**exponent), min_size=1,
 @UNHURRIED
 @given(weights=MANY, seed=SEEDS, blocks=st.integers(1, 10**9))
 def test_every_prefix_has_the_shares_of_the_weights(weights: list[float], seed: int, blocks: int) -> None:
-    """Whatever the weights: less than four samples off after whole blocks, and in between no more than a block's."""
+    """For any weights, counts are less than 4 samples off after whole blocks, and a block's share in between."""
     found = Mixture([7] * len(weights), weights, seed)
     shares = np.array(weights) / math.fsum(weights)
     assert np.abs(found.counts(blocks * BLOCK) - blocks * BLOCK * shares).max() < 4
@@ -97,7 +97,7 @@ def test_every_prefix_has_the_shares_of_the_weights(weights: list[float], seed: 
 
 
 def test_light_sources_have_their_weight_and_no_more() -> None:
-    """At 1/1024 each, which shares used to be rounded to, 39 sources of 0.0005 had twice their part of the samples."""
+    """Version 1 rounded shares to 1/1024, and gave 39 sources of 0.0005 twice their share of the samples."""
     weights = [1.0, *[0.0005] * 38, 1e-6]
     counts = Mixture([1000] * 40, weights, seed=0).counts(10_000_000)
     wanted = 10_000_000 * np.array(weights) / math.fsum(weights)
@@ -106,7 +106,7 @@ def test_light_sources_have_their_weight_and_no_more() -> None:
 
 
 def test_a_light_source_comes_at_any_place_of_its_period() -> None:
-    """Not always at the beginning or the end: a run shorter than the period reads it with the right chance."""
+    """A rare source is not always at the beginning or the end: short runs read it with the right probability."""
     came = sum(Mixture([9, 9], [1.0, 0.001], seed).counts(250)[1] for seed in range(400))
     assert 70 < came < 130  # 100 expected
 
@@ -125,7 +125,7 @@ def test_the_sources_may_come_in_any_order(weights: list[float], seed: int, orde
 
 
 def test_ranks_do_not_read_one_source_each() -> None:
-    """Dealt in turn, two equal sources would fall to even and odd samples."""
+    """Dealt in turn without a shuffle, two equal sources would get the even and the odd samples."""
     sources, _ = Mixture([1000, 1000], [1, 1], seed=0).locate(0, 64 * BLOCK)
     assert 0.45 < sources[::2].mean() < 0.55
 
@@ -135,9 +135,9 @@ def test_ranks_do_not_read_one_source_each() -> None:
 def test_no_sequence_comes_back_before_its_epoch_is_over(spec: list[tuple[int, float]], seed: int) -> None:
     sources, sequences = mixture(spec, seed).locate(0, 80 * BLOCK)
     for source, (length, _) in enumerate(spec):
-        mine = sequences[sources == source]
-        for start in range(0, len(mine), length):
-            epoch = mine[start : start + length]
+        in_order = sequences[sources == source]
+        for start in range(0, len(in_order), length):
+            epoch = in_order[start : start + length]
             assert len(np.unique(epoch)) == len(epoch)
             assert epoch.max() < length
 

@@ -116,7 +116,7 @@ def test_documents_stay_whole(tmp_path: Path, make_config: MakeConfig) -> None:
 
 
 def test_an_end_within_a_document_is_refused(tmp_path: Path, make_config: MakeConfig) -> None:
-    """Where nothing can be cut: a token of the middle of a word, which no word is spelled like."""
+    """A literal that cannot be cut: a token with a prefix for the middle of words, which no text spells."""
     texts = ["ab " * 9, "ab " * 9 + "ax"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     source = {"name": "a", "path": str(tmp_path / "a.jsonl"), "format": "jsonl"}
@@ -153,4 +153,4 @@ def test_an_ordinary_word_in_the_alphabet_of_bytes(tmp_path: Path) -> None:
     for end in ("Ġth", "th", "t"):
         with pytest.raises(UserError, match="is an ordinary token"):
             FileTokenizer(tmp_path / "t.json", content, end)
-    assert FileTokenizer(tmp_path / "t.json", content, END).end_of_document == 5  # which no merge makes
+    assert FileTokenizer(tmp_path / "t.json", content, END).end_of_document == 5  # a token that no merge makes

@@ -1,4 +1,4 @@
-"""A tokenizer that has no tokens for much of the text is refused, and one that has none for a little is told of."""
+"""A tokenizer without tokens for much of the text is refused; for a little of it, a warning is logged."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def bpe(alphabet: Iterable[str] = LETTERS, **keys: object) -> Tokenizer:
 
 
 def byte_level(text: str, *prefix: str) -> Tokenizer:
-    """With the bytes of this text only."""
+    """Make a tokenizer with tokens for the bytes of this text only."""
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text + " ")
     tokenizer = bpe("".join(sorted({character for piece, _ in pieces for character in piece})))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))
@@ -140,7 +140,7 @@ def test_a_little_is_said_and_nothing_of_text_that_is_whole(
 def test_a_large_source_is_told_of_early_and_judged_in_the_end(
     unknown: int, is_refused: bool, tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may begin with a language that little of it is in."""
+    """A source may begin with a language that is rare in it, so an early warning is no refusal."""
     words().save(str(tmp_path / "t.json"))
     tokenizer = load_tokenizer(make_config(corpus(tmp_path, "a"), data={"tokenizer": str(tmp_path / "t.json")}))
     coverage = Coverage("a", tokenizer)

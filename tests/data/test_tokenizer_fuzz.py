@@ -1,4 +1,4 @@
-"""A damaged or changed tokenizer.json is refused by name, or makes tokens that training can use."""
+"""A damaged or changed tokenizer.json is refused by its name, or gives valid tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WRONG = [
 
 
 def places_in(holder: Any) -> list[tuple[Any, Any]]:
-    """Every value below, as what holds it and its key or index."""
+    """Yield every value below as (parent, key or index)."""
     found = []
     for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
         found.append((holder, key))
@@ -65,7 +65,7 @@ def mutate(content: Any, draw: random.Random) -> None:
 
 
 def use(path: Path, make_config: MakeConfig) -> None:
-    """Make tokens of text, as `prepare` does: they must be ones that a model has, and nothing else ends a document."""
+    """Tokenise text as `prepare` does; check that tokens are in the vocabulary and documents end only at the end token."""
     config = make_config({"name": "a", "path": "a"}, data={"tokenizer": str(path)}, vocab_size=2**20)
     tokenizer = load_tokenizer(config)
     require_end_of_document(tokenizer, config)

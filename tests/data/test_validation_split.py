@@ -31,7 +31,7 @@ def test_smallest_hashes_until_the_fraction_is_reached() -> None:
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
 def test_large_sources_hold_out_by_the_hash_alone(fraction: float) -> None:
-    """So that two of them hold out the same of what both have."""
+    """Two sources then hold out the same of their common documents."""
     generator = np.random.default_rng(0)
     hashes = generator.integers(0, 2**64, 20_000, dtype=np.uint64)
     chosen = choose_validation(hashes, generator.integers(50, 500, 20_000), fraction)

@@ -1,4 +1,4 @@
-"""A lock that dies with its holder, and what is done where there are none."""
+"""Locks end with their process, and file systems without locks are detected."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_it_is_held_until_its_holder_dies(tmp_path: Path) -> None:
 
 
 def test_one_whose_file_is_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else two would hold it: one the file that is gone, one the file that has been made since."""
+    """Else two processes would hold the lock: on the removed file and on the new one."""
     path, flock = tmp_path / "lock", fcntl.flock
 
     def remove_first(descriptor: int, operation: int) -> None:
