@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from dsmoe.config.schema import Config, Section
 
-Place = tuple[str | int, ...]
+Location = tuple[str | int, ...]
 
 
 class InvalidKeyError(Exception):
@@ -43,7 +43,7 @@ def valid_part(tree: dict[str, Any], error: ValidationError) -> Any:
     return _section(Config, tree, wrong, ())
 
 
-def _section(kind: type[BaseModel], tree: Any, wrong: list[tuple[Place, str]], place: Place) -> Any:
+def _section(kind: type[BaseModel], tree: Any, wrong: list[tuple[Location, str]], place: Location) -> Any:
     below = [(location, why) for location, why in wrong if location[: len(place)] == place]
     if not below and isinstance(tree, dict):
         return kind.model_validate(tree)

@@ -41,7 +41,7 @@ def test_a_config_made_in_python_is_checked_as_well(tmp_path: Path) -> None:
 WORLD = "the number of devices (2 nodes x 4 = 8)"
 
 
-def test_tensor_must_divide_the_devices_and_of_the_batch_is_said_what_is_known_then(tmp_path: Path) -> None:
+def test_tensor_must_divide_the_devices_and_the_batch_is_checked_without_it(tmp_path: Path) -> None:
     overrides = "model.num_heads=6", "model.head_dim=16", "model.vocab_size=258", "train.sequence_length=240"
     tensor = f"parallel.tensor (3) must divide {WORLD}; nearest: 2 or 4"
     assert check(tmp_path, "parallel.tensor=3", "train.batch_tokens=960", *overrides) == [tensor]
@@ -52,7 +52,7 @@ def test_tensor_must_divide_the_devices_and_of_the_batch_is_said_what_is_known_t
     ]
 
 
-def test_what_is_cut_must_be_a_multiple_of_tensor(tmp_path: Path) -> None:
+def test_sliced_sizes_must_be_multiples_of_tensor(tmp_path: Path) -> None:
     overrides = "model.num_heads=6", "model.head_dim=16", "model.dense_layers=1", "model.ffn_size=42"
     assert check(tmp_path, "parallel.tensor=4", "train.sequence_length=250", "train.batch_tokens=1000", *overrides) == [
         "model.num_heads (6) must be a multiple of parallel.tensor (4); the next is 8",
@@ -64,7 +64,7 @@ def test_what_is_cut_must_be_a_multiple_of_tensor(tmp_path: Path) -> None:
     ]
 
 
-def test_what_every_token_passes_is_cut_too(tmp_path: Path) -> None:
+def test_the_dense_path_is_sliced_too(tmp_path: Path) -> None:
     fitting = "parallel.tensor=4", "model.vocab_size=260"
     assert check(tmp_path, *fitting, "moe.shared_expert_ffn_size=30") == [
         "moe.shared_expert_ffn_size (30) must be a multiple of parallel.tensor (4); the next is 32"
@@ -255,7 +255,7 @@ def test_experts_choose_only_where_it_is_asked_for_twice(tmp_path: Path) -> None
         ("moe.capacity.target_drop_percent=1.0", "moe.capacity.target_drop_percent (1.0) has no meaning"),
     ],
 )
-def test_what_has_no_meaning_where_experts_choose_is_refused(tmp_path: Path, override: str, problem: str) -> None:
+def test_options_without_meaning_for_expert_choice_are_refused(tmp_path: Path, override: str, problem: str) -> None:
     (found,) = check(tmp_path, *EXPERTS_CHOOSE, "moe.router.leak_future=true", override)
     assert found.startswith(problem)
 
@@ -599,7 +599,7 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
     ]
 
 
-def test_what_deepspeeds_engine_does_not_read_is_refused(tmp_path: Path) -> None:
+def test_keys_that_deepspeeds_engine_does_not_read_are_refused(tmp_path: Path) -> None:
     (problem,) = check(tmp_path, "deepspeed.activation_checkpointing={partition_activations: true}")
     assert problem.startswith("deepspeed.activation_checkpointing cannot be used with dsmoe: ")
     assert "train.recompute" in problem

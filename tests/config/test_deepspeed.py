@@ -121,8 +121,10 @@ def test_every_key_of_zero_is_known_and_no_other_is_free() -> None:
 
     fields = DeepSpeedZeroConfig.model_fields
     names = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    said = [pattern for pattern in (*OWNED_KEYS, *REFUSED_KEYS) if pattern.startswith("zero_optimization.")]
-    others = {name for name in names if not any(fnmatchcase(f"zero_optimization.{name}", pattern) for pattern in said)}
+    patterns = [pattern for pattern in (*OWNED_KEYS, *REFUSED_KEYS) if pattern.startswith("zero_optimization.")]
+    others = {
+        name for name in names if not any(fnmatchcase(f"zero_optimization.{name}", pattern) for pattern in patterns)
+    }
     assert set(FREE_ZERO_KEYS) == others
 
 
@@ -227,7 +229,7 @@ def test_the_keys_in_deepspeeds_other_sections_are_those_that_it_reads() -> None
     assert set(FREE_KEYS["timers"]["throughput"]) == set(DeepSpeedThroughputTimerConfig.model_fields)
 
 
-def test_what_deepspeed_refuses_all_the_same_is_one_error_that_names_the_key(tmp_path: Path) -> None:
+def test_a_later_refusal_by_deepspeed_is_one_error_that_names_the_key(tmp_path: Path) -> None:
     """DeepSpeed refuses a config that dsmoe has not checked, as a later DeepSpeed may refuse a checked one."""
     from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 
@@ -244,7 +246,7 @@ def test_what_deepspeed_refuses_all_the_same_is_one_error_that_names_the_key(tmp
             accepted_by_deepspeed(replace(plan, config=config.model_copy(update={"deepspeed": section})))
 
 
-def test_what_dsmoe_itself_has_written_wrong_is_no_mistake_of_the_user(tmp_path: Path) -> None:
+def test_an_error_in_dsmoes_own_config_is_no_user_error(tmp_path: Path) -> None:
     from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 
     plan = Plan.from_config(load(tmp_path, "deepspeed={dump_state: true}"))

@@ -133,7 +133,7 @@ def test_a_key_of_the_model_that_only_another_version_has_counts(tmp_path: Path)
 
 @pytest.mark.parametrize("key", ["model", "moe.top_k", "moe.balance.scope", "moe.balance", "moe"])
 @pytest.mark.parametrize("weights_only", [True, False])
-def test_a_config_that_is_none_of_ours_has_no_tensors(key: str, weights_only: bool, tmp_path: Path) -> None:
+def test_a_foreign_config_has_no_tensor_part(key: str, weights_only: bool, tmp_path: Path) -> None:
     config = layout_config(tmp_path).model_dump(mode="json")
     *sections, name = key.split(".")
     (value_at(config, ".".join(sections)) if sections else config)[name] = "x"
@@ -143,7 +143,7 @@ def test_a_config_that_is_none_of_ours_has_no_tensors(key: str, weights_only: bo
         tensor_part(config, weights_only)
 
 
-def test_what_decides_about_tensors_that_may_begin_anew_is_left_out_for_weights(tmp_path: Path) -> None:
+def test_settings_of_tensors_that_may_begin_anew_are_left_out_for_weights(tmp_path: Path) -> None:
     config = layout_config(tmp_path).model_dump(mode="json")
     whole, weights = tensor_part(config), tensor_part(config, weights_only=True)
     assert whole == {
@@ -210,21 +210,21 @@ def _nested(annotation: object) -> Iterator[object]:
 def observed(config: Config, checkpoint: Path, key: str) -> str:
     """Return the effect of a config's difference from the run, by the messages of the starts with it."""
 
-    def told(**changed: Any) -> tuple[str, ...]:
+    def start_notes(**changed: Any) -> tuple[str, ...]:
         return check_run_folder(Plan.from_config(config.model_copy(update=changed))).notes
 
     def begin_with(**keys: str) -> dict[str, Any]:
         return {"name": "another", "checkpoint": config.checkpoint.model_copy(update=keys)}
 
     with suppress(UserError):
-        notes = told()
+        notes = start_notes()
         assert is_path(key, value_at(config.model_dump(), key)) or names(notes, "the run was last started", key)
         return "free"
     with suppress(UserError):
-        assert names(told(**begin_with(resume=str(checkpoint))), f"{checkpoint} was saved", key)
+        assert names(start_notes(**begin_with(resume=str(checkpoint))), f"{checkpoint} was saved", key)
         return "math"
     with suppress(UserError):
-        told(**begin_with(weights_from=str(checkpoint)))
+        start_notes(**begin_with(weights_from=str(checkpoint)))
         return "step"
     return "tensor"
 

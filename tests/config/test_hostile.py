@@ -92,7 +92,7 @@ def sources(count: int, entry: str) -> str:
     return re.sub(r"  sources:\n(    .*\n)+", lambda _: f"  sources:\n{many}", VALID)
 
 
-def test_what_was_loaded_is_readable_when_dumped(tmp_path: Path) -> None:
+def test_a_loaded_config_is_readable_when_dumped(tmp_path: Path) -> None:
     """The dumped config, which a resume reads, is longer by the defaults."""
     entry = "{{name: source_{0:03d}, path: /data/corpora/web/part_{0:03d}/*.jsonl.zst, weight: 1.5, text_field: body}}"
     config = load_config(write(tmp_path, sources(400, entry)))
@@ -109,7 +109,7 @@ def test_what_was_loaded_is_readable_when_dumped(tmp_path: Path) -> None:
     ],
     ids=["many sources", "long aliases"],
 )
-def test_what_would_be_too_long_with_its_defaults_is_refused_with_a_way_out(text: str, tmp_path: Path) -> None:
+def test_a_config_too_long_with_its_defaults_is_refused_with_a_remedy(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, text))
     (problem,) = error.value.problems

@@ -107,7 +107,7 @@ def test_a_tokenizer_of_which_nothing_ends_a_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"vocab": 3}}', "\x00", "[" * 100_000])
-def test_what_is_no_tokenizer(text: str, tmp_path: Path) -> None:
+def test_files_that_are_no_tokenizer(text: str, tmp_path: Path) -> None:
     file = write(tmp_path, text, "tokenizer.json")
     (problem,) = check(write(tmp_path, VALID), f"data.tokenizer={file}")
     assert f"{file} is not a JSON file of the `tokenizers` library" in problem
@@ -232,7 +232,7 @@ def test_names_from_elsewhere_are_understood(key: str, meant: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "message"),
     [
         ("parallel.pipeline_model_parallel_size", "there is no pipeline parallelism; use parallel.expert"),
         ("parallel.pp", "there is no pipeline parallelism; use parallel.expert"),
@@ -243,9 +243,9 @@ def test_names_from_elsewhere_are_understood(key: str, meant: str, tmp_path: Pat
         ("train.fp16", "there is no fp16; train.precision is bf16 or fp32"),
     ],
 )
-def test_of_names_for_which_there_is_nothing_that_is_said(key: str, said: str, tmp_path: Path) -> None:
+def test_names_without_a_counterpart_get_a_message(key: str, message: str, tmp_path: Path) -> None:
     (problem,) = problems_of(write(tmp_path, VALID), f"{key}=1")
-    assert problem.startswith(f"{key}: unknown key; {said}")
+    assert problem.startswith(f"{key}: unknown key; {message}")
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_links_that_go_round_are_named_where_they_are_included(tmp_path: Path) -
     assert problems_of(path) == [f"cannot be read: {name}: {reason}" for name in names]
 
 
-def test_what_was_loaded_through_a_link_that_goes_round_now_is_no_traceback(tmp_path: Path) -> None:
+def test_a_link_that_has_become_circular_is_no_traceback(tmp_path: Path) -> None:
     """A relative path is searched beside the file that has it, even if that file has been replaced since."""
     (tmp_path / "x.yaml").symlink_to("x.yaml")
     tree = parse_yaml("data: {tokenizer: tokens.json}", lambda line: f"{tmp_path}/x.yaml:{line}", [])
@@ -715,7 +715,7 @@ trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionarie
 
 @settings(deadline=None)  # the machine is shared
 @given(trees)
-def test_what_is_written_is_read_back_equal(tree: object) -> None:
+def test_written_values_are_read_back_equal(tree: object) -> None:
     again = read(write_yaml({"x": tree}))
     assert repr(again) == repr({"x": tree})  # not ==, which takes 1, 1.0 and true for one another
 

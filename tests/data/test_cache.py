@@ -282,7 +282,7 @@ def test_a_killed_run_does_no_harm(corpus: Path, make_config: MakeConfig, monkey
     assert folders(config) == [source.folder.name]
 
 
-def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfig) -> None:
+def test_only_folders_of_dead_processes_are_removed(corpus: Path, make_config: MakeConfig) -> None:
     """Folders of this source are removed if their lock is free; if made on another machine, only after a day."""
     config = make_config(spec(corpus))
     cache_dir = Path(config.data.cache_dir)
@@ -342,7 +342,7 @@ def test_a_live_process_of_the_same_host_and_number_keeps_its_folder(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_without_locks_it_works_and_says_what_that_costs(
+def test_without_locks_preparing_works_and_a_warning_is_logged(
     number: int,
     corpus: Path,
     make_config: MakeConfig,

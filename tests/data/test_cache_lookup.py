@@ -61,10 +61,10 @@ def same(first: PreparedSource, second: PreparedSource) -> bool:
 
 
 @pytest.mark.parametrize("what", ["corpora", "corpora/a.jsonl", "corpora/*/*.jsonl", "corpora/**/*.jsonl"])
-@pytest.mark.parametrize("way", ["moved", "copied", "touched"])
+@pytest.mark.parametrize("change", ["moved", "copied", "touched"])
 def test_the_same_text_elsewhere_is_not_tokenised_again(
     what: str,
-    way: str,
+    change: str,
     project: Path,
     make_config: MakeConfig,
     no_tokenizing: pytest.MonkeyPatch,
@@ -72,9 +72,9 @@ def test_the_same_text_elsewhere_is_not_tokenised_again(
 ) -> None:
     made = prepare_one(config_in(project, make_config, what))
     place = project.with_name("elsewhere")
-    if way == "moved":
+    if change == "moved":
         project.rename(place)
-    elif way == "copied":  # copied files have new times
+    elif change == "copied":  # copied files have new times
         shutil.copytree(project, place, copy_function=shutil.copyfile)
     else:
         place = project
@@ -260,11 +260,11 @@ def test_why_the_cache_does_not_stand_for_lost_text(run: Path, capsys: pytest.Ca
     (made,) = (run / "cache").glob("web-*")
     path = f"{run}/conf/web.txt"
     other = ["data.sources.0.path=mistyped.txt"]
-    said = {
+    expected = {
         f"; the cache has {made}, made of {path}: if that is the text, give this source that path": other,
         f"; the cache has {made}, made with seed 0 (here 5): set that back, or the text is needed": ["data.seed=5"],
     }
-    for message, overrides in said.items():
+    for message, overrides in expected.items():
         for command in (["config", "check"], ["prepare"]):
             assert main([*command, "conf/config.yaml", *overrides]) == 2
             assert message in capsys.readouterr().err

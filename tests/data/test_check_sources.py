@@ -58,9 +58,9 @@ def test_the_cache_serves_without_the_text(
     (made,) = (project / "cache").glob("web-*")
     for command, (code, out, err) in zip(COMMANDS, say(capsys), strict=True):
         assert code == 0, (out, err)
-        said = caplog.text if command == ["prepare"] else err  # which logs it
-        assert "data.sources[web].path: " in said
-        assert f"its tokens are taken from {made}, which was made of what was there" in said
+        report = caplog.text if command == ["prepare"] else err  # `prepare` logs the note
+        assert "data.sources[web].path: " in report
+        assert f"its tokens are taken from {made}, which was made of what was there" in report
     json.loads(say(capsys)[3][1])
     outcome = pretrain(project, "--config", "config.yaml")
     assert outcome.code == 0, outcome.err
@@ -110,8 +110,11 @@ def test_without_text_and_cache(project: Path, capsys: pytest.CaptureFixture[str
     shutil.rmtree(project / "cache")
     for command, (code, out, err) in zip(COMMANDS, say(capsys), strict=True):
         assert code == (2 if command in READY else 0), (out, err)
-        said = {"prepare": f"there is no file or folder {project}/text", "config": "there is no file or folder text in"}
-        assert said.get(command[0], "there is no text at text; `dsmoe config check`, where the run is") in err
+        expected = {
+            "prepare": f"there is no file or folder {project}/text",
+            "config": "there is no file or folder text in",
+        }
+        assert expected.get(command[0], "there is no text at text; `dsmoe config check`, where the run is") in err
 
 
 def test_config_check_finds_what_prepare_would(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,10 +135,10 @@ def test_config_check_finds_what_prepare_would(project: Path, capsys: pytest.Cap
     sources = [f"{{name: s{number}, path: '{path}'}}" for number, path in enumerate(wrong)]
     override = f"data.sources=[{{name: web, path: text}}, {', '.join(sources)}]"
     assert main(["config", "check", "config.yaml", override]) == 2
-    said = capsys.readouterr().err
+    report = capsys.readouterr().err
     for number, message in enumerate(wrong.values()):
-        assert re.search(rf"data.sources.{number + 1}.\w+: .*{message}.* \(command line\)", said), (message, said)
-    assert "data.sources.0" not in said
+        assert re.search(rf"data.sources.{number + 1}.\w+: .*{message}.* \(command line\)", report), (message, report)
+    assert "data.sources.0" not in report
     assert main(["prepare", "config.yaml", override]) == 2
     command = f"assert main({['config', 'check', 'config.yaml']}) == 0"
     code = f"import sys; from dsmoe.cli import main; {command}; print('torch' in sys.modules)"
@@ -213,7 +216,7 @@ def closed(path: Path, mode: int, *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("place", "mode", "overrides", "said"),
+    ("place", "mode", "overrides", "message"),
     [
         ("tok.json", 0, ["data.tokenizer=tok.json"], "data.tokenizer: .*/tok.json cannot be read .Permission denied"),
         ("shut", 0, ["data.tokenizer=shut/tok.json"], "data.tokenizer: .*/shut/tok.json cannot be read .Permission"),
@@ -223,14 +226,14 @@ def closed(path: Path, mode: int, *overrides: str) -> list[str]:
         ("text", 0o000, ["data.sources=[{name: w, path: 'text/*'}]"], "data.sources.0.path: .*text.*Permission denied"),
     ],
 )
-def test_what_is_closed_is_said_with_its_key_and_hides_nothing(
-    place: str, mode: int, overrides: list[str], said: str, project: Path
+def test_a_closed_path_is_reported_by_key_beside_other_problems(
+    place: str, mode: int, overrides: list[str], message: str, project: Path
 ) -> None:
     (project / "shut").mkdir(exist_ok=True)
     for file in (project / "tok.json", project / "shut" / "tok.json"):
         file.write_text('{"model": {"type": "BPE", "vocab": {"</s>": 0}, "merges": []}}', encoding="utf-8")
     problems = closed(project / place, mode, *overrides)
-    assert re.search(rf"^{said}", problems[0]), problems
+    assert re.search(rf"^{message}", problems[0]), problems
     problems = closed(project / place, mode, *overrides, "cluster.hostfile=nowhere")
     assert len(problems) == 2, problems
 
@@ -256,7 +259,7 @@ def test_a_whole_cache_need_not_be_written_to(project: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["cluster.hostfile", "checkpoint.resume", "checkpoint.weights_from"])
-def test_what_lies_in_a_closed_folder_is_not_said_to_be_missing(
+def test_files_in_a_closed_folder_are_not_reported_missing(
     key: str, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project / "shut").mkdir(0o000)

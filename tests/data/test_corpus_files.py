@@ -43,7 +43,7 @@ def test_all_cases_and_compressed_forms_of_a_format(tmp_path: Path) -> None:
     assert [file.name for file in corpus_files(source(tmp_path, "text"))] == ["B.TXT", "a.txt", "c.txt.gz"]
 
 
-def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, "a.jsonl", "b.jsonl", "b.jsonl.gz", "README.md", "c.md", "d.jsonl.br", ".git/e.jsonl", "LICENSE")
     (tmp_path / "gone.jsonl").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.jsonl")

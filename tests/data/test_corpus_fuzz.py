@@ -73,18 +73,18 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     """Flip, overwrite, cut, drop, repeat or append."""
     changed = bytearray(data)
     position = rng.randrange(len(data))
-    way = rng.randrange(8)
-    if way <= 1:
+    damage = rng.randrange(8)
+    if damage <= 1:
         changed[position] ^= 1 << rng.randrange(8)
-    elif way == 2:
+    elif damage == 2:
         changed[: rng.randint(1, 8)] = rng.randbytes(rng.randint(1, 8))
-    elif way == 3:
+    elif damage == 3:
         del changed[position:]
-    elif way == 4:
+    elif damage == 4:
         del changed[position : position + rng.randint(1, 50)]
-    elif way == 5:
+    elif damage == 5:
         changed[position:position] = changed[position : position + rng.randint(1, 50)]
-    elif way == 6:
+    elif damage == 6:
         changed += rng.choice([b"junk", b"\0\0\0\0", b"\xff", data[:40], rng.randbytes(30)])
     else:
         changed[position : position + 16] = bytes(min(16, len(data) - position))
@@ -170,7 +170,7 @@ def test_compressed_without_a_checksum(seed: int, count: int, codec: str, tmp_pa
 
 
 @pytest.mark.parametrize(("seed", "count"), RUNS)
-def test_plain_jsonl_is_what_is_in_it(seed: int, count: int, tmp_path: Path) -> None:
+def test_damaged_plain_jsonl_is_read_as_it_is(seed: int, count: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     data = jsonl(some_texts(rng, 6))
     path = tmp_path / "a.jsonl"
@@ -188,7 +188,7 @@ def test_plain_jsonl_is_what_is_in_it(seed: int, count: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("seed", "count"), RUNS)
-def test_plain_text_is_what_is_in_it(seed: int, count: int, tmp_path: Path) -> None:
+def test_damaged_plain_text_is_read_as_it_is(seed: int, count: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     data = "\r\n".join(some_texts(rng, 3)).encode()
     path = tmp_path / "a.txt"

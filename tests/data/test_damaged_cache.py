@@ -96,12 +96,12 @@ def test_every_damage_is_refused(count: int, config: Config, tmp_path: Path) -> 
         shutil.rmtree(cache_dir)
         shutil.copytree(whole, cache_dir)
         folder = draw.choice(sorted(cache_dir.iterdir()))
-        path, way = draw.choice(sorted(folder.iterdir())), draw.choice(WAYS)
-        way(path, draw)
-        return f"{way.__name__} {path.name}", str(folder)
+        path, mutate = draw.choice(sorted(folder.iterdir())), draw.choice(WAYS)
+        mutate(path, draw)
+        return f"{mutate.__name__} {path.name}", str(folder)
 
-    def is_clear(said: str) -> bool:
-        return said.startswith("data.cache_dir: ") and len(said) < 600
+    def is_clear(message: str) -> bool:
+        return message.startswith("data.cache_dir: ") and len(message) < 600
 
     outcomes = damage.outcomes_of(count, spoil, lambda: prepare(config), UserError, is_clear)
     assert outcomes["accepted"] == outcomes["other"] == []
@@ -113,7 +113,7 @@ def rows(config: Config, sources: list[PreparedSource], step: int) -> list[list[
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_the_start_leaves_out_is_found_when_it_is_read(seed: int, config: Config) -> None:
+def test_damage_not_verified_at_the_start_is_found_on_reading(seed: int, config: Config) -> None:
     """Damage that is not verified at the start, as in a large cache, is found within an epoch."""
     sources = prepare(config)
     path, draw = sources[0].folder / "train.bin", random.Random(seed)
@@ -154,7 +154,7 @@ def test_a_file_cut_off_while_it_is_read_is_an_error_and_no_signal(config: Confi
         list(loader.micro_batches(1))
 
 
-def test_what_was_checked_is_not_read_again_until_it_changes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verified_files_are_not_read_again_until_they_change(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     read_pieces: list[int] = []
     verify = cache.verify
     monkeypatch.setattr(cache, "verify", lambda pieces: (read_pieces.append(len(pieces)), verify(pieces)))

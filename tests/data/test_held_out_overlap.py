@@ -162,8 +162,8 @@ def test_large_sources_are_not_looked_through(
     def fail(*args: object) -> None:
         raise AssertionError("looked through")
 
-    for way in ("_scan", "_search"):
-        monkeypatch.setattr(held_out_overlap.Documents, way, fail)
+    for lookup in ("_scan", "_search"):
+        monkeypatch.setattr(held_out_overlap.Documents, lookup, fail)
     assert [source.left_out for source in prepare(config)] == [(), ()]
 
 

@@ -95,7 +95,7 @@ def test_bad_records_that_are_skipped_are_no_problem(make_config: MakeConfig, tm
     assert prepare(make_config({**source, "bad_records": "skip"}))[0].train_tokens > 0
 
 
-def test_what_is_prepared_is_not_opened_again(
+def test_prepared_sources_are_not_opened_again(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(corpus(tmp_path / "a.jsonl", *("some text " * 9 + str(number) for number in range(30))))

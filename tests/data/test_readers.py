@@ -133,7 +133,7 @@ def make_zip(path: Path, *names: str) -> Path:
     return path
 
 
-def test_what_a_zip_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_members_of_a_zip_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = (
         "a.jsonl",
         "./b.jsonl",

@@ -119,11 +119,11 @@ def test_much_is_refused(make: Callable[[], Tokenizer], tmp_path: Path, make_con
     assert not any(path.name.startswith("a-") for path in (tmp_path / "cache").iterdir())
 
 
-def test_a_little_is_said_and_nothing_of_text_that_is_whole(
+def test_a_small_loss_gives_a_warning_and_no_loss_none(
     tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     bpe().save(str(tmp_path / "t.json"))
-    for texts, told in ((["abc " * 20 + "x"] * 20, True), (["abc " * 20] * 20, False)):
+    for texts, is_warned in ((["abc " * 20 + "x"] * 20, True), (["abc " * 20] * 20, False)):
         unlike = [
             f"{'abcd'[number % 4]}{'efgh'[number // 4 % 4]}{'ijkl'[number // 16]} {text}"
             for number, text in enumerate(texts)
@@ -132,12 +132,14 @@ def test_a_little_is_said_and_nothing_of_text_that_is_whole(
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             prepare(config)
-        assert ("no token stands for 1.56% of the characters of data.sources[a], counted in" in caplog.text) is told
-        assert ("('x' most often)" in caplog.text) is told
+        assert (
+            "no token stands for 1.56% of the characters of data.sources[a], counted in" in caplog.text
+        ) is is_warned
+        assert ("('x' most often)" in caplog.text) is is_warned
 
 
 @pytest.mark.parametrize(("unknown", "is_refused"), [(5, True), (1, False)])
-def test_a_large_source_is_told_of_early_and_judged_in_the_end(
+def test_a_large_source_gives_an_early_warning_and_is_judged_at_the_end(
     unknown: int, is_refused: bool, tmp_path: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A source may begin with a language that is rare in it, so an early warning is no refusal."""

@@ -65,7 +65,7 @@ def mutate(content: Any, draw: random.Random) -> None:
 
 
 def use(path: Path, make_config: MakeConfig) -> None:
-    """Tokenise text as `prepare` does; check that tokens are in the vocabulary and documents end only at the end token."""
+    """Tokenise text as `prepare` does; check that all are in the vocabulary and documents end only at the end token."""
     config = make_config({"name": "a", "path": "a"}, data={"tokenizer": str(path)}, vocab_size=2**20)
     tokenizer = load_tokenizer(config)
     require_end_of_document(tokenizer, config)
@@ -88,9 +88,9 @@ def test_any_file_is_refused_by_name_or_makes_tokens(count: int, tmp_path: Path,
         model = draw.choice(sorted(MODELS))
         saved(MODELS[model], path)
         if draw.random() < 0.3:
-            way = draw.choice(damage.WAYS)
-            way(path, draw)
-            return f"{model} {way.__name__}", "data.tokenizer"
+            mutate = draw.choice(damage.WAYS)
+            mutate(path, draw)
+            return f"{model} {mutate.__name__}", "data.tokenizer"
         content = json.loads(path.read_bytes())
         mutate(content, draw)
         path.write_text(json.dumps(content), encoding="utf-8")

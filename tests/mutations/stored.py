@@ -233,7 +233,7 @@ MUTATIONS = [
         "dsmoe/config/sections/moe.py",
         old='lambda rate: rate > 0, "tensor")',
         new='lambda rate: rate > 0, "step")',
-        caught_by=f"{EFFECTS}test_what_decides_about_tensors_that_may_begin_anew_is_left_out_for_weights",
+        caught_by=f"{EFFECTS}test_settings_of_tensors_that_may_begin_anew_are_left_out_for_weights",
     ),
     Mutation(
         "a run goes on with another corpus at another path",
