@@ -195,7 +195,9 @@ def others(config: Config, key: str, field: FieldInfo) -> Iterator[Config]:
         (value_at(tree, ".".join(sections)) if sections else tree)[name] = value
         with suppress(ValidationError, UserError, AssertionError):
             other = Config.model_validate(tree)
-            is_other = with_nulls_resolved(flatten(other.model_dump())) != with_nulls_resolved(flatten(config.model_dump()))
+            is_other = with_nulls_resolved(flatten(other.model_dump())) != with_nulls_resolved(
+                flatten(config.model_dump())
+            )
             if is_other and Plan.from_config(other).batch.steps > 2:
                 yield other
 
