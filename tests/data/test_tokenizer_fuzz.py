@@ -88,9 +88,9 @@ def test_any_file_is_refused_by_name_or_makes_tokens(count: int, tmp_path: Path,
         model = draw.choice(sorted(MODELS))
         saved(MODELS[model], path)
         if draw.random() < 0.3:
-            mutate = draw.choice(damage.WAYS)
-            mutate(path, draw)
-            return f"{model} {mutate.__name__}", "data.tokenizer"
+            damage_file = draw.choice(damage.WAYS)
+            damage_file(path, draw)
+            return f"{model} {damage_file.__name__}", "data.tokenizer"
         content = json.loads(path.read_bytes())
         mutate(content, draw)
         path.write_text(json.dumps(content), encoding="utf-8")
