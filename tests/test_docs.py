@@ -12,7 +12,7 @@ import pytest
 
 import dsmoe
 from dsmoe.config import schema
-from dsmoe.data import files, streams
+from dsmoe.data import corpus_files, decompression
 from tests.helpers.layer_options import moe_layer
 from tests.helpers.sources import REPOSITORY
 
@@ -59,7 +59,9 @@ def test_the_checkpoints_page_explains_every_key() -> None:
 
 def test_the_corpora_page_names_every_format_and_compression() -> None:
     page = (DOCS / "corpora.md").read_text(encoding="utf-8")
-    suffixes = {suffix for suffixes in files.SUFFIXES.values() for suffix in suffixes} | set(streams.SUFFIXES)
+    suffixes = {suffix for suffixes in corpus_files.SUFFIXES.values() for suffix in suffixes} | set(
+        decompression.SUFFIXES
+    )
     assert not [suffix for suffix in suffixes - {".zstd"} if f"`{suffix}`" not in page]
 
 

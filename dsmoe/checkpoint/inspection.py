@@ -11,7 +11,7 @@ from dsmoe.checkpoint.compatibility import rows
 from dsmoe.checkpoint.folder import all_checkpoints, candidates, inspect, other_files
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.config import load_config
-from dsmoe.config.show import flatten
+from dsmoe.config.dump import flatten
 from dsmoe.plan.text import first_and_last, quantity, readable_count, shown, table
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from typing import Any
 
 from dsmoe.checkpoint.headers import BYTES, FLOATS, LARGEST, are_sizes
 from dsmoe.config.errors import UserError, exit_code_of
-from dsmoe.config.sealed import is_sealed, sealed_json
-from dsmoe.config.yaml_text import DEEPEST
+from dsmoe.config.yaml_text import MAX_DEPTH
 from dsmoe.plan.text import shown
 from dsmoe.runtime.atomic_files import NotAFileError, check_regular, not_a_file
+from dsmoe.runtime.checksummed_json import has_valid_checksum, json_with_checksum
 
 MANIFEST = "manifest.json"
 FORMAT = "dsmoe checkpoint 2"
@@ -30,8 +30,8 @@ _PRIME = (1 << 127) - 1
 _TABLES = ("files", "tensors")
 _TYPES = {"model": FLOATS, "exp_avg": ("F32",), "exp_avg_sq": ("F32",), "step": ("F32",), "rng": ("U8",)}
 """The types that a tensor may have, by its kind; those of buffers are the model's."""
-_MOST_LEVELS = DEEPEST + 10
-"""Bound of the facts' depth: a config is YAML of at most `DEEPEST` levels. Deeper ones exhaust Python's stack."""
+_MOST_LEVELS = MAX_DEPTH + 10
+"""Bound of the facts' depth: a config is YAML of at most `MAX_DEPTH` levels. Deeper ones exhaust Python's stack."""
 
 
 class DamagedError(UserError):
@@ -149,7 +149,7 @@ class Manifest:
             content = json.loads(text)
             if content.get("format") != FORMAT:
                 raise DamagedError(f"{path} is of another format: {content.get('format')!r}, not {FORMAT!r}")
-            if not is_sealed(text, content, _TABLES):
+            if not has_valid_checksum(text, content, _TABLES):
                 raise ValueError
             if content.keys() != {"format", "facts", "files", "tensors", "sha256"}:
                 raise ContradictionError(f"its entries are {', '.join(content)}")
@@ -315,4 +315,4 @@ def _tensor(key: str, entry: list[Any]) -> StoredTensor:
 
 
 def _sealed(content: dict[str, Any]) -> str:
-    return sealed_json(content, _TABLES)
+    return json_with_checksum(content, _TABLES)

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from dsmoe.checkpoint.folder import look, step_of
 from dsmoe.checkpoint.manifest import Manifest, is_own_file
+from dsmoe.config.dump import flatten
 from dsmoe.config.errors import describe
 from dsmoe.config.schema import Checkpoint
-from dsmoe.config.show import flatten
 from dsmoe.plan.text import first_and_last
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The `dsmoe` command: what each of its commands takes, and what it does; a module says which of them it has."""
+"""The `dsmoe` command: one module per group of commands, with their arguments and what they call."""
 
 from dsmoe.cli.command import main
 

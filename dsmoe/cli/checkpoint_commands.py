@@ -1,4 +1,4 @@
-"""`dsmoe checkpoint`: look at a checkpoint, check it, or convert it."""
+"""The command `dsmoe checkpoint`: show, verify, export, import and upcycle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli.common import load, takes_overrides
+from dsmoe.cli.config_arguments import add_override_arguments, load
 from dsmoe.config import UserError
 
 
@@ -17,15 +17,15 @@ def add_commands(commands: Any) -> None:
     contents = actions.add_parser("show", help="what is inside: step, layout, sizes")
     contents.add_argument("--tensors", action="store_true", help="every tensor as well")
     contents.add_argument("--against", metavar="OTHER", help="a YAML file or a checkpoint: show what differs from it")
-    _takes_checkpoint(contents, _show)
+    _add_checkpoint_argument(contents, _show)
     verify = actions.add_parser("verify", help="check that every file is what was written; exit code 2 if not")
-    _takes_checkpoint(verify, _verify)
+    _add_checkpoint_argument(verify, _verify)
     _add_export(actions)
     _add_import(actions)
     _add_upcycle(actions)
 
 
-def _takes_checkpoint(parser: argparse.ArgumentParser, run: object) -> None:
+def _add_checkpoint_argument(parser: argparse.ArgumentParser, run: object) -> None:
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, or a run's folder: its newest one")
     parser.set_defaults(run=run)
 
@@ -54,17 +54,17 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _add_export(actions: Any) -> None:
     export = actions.add_parser("export", help="write it as a folder that Hugging Face transformers loads")
-    _takes_checkpoint(export, _export)
+    _add_checkpoint_argument(export, _export)
     export.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     export.add_argument(
         "--format", help="mixtral, qwen3_moe, glm4_moe (DeepSeek-V3's routing), llama, qwen3 or mistral"
     )
     export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: bf16)")
     export.add_argument(
-        "--shard-gb", metavar="GB", type=_above_zero, default=5.0, help="the most in a file (default: 5)"
+        "--shard-gb", metavar="GB", type=_positive_number, default=5.0, help="the most in a file (default: 5)"
     )
     export.add_argument("--tokenizer", metavar="FILE", help="in place of data.tokenizer; `none` for none")
-    _compares_logits(export)
+    _add_no_check_option(export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -89,9 +89,9 @@ def _add_import(actions: Any) -> None:
     importing.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json and *.safetensors")
     importing.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the checkpoint; without, print sections")
     importing.add_argument("--config", metavar="CONFIG", help="the YAML file of the run that is to begin with it")
-    takes_overrides(importing)
+    add_override_arguments(importing)
     importing.set_defaults(run=_import)
-    _compares_logits(importing)
+    _add_no_check_option(importing)
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -113,10 +113,12 @@ def _add_upcycle(actions: Any) -> None:
     upcycle.add_argument("source", metavar="SOURCE", type=Path, help="a dense checkpoint, or a Hugging Face folder")
     upcycle.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to write")
     upcycle.add_argument("--config", metavar="CONFIG", required=True, help="the YAML file of the MoE run")
-    upcycle.add_argument("--noise", metavar="S", type=_from_zero, default=0.0, help="S times an expert's RMS is added")
-    takes_overrides(upcycle)
+    upcycle.add_argument(
+        "--noise", metavar="S", type=_non_negative_number, default=0.0, help="S times an expert's RMS is added"
+    )
+    add_override_arguments(upcycle)
     upcycle.set_defaults(run=_upcycle)
-    _compares_logits(upcycle)
+    _add_no_check_option(upcycle)
 
 
 def _upcycle(arguments: argparse.Namespace) -> None:
@@ -126,16 +128,16 @@ def _upcycle(arguments: argparse.Namespace) -> None:
     upcycle(arguments.source, arguments.out, config, arguments.noise, not arguments.no_check)
 
 
-def _compares_logits(parser: argparse.ArgumentParser) -> None:
+def _add_no_check_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-check", action="store_true", help="do not compare logits: the models exceed the memory")
 
 
-def _above_zero(text: str) -> float:
+def _positive_number(text: str) -> float:
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return number
 
 
-def _from_zero(text: str) -> float:
-    return 0.0 if float(text) == 0 else _above_zero(text)
+def _non_negative_number(text: str) -> float:
+    return 0.0 if float(text) == 0 else _positive_number(text)

@@ -1,4 +1,4 @@
-"""The `dsmoe` command. Exit codes: 0 done, 2 somebody has to change something (one clear message), 1 anything else."""
+"""Entry point of the `dsmoe` command. Exit codes: 0 done, 2 a person has to change something, 1 anything else."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dsmoe.runtime.reporting_rank import print_for_host
 from dsmoe.runtime.standard_streams import finish_streams, open_missing_streams
 from dsmoe.runtime.start import Parser, UsageError, wrong_arguments
 
-# Neither this nor a module of a command imports torch: `dsmoe config` and `dsmoe plan` answer at once, also on a login
-# node. A command that needs more imports it when it runs.
+# No module in cli/ imports torch at its top, so that `dsmoe config` and `dsmoe plan` answer at once, also on a login
+# node. A command that needs torch imports it when it runs.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, with the process's own arguments by default, and return the exit code."""
+    """Run one command and return its exit code; `argv` defaults to the arguments of the process."""
     open_missing_streams()
     parser = _parser()
     try:
-        # argparse takes no more overrides after an option: these come back as unknown.
+        # argparse takes no overrides after an option: they come back as unknown arguments.
         arguments, rest = parser.parse_known_args(argv)
         if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except UsageError as error:
-        sys.exit(_say_wrong_arguments(error))
+        sys.exit(_report_wrong_arguments(error))
     if rest:
         arguments.overrides += rest
     try:
@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read has seen enough (`| head`)
+    except BrokenPipeError:  # the reader has closed the pipe (`| head`)
         finish_streams()
         return FAILED
     except UserError as error:
-        print_for_host(f"error: {error}")  # under a launcher every rank of a host has the same input
+        print_for_host(f"error: {error}")  # under a launcher all ranks of a host have the same input
         return exit_code_of(error)
     except OSError as error:
         is_of_output = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -57,18 +57,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="dsmoe", description="Pretrain Mixture-of-Experts language models on DeepSpeed from one YAML file."
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (config_commands, launch_commands, preparation_commands, checkpoint_commands):  # as `--help` does
+    for module in (
+        config_commands,
+        launch_commands,
+        preparation_commands,
+        checkpoint_commands,
+    ):  # the order of `--help`
         module.add_commands(commands)
     return parser
 
 
-def _say_wrong_arguments(error: UsageError) -> int:
-    """Say what is wrong with the arguments, on one of the ranks; returns the exit code."""
+def _report_wrong_arguments(error: UsageError) -> int:
+    """Report wrong arguments on one of the ranks and return the exit code."""
     code = wrong_arguments(error).ended()
-    if code is None:  # rank 0 has other arguments, and waits for this rank
+    if code is None:  # rank 0 has valid arguments, and waits for this rank
         from dsmoe.runtime.failure_exit import ended_by
 
         code = ended_by(error)

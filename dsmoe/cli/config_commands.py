@@ -1,4 +1,4 @@
-"""`dsmoe config`: look at a config, check it, or print its JSON Schema."""
+"""The command `dsmoe config`: show, check and schema."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli.common import load, print_notes, takes_config
+from dsmoe.cli.config_arguments import add_config_arguments, load, print_notes
 from dsmoe.config import Config, dump_config
+from dsmoe.config.dump import json_schema
 from dsmoe.config.errors import Problem
-from dsmoe.config.show import json_schema
 from dsmoe.plan import Plan
 from dsmoe.plan.devices import device_problems
 
@@ -21,9 +21,9 @@ def add_commands(commands: Any) -> None:
     config = commands.add_parser("config", help="look at a config, check it, or print its JSON Schema")
     views = config.add_subparsers(title="commands", metavar="COMMAND", required=True)
     show = views.add_parser("show", help="print the resolved YAML, every default included")
-    takes_config(show, _show)
+    add_config_arguments(show, _show)
     check = views.add_parser("check", help="report every problem at once")
-    takes_config(check, _check)
+    add_config_arguments(check, _check)
     schema = views.add_parser("schema", help="print the JSON Schema, for completion in editors")
     schema.set_defaults(run=_schema)
 
@@ -33,8 +33,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from dsmoe.config.inputs import input_problems
-    from dsmoe.data.check import check_sources
+    from dsmoe.config.input_files import input_problems
+    from dsmoe.data.check_sources import check_sources
     from dsmoe.launch.hosts import host_problems
 
     notes: list[str] = []
@@ -54,10 +54,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _notes_on_beginning(plan: Plan) -> Sequence[str]:
-    """What a start would say of its run folder and of the checkpoint that it begins with.
+    """Return the notes of a start on its run folder and on the checkpoint that it begins with.
 
     Raises:
-        UserError: it would refuse them.
+        UserError: a start would refuse them.
     """
     config, start = plan.config, plan.config.checkpoint
     has_none = start.resume in ("auto", "never") and start.weights_from is None

@@ -1,4 +1,4 @@
-"""`dsmoe plan` and `dsmoe launch`: what a run will be, and what starts it."""
+"""The commands `dsmoe plan`, which describes a run, and `dsmoe launch`, which writes what starts it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli.common import load, print_notes, takes_config
+from dsmoe.cli.config_arguments import add_config_arguments, load, print_notes
 from dsmoe.config import Config
 from dsmoe.launch.job import Request, default_folder
 from dsmoe.launch.programs import activation
@@ -20,14 +20,14 @@ _WAYS = {
     "--slurm": ("slurm", "job scripts, for sbatch"),
     "--docker": ("docker", "a compose file, for containers"),
 }
-"""How `dsmoe launch` can start a run: the option, the module of dsmoe.launch that writes it, and what it writes."""
+"""The ways to start a run, by option of `dsmoe launch`: the module of dsmoe.launch, and a phrase on its files."""
 
 
 def add_commands(commands: Any) -> None:
     """Add `dsmoe plan` and `dsmoe launch`."""
     plan = commands.add_parser("plan", help="say what a run will be: its ranks and groups, batch, parameters, FLOPs")
     plan.add_argument("--json", action="store_true", help="as one JSON object, for a program")
-    takes_config(plan, _plan)
+    add_config_arguments(plan, _plan)
 
     launch = commands.add_parser("launch", help="write what starts the run on a cluster, and print the command")
     way = launch.add_mutually_exclusive_group(required=True)
@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
         way.add_argument(option, dest="renderer", action="store_const", const=module, help=what)
     launch.add_argument("--dry-run", action="store_true", help="print the files' text, and write nothing")
     launch.add_argument("--out", metavar="DIR", help="the folder to write to (default: launch/NAME of the run)")
-    takes_config(launch, _launch)
+    add_config_arguments(launch, _launch)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -69,12 +69,12 @@ def _launch(arguments: argparse.Namespace) -> None:
 
 
 def _notes_on_sources(config: Config) -> list[str]:
-    """Whose text is not here, and whether the cache has it; a plan needs neither."""
-    from dsmoe.data.files import may_be_lost
+    """Return a note for each source without text on this machine; a plan needs neither text nor cache."""
+    from dsmoe.data.corpus_files import may_be_lost
 
     lost = [source for source in config.data.sources if may_be_lost(source)]
     if any(any(Path(config.data.cache_dir).glob(f"{source.name}-*")) for source in lost):
-        from dsmoe.data.check import notes_on_sources  # which takes a while
+        from dsmoe.data.check_sources import notes_on_sources  # which takes a while
 
         return notes_on_sources(config)
     advice = "`dsmoe config check`, where the run is to be, says whether it is there"

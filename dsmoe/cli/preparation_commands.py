@@ -1,4 +1,4 @@
-"""`dsmoe parity`, `dsmoe preflight` and `dsmoe prepare`: what is done before a long run."""
+"""The commands before a long run: `dsmoe parity`, `dsmoe preflight` and `dsmoe prepare`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli.common import load, takes_config
+from dsmoe.cli.config_arguments import add_config_arguments, load
 from dsmoe.config import Config
 from dsmoe.parity.layouts import parse_layouts
 from dsmoe.runtime.rendezvous import Rendezvous
@@ -25,20 +25,22 @@ def add_commands(commands: Any) -> None:
         metavar="tp=2,ep=4",
         help="degrees of each layout: tp, sp (sequence), ep, etp, dp, zero, a2a, chunks, nodes, or section.key",
     )
-    parity.add_argument("--steps", type=_positive, default=5, help="optimizer steps on each layout (default: 5)")
+    parity.add_argument(
+        "--steps", type=_positive_integer, default=5, help="optimizer steps on each layout (default: 5)"
+    )
     parity.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
     parity.add_argument("--full", action="store_true", help="the config's own sizes and corpora, not shrunk ones")
-    takes_config(parity, _parity)
+    add_config_arguments(parity, _parity)
 
     preflight = commands.add_parser("preflight", help="under a launcher: check every node and link before a long job")
     preflight.add_argument("--json", metavar="FILE", type=Path, help="the numbers (default: preflight.json of the run)")
-    takes_config(preflight, _preflight)
+    add_config_arguments(preflight, _preflight)
 
     prepare = commands.add_parser("prepare", help="tokenize and pack the corpora, once")
-    takes_config(prepare, _prepare)
+    add_config_arguments(prepare, _prepare)
 
 
-def _positive(text: str) -> int:
+def _positive_integer(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")

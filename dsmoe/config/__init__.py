@@ -1,9 +1,9 @@
-"""The YAML file as one typed, frozen tree: schema, loading, cross-field checks, DeepSpeed's own config."""
+"""Configuration: schema of the YAML file, loading, cross-field checks, and the generated DeepSpeed config."""
 
+from dsmoe.config.dump import dump_config
 from dsmoe.config.errors import ConfigError, UserError
 from dsmoe.config.load import load_config
 from dsmoe.config.schema import Balance, Capacity, Config, Experts, Router
-from dsmoe.config.show import dump_config
 
 __all__ = [
     "Balance",

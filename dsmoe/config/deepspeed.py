@@ -1,14 +1,18 @@
-"""DeepSpeed's own configuration, generated from ours, and which of its keys are ours to set."""
+"""DeepSpeed's configuration: generating it from dsmoe's, and checking the `deepspeed` section of the YAML file."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
+from dsmoe.config.errors import Problem
 from dsmoe.config.schema import Config
+from dsmoe.config.suggestions import closest_key
+from dsmoe.config.yaml_text import show_value
 
 OWNED_KEYS = {
     "train_batch_size": "train.batch_tokens",
@@ -33,13 +37,13 @@ OWNED_KEYS = {
     "zero_optimization.offload_optimizer": "optimizer.offload",
     "zero_optimization.reduce_scatter": None,
 }
-"""DeepSpeed's keys, dotted, that dsmoe sets from the key named beside it, or (None) without asking."""
+"""DeepSpeed's keys, dotted, that dsmoe sets, each with the key of dsmoe that it follows from, if any."""
 
 REDUCE_BUCKET_ELEMENTS = 250_000_000
-"""What a reduction bucket of ZeRO holds: in fp32 as many bytes, 1.0 GB, as DeepSpeed's own 5e8 in bf16."""
+"""Elements of a reduction bucket of ZeRO: 1.0 GB in fp32, as large as DeepSpeed's default of 5e8 elements in bf16."""
 
 _MOST_ELEMENTS = 10**11
-"""Of a bucket: 400 GB in fp32, which no device has."""
+"""The largest bucket: 400 GB in fp32, more than any device has."""
 
 _MONITORS = (
     "DeepSpeed's monitors see none of dsmoe's metrics, which are in metrics.jsonl and in TensorBoard's files "
@@ -109,15 +113,17 @@ REFUSED_KEYS = {
     "zero_optimization.zero_hpz_partition_size": _STAGE_3,
     "zero_optimization.zero_quantized_*": _STAGE_3,
 }
-"""DeepSpeed's keys, dotted, that dsmoe cannot honour, and why or what to use; `*` stands for any ending."""
+"""DeepSpeed's keys, dotted, that dsmoe cannot honour, each with the reason or the replacement; `*` is any ending."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that DeepSpeed can use for one of its keys: `words` for messages, and which ones they are."""
+    """The values that DeepSpeed can use for one of its keys."""
 
     words: str
+    """The values as a noun phrase, for messages."""
     holds: Callable[[Any], bool]
+    """Returns whether a value is one of them."""
 
 
 def _whole(least: int, most: int = 10**18, multiple: int = 1) -> Kind:
@@ -138,7 +144,7 @@ def _is_list_of_text(value: Any) -> bool:
 
 
 def _are_patterns(value: Any) -> bool:
-    """Whether DeepSpeed can make one regular expression of the list (0.19.8, runtime/keep_in_fp32.py:54)."""
+    """Return whether DeepSpeed can join the list to a regular expression (0.19.8, runtime/keep_in_fp32.py:54)."""
     if not _is_list_of_text(value):
         return False
     try:
@@ -168,7 +174,7 @@ FREE_KEYS: dict[str, Any] = {
     "dump_state": _SWITCH,
     "flops_profiler": {
         **dict.fromkeys(("detailed", "enabled"), _SWITCH),
-        "module_depth": _whole(-1, 4),  # deeper than the model is, it ends the run; -1 goes as deep as there is
+        "module_depth": _whole(-1, 4),  # a depth below the deepest module ends the run; -1 is the full depth
         "output_file": _FILE,
         "profile_step": _whole(1),
         "recompute_fwd_factor": _NUMBER,
@@ -188,24 +194,25 @@ FREE_KEYS: dict[str, Any] = {
         "use_multi_rank_bucket_allreduce": _SWITCH,
     },
 }
-"""The other keys that stages 1 and 2 of DeepSpeed 0.19.8 use, and the values that each of them works with.
+"""The other keys that DeepSpeed 0.19.8 uses at ZeRO stages 1 and 2, and the values that each key works with.
 
-DeepSpeed ignores most other keys without a word, and looks at few values before it uses them.
+DeepSpeed silently ignores most other keys, and checks few values before it uses them.
 """
 
 
 def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
-    """Return the configuration for `deepspeed.initialize`.
+    """Return the configuration for `deepspeed.initialize`, with the user's `deepspeed` section merged on top.
 
-    `accumulation_steps` is the number of micro-batches of one rank in an optimizer step. DeepSpeed derives
-    `train_batch_size` itself. The user's `deepspeed` section is merged on top, mapping by mapping.
+    Args:
+        config: the whole config.
+        accumulation_steps: micro-batches of one rank in an optimizer step; DeepSpeed derives `train_batch_size`.
     """
     stage = config.parallel.zero_stage
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "bf16": {"enabled": config.train.precision == "bf16"},
-        "communication_data_type": "fp32",  # of gradients, which are summed in fp32 (dsmoe.engine.gradient_sums)
+        "communication_data_type": "fp32",  # dtype of the gradients in reductions: see dsmoe.engine.gradient_sums
         "zero_optimization": {"stage": stage},
         # Without ZeRO, DeepSpeed averages the experts' norms over the ranks instead of adding them up (0.19.8,
         # runtime/utils.py:413), so there dsmoe clips and DeepSpeed must not.
@@ -218,26 +225,74 @@ def to_deepspeed(config: Config, accumulation_steps: int) -> dict[str, Any]:
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
-            "overlap_comm": config.cluster.device != "cpu",  # there are no streams to overlap on
+            "overlap_comm": config.cluster.device != "cpu",  # a CPU has no streams to overlap on
         }
     if config.optimizer.offload:
         on_cuda = config.cluster.device != "cpu"
         generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
-        generated["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW steps on the host as well
+        generated["zero_force_ds_cpu_optimizer"] = False  # lets torch's fused AdamW step on the host
     return _merge(generated, _with_whole_numbers(config.deepspeed))
 
 
 def _with_whole_numbers(value: Any) -> Any:
-    """Return the user's section with `1e6`, which YAML reads as a float, as the integer that DeepSpeed wants."""
+    """Return the user's section with whole floats, as YAML reads `1e6`, turned into integers, as DeepSpeed needs."""
     if isinstance(value, dict):
         return {key: _with_whole_numbers(child) for key, child in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `base` with `top` over it: mappings key by key, everything else replaces."""
+    """Return a copy of `base` with `top` merged over it: mappings key by key, everything else replaced."""
     merged = copy.deepcopy(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
     return merged
+
+
+def deepspeed_problems(config: Config) -> Iterator[Problem]:
+    """Yield a problem for each key of the `deepspeed` section that a user cannot set, or not to this value.
+
+    DeepSpeed itself would silently ignore some of these, and end every rank with a traceback for others.
+    """
+    yield from _section_problems("", config.deepspeed, FREE_KEYS)
+
+
+def _section_problems(section: str, given: dict[str, Any], free: dict[str, Any]) -> Iterator[Problem]:
+    """Yield the problems of one section of DeepSpeed's config.
+
+    Args:
+        section: dotted path of the section, ending with a dot; empty for the whole config.
+        given: the user's values.
+        free: the keys of the section that a user may set.
+    """
+    for name, value in given.items():
+        key = f"{section}{name}"
+        if "." not in name and (remedy := _refusal(key)):
+            yield f"deepspeed.{key}", f"deepspeed.{key} {remedy}"
+        elif name in free:
+            yield from _value_problems(key, value, free[name])
+        else:
+            guess = closest_key(name, free)
+            remedy = f"did you mean '{guess}'?" if guess else f"the keys are {', '.join(free)}"
+            yield f"deepspeed.{key}", f"deepspeed.{key}: unknown to DeepSpeed; {remedy}"
+
+
+def _refusal(key: str) -> str:
+    """Return why a user may not set a key of DeepSpeed, and the remedy; "" if the key is not refused."""
+    if key in OWNED_KEYS:
+        return f"is set by dsmoe; remove it{f' and use {ours}' if (ours := OWNED_KEYS[key]) else ''}"
+    reason = next((text for pattern, text in REFUSED_KEYS.items() if fnmatchcase(key, pattern)), "")
+    return f"cannot be used with dsmoe: {reason}; remove it" if reason else ""
+
+
+def _value_problems(key: str, value: Any, free: Kind | dict[str, Any]) -> Iterator[Problem]:
+    if isinstance(free, Kind):
+        if not free.holds(value):
+            got = show_value(value)
+            yield f"deepspeed.{key}", f"deepspeed.{key}: expected {free.words}, got {got}; change or remove it"
+    elif isinstance(value, dict):
+        yield from _section_problems(f"{key}.", value, free)
+    else:
+        got = show_value(value)
+        yield f"deepspeed.{key}", f"deepspeed.{key}: expected a mapping of {', '.join(free)}, got {got}"

@@ -1,7 +1,7 @@
-"""From a YAML file, what it includes and the command line's overrides to one checked `Config`.
+"""Loading: from a YAML file, its includes and the command line's overrides to one checked `Config`.
 
-Nothing stops at the first mistake: duplicate keys, wrong overrides, unknown or mistyped keys are reported together, and
-what contradicts itself among the keys that are right.
+Loading does not stop at the first mistake: duplicate keys, wrong overrides, unknown or mistyped keys, and
+contradictions between the valid keys are reported together.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
+from dsmoe.config.dump import dump_config
 from dsmoe.config.errors import ConfigError, Problem
-from dsmoe.config.explain import explain
-from dsmoe.config.partial import sound_part
+from dsmoe.config.partial_config import valid_part
 from dsmoe.config.paths import expand_path, resolve_paths
 from dsmoe.config.schema import Config
-from dsmoe.config.show import dump_config
+from dsmoe.config.validation_messages import explain
 from dsmoe.config.yaml_text import (
     COMMAND_LINE,
-    DEEPEST,
-    LESS,
+    MAX_DEPTH,
     MOST_CHARACTERS,
+    SHORTEN_ADVICE,
     Node,
     fewest_characters,
     lookup,
@@ -35,33 +35,45 @@ from dsmoe.config.yaml_text import (
 )
 
 _MOST_FILES = 64
-"""That one config may include, counted as often as they are."""
+"""The most files that one config may include; a file that is included twice counts twice."""
 
 
-Look = Callable[[Any], list[Problem]]
-"""Finds what is wrong outside of a config; of keys that are wrong, or missing, reading raises UnsoundError."""
+ConfigCheck = Callable[[Any], list[Problem]]
+"""Finds problems outside of the config, such as missing files; takes a `Config` or a `valid_part` of one."""
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = (), *looks: Look) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = (), *checks: ConfigCheck) -> Config:
     """Return the configuration in the file at `path`, with `section.key=value` overrides on top.
 
-    Mappings of the file and of what it includes are merged key by key; lists, scalars and null replace. What the
-    `looks` find is a problem as well: `input_problems`, for files that the configuration names and that are not there.
-    What was loaded can be dumped and loaded again, as run folders do.
-    Raises `ConfigError`, which lists every problem with its key, file and line.
+    Mappings of the file and of its includes are merged key by key; lists, scalars and null replace:
+
+        base.yaml                       model: {hidden_size: 64, num_heads: 4}
+        a.yaml, including base.yaml     model: {num_heads: 8}
+        override                        model.num_layers=2
+        result                          model: {hidden_size: 64, num_heads: 8, num_layers: 2}
+
+    A loaded config can be dumped and loaded again, as run folders do.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` each.
+        checks: further checks whose problems are reported with the others, such as `input_problems`.
+
+    Raises:
+        ConfigError: lists every problem with its key, file and line.
     """
     tree, problems = read_tree(path, overrides)
-    config = _validate(tree, problems, looks, f"{path}, written out with its defaults")
+    config = _validate(tree, problems, checks, f"{path}, written out with its defaults")
     if config is None or problems:
         raise ConfigError(problems, str(path))
     return config
 
 
 def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Node, list[str]]:
-    """Return what a file and the overrides say, before it is compared with the schema, and what is wrong so far.
+    """Return the merged tree of a file and the overrides, not yet validated, and the problems so far.
 
     Raises:
-        ConfigError: some of it cannot be read.
+        ConfigError: the file or an include cannot be read.
     """
     tree, problems = read_as_written(path, overrides)
     resolve_paths(tree, problems)
@@ -69,7 +81,7 @@ def read_tree(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Node, li
 
 
 def read_as_written(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Node, list[str]]:
-    """Like `read_tree`, with paths as the files and the overrides have them: nothing in them is expanded."""
+    """Return the same as `read_tree`, but with paths as written in the files and overrides, not expanded."""
     problems: list[str] = []
     overrides = list(overrides)
     if sum(map(len, overrides)) > MOST_CHARACTERS:
@@ -81,7 +93,7 @@ def read_as_written(path: str | Path, overrides: Iterable[str] = ()) -> tuple[No
             str(path),
         )
     tree = _Reader(problems).read(Path(path), (), "")
-    if tree is None:  # without all of the text, complaints about missing keys would mislead
+    if tree is None:  # reports of missing keys would mislead without the complete text
         raise ConfigError(problems, str(path))
     for override in overrides:
         problem = _apply_override(tree, override, problems)
@@ -91,7 +103,7 @@ def read_as_written(path: str | Path, overrides: Iterable[str] = ()) -> tuple[No
 
 
 def included_files(path: Path) -> list[tuple[str, Path]]:
-    """All that the file at `path`, which `load_config` has read, includes: as it is written, and the file."""
+    """Return all includes of the file at `path`, which `load_config` has read: each as written, and as a path."""
     root = parse_yaml(path.read_text("utf-8-sig"), str, [])
     assert root is not None
     entries = _include_entries(root.value.get("include", Node([], "")), []) or []
@@ -99,27 +111,31 @@ def included_files(path: Path) -> list[tuple[str, Path]]:
     return [found for text, file in files for found in [(text, file), *included_files(file)]]
 
 
-def _validate(tree: Node, problems: list[str], looks: Iterable[Look], written: str) -> Config | None:
-    """Return the config, with what contradicts itself added to `problems`; None where a key is wrong by itself.
+def _validate(tree: Node, problems: list[str], checks: Iterable[ConfigCheck], written: str) -> Config | None:
+    """Return the config, or None if a key is wrong by itself; add contradictions to `problems`.
 
-    `written` is the place that messages give for the config as a run's folder will have it, with all defaults. The
-    `looks` come last, and not at all at one that is too long for that: it may name thousands of files.
+    Args:
+        tree: the merged tree.
+        problems: the problems so far.
+        checks: run last, and not at all for a config that is too long to be dumped, because it may name thousands of
+            files.
+        written: place in messages of the config as dumped into a run's folder, with all defaults.
     """
     config: Any = None
     try:
-        whole = config = Config.model_validate(plain(tree))
+        complete = config = Config.model_validate(plain(tree))
     except ValidationError as error:
         problems += explain(error, tree)
-        whole, config = None, sound_part(plain(tree), error)
-    if whole is not None and not problems and not _can_be_written(whole, written, problems):
-        looks = ()
-    found = cross_field_problems(config) + [problem for look in looks for problem in look(config)]
+        complete, config = None, valid_part(plain(tree), error)
+    if complete is not None and not problems and not _can_be_written(complete, written, problems):
+        checks = ()
+    found = cross_field_problems(config) + [problem for check in checks for problem in check(config)]
     problems += [f"{message} ({lookup(tree, key.split('.')).where})" for key, message in found]
-    return whole
+    return complete
 
 
 def _can_be_written(config: Config, place: str, problems: list[str]) -> bool:
-    """Whether what a run's folder holds of a config can be read again; else that is a problem."""
+    """Return whether a config can be read again after it has been dumped; add the reason to `problems` if not."""
     fewest = fewest_characters(config.model_dump())
     if fewest > MOST_CHARACTERS:
         problems.append(f"{too_long(fewest)} ({place})")
@@ -129,7 +145,7 @@ def _can_be_written(config: Config, place: str, problems: list[str]) -> bool:
 
 
 class _Reader:
-    """Reads a file and all that it includes."""
+    """Reads a file and all its includes."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -137,9 +153,12 @@ class _Reader:
         self.characters = 0
 
     def read(self, path: Path, including: tuple[Path, ...], origin: str) -> Node | None:
-        """Return the file's mapping over those it includes; None if any of them is not a mapping that can be read.
+        """Return the file's mapping merged over its includes; None if any of them cannot be read as a mapping.
 
-        `including` are the files on the way here, `origin` says in messages which line asked for this one.
+        Args:
+            path: the file.
+            including: the chain of files that include this one.
+            origin: end of a message: the line that includes this file; empty for the first.
         """
         problems = self.problems
         text = _read_text(path, origin, problems)
@@ -154,7 +173,7 @@ class _Reader:
         if not isinstance(root.value, dict):
             problems.append(f"expected a mapping of keys, got {show_value(plain(root))} ({root.where})")
             return None
-        root.where = str(path)  # what is missing at the top level is missing in the file, not in its first line
+        root.where = str(path)  # a key missing at the top level is reported for the file, not for its first line
         include = root.value.pop("include", Node([], root.where))
         entries = _include_entries(include, problems)
         if entries is None:
@@ -183,16 +202,16 @@ class _Reader:
         return self.read(included, chain, f" (included at {entry.where})")
 
     def is_within_limits(self, path: Path, text: str, origin: str) -> bool:
-        """Count a file, and note a problem if it is one too many: files may include each other twice each."""
+        """Count a file and its characters, and note a problem above the limits: includes can grow exponentially."""
         if self.files > _MOST_FILES or self.characters > MOST_CHARACTERS:
-            return False  # and that has been said
+            return False  # reported already
         self.files += 1
         self.characters += len(text)
         if self.files <= _MOST_FILES and self.characters <= MOST_CHARACTERS:
             return True
         self.problems.append(
             f"no config is so long: with {path} it has {self.files} files and {self.characters:,} characters, and "
-            f"{_MOST_FILES} and {MOST_CHARACTERS:,} are the most; {LESS}{origin}"
+            f"{_MOST_FILES} and {MOST_CHARACTERS:,} are the most; {SHORTEN_ADVICE}{origin}"
         )
         return False
 
@@ -227,15 +246,15 @@ def _include_entries(include: Node, problems: list[str]) -> list[Node] | None:
 
 def _included(entry: Node, path: Path, problems: list[str]) -> Path:
     name = expand_path("include", entry.value, entry.where, problems)
-    # Not Path.resolve and Path.exists, which raise for links that go round, long names and folders without permission:
-    # reading the file says what is wrong.
+    # Path.resolve and Path.exists would raise for circular links, long names and folders without permission; os.path
+    # leaves the report to the reading of the file.
     folders = (path.parent, os.path.dirname(os.path.realpath(path)))
     beside, beside_target = (Path(os.path.normpath(os.path.join(folder, name))) for folder in folders)
     return beside if os.path.exists(beside) or not os.path.exists(beside_target) else beside_target
 
 
 def _merge(base: Node, top: Node) -> Node:
-    """Return `top` over `base`: mappings key by key, everything else replaces."""
+    """Return `top` merged over `base`: mappings key by key, everything else replaced."""
     if not (isinstance(base.value, dict) and isinstance(top.value, dict)):
         return top
     children = dict(base.value)
@@ -245,38 +264,47 @@ def _merge(base: Node, top: Node) -> Node:
 
 
 def _apply_override(tree: Node, override: str, problems: list[str]) -> str | None:
-    """Put one `section.key=value` into the tree; the answer is what is wrong with it, if anything."""
+    """Put one `section.key=value` into the tree; return the problem with it, if any.
+
+    The value is YAML, and numbers are entries of a list:
+
+        moe.top_k=4                     tree["moe"]["top_k"] = 4
+        data.sources.1.weight=0.5       tree["data"]["sources"][1]["weight"] = 0.5, if there is a second source
+        moe=null                        tree["moe"] = None
+        optimizer.betas=[0.9, 0.99]     replaces the whole list
+        name.first=a                    refused if `name` is a word: "cannot be set, because ..."
+    """
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals:
         return f"'{override}': an override is written section.key=value, for example {key or 'moe.top_k'}=4"
     path = key.split(".")
     if not all(path):
         return f"'{override}': an override is written section.key=value, without empty names"
-    if len(path) > DEEPEST:
-        return f"'{override[:60]}...': no key has so many parts: {len(path):,}, and {DEEPEST} are the most"
+    if len(path) > MAX_DEPTH:
+        return f"'{override[:60]}...': no key has so many parts: {len(path):,}, and {MAX_DEPTH} are the most"
     if not text:
         return f"'{override}': the value is missing; write {key}=null for null"
     value = parse_yaml(text, lambda line: COMMAND_LINE, problems, key)
     return None if value is None else _assign(tree, path, value, "")
 
 
-def _assign(holder: Node, path: list[str], value: Node, done: str) -> str | None:
-    """Put `value` at `path` below `holder`, whose own path is `done`; the answer is what is in the way, if anything."""
+def _assign(holder: Node, path: list[str], value: Node, holder_path: str) -> str | None:
+    """Put `value` at `path` below `holder`, whose own path is `holder_path`; return the problem, if any."""
     part, *rest = path
-    here = f"{done}.{part}" if done else part
+    full_path = f"{holder_path}.{part}" if holder_path else part
     if holder.value is None:
         holder.value, holder.where = {}, COMMAND_LINE
     children: Any = holder.value
     slot: str | int = part
     if isinstance(children, list):
         if not part.isdecimal() or int(part) >= len(children):
-            return f"{here}: no such entry; {done} has {len(children)}, counted from 0"
+            return f"{full_path}: no such entry; {holder_path} has {len(children)}, counted from 0"
         slot = int(part)
     elif not isinstance(children, dict):
-        return f"{here}: cannot be set, because {done} is {show_value(children)} and not a section"
+        return f"{full_path}: cannot be set, because {holder_path} is {show_value(children)} and not a section"
     elif rest:
         children.setdefault(part, Node(None, COMMAND_LINE))
     if rest:
-        return _assign(children[slot], rest, value, here)
+        return _assign(children[slot], rest, value, full_path)
     children[slot] = value
     return None

@@ -1,4 +1,4 @@
-"""Registries: mappings from the names that a config may choose to entries with all that depends on the name."""
+"""Registries: mappings from names that a config may choose to entries with everything that depends on the name."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def entry_named(entries: Mapping[str, T], key: str, name: str) -> T:
 
     Args:
         entries: the registry.
-        key: the option whose values are its names, for the message.
-        name: the name.
+        key: the option that chooses the name, for the message.
+        name: the chosen name.
 
     Raises:
-        UserError: there is no such entry, and names those that there are; or it has the name of another.
+        UserError: there is no such entry, or the entry's own name differs.
     """
     if name not in entries:
         raise UserError(f"{key} must be one of {', '.join(entries)}, not {name!r}")
     entry = entries[name]
-    if getattr(entry, "name", name) != name:  # it is copied and pickled by its own name
+    if getattr(entry, "name", name) != name:  # copies and pickles look the entry up by its own name
         raise UserError(f"{key}: the entry of {name!r} is called {getattr(entry, 'name', None)!r}; give it its key")
     return entry

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step; a registry has all that depends on `optimizer.schedule`."""
+"""Learning-rate schedules: the rate as a pure function of the step, and the registry of `optimizer.schedule`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The course of the learning rate after the warm-up: it stays at `lr` until the decay, which ends with the run."""
+    """The learning rate after the warm-up: constant at `lr`, then a decay until the end of the run."""
 
     decay: Callable[[float, float, float], float]
-    """The rate by `lr`, `min_lr` and the progress of the decay: 0 before it, where it has to be `lr`, to 1."""
+    """Returns the rate for (`lr`, `min_lr`, progress of the decay from 0 to 1); `lr` at progress 0."""
     takes_decay_steps: bool = False
-    """Whether the decay is the last `optimizer.decay_steps` of the run, not all that follows the warm-up."""
+    """True if the decay takes the last `optimizer.decay_steps` of the run, rather than all steps after the warm-up."""
 
 
 def _linear(peak: float, floor: float, progress: float) -> float:
@@ -37,13 +37,17 @@ SCHEDULES: dict[str, Schedule] = {
     "linear": Schedule(_linear),
     "constant": Schedule(lambda peak, floor, progress: peak),
 }
-"""By its name in `optimizer.schedule`; a further one is an entry here and a name in the schema."""
+"""Schedules by their names in `optimizer.schedule`; a new one needs an entry here and a name in the schema."""
 
 
 def learning_rate(optimizer: Optimizer, steps: int, step: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) of a run of `steps`.
+    """Return the learning rate of optimizer step `step` (from 0) in a run of `steps`.
 
-    It rises linearly over `warmup_steps`, reaching `lr` at the last of them, and then follows the schedule's decay.
+    The rate rises linearly to `lr` at the last of `warmup_steps`, then follows the schedule. With `wsd`, lr 1,
+    min_lr 0, 8 steps, warmup_steps 2 and decay_steps 4:
+
+        step    0    1    2    3    4     5    6     7
+        rate    0.5  1    1    1    0.75  0.5  0.25  0
 
     Raises:
         UserError: there is no such schedule.
@@ -53,25 +57,25 @@ def learning_rate(optimizer: Optimizer, steps: int, step: int) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     decay = optimizer.decay_steps or default_decay_steps(steps) if schedule.takes_decay_steps else steps - warmup
-    # The last step, steps - 1, is at 1: the floor is reached, not only approached.
+    # Progress is 1 at the last step, steps - 1, so that the run ends at `min_lr` exactly.
     progress = min(max((step + 1 - (steps - decay)) / max(decay, 1), 0.0), 1.0)
     return schedule.decay(peak, floor, progress)
 
 
 def schedule_named(name: str) -> Schedule:
-    """The registry's entry.
+    """Return the schedule of this name.
 
     Raises:
-        UserError: it has none.
+        UserError: there is no such schedule.
     """
     return entry_named(SCHEDULES, "optimizer.schedule", name)
 
 
 def with_decay_steps() -> list[str]:
-    """The names of the schedules to which `optimizer.decay_steps` applies."""
+    """Return the names of the schedules to which `optimizer.decay_steps` applies."""
     return [name for name, schedule in SCHEDULES.items() if schedule.takes_decay_steps]
 
 
 def default_decay_steps(steps: int) -> int:
-    """What `optimizer.decay_steps: null` stands for in a run of `steps`: a fifth of them."""
+    """Return the value of `optimizer.decay_steps: null` in a run of `steps`: a fifth of them."""
     return max(1, steps // 5)

@@ -1,7 +1,7 @@
-"""Every key a dsmoe YAML file may have, with its type, default and unit: the sections, and `Config` which holds them.
+"""Schema of the YAML file: all sections, and `Config` which holds them.
 
-A key is here only when something reads it. Values that follow from others (data degree, accumulation
-steps, tokens per step) are properties in `dsmoe.plan`, never keys.
+Every key is read by some code. Values that follow from others (data degree, accumulation steps, tokens per step) are
+properties in `dsmoe.plan`, never keys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What keys of Hugging Face, Megatron-LM, DeepSpeed and others are called here, for unknown keys."""
+"""Names of options in Hugging Face, Megatron-LM, DeepSpeed and others, and dsmoe's keys for them, for unknown keys."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ SYNONYMS = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_clipping": "optimizer.grad_clip",
     "steps_per_print": "observe.log_every",
-    # Others, and what is simply said
+    # Others, and common words
     "aux_loss_coef": "moe.balance.aux_loss",
     "aux_loss_weight": "moe.balance.aux_loss",
     "load_balancing_loss": "moe.balance.aux_loss",
@@ -179,7 +179,7 @@ SYNONYMS = {
     "zero": "parallel.zero_stage",
     "sp": "parallel.sequence",
 }
-"""The key that is meant, by the name elsewhere, with `_` for `-`. Names that are keys here are not in it."""
+"""dsmoe's keys by the names elsewhere, with `_` for `-`; a name that is also a key of dsmoe is left out."""
 NOTES = {
     **dict.fromkeys(
         ("num_train_epochs", "epochs", "num_epochs", "max_epochs"),
@@ -202,6 +202,7 @@ NOTES = {
     "activation_checkpointing": "none, selective or full",
     "eval_iters": "in sequences",
 }
+"""Remarks for names whose values differ from those of dsmoe's keys."""
 _NO_PIPELINE = "there is no pipeline parallelism; use parallel.expert, parallel.tensor and train.recompute"
 _NO_CONTEXT = "there is no context parallelism; parallel.sequence with parallel.tensor shares what long sequences keep"
 _DERIVED_DATA = "the data degree follows from cluster and parallel.tensor; `dsmoe plan` prints it"
@@ -219,11 +220,11 @@ ABSENT = {
     "world_size": "it is cluster.nodes times cluster.devices_per_node",
     "fp16": "there is no fp16; train.precision is bf16 or fp32",
 }
-"""What is said of names elsewhere for which there is nothing here."""
+"""Messages for names elsewhere that have no counterpart in dsmoe."""
 
 
 def meant_by(name: str) -> str:
-    """Say which key is meant by a name of another program, with a remark if its value is another; or ""."""
+    """Return the message that names dsmoe's key for another program's name, with a remark on its value; or ""."""
     name = name.lower().replace("-", "_")
     if name not in SYNONYMS:
         return ABSENT.get(name, "")

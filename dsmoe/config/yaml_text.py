@@ -1,4 +1,4 @@
-"""The YAML that dsmoe reads and writes: numbers as people write them, no duplicate keys, every value with its place.
+"""YAML reader and writer: numbers as people write them, no duplicate keys, and the place of every value.
 
 PyYAML implements YAML 1.1, in which `1e-4` is a string, `no` is false, `010` is 8 and `12:30` is 750. Here numbers
 are decimal (`3e-4`, `1E6`, `1_000_000`), only true and false are booleans, and everything else is text.
@@ -24,29 +24,30 @@ from yaml.scanner import Scanner
 from yaml.serializer import Serializer
 
 COMMAND_LINE = "command line"
-"""The place of what an override wrote."""
+"""The place of a value that an override set."""
 
 MOST_CHARACTERS = 1 << 18
-"""The most text that one config may have, with all that it includes: reading the worst of that takes a second."""
-LESS = "one source can read many files (path: data/*.jsonl)"
-"""What to do about a config that is too large."""
+"""The most text of one config with its includes; the slowest text of this size takes a second to read."""
+SHORTEN_ADVICE = "one source can read many files (path: data/*.jsonl)"
+"""Remedy for a config that is too large."""
 _MOST_NODES = 20_000
-"""The most values of one file, counted as often as an alias repeats them: nine aliases of nine each are 10^9."""
-DEEPEST = 50
+"""The most values of one file, with repetitions by aliases: nine levels of nine aliases each are 9^9 values."""
+MAX_DEPTH = 50
+"""The most levels of nesting, and parts of an override's key."""
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 
 
 @dataclass
 class Node:
-    """A scalar, a list or a mapping of nodes, and where it was written: `file:line`, a file, or `COMMAND_LINE`."""
+    """A scalar, a list or a mapping of nodes, and its place: `file:line`, a file, or `COMMAND_LINE`."""
 
     value: Any
     where: str
 
 
 def plain(node: Node) -> Any:
-    """Return the node's value without places, as YAML and JSON libraries would."""
+    """Return the node's value without places, as plain dicts, lists and scalars."""
     if isinstance(node.value, dict):
         return {key: plain(child) for key, child in node.value.items()}
     if isinstance(node.value, list):
@@ -55,7 +56,7 @@ def plain(node: Node) -> Any:
 
 
 def lookup(node: Node, path: Sequence[str | int]) -> Node:
-    """Return the node at `path`, or the last one on the way that exists."""
+    """Return the node at `path`, or its nearest existing ancestor."""
     for part in path:
         children = node.value
         if isinstance(children, list):
@@ -71,7 +72,7 @@ def lookup(node: Node, path: Sequence[str | int]) -> Node:
 
 
 def show_value(value: Any) -> str:
-    """Return one short line for a value in a message: text in double quotes, null, true, numbers as they are."""
+    """Return a value as one short line for a message: text in double quotes, null, true, numbers unchanged."""
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else (".inf" if value > 0 else "-.inf")
     if isinstance(value, str):
@@ -81,7 +82,7 @@ def show_value(value: Any) -> str:
 
 
 class _Resolver(BaseResolver):
-    """Decides what an unquoted word is; reader and writer share it, so what is written is read back equal."""
+    """Types of unquoted words; shared by reader and writer, so that written values are read back equal."""
 
 
 for _kind, _pattern in {
@@ -95,7 +96,7 @@ for _kind, _pattern in {
 
 
 class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
-    """Text to a graph of YAML nodes; there is no constructor, so nothing in a file can be executed."""
+    """Parser from text to a graph of YAML nodes; without a constructor, so that nothing in a file can be executed."""
 
     composed = 0
 
@@ -108,13 +109,13 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.composed += 1
-        if self.composed > 2 * _MOST_NODES:  # each value may have a key; the rest of the text need not be read
-            raise _TooMuchError(self.peek_event().start_mark.line + 1)
+        if self.composed > 2 * _MOST_NODES:  # each value may have a key, which is a node as well
+            raise _TooLargeError(self.peek_event().start_mark.line + 1)
         return super().compose_node(parent, index)
 
 
 class _Dumper(Emitter, Serializer, SafeRepresenter, _Resolver):
-    """Plain values to text, without anchors."""
+    """Writer of plain values, without anchors."""
 
     def __init__(self, stream: Any, **options: Any) -> None:
         representing = {key: options.pop(key) for key in ("default_style", "default_flow_style", "sort_keys")}
@@ -128,7 +129,7 @@ class _Dumper(Emitter, Serializer, SafeRepresenter, _Resolver):
         return True
 
     def represent_text(self, data: str) -> yaml.ScalarNode:
-        # Unless told otherwise, PyYAML writes the rarer line breaks as they are, and reads them back as spaces.
+        # Quoted, because PyYAML writes rare line breaks unquoted by default and reads them back as spaces.
         return self.represent_scalar(_TAG + "str", data, style=None if data.isprintable() else '"')
 
 
@@ -141,25 +142,31 @@ def write_yaml(value: Any) -> str:
 
 
 def fewest_characters(value: Any, indentation: int = 0) -> int:
-    """Return how many characters `write_yaml` makes of `value` at least, in a hundredth of the time."""
+    """Return a lower bound on the characters that `write_yaml` makes of `value`, in a hundredth of the time."""
     if isinstance(value, dict):
         keys = sum(indentation + len(key) + len(": ") for key in value)
         return keys + sum(fewest_characters(child, indentation + 2) for child in value.values())
     if isinstance(value, list | tuple):
         return sum(fewest_characters(child, indentation) for child in value)
-    return 1 + (len(value) if isinstance(value, str) else 1)  # and the end of the line
+    return 1 + (len(value) if isinstance(value, str) else 1)  # 1 for the end of the line
 
 
 def too_long(characters: int) -> str:
-    """Say that a config is longer than any, and what to do."""
-    return f"no config is so long: {characters:,} characters, and {MOST_CHARACTERS:,} are the most; {LESS}"
+    """Return the message for a config that is too long, with the remedy."""
+    return f"no config is so long: {characters:,} characters, and {MOST_CHARACTERS:,} are the most; {SHORTEN_ADVICE}"
 
 
 def parse_yaml(text: str, place: Callable[[int], str], problems: list[str], prefix: str = "") -> Node | None:
-    """Read one YAML document; `place` turns a line number (from 1) into what messages say.
+    """Read one YAML document.
 
-    Problems are added to `problems`, with key paths that start with `prefix`. Returns null as `Node(None, ...)`,
-    also for empty text, and None when the text is not YAML at all.
+    Args:
+        text: the document.
+        place: returns the place for messages of a line number, counted from 1.
+        problems: new problems are added to this list.
+        prefix: start of the key paths in problems.
+
+    Returns:
+        The tree; `Node(None, ...)` for null or empty text; None if the text is not YAML at all.
     """
     if len(text) > MOST_CHARACTERS:
         problems.append(f"{too_long(len(text))} ({place(1)})")
@@ -178,11 +185,11 @@ def parse_yaml(text: str, place: Callable[[int], str], problems: list[str], pref
         problems.append(f"not valid YAML: {reasons} ({place(mark.line + 1 if mark else 1)})")
     except RecursionError:
         problems.append(f"not valid YAML: nested too deeply ({place(1)})")
-    except _TooMuchError as error:
+    except _TooLargeError as error:
         problems.append(
             f"{prefix}{': ' if prefix else ''}no config has so many values: more than {_MOST_NODES:,} or "
-            f"{MOST_CHARACTERS:,} characters with what aliases (*) repeat, or more than {DEEPEST} levels deep; {LESS} "
-            f"({place(error.args[0])})"
+            f"{MOST_CHARACTERS:,} characters with what aliases (*) repeat, or more than {MAX_DEPTH} levels deep; "
+            f"{SHORTEN_ADVICE} ({place(error.args[0])})"
         )
     return None
 
@@ -196,7 +203,7 @@ def _read_float(text: str) -> float:
 
 
 def _read_text(text: str) -> str:
-    text.encode()  # raises for half a surrogate pair, which YAML can spell but no file can hold
+    text.encode()  # raises for half a surrogate pair, which YAML can spell but UTF-8 cannot encode
     return text
 
 
@@ -209,12 +216,12 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 }
 
 
-class _TooMuchError(Exception):
-    """The line of the value that is too deep, or one too many."""
+class _TooLargeError(Exception):
+    """A file is too deep or has too many values; the argument is the line of the value above the limit."""
 
 
 class _Builder:
-    """YAML's graph to our tree."""
+    """Builder of the tree of `Node` from PyYAML's graph, which may have aliases."""
 
     def __init__(self, place: Callable[[int], str], problems: list[str]) -> None:
         self.place = place
@@ -224,19 +231,19 @@ class _Builder:
         self.characters = 0
 
     def build(self, node: yaml.Node, path: str, line: int) -> Node:
-        """Return the tree below `node`, which `line` names (a mapping entry's line is its key's)."""
+        """Return the tree below `node`; `line` is the node's line, or that of the key for an entry of a mapping."""
         if node in self.open:
             self.report(path, "the anchor contains itself", line)
             return Node(None, self.place(line))
         self.nodes += 1
-        if self.nodes > _MOST_NODES or len(self.open) > DEEPEST:
-            raise _TooMuchError(line)
+        if self.nodes > _MOST_NODES or len(self.open) > MAX_DEPTH:
+            raise _TooLargeError(line)
         self.open.add(node)
         value: Any = None
         if isinstance(node, yaml.ScalarNode):
             self.characters += len(node.value)
             if self.characters > MOST_CHARACTERS:
-                raise _TooMuchError(line)
+                raise _TooLargeError(line)
             value = self.scalar(node, path, line)
         elif node.tag not in (_TAG + "map", _TAG + "seq"):
             self.report(path, f"the tag {node.tag} is not supported", line)
@@ -248,7 +255,7 @@ class _Builder:
         return Node(value, self.place(line))
 
     def scalar(self, node: yaml.ScalarNode, path: str, line: int) -> Any:
-        """Return a scalar as null, bool, int, float or str."""
+        """Return a scalar as None, bool, int, float or str."""
         if node.tag not in _SCALARS:
             self.report(path, f"the tag {node.tag} is not supported", line)
             return None
@@ -259,7 +266,7 @@ class _Builder:
             return None
 
     def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Node]:
-        """Return a mapping whose keys are text, and report a key that comes twice."""
+        """Return a mapping whose keys are text; report duplicate keys."""
         children: dict[str, Node] = {}
         for key_node, child in node.value:
             line = _line(key_node)
@@ -278,5 +285,5 @@ class _Builder:
         return children
 
     def report(self, path: str, text: str, line: int) -> None:
-        """Note a problem of the value at `path`, or of the whole text where `path` is empty."""
+        """Add a problem of the value at `path`, or of the whole text if `path` is empty."""
         self.problems.append(f"{path}: {text} ({self.place(line)})" if path else f"{text} ({self.place(line)})")

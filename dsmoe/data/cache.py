@@ -1,4 +1,4 @@
-"""Corpora as token files: made once, found again by a fingerprint of everything that decides their content."""
+"""Cache of tokenized corpora: one folder per source, named by a fingerprint of everything that decides its content."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ import numpy as np
 
 from dsmoe.config.errors import UserError, system_error
 from dsmoe.config.schema import Config, Data, Source
-from dsmoe.data.cache_staging import in_the_making
-from dsmoe.data.corpora import TextDigest, documents
-from dsmoe.data.finding import Place, damage_of_copies, folders_alike, origin_of, place_of, served_note
-from dsmoe.data.look import look_first
-from dsmoe.data.meta import (
+from dsmoe.data.cache_lookup import Place, locate_source, origin_of, protect_last_copies, served_note, similar_folders
+from dsmoe.data.cache_meta import (
     META,
     PARTS,
     Meta,
@@ -32,11 +29,8 @@ from dsmoe.data.meta import (
     token_file,
     write_meta,
 )
-from dsmoe.data.overlap import DOCUMENT, Documents, Split, left_out, write_documents
-from dsmoe.data.packing import Packed, Progress, copy_documents, document_hash, pack
-from dsmoe.data.prepared import PreparedSource, too_short
-from dsmoe.data.split import choose_validation, cut_single_document, hash_limit
-from dsmoe.data.stored import (
+from dsmoe.data.cache_staging import partial_folder
+from dsmoe.data.checksummed_files import (
     DamagedCacheError,
     FileReader,
     TokenFile,
@@ -46,78 +40,84 @@ from dsmoe.data.stored import (
     sums_path,
     verify,
 )
+from dsmoe.data.corpora import TextDigest, documents
+from dsmoe.data.held_out_overlap import DOCUMENT, Documents, Split, left_out, write_documents
+from dsmoe.data.packing import Packed, Progress, copy_documents, document_hash, pack
+from dsmoe.data.precheck import precheck
+from dsmoe.data.prepared_source import PreparedSource, too_short
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
+from dsmoe.data.validation_split import choose_validation, cut_single_document, hash_limit
 from dsmoe.runtime.atomic_files import publish_folder, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
 VERIFIED_AT_START = 8 << 30
-"""Bytes of the cache that are read at a start of training, to see whether they are what was written."""
+"""Bytes of the cache that are verified when training starts."""
 
 _VERIFIED: dict[tuple[Any, ...], bool] = {}
-"""The folders that were checked in this process, with the states of their files: whether all of their bytes were."""
-_said: set[Path] = set()
-"""The folders that are used without their text, of which the log has been told."""
+"""True if all bytes were verified, by folder and states of its files; only folders that this process has verified."""
+_REPORTED: set[Path] = set()
+"""Folders whose use without their text has been logged."""
 _NO_ROOM = {errno.EROFS, errno.ENOSPC, errno.EDQUOT}
-"""What only writing meets, and nothing but the cache is written; such an error often names no file."""
+"""Errors that only writing raises, and only the cache is written; the error often names no file."""
 
 
 def prepare(config: Config, check: int | None = None) -> list[PreparedSource]:
-    """Tokenise every source of `config.data` into `cache_dir/NAME-FINGERPRINT/`, unless that folder is there.
+    """Tokenise every source of `config.data` into `cache_dir/NAME-FINGERPRINT/`, unless that folder exists.
 
     Any number of processes may call this at any time: a folder appears complete or not at all. Let one process per file
-    system go first, so that the others only open what it made.
+    system go first, so that the others only open the finished folders.
 
     Args:
         config: reads `data`, `model.vocab_size` and `train.sequence_length`.
-        check: how many bytes of the files to read, spread evenly over them, to see whether they are what was written;
-            None for all. What was checked in this process and has not changed since is not read again. Whatever this
-            leaves out is checked when it is read for training.
+        check: how many bytes of the files to verify, spread evenly over the files; None for all. Files that this
+            process has verified and that have not changed since are not read again. The rest is verified when it is
+            read for training.
 
     Returns:
         One entry per source, in the order of the config.
 
     Raises:
-        UserError: corpora or the tokenizer are missing or unreadable, of which all that a first look shows is said
-            before anything is tokenised; `cache_dir` cannot be used or has a damaged file; or a part is shorter than
+        UserError: corpora or the tokenizer are missing or unreadable (every problem that `precheck` finds is reported
+            before anything is tokenised); `cache_dir` cannot be used or has a damaged file; or a part is shorter than
             one sequence.
     """
     cache_dir = Path(config.data.cache_dir).absolute()
-    with _blaming(cache_dir):
+    with _as_cache_dir_problem(cache_dir):
         places: dict[str, Place] = {}
 
         def is_prepared(source: Source, tokenizer: Tokenizer) -> bool:
-            place = places[source.name] = place_of(source, tokenizer, config.data, cache_dir)
-            if place.lost is not None and place.folder not in _said:
-                _said.add(place.folder)
+            place = places[source.name] = locate_source(source, tokenizer, config.data, cache_dir)
+            if place.lost is not None and place.folder not in _REPORTED:
+                _REPORTED.add(place.folder)
                 logger.warning("%s", served_note(place))
             return place.folder.exists()
 
-        tokenizer = look_first(config, cache_dir, is_prepared)
-        with damage_of_copies({place.folder: place.lost for place in places.values() if place.lost is not None}):
+        tokenizer = precheck(config, cache_dir, is_prepared)
+        with protect_last_copies({place.folder: place.lost for place in places.values() if place.lost is not None}):
             found = [
                 _prepare_source(source, tokenizer, config.data, places[source.name]) for source in config.data.sources
             ]
             if check != 0:
                 verify_files([(source, meta) for source, meta, _ in found], check)
-        prepared = _without_held_out([source for source, _, _ in found], [split for _, _, split in found], check != 0)
+        prepared = _exclude_held_out([source for source, _, _ in found], [split for _, _, split in found], check != 0)
     problems = [problem for source in prepared for problem in too_short(source, config)]
     if problems:
         raise UserError("\n".join(problems))
     return prepared
 
 
-def _without_held_out(
-    sources: Sequence[PreparedSource], splits: Sequence[Split], is_told: bool
+def _exclude_held_out(
+    sources: Sequence[PreparedSource], splits: Sequence[Split], is_logged: bool
 ) -> list[PreparedSource]:
-    """The sources, each with what the others hold out of its training part."""
-    told = logger.info if is_told else logger.debug
+    """Return the sources, each with the ranges of its training tokens that the others hold out."""
+    log = logger.info if is_logged else logger.debug
     result = []
     for source, ranges in zip(sources, left_out(list(splits)), strict=True):
         result.append(replace(source, left_out=tuple(ranges)))
         if ranges:
             tokens = sum(end - begin for begin, end in ranges)
-            told(
+            log(
                 "%s: %s of its %s training tokens are held out in another source, and are not trained on",
                 *(source.name, f"{tokens:,}", f"{source.train_tokens:,}"),
             )
@@ -125,12 +125,12 @@ def _without_held_out(
 
 
 @contextmanager
-def _blaming(cache_dir: Path) -> Iterator[None]:
-    """Report the system's refusal to use the cache as what it is to the user: a wrong or full `data.cache_dir`."""
+def _as_cache_dir_problem(cache_dir: Path) -> Iterator[None]:
+    """Turn the system's refusal to read or write the cache into an error about `data.cache_dir`."""
     try:
         yield
     except OSError as error:
-        named = isinstance(error.filename, str) and _on_one_path(Path(error.filename), cache_dir)
+        named = isinstance(error.filename, str) and _one_contains_other(Path(error.filename), cache_dir)
         if not named and error.errno not in _NO_ROOM:
             raise
         where = f" ({error.filename})" if named else ""
@@ -141,7 +141,8 @@ def _blaming(cache_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _on_one_path(first: Path, second: Path) -> bool:
+def _one_contains_other(first: Path, second: Path) -> bool:
+    """Return whether one path is the other or an ancestor of it."""
     return first.is_relative_to(second) or second.is_relative_to(first)
 
 
@@ -151,16 +152,16 @@ def _prepare_source(
     if not place.folder.exists():
         _build(place, source, tokenizer, data)
     prepared, meta, split = open_folder(place.folder, source, tokenizer, data, place.recipe)
-    return replace(prepared, lay=place.lay), meta, split
+    return replace(prepared, lost_path=place.lost_path), meta, split
 
 
 def _build(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -> None:
-    """Write everything to a hidden folder beside the one that is to be, then rename it."""
+    """Write all files into a hidden folder beside `place.folder`, then rename the hidden folder."""
     start, folder = time.monotonic(), place.folder
-    known = _same_text(place, source, tokenizer, data)
+    known = _find_same_text(place, source, tokenizer, data)
     if known is not None:
-        with in_the_making(folder, source.name) as partial:
-            _take(*known, partial, source, place.recipe)
+        with partial_folder(folder, source.name) as partial:
+            _copy_folder(*known, partial, source, place.recipe)
             _publish(partial, folder)
         return
     logger.info("preparing %s in %s", source.name, folder)
@@ -170,7 +171,7 @@ def _build(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -> No
             "when no run of an earlier version needs it",
             *(path, version),
         )
-    with in_the_making(folder, source.name) as partial:
+    with partial_folder(folder, source.name) as partial:
         meta = _write_tokens(partial, source, tokenizer, data, place.recipe)
         write_meta(partial, meta)
         _publish(partial, folder)
@@ -188,15 +189,15 @@ def _build(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -> No
     )
 
 
-def _same_text(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -> tuple[Path, Meta] | None:
-    """Find a folder that was made of the same text, of files that have been moved, copied or touched since.
+def _find_same_text(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -> tuple[Path, Meta] | None:
+    """Find a folder made of the same text from files that have since been moved, copied or touched.
 
-    Names, sizes and times may be those of other text in another place: all of it is read and compared.
+    Other text may have the same names, sizes and times, so the whole text is read and its digest compared.
     """
     known: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
-    for folder, own, digest in folders_alike(source, place):
+    for folder, recipe, digest in similar_folders(source, place):
         if digest:
-            known.setdefault(digest, []).append((folder, own))
+            known.setdefault(digest, []).append((folder, recipe))
         else:
             why = "an earlier version of dsmoe made it, without a checksum of its text to compare"
             logger.info("%s: %s may be of the same text, and is not used: %s", source.name, folder, why)
@@ -208,9 +209,9 @@ def _same_text(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -
     for document in text.passing(documents(source, place.folder.parent)):
         progress.add(len(document))
         progress.report()
-    for folder, own in known.get(text.hexdigest(), []):
+    for folder, recipe in known.get(text.hexdigest(), []):
         try:
-            prepared, meta, _ = open_folder(folder, source, tokenizer, data, own)
+            prepared, meta, _ = open_folder(folder, source, tokenizer, data, recipe)
             verify_files([(prepared, meta)], None)
         except (DamagedCacheError, OSError) as error:
             logger.warning("%s is of the text of %s, and is not used: %s", folder, source.name, error)
@@ -221,13 +222,13 @@ def _same_text(place: Place, source: Source, tokenizer: Tokenizer, data: Data) -
     return None
 
 
-def _take(folder: Path, meta: Meta, partial: Path, source: Source, recipe: dict[str, Any]) -> None:
-    """Fill `partial` with the files of a folder of the same text; where the file system can, they take no more room."""
+def _copy_folder(folder: Path, meta: Meta, partial: Path, source: Source, recipe: dict[str, Any]) -> None:
+    """Fill `partial` with the files of a folder of the same text: hard links where possible, else copies."""
     for name in meta.files():
         for file in (folder / name, sums_path(folder / name)):
             try:
                 os.link(file, partial / file.name)
-            except OSError:  # another user's may not be linked, either
+            except OSError:  # a file system without links, or another user's file
                 shutil.copyfile(file, partial / file.name)
     assert meta.origin is not None
     origin = origin_of(source, folder.parent, meta.origin.blake2b)
@@ -235,7 +236,7 @@ def _take(folder: Path, meta: Meta, partial: Path, source: Source, recipe: dict[
 
 
 def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]) -> Meta:
-    """Write the files of both parts; return what they are."""
+    """Write the files of both parts; return their metadata."""
     digest = TextDigest()
     texts: Iterable[str] = digest.passing(documents(source, cache_dir=partial.parent))
     first_texts = list(itertools.islice(texts, 2))
@@ -250,8 +251,9 @@ def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Dat
     packed = pack(source.name, texts, tokenizer, seed=data.seed, target=flat)
     if is_cut:
         validation_D = np.array([False, True])
-        whole = document_hash(first_texts[0], data.seed)  # what another source may have as one document of many
-        packed = replace(packed, hashes=np.full(2, whole, dtype=np.uint64))
+        # The hash of the uncut document: another source may have the same text as one document of many.
+        document = document_hash(first_texts[0], data.seed)
+        packed = replace(packed, hashes=np.full(2, document, dtype=np.uint64))
     else:
         validation_D = choose_validation(packed.hashes, packed.num_bytes, data.validation_fraction)
 
@@ -262,8 +264,8 @@ def _write_tokens(partial: Path, source: Source, tokenizer: Tokenizer, data: Dat
     }
     flat.unlink()
     origin = origin_of(source, partial.parent, digest.hexdigest())
-    what = {"dtype": dtype.str, "max_token": packed.max_token, "is_cut": is_cut, "recipe": recipe, "origin": origin}
-    return Meta.model_validate({**parts, **what})
+    shared = {"dtype": dtype.str, "max_token": packed.max_token, "is_cut": is_cut, "recipe": recipe, "origin": origin}
+    return Meta.model_validate({**parts, **shared})
 
 
 def _write_part(partial: Path, part: str, packed: Packed, chosen_D: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
@@ -281,7 +283,7 @@ def _write_part(partial: Path, part: str, packed: Packed, chosen_D: np.ndarray, 
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Make `partial` durable and rename it to `folder`, or leave it if another process was first."""
+    """Force `partial` onto the disk and rename it to `folder`, or leave it if another process was first."""
     for path in partial.iterdir():
         sync_file(path)
     sync_folder(partial)
@@ -297,7 +299,12 @@ def _publish(partial: Path, folder: Path) -> None:
 def open_folder(
     folder: Path, source: Source, tokenizer: Tokenizer, data: Data, recipe: dict[str, Any]
 ) -> tuple[PreparedSource, Meta, Split]:
-    """Open a folder: its description is whole, its files are there and of their sizes."""
+    """Open a cache folder after checking its `meta.json` and the sizes of its files; no tokens are read.
+
+    Raises:
+        DamagedCacheError: a file is missing or not what was written.
+        OSError: a file cannot be read.
+    """
     meta, dtype = read_meta(folder, recipe), token_dtype(tokenizer.vocab_size)
     if meta.dtype != dtype.str or meta.max_token >= tokenizer.vocab_size:
         raise DamagedCacheError(
@@ -322,17 +329,21 @@ def open_folder(
         validation_bytes=meta.validation.bytes,
         max_token=meta.max_token,
         tokenizer=tokenizer.identity.partition(" ")[0],
-        text=f"{meta.train.token_file.xxh128}/{meta.validation.token_file.xxh128}",
+        token_checksums=f"{meta.train.token_file.xxh128}/{meta.validation.token_file.xxh128}",
     )
     limit = hash_limit(data.validation_fraction)
     return prepared, meta, Split(listed["train"], listed["validation"], meta.is_cut, limit)
 
 
 def verify_files(sources: Sequence[tuple[PreparedSource, Meta]], budget: int | None) -> None:
-    """Read up to `budget` bytes of the sources' files, evenly spread, and all of their checksums.
+    """Verify up to `budget` bytes of the sources' files, evenly spread, and all of their checksums.
+
+    Args:
+        sources: each with the metadata of its folder.
+        budget: in bytes; None for all.
 
     Raises:
-        DamagedCacheError: something is not what was written.
+        DamagedCacheError: a file is not what was written.
     """
     pieces: list[tuple[FileReader | TokenFile, int, int]] = []
     states, total = [], 0
@@ -360,6 +371,6 @@ def verify_files(sources: Sequence[tuple[PreparedSource, Meta]], budget: int | N
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """What changes when a file or its checksums are written."""
+    """Return numbers of which one changes whenever the file or its checksums are rewritten."""
     status = [file.stat() for file in (path, sums_path(path))]
     return tuple(number for s in status for number in (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))

@@ -1,4 +1,4 @@
-"""Folders of the cache in the making: locked while they are written, removed when nobody writes them any more."""
+"""Partial folders of the cache: locked while a process writes them, removed when their writer is gone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-from dsmoe.config.locks import MISSING, HeldError, Lock, machine, take
+from dsmoe.runtime.file_locks import MISSING, HeldError, Lock, machine, take
 
 logger = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 86400.0
+"""Without a change for so long, a partial folder is removed even where locks do not show whether its writer lives."""
 
 
 @contextmanager
-def in_the_making(folder: Path, name: str) -> Iterator[Path]:
-    """Give a new hidden folder beside `folder`, of source `name`, which is removed at the end if it is still there."""
+def partial_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Give a new hidden folder beside `folder`, of source `name`; at the end, remove it unless it has been renamed."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -43,15 +44,16 @@ def in_the_making(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _lock_of(partial: Path) -> Path:
-    """The file beside a partial folder that is locked while a process writes there."""
+    """Return the lock file beside a partial folder, which is locked while a process writes the folder."""
     return partial.with_suffix(".lock")
 
 
 def _remove_orphans(cache_dir: Path, name: str, own: Lock) -> None:
-    """Remove the partial folders of source `name` that nobody writes any more.
+    """Remove the partial folders of source `name` whose writers are gone.
 
-    The lock of one who was killed is free. Where locks hold among the processes of one machine only, so would be that
-    of one who writes on another: there, a folder goes when nothing in it has changed for a day.
+    The lock of a killed process is free. On a file system whose locks hold within one machine only, the lock of a
+    living writer on another machine looks free as well: a folder of another machine is removed only when nothing in it
+    has changed for a day.
     """
     if not own.works:
         logger.warning(
@@ -59,23 +61,22 @@ def _remove_orphans(cache_dir: Path, name: str, own: Lock) -> None:
             ".*.partial, is not removed by itself; remove it when nothing prepares a corpus",
             cache_dir,
         )
-        _let_datasets_do_without()
+        _let_datasets_ignore_missing_locks()
         return
-    begins = rf"\.{re.escape(name)}-[0-9a-f]{{16}}\."
-    there = sorted(cache_dir.iterdir())
-    for path in there:
-        if re.fullmatch(rf"{begins}[0-9a-f]{{32}}\.lock", path.name) and path != own.path:
-            with suppress(HeldError, OSError):  # alive, or another user's
+    prefix = rf"\.{re.escape(name)}-[0-9a-f]{{16}}\."
+    for path in sorted(cache_dir.iterdir()):
+        if re.fullmatch(rf"{prefix}[0-9a-f]{{32}}\.lock", path.name) and path != own.path:
+            with suppress(HeldError, OSError):  # its writer lives, or is another user
                 _remove_if_abandoned(path)
-        # An earlier version made none of these locks.
-        is_old = re.fullmatch(rf"{begins}.+\.partial", path.name) and not _lock_of(path).exists()
+        # Earlier versions of dsmoe made no lock files.
+        is_old = re.fullmatch(rf"{prefix}.+\.partial", path.name) and not _lock_of(path).exists()
         if is_old and time.time() - _last_change(path) > ABANDONED_SECONDS:
             logger.info("removing %s, in which nothing has changed for a day", path)
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_if_abandoned(path: Path) -> None:
-    """Remove the lock at `path` and the folder that it stands for, if it is free."""
+    """Remove the lock file at `path` and its partial folder if the lock is free."""
     lock, partial = take(path), path.with_suffix(".partial")
     try:
         if (
@@ -90,10 +91,10 @@ def _remove_if_abandoned(path: Path) -> None:
         lock.release()
 
 
-def _let_datasets_do_without() -> None:
-    """Let `filelock`, through which `datasets` locks folders that are ours alone, pass over locks that are missing.
+def _let_datasets_ignore_missing_locks() -> None:
+    """Make `filelock`, with which `datasets` locks folders that only dsmoe uses, ignore missing support for locks.
 
-    It waits for ever where a file system answers EOPNOTSUPP or ENOLCK, and for its own file where it answers ENOSYS.
+    Else it waits for ever: for the lock where the file system answers EOPNOTSUPP or ENOLCK, for its own file at ENOSYS.
     """
     from filelock import _unix
 
@@ -108,7 +109,7 @@ def _let_datasets_do_without() -> None:
 
 
 def _last_change(folder: Path) -> float:
-    """When something in the folder was last written, in seconds since 1970."""
+    """Return the time of the latest change in the folder, in seconds since 1970."""
     times = [0.0]
     for path in (folder, *folder.rglob("*")):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Documents of a source as a stream of text, in an order that never changes."""
+"""Documents of a source as a stream of text, always in the same order."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.config.schema import Source
-from dsmoe.data.files import corpus_files, find_files, is_builtin
+from dsmoe.data.corpus_files import corpus_files, find_files, is_builtin
 from dsmoe.data.hub import hub_records
-from dsmoe.data.problems import BadFileError, BadRecord, shown, source_error, translated
 from dsmoe.data.readers import records
+from dsmoe.data.source_errors import BadFileError, BadRecord, shown, source_error, translated
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 def documents(source: Source, cache_dir: Path) -> Iterator[str]:
     """Yield every document of `source` that has text, in corpus order.
 
-    Line ends of text files become line feeds; documents that are empty or only white space are left out, and so are
-    records without usable text where `bad_records` is `skip`: they are counted in the log. Memory holds one text file,
-    one record of jsonl or one parquet row group at a time. What `datasets` downloads of a hub data set stays below
-    `cache_dir`.
+    Line ends of text files become line feeds. Documents that are empty or only white space are left out; so are records
+    without usable text if `bad_records` is `skip`, and the log says how many. Memory holds one text file, one record of
+    jsonl or one parquet row group at a time. `datasets` keeps its downloads below `cache_dir`.
 
     Raises:
-        UserError: the corpus is missing, unreadable, damaged, of another format, or has no text; it names the file.
-        OSError: the storage failed; it has the file's name.
+        UserError: the corpus is missing, unreadable, damaged, of another format, or has no text; the message names the
+            file.
+        OSError: the storage failed; with the file's name.
     """
     num_documents = num_skipped = 0
     first_skipped = ""
@@ -54,10 +54,10 @@ def documents(source: Source, cache_dir: Path) -> Iterator[str]:
 
 
 def corpus_state(source: Source) -> dict[str, Any]:
-    """Describe what decides the text of `source`, as JSON: equal states mean the same documents.
+    """Return everything that decides the text of `source`, as JSON: equal states mean the same documents.
 
-    A user's files count by path, size and modification time; builtins by name, size and version. A hub data set counts
-    by name and split only: a change on the hub is not noticed.
+    A user's files are identified by path, size and modification time; builtins by name, size and version; a hub data
+    set by name and split only, so a change on the hub is not noticed.
 
     Raises:
         UserError: as `corpus_files`.
@@ -80,9 +80,10 @@ def corpus_state(source: Source) -> dict[str, Any]:
 
 
 def names_and_sizes(source: Source) -> str:
-    """A digest of a user's files, by name below the folder that all of them are in: the same wherever that is.
+    """Return a digest of the names and sizes of a user's files, with names relative to their common folder.
 
-    Copies of the files have the same one, and so may other files: it shows whose text is worth comparing.
+    Copies of the files in another folder have the same digest. Different files may have it too: an equal digest only
+    shows that the texts are worth comparing.
 
     Raises:
         UserError: as `corpus_files`.
@@ -97,13 +98,13 @@ def names_and_sizes(source: Source) -> str:
 
 
 class TextDigest:
-    """A checksum of documents, exact and in order, that is made while they pass."""
+    """Running checksum of documents, exact and in order."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def passing(self, texts: Iterator[str]) -> Iterator[str]:
-        """Yield the documents on."""
+        """Yield the documents unchanged while adding each to the checksum."""
         for text in texts:
             data = text.encode("utf-8")
             self._hash.update(len(data).to_bytes(8, "little"))
@@ -111,17 +112,17 @@ class TextDigest:
             yield text
 
     def hexdigest(self) -> str:
-        """That of all which have passed."""
+        """Return the checksum of all documents so far, 32 hexadecimal digits."""
         return self._hash.hexdigest()
 
 
 def source_state(source: Source) -> dict[str, Any]:
-    """That part of `corpus_state` which the config says."""
-    # A default that is new would make every cache anew.
+    """Return the part of `corpus_state` that comes from the config."""
+    # A key that caches of earlier versions do not have is left out at its default, so that they stay valid.
     new = {"bad_records"} if source.bad_records == "refuse" else set()
     state = source.model_dump(exclude={"weight", *new})
     if source.path is not None and not is_builtin(source):
-        state["path"] = str(Path(source.path).absolute())  # however the config spells it, and from wherever
+        state["path"] = str(Path(source.path).absolute())  # the same for every spelling and working directory
     return state
 
 
@@ -144,7 +145,7 @@ def _all_records(source: Source, cache_dir: Path) -> Iterator[str | BadRecord]:
 
 
 def _read_lenient(file: Path) -> str:
-    """Read a builtin file as UTF-8, else as Latin-1: the two encodings such files come in."""
+    """Read a builtin file as UTF-8, else as Latin-1, the two encodings of such files."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:

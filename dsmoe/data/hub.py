@@ -1,4 +1,4 @@
-"""Documents of a data set on the Hugging Face hub, through `datasets`."""
+"""Documents of a Hugging Face hub data set, through `datasets`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from types import ModuleType
 
 from dsmoe.config.schema import Source
 from dsmoe.data.json_records import field_text
-from dsmoe.data.problems import BadRecord, source_error
+from dsmoe.data.source_errors import BadRecord, source_error
 
 
 def hub_records(source: Source, cache_dir: Path) -> Iterator[str | BadRecord]:
-    """Yield the text of every row of a hub data set, or what is wrong with the row.
+    """Yield the text of every row of a hub data set, or a BadRecord for a row without usable text.
 
-    What `datasets` downloads stays below `cache_dir`.
+    `datasets` keeps its downloads below `cache_dir`.
 
     Raises:
-        UserError: the data set cannot be opened, or ends in an error.
+        UserError: the data set cannot be opened, or reading a row fails.
     """
     datasets = _import_datasets(cache_dir)
     try:
         rows = datasets.load_dataset(
             source.hub, split=source.split, streaming=True, cache_dir=str(cache_dir / "huggingface" / "datasets")
         )
-    except Exception as error:  # the network's and every reader's; `datasets` has no base class for them
+    except Exception as error:  # of the network or any reader; `datasets` has no base class for them
         raise source_error(
             source,
             "hub",
@@ -56,14 +56,14 @@ def _on_one_line(error: Exception) -> str:
 
 
 def _import_datasets(cache_dir: Path) -> ModuleType:
-    """Import `datasets`, quiet, with its caches below `cache_dir` unless the environment says otherwise."""
+    """Import `datasets` without progress bars, with its caches below `cache_dir` unless the environment sets them."""
     folder = cache_dir.absolute() / "huggingface"
-    # Read once, when the module is imported. HF_HOME stays: the user's access token lives there.
+    # `datasets` reads these variables once, at its import. HF_HOME stays, because it has the user's access token.
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE"):
         os.environ.setdefault(name, str(folder / name.removeprefix("HF_").removesuffix("_CACHE").lower()))
     import datasets
 
     datasets.disable_progress_bars()
-    # Else every call asks a server to count it; behind a firewall that takes seconds.
+    # Else every call reports the download to a server, which takes seconds behind a firewall.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets

@@ -1,4 +1,4 @@
-"""Micro-batches for one data rank: the same ones over all ranks, however many ranks there are.
+"""Loaders of micro-batches for one data rank: over all ranks the same micro-batches, however many ranks there are.
 
 Shape suffixes: B sequences per micro-batch, S train.sequence_length.
 """
@@ -11,22 +11,24 @@ import numpy as np
 import torch
 
 from dsmoe.config.schema import Config
-from dsmoe.data.order import Mixture
-from dsmoe.data.prepared import PreparedSource
-from dsmoe.data.sequences import Sequences
-from dsmoe.data.stored import TokenFile
+from dsmoe.data.checksummed_files import TokenFile
+from dsmoe.data.prepared_source import PreparedSource, Sequences
+from dsmoe.data.sampling_order import Mixture
 from dsmoe.plan.batch import eval_sequences
 
 
 class TrainLoader:
     """The training micro-batches of one data rank.
 
-    Its sequences are those of each source's `train.bin` (`dsmoe.data.sequences`), but for text that another source
-    holds out: every token but the first is a target exactly once per epoch. A step's global batch is cut into
-    micro-batches, which are dealt to the ranks in turn: which ones exist does not depend on the number of ranks. There
-    is no state: resuming is asking for another step.
+    Trains on all sequences of each source's `train.bin` (`Sequences`) except text that another source holds out: every
+    token but the first is a target exactly once per epoch. Each step's global batch is cut into micro-batches, which
+    are dealt to the ranks in turn, so the micro-batches do not depend on the number of ranks. Stateless: to resume, ask
+    for a later step. With 4 sequences a step and micro-batches of 1:
 
-    Reads are synchronous: a micro-batch is a few times 64 KiB of a file, and all that is read is checked.
+        step 0: samples 0 1 2 3     1 rank: [0] [1] [2] [3]     2 ranks: rank 0 [0] [2], rank 1 [1] [3]
+        step 1: samples 4 5 6 7     1 rank: [4] [5] [6] [7]     2 ranks: rank 0 [4] [6], rank 1 [5] [7]
+
+    Reads are synchronous: a micro-batch is a few times 64 KiB of a file, each verified when it is read.
 
     Args:
         sources: from `prepare`.
@@ -60,18 +62,18 @@ class TrainLoader:
             yield _read([self._tokens[source] for source in sources[rows]], places, self._sequence_length)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """Tell how often each source has been read through before the 0-based `step`."""
+        """Return how many times each source has been read through before the 0-based `step`."""
         counts = self._mixture.counts(step * self._batch_sequences)
         return {name: float(counts[i] / len(self._sequences[i])) for i, name in enumerate(self._names)}
 
 
 def train_sequences(source: PreparedSource, config: Config) -> Sequences:
-    """The sequences of a source that are trained on."""
+    """Return the sequences of a source that are trained on."""
     return Sequences(source.train_tokens, config.train.sequence_length, source.left_out)
 
 
 def mixture(sources: Sequence[PreparedSource], config: Config) -> Mixture:
-    """The order in which the sequences of all sources are trained on."""
+    """Return the order in which the sequences of all sources are trained on."""
     return Mixture(
         [len(train_sequences(source, config)) for source in sources],
         [source.weight for source in sources],
@@ -81,11 +83,14 @@ def mixture(sources: Sequence[PreparedSource], config: Config) -> Mixture:
 
 
 class ValidationLoader:
-    """One data rank's share of an evaluation of one source.
+    """The validation micro-batches of one data rank, for one source.
 
     Evaluates min(all, `eval_sequences(config)`) sequences of `validation.bin`, evenly spaced, whatever the number of
     ranks and the micro-batch. Every rank yields equally many micro-batches, because the model's collectives need all
-    ranks; rows that only fill up have weight 0.
+    ranks; rows that only fill up have weight 0. 5 sequences on 2 ranks with micro-batches of 2:
+
+        rank 0    [0 1] [4 4]    weights [1 1] [1 0]
+        rank 1    [2 3] [4 4]    weights [1 1] [0 0]
 
     Args:
         source: from `prepare`.
@@ -107,19 +112,19 @@ class ValidationLoader:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of the evaluation, of all ranks together."""
+        """The number of sequences of the evaluation over all ranks."""
         return len(self._sequences)
 
     def __len__(self) -> int:
-        """Count the micro-batches, the same number on every rank."""
+        """Return the number of micro-batches, the same on every rank."""
         return -(-len(self._sequences) // (self._micro_batch_size * self._degree))
 
     def sequences(self) -> np.ndarray:
-        """All sequences of the evaluation, of every rank, `[N, S + 1]` int64."""
+        """Return the sequences of the evaluation of all ranks, `[N, S + 1]` int64."""
         return _read([self._tokens] * len(self._sequences), self._sequences, self._sequence_length).numpy()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield tokens `[B, S + 1]` int64 and weights `[B]` float32: 1 for a sequence that counts, 0 for filling."""
+        """Yield tokens `[B, S + 1]` int64 and weights `[B]` float32: 1 for a sequence that counts, 0 for a filler."""
         for turn in range(len(self)):
             first = (turn * self._degree + self._rank) * self._micro_batch_size
             rows = np.arange(first, first + self._micro_batch_size)
@@ -129,7 +134,7 @@ class ValidationLoader:
 
 
 def _read(tokens: Sequence[TokenFile], places: Sequence[int] | np.ndarray, sequence_length: int) -> torch.Tensor:
-    """Row i is sequence `places[i]` of the token file `tokens[i]`, `[B, S + 1]` int64."""
+    """Read one sequence per row, the one at `places[i]` of the token file `tokens[i]`, `[B, S + 1]` int64."""
     batch = np.empty((len(tokens), sequence_length + 1), dtype=np.int64)
     for row, (file, place) in enumerate(zip(tokens, map(int, places), strict=True)):
         batch[row] = file.read(place * sequence_length, (place + 1) * sequence_length + 1)

@@ -1,4 +1,4 @@
-"""Documents to one flat file of tokens, and slices of it to others, in bounded memory."""
+"""Packing of documents into one flat file of tokens, and copying of chosen documents out of it, in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from dsmoe.config.errors import UserError
-from dsmoe.data.coverage import Coverage
-from dsmoe.data.problems import shown
-from dsmoe.data.stored import FileWriter, StoredFile
+from dsmoe.data.checksummed_files import FileWriter, StoredFile
+from dsmoe.data.source_errors import shown
 from dsmoe.data.tokenizer import Tokenizer, token_dtype
+from dsmoe.data.tokenizer_coverage import Coverage
 
 logger = logging.getLogger(__name__)
 
@@ -25,49 +25,57 @@ BATCH_DOCUMENTS = 4096
 COPY_BYTES = 1 << 24
 PROGRESS_SECONDS = 5.0
 _EXCERPT = 60
-"""Characters of a document in a message."""
+"""Characters of a document that a message quotes."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What is in a flat token file, per document."""
+    """The contents of a flat token file, per document."""
 
     num_tokens: np.ndarray
-    """`[documents]` int64: tokens, the end-of-document token included."""
+    """`[documents]` int64: tokens, including the end-of-document token."""
     num_bytes: np.ndarray
     """`[documents]` int64: UTF-8 bytes of the text."""
     hashes: np.ndarray
-    """`[documents]` uint64: hash of the text under the seed; equal for texts that differ in what `plain_text` drops."""
+    """`[documents]` uint64: `document_hash` of the text."""
     max_token: int
-    """The largest token."""
+    """The largest token of all documents."""
 
 
-def plain_text(text: str) -> str:
-    """What makes two documents the same one: the text without white space at its ends, lines ended by line feeds."""
+def canonical_text(text: str) -> str:
+    """Return the text without white space at its ends, with line feeds as line ends: equal for equal documents."""
     return text.strip().replace("\r\n", "\n").replace("\r", "\n")
 
 
 def document_hash(text: str, seed: int) -> int:
-    """64 bits that follow from the document and the seed alone: the same in every source."""
+    """Return a 64-bit hash of the `canonical_text` under the seed: the same in every source."""
     key = hashlib.sha256(f"document/{seed}".encode()).digest()
-    return int.from_bytes(hashlib.blake2b(plain_text(text).encode("utf-8"), digest_size=8, key=key).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(canonical_text(text).encode("utf-8"), digest_size=8, key=key).digest(), "little"
+    )
 
 
 def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, target: Path) -> Packed:
     """Write the tokens of `texts`, each followed by the end-of-document token, to `target`.
 
+    The documents "ab", "" and "c" as bytes, with 256 as the end of a document:
+
+        target        97 98 256 | 256 | 99 256
+        num_tokens    3           1     2
+        num_bytes     2           0     1
+
     Memory holds one batch of about a million characters (or the largest document), and 24 bytes per document.
 
     Args:
-        name: of the source, for the progress log.
+        name: name of the source, for the progress log.
         texts: the documents.
         tokenizer: decides the tokens and their type, `token_dtype(vocab_size)`.
-        seed: makes the documents' hashes different from those under another seed.
+        seed: seed of the documents' hashes.
         target: the file to write.
 
     Raises:
-        UserError: the tokenizer gives a token beyond its own vocabulary, makes the end of a document of text, or loses
-            much of the text (`Coverage`).
+        UserError: the tokenizer gives a token beyond its own vocabulary, gives the end-of-document token for text, or
+            loses too much of the text (`Coverage`).
     """
     token_counts, byte_counts, hashes = array("q"), array("q"), array("Q")
     separator = [] if tokenizer.end_of_document is None else [tokenizer.end_of_document]
@@ -79,7 +87,7 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, targe
             for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 num_bytes = len(text.encode("utf-8"))
                 if tokenizer.end_of_document is not None and (tokens == tokenizer.end_of_document).any():
-                    raise _ends_within(name, len(hashes) + 1, text, tokenizer)
+                    raise _end_within_document(name, len(hashes) + 1, text, tokenizer)
                 hashes.append(document_hash(text, seed))
                 byte_counts.append(num_bytes)
                 token_counts.append(len(tokens) + len(end_of_document))
@@ -87,7 +95,7 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, targe
                 file.write(end_of_document.tobytes())
                 max_token = max(max_token, int(tokens.max(initial=0)))
                 progress.add(num_bytes, token_counts[-1])
-            coverage.look(batch, hashes[-len(batch) :])
+            coverage.count(batch, hashes[-len(batch) :])
             progress.report()
     coverage.finish()
     if max_token >= tokenizer.vocab_size:
@@ -98,8 +106,8 @@ def pack(name: str, texts: Iterable[str], tokenizer: Tokenizer, seed: int, targe
     return Packed(np.array(token_counts), np.array(byte_counts), np.array(hashes, dtype=np.uint64), max_token)
 
 
-def _ends_within(name: str, number: int, text: str, tokenizer: Tokenizer) -> UserError:
-    """What is said of a document that has the end of a document in it: it would be two."""
+def _end_within_document(name: str, number: int, text: str, tokenizer: Tokenizer) -> UserError:
+    """Return the error for a document whose tokens contain the end-of-document token."""
     excerpt = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}..."
     return UserError(
         f"data.end_of_document: the tokenizer makes {tokenizer.end_text!r}, the token after every document, of text in "
@@ -113,13 +121,13 @@ def copy_documents(flat: Path, tokens_D: np.ndarray, chosen_D: np.ndarray, items
 
     Args:
         flat: a file written by `pack`.
-        tokens_D: `[documents]` tokens of each document in `flat`.
+        tokens_D: `[documents]` int64: number of tokens of each document in `flat`.
         chosen_D: `[documents]` bool.
         itemsize: bytes per token.
         target: the file to write.
     """
     offsets = np.concatenate([[0], np.cumsum(tokens_D)]) * itemsize
-    # Runs of neighbouring chosen documents are copied together.
+    # Adjacent chosen documents are copied together: chosen 0 1 1 0 1 has the runs (1, 3) and (4, 5).
     runs = np.flatnonzero(np.diff(chosen_D.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
     writer = FileWriter(target)
     with flat.open("rb") as source:
@@ -144,7 +152,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class Progress:
-    """A log line every few seconds, so that hours of tokenising do not look like a hang."""
+    """Log of the progress every `PROGRESS_SECONDS`, so that hours of tokenising do not look like a hang."""
 
     def __init__(self, name: str):
         self._name = name
@@ -158,7 +166,7 @@ class Progress:
         self._tokens += num_tokens
 
     def report(self) -> None:
-        """Log a line, if it is time."""
+        """Log a line if the last one is `PROGRESS_SECONDS` old."""
         now = time.monotonic()
         if now - self._reported < PROGRESS_SECONDS:
             return

@@ -1,4 +1,4 @@
-"""The documents in one file: text, jsonl or parquet."""
+"""Readers of the documents in one file: text, jsonl or parquet."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.config.schema import Source
+from dsmoe.data.decompression import SUFFIXES, contents
 from dsmoe.data.json_records import json_records, missing_field, not_utf8, null_character
-from dsmoe.data.problems import BadFileError, BadRecord, shown
-from dsmoe.data.streams import SUFFIXES, contents
+from dsmoe.data.source_errors import BadFileError, BadRecord, shown
 
 _ROWS = 1000
-"""Rows of a parquet file that become Python strings at a time."""
+"""Rows of a parquet file that are turned into Python strings at a time."""
 
 
 def records(source: Source, file: Path) -> Iterator[str | BadRecord]:
-    """Yield the text of every record of `file`, or what is wrong with the record; empty texts too.
+    """Yield the text of every record of `file`, empty texts too, or a BadRecord for a record without usable text.
 
     Memory holds one text file, or one record of jsonl, or one row group of the parquet column.
 
     Raises:
-        As `problems.translated` expects.
+        The errors that `source_errors.translated` takes.
     """
     return {"text": _text, "jsonl": _jsonl, "parquet": _parquet}[source.format](file, source.text_field)
 
 
 def first_record(source: Source, file: Path) -> str | BadRecord | None:
-    """Read as little as shows that `file` can be opened and begins with what the source says; None without records.
+    """Return the first record of `file` after reading as little as possible; None without records.
+
+    Of a text file, only the beginning is read, and the result is a BadRecord or None.
 
     Raises:
-        As `problems.translated` expects.
+        The errors that `source_errors.translated` takes.
     """
     if source.format != "text":
         return next(records(source, file), None)
@@ -40,7 +42,7 @@ def first_record(source: Source, file: Path) -> str | BadRecord | None:
 
 
 def data_suffix(file: Path) -> str:
-    """The end of a name that tells the format, in small letters, without that of a compression."""
+    """Return the suffix that shows the format, in small letters, without the suffix of a compression."""
     compressed = file.suffix.lower() in SUFFIXES
     return Path(file.stem if compressed else file.name).suffix.lower()
 
@@ -74,7 +76,7 @@ def _parquet(file: Path, field: str) -> Iterator[str | BadRecord]:
         groups = sum(parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups))
         if expected != groups:
             raise BadFileError("format", f"{name} is damaged: {expected} rows, but {groups} in its row groups")
-        if not expected:  # a part that a job without rows has written, often with other types
+        if not expected:  # a job without rows writes such a part, often with other types
             return
         _check_column(parquet.schema_arrow, field, name)
         row = 0
@@ -91,7 +93,7 @@ def _parquet(file: Path, field: str) -> Iterator[str | BadRecord]:
 
 
 def _check_column(schema: Any, field: str, name: str) -> None:
-    """Stop at a file without one column of strings (or of nothing but nulls) of that name."""
+    """Check that a file has exactly one column of that name, of strings or of nulls only."""
     import pyarrow
 
     columns = schema.get_all_field_indices(field)
@@ -104,16 +106,16 @@ def _check_column(schema: Any, field: str, name: str) -> None:
         kind = kind.storage_type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
-    of_strings = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-    if not any(fits(kind) for fits in (*of_strings, pyarrow.types.is_null)):
+    string_types = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    if not any(fits(kind) for fits in (*string_types, pyarrow.types.is_null)):
         raise BadFileError("text_field", f"{name}: field {field!r} is {kind}, not a string")
 
 
 def _strings(array: Any) -> list[str | bytes | None]:
-    """Turn an Arrow array of strings into Python's; what is not UTF-8, which no reader checks, stays bytes."""
+    """Turn an Arrow array of strings into Python's; a value that is not UTF-8, which no reader checks, stays bytes."""
     import pyarrow
 
-    array = getattr(array, "storage", array)  # an extension type's
+    array = getattr(array, "storage", array)  # the storage of an extension type
     if pyarrow.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     try:

@@ -1,4 +1,4 @@
-"""Text to token numbers: plain bytes, or a `tokenizers` JSON file."""
+"""Tokenizers: plain bytes, or a JSON file of the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsmoe.config.end_of_document import candidates, end_token, no_end_token, ordinary_token
 from dsmoe.config.errors import UserError
-from dsmoe.config.paths import unset_in
+from dsmoe.config.paths import unset_variables_note
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import MOST_TOKENS
-from dsmoe.data.literals import literals_as_text
+from dsmoe.data.special_tokens import candidates, end_token, literals_as_text, no_end_token, ordinary_token
 
 _NO_SPACES = str.maketrans("", "", "▁Ġ")
-"""Takes away what pre-tokenizers write for a space."""
+"""Translation that removes the characters which pre-tokenizers write for a space."""
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline needs of a tokenizer."""
+    """The interface of a tokenizer to the data pipeline."""
 
     vocab_size: int
     """One more than the largest token number."""
     end_of_document: int | None
-    """The token after every document, or None when the vocabulary has none."""
+    """The token after every document; None if the vocabulary has none."""
     end_text: str
-    """The same as text, for a message; empty where it has none."""
+    """The text of `end_of_document`, for messages; empty if it has none."""
     candidates: str
-    """For a message: the tokens that may be meant by another end of a document."""
+    """End of a message: special tokens that `data.end_of_document` could name."""
     identity: str
-    """Equal for tokenizers that encode alike; part of the cache's fingerprint."""
+    """Text that is equal for tokenizers that encode alike; part of the cache's fingerprint."""
 
     def encode(self, text: str) -> np.ndarray:
         """Turn `text` into tokens, `[tokens]` of `token_dtype(vocab_size)`, without special tokens."""
@@ -46,12 +45,12 @@ class Tokenizer(Protocol):
         ...
 
     def lost_characters(self, texts: Sequence[str]) -> list[str]:
-        """Of every text, the characters that no token stands for, or the unknown token only; white space aside."""
+        """Return, per text, the characters other than white space that have no token, or only the unknown token."""
         ...
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Choose the smallest little-endian unsigned type that holds every token number: uint16 or uint32."""
+    """Return the smallest little-endian unsigned type that holds every token number: uint16 or uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -80,26 +79,26 @@ def load_tokenizer(config: Config) -> Tokenizer:
 
 
 def tokenizer_digest(config: Config) -> str:
-    """Of the contents of `data.tokenizer`, wherever it is: `bytes`, or `sha256:...`; empty where no file is there."""
+    """Return the digest of the contents of `data.tokenizer`: `bytes`, or `sha256:...`; empty if there is no file."""
     if config.data.tokenizer == ByteTokenizer.identity:
         return ByteTokenizer.identity
     path = Path(config.data.tokenizer)
     try:
-        return content_digest(path.read_bytes()) if path.is_file() else ""  # a pipe would wait for ever
+        return content_digest(path.read_bytes()) if path.is_file() else ""  # reading a pipe would wait for ever
     except OSError:
         return ""
 
 
 def content_digest(content: bytes) -> str:
-    """That of a tokenizer's file."""
+    """Return the digest of the contents of a tokenizer's file."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def require_end_of_document(tokenizer: Tokenizer, config: Config) -> None:
-    """Check that documents will be separated in what is trained on.
+    """Check that the tokenizer has an end-of-document token to separate documents.
 
     Raises:
-        UserError: the vocabulary has no token of the usual names, and `data.end_of_document` does not say which.
+        UserError: the vocabulary has none of the usual tokens, and `data.end_of_document` is null.
     """
     if tokenizer.end_of_document is None:
         raise UserError(no_end_token(config.data.tokenizer, tokenizer.candidates))
@@ -123,7 +122,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def lost_characters(self, texts: Sequence[str]) -> list[str]:
-        """None of any text."""
+        """Return no characters for any text."""
         return [""] * len(texts)
 
 
@@ -131,15 +130,15 @@ class FileTokenizer:
     """A tokenizer saved by the `tokenizers` library, as in a Hugging Face model's `tokenizer.json`.
 
     Text that spells a special token (`<|endoftext|>` inside a document) is encoded as ordinary text, also where the
-    model itself would make the token of it (`dsmoe.data.literals`).
+    model itself would make the token of it (`dsmoe.data.special_tokens`).
 
     Args:
-        path: of the file.
-        content: what was read from it.
-        end: the token after every document, as text; None takes one of the usual names, if there is one.
+        path: path of the file.
+        content: contents of the file.
+        end: the token after every document, as text; None takes the first of the usual ones in the vocabulary.
 
     Raises:
-        UserError: `content` is not a tokenizer, or has no such token, or one that it makes of text.
+        UserError: `content` is not a tokenizer, has no token `end`, or encodes ordinary text as the end token.
     """
 
     def __init__(self, path: Path, content: bytes, end: str | None = None):
@@ -157,20 +156,20 @@ class FileTokenizer:
             self.identity += f" {end}"
         saved = json.loads(content)
         changed = literals_as_text(saved, self.end_text or None)
-        if changed != saved:  # the tokens of an earlier version are other ones
+        if changed != saved:  # earlier versions of dsmoe gave other tokens
             self._tokenizer = _parse(path, json.dumps(changed).encode("utf-8"))
             self.identity += "  literals are text"
         model = changed["model"]
         self._unknown = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token"))
         self._drops: dict[str, bool] | None = {} if "merges" in model else None
-        """By character, whether a BPE without its token passes over it; other models know no such thing."""
+        """True if a BPE model drops a character for want of a token, by character; None for models that drop none."""
         affixes = (model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"))
         self._affixes = tuple(affix for affix in affixes if affix)
         if self.end_of_document is not None and self._is_ordinary(self.end_text, self.end_of_document):
             raise ordinary_token(self.end_text, f"data.tokenizer {path}", self.candidates)
 
     def _is_ordinary(self, token: str, number: int) -> bool:
-        """Whether a token is made of its own name, or of the text that it stands for (`Ġthe`: " the")."""
+        """Return whether text is encoded as the token: its own name, or the text of the token (`Ġthe`: " the")."""
         spelled = self._tokenizer.decode([number], skip_special_tokens=False)
         return any(number in tokens for tokens in self.encode_batch([token, spelled, f" {spelled}"]))
 
@@ -185,7 +184,7 @@ class FileTokenizer:
         return [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
 
     def lost_characters(self, texts: Sequence[str]) -> list[str]:
-        """Of every text, the characters that no token stands for, or the unknown token only; white space aside."""
+        """Return, per text, the characters other than white space that have no token, or only the unknown token."""
         with _translated(f"data.tokenizer: {self._path} cannot encode the text"):
             if self._drops is not None:
                 return ["".join(filter(self._is_dropped, "".join(text.split()))) for text in texts]
@@ -193,7 +192,7 @@ class FileTokenizer:
         return [self._without_tokens(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def _is_dropped(self, character: str) -> bool:
-        """Whether a BPE, which begins with single characters or bytes, has no token for one, or for a byte of it."""
+        """Return whether a BPE, which merges characters or bytes, has no token for the character or a byte of it."""
         assert self._drops is not None
         if character not in self._drops:
             tokenizer = self._tokenizer
@@ -206,7 +205,7 @@ class FileTokenizer:
                 for number, token in zip(encoding.ids, encoding.tokens, strict=True)
                 if number != self._unknown
             )
-            # The space that a pre-tokenizer puts before a text may have no token, and is no character of the text.
+            # The space that a pre-tokenizer adds before a text is no character of the text, and may have no token.
             spelled = "".join(pieces)
             self._drops[character] = len(known.translate(_NO_SPACES)) < len(spelled.translate(_NO_SPACES))
         return self._drops[character]
@@ -227,12 +226,12 @@ class FileTokenizer:
 
 def _file_tokenizer(name: str, end: str | None) -> FileTokenizer:
     path = Path(name).absolute()
-    return _parsed_once(path, _read(path, unset_in(name)), end)
+    return _parsed_once(path, _read(path, unset_variables_note(name)), end)
 
 
 @functools.lru_cache(maxsize=1)
 def _parsed_once(path: Path, content: bytes, end: str | None) -> FileTokenizer:
-    """Every call of `prepare` asks for the same tokenizer, and a large one takes seconds to parse."""
+    """Parse a tokenizer and keep it: every `prepare` needs the same one, and a large one takes seconds to parse."""
     return FileTokenizer(path, content, end)
 
 
@@ -249,11 +248,13 @@ def _read(path: Path, unset: str) -> bytes:
 
 @contextmanager
 def _translated(problem: str) -> Iterator[None]:
-    """Turn every error of the `tokenizers` library, which has no narrower type, into one that says `problem`."""
+    """Turn every error of the `tokenizers` library, which has no class of its own, into one that says `problem`."""
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of no base class
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # a Rust panic, which is no Exception
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{problem} ({reason}); give `bytes` or the path of a tokenizer.json") from error
@@ -269,5 +270,5 @@ def _parse(path: Path, content: bytes) -> Any:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     if getattr(tokenizer.model, "dropout", None):
-        tokenizer.model.dropout = None  # a corpus is tokenised once, and the same way again
+        tokenizer.model.dropout = None  # a corpus has to be tokenised the same way every time
     return tokenizer

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmoe.config.end_of_document import END_OF_DOCUMENT_NAMES, end_token
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.data.literals import literals_as_text
+from dsmoe.data.special_tokens import END_OF_DOCUMENT_NAMES, end_token, literals_as_text
 from dsmoe.data.tokenizer import ByteTokenizer, content_digest
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsmoe.config.checks import cross_field_problems
-from dsmoe.config.effects import keys_of
+from dsmoe.config.cross_field_checks import cross_field_problems
+from dsmoe.config.dump import flatten, with_nulls_resolved
+from dsmoe.config.effects import keys_at_level
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten, spelled_out
 from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.architectures.parts import Settings
 from dsmoe.plan.layers import dense_layers
@@ -60,12 +60,12 @@ def _unloadable(sections: Mapping[str, Any]) -> Iterator[str]:
 
 def describe(config: Config) -> dict[str, Any]:
     """Describe what a model computes from its weights, by dsmoe's keys; equal where configs differ in spelling only."""
-    settings, dense = spelled_out(flatten(config.model_dump())), dense_layers(config)
-    found = {key: settings[key] for key in keys_of("tensor", "model.") if key not in _KINDS_OF_LAYERS}
+    settings, dense = with_nulls_resolved(flatten(config.model_dump())), dense_layers(config)
+    found = {key: settings[key] for key in keys_at_level("tensor", "model.") if key not in _KINDS_OF_LAYERS}
     found["dense layers"] = ", ".join(map(str, dense)) or "none"
     if dense:
         found["model.ffn_size"] = settings["model.ffn_size"]
     if config.moe is not None and len(dense) < config.model.num_layers:
         unused = _GROUPS if config.moe.router.num_groups == 1 else ()
-        found |= {key: settings[key] for key in keys_of("tensor", "moe.") if key not in unused}
+        found |= {key: settings[key] for key in keys_at_level("tensor", "moe.") if key not in unused}
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsmoe.config.errors import UserError
 from dsmoe.config.load import included_files
-from dsmoe.config.paths import is_of_host
+from dsmoe.config.paths import depends_on_host
 from dsmoe.config.schema import Config
 from dsmoe.exit_codes import STOPPED
 from dsmoe.launch.job import Job, Request
@@ -177,7 +177,7 @@ def _outside(request: Request) -> list[str]:
         f"include ({text}) is {file} here, and may be another file for the user and the environment of a container; "
         "write that path into the file that includes it"
         for text, file in included
-        if is_of_host(text)
+        if depends_on_host(text)
     ]
     problems += [
         f"{key} ({path}) is outside of this folder, which is what containers see; run `dsmoe launch` in a folder above "

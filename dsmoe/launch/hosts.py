@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.partial_config import InvalidKeyError
 from dsmoe.config.schema import Config
 from dsmoe.config.yaml_text import show_value
 from dsmoe.launch.job import Job, Request
@@ -123,7 +123,7 @@ def host_problems(config: Config) -> list[Problem]:
         hostfile = config.cluster.hostfile
         if hostfile is None or os.access(hostfile, os.R_OK):
             hosts_of(config)
-    except UnsoundError:
+    except InvalidKeyError:
         pass  # the section itself is wrong
     except UserError as error:
         key = "cluster.hosts" if hostfile is None else "cluster.hostfile"

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsmoe.config.dump import flatten
 from dsmoe.config.errors import UserError, describe, system_error
 from dsmoe.config.load import included_files, read_as_written
-from dsmoe.config.paths import is_of_host, paths_as_written, variables_of
+from dsmoe.config.paths import depends_on_host, paths_as_written, variables_in
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
 from dsmoe.launch.quoting import path_argument, shell_command, shell_word, ssh_path, ssh_word
 from dsmoe.plan.plan import Plan
 from dsmoe.runtime.atomic_files import write_whole
@@ -64,12 +64,12 @@ class Request:
     def paths_of_host(self) -> dict[str, str]:
         """The config's paths, by key, whose text has `~` or a variable: what they are on this host."""
         resolved = flatten(self.config.model_dump())
-        return {key: resolved[key] for key, text in self._written_paths().items() if is_of_host(text)}
+        return {key: resolved[key] for key, text in self._written_paths().items() if depends_on_host(text)}
 
     def variables(self) -> list[str]:
         """The names of the environment's variables that the config's paths and its includes have."""
         texts = [*self._written_paths().values(), *(text for text, _ in included_files(Path(self.path)))]
-        return sorted({name for text in texts for name in variables_of(text)})
+        return sorted({name for text in texts for name in variables_in(text)})
 
     def _written_paths(self) -> dict[str, str]:
         return paths_as_written(read_as_written(self.path, self.overrides)[0])

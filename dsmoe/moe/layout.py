@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from dsmoe.config.errors import UserError, refuse
-from dsmoe.config.nearest import divisors_of, nearest_of
 from dsmoe.config.schema import Experts
 from dsmoe.config.sections.moe import dense_path_slice_problems
+from dsmoe.config.suggestions import divisors_of, nearest_of
 from dsmoe.parallel.groups import TensorGroup
 
 

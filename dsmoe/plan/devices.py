@@ -12,7 +12,7 @@ import difflib
 from dataclasses import dataclass
 
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.partial_config import InvalidKeyError
 from dsmoe.config.schema import Config, Device
 
 
@@ -101,7 +101,7 @@ def device_problems(config: Config) -> list[Problem]:
     """The problem that `resolve_device` finds, for `load_config`."""
     try:
         resolve_device(config.cluster.device)
-    except UnsoundError:
+    except InvalidKeyError:
         return []
     except UserError as error:
         return [("cluster.device", str(error))]

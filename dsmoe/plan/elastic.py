@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
+from dsmoe.config.dump import flatten
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.nearest import divisors_of, either, neighbours
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.parallel import world_size
-from dsmoe.config.show import flatten
+from dsmoe.config.suggestions import divisors_of, join_or, neighbours
 
 MOST_NODES = 4096
 """Most nodes among which the nearest valid number is sought."""
@@ -40,7 +40,7 @@ def fit_to_world(config: Config, nodes: int, devices_per_node: int) -> Config:
     if fitted is not None:
         return fitted
     valid = [n for n in range(1, min(2 * nodes, MOST_NODES) + 1) if _first_valid(config, n, devices_per_node, known)]
-    nearest = f"; nearest that can: {either(neighbours(nodes, valid))} nodes" if valid else ""
+    nearest = f"; nearest that can: {join_or(neighbours(nodes, valid))} nodes" if valid else ""
     problems = [
         problem for problem in cross_field_problems(_on(config, nodes, devices_per_node)) if problem not in known
     ]

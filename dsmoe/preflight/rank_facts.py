@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from dsmoe.config.dump import dump_config
 from dsmoe.config.schema import Config
-from dsmoe.config.show import dump_config
 from dsmoe.train.environment import worth_recording
 
 _STEERING = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_DEVICE_", "OMP_NUM_THREADS", "UCX_", "FI_")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsmoe.config.errors import HostError, UserError, exit_code_of
-from dsmoe.config.load import Look, load_config
+from dsmoe.config.load import ConfigCheck, load_config
 from dsmoe.config.schema import Config
 from dsmoe.exit_codes import DONE, INTERRUPTED
 from dsmoe.plan.devices import device_problems
@@ -188,7 +188,7 @@ def end_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def load_on_host(path: str, overrides: Sequence[str], *looks: Look) -> Config:
+def load_on_host(path: str, overrides: Sequence[str], *looks: ConfigCheck) -> Config:
     """The config that a launcher has named to every host.
 
     Raises:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from dsmoe.config.errors import Problem, UserError
-from dsmoe.config.partial import UnsoundError
+from dsmoe.config.partial_config import InvalidKeyError
 from dsmoe.config.schema import Config
 from dsmoe.plan.elastic import fit_to_world, has_layout, is_sound, settings_for
 from dsmoe.plan.plan import Plan
@@ -69,7 +69,7 @@ class World:
             f"{self.launcher} started {_ranks(*started)}, but cluster.nodes x cluster.devices_per_node is "
             f"{_ranks(nodes, devices)}; start those with {self._start(nodes, devices)}"
         )
-        with suppress(UnsoundError):
+        with suppress(InvalidKeyError):
             settings, others = settings_for(config, *started)
             if others:
                 takes = f"it takes {' '.join(settings)}, and this has to change as well: {'; '.join(others)}"
@@ -127,7 +127,7 @@ def world_problems(config: Config) -> list[Problem]:
     """
     try:
         for_this_world(config)
-    except UnsoundError:
+    except InvalidKeyError:
         return []
     except LauncherError:
         raise

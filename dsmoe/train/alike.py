@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dsmoe.config.dump import flatten
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
 

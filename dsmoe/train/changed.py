@@ -12,14 +12,14 @@ from pydantic import AfterValidator, Field
 
 from dsmoe.checkpoint.compatibility import Row, rows
 from dsmoe.checkpoint.manifest import DamagedError, Facts
+from dsmoe.config.dump import flatten
 from dsmoe.config.errors import UserError
 from dsmoe.config.schedules import learning_rate
 from dsmoe.config.schema import Config, Optimizer
 from dsmoe.config.sections.base import NonNegativeInt, PositiveInt
-from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.data.loader import train_sequences
-from dsmoe.data.order import ORDER_VERSION, Mixture
+from dsmoe.data.sampling_order import ORDER_VERSION, Mixture
 from dsmoe.metrics.definitions import EVAL_LOSS
 from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity, shown, table

@@ -8,9 +8,9 @@ from pathlib import Path
 from dsmoe.checkpoint.compatibility import check_fits
 from dsmoe.checkpoint.folder import inspect
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
+from dsmoe.config.dump import flatten
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
 from dsmoe.data import PreparedSource
 from dsmoe.plan.plan import Plan
 from dsmoe.train.changed import Order, changed_order, changed_rate, setting_shown

@@ -29,7 +29,7 @@ def text_of(held_out: Sequence[HeldOut], sequence_length: int) -> dict[str, str]
     """Describe the text that an evaluation reads of each source: losses compare where this is the same."""
     return {
         part.source.name: f"{part.loader.num_sequences} sequences of {sequence_length} tokens, of text "
-        f"{part.source.text.partition('/')[2][:12]}"
+        f"{part.source.token_checksums.partition('/')[2][:12]}"
         for part in held_out
     }
 

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from dsmoe.checkpoint.manifest import MANIFEST
+from dsmoe.config.dump import flatten, with_nulls_resolved
 from dsmoe.config.effects import is_free
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten, spelled_out
 from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
 from dsmoe.runtime.atomic_files import check_regular, write_whole
@@ -148,7 +148,7 @@ def _pairs(before: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[Di
 
     Two values that say the same, as `num_kv_heads: null` and the number of heads, are given as the first.
     """
-    spelled_before, spelled_now = spelled_out(before), spelled_out(current)
+    spelled_before, spelled_now = with_nulls_resolved(before), with_nulls_resolved(current)
     keys = {**before, **current} if "name" in before else [key for key in before if key in current]
     for key in keys:
         old, now = before.get(key, ABSENT), current.get(key, ABSENT)
@@ -177,7 +177,7 @@ def of_other_tokenizer(config: Config, checkpoint: Path, saved: str) -> list[str
 
 def with_places(config: Config, sources: Sequence[PreparedSource]) -> Config:
     """The config with the paths at which lost text lay: those given may be from beside another file than the run's."""
-    lay = {source.name: source.lay for source in sources if source.lay}
+    lay = {source.name: source.lost_path for source in sources if source.lost_path}
     working_folder = Path().absolute()
     entries = []
     for source in config.data.sources:

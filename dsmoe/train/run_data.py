@@ -35,7 +35,9 @@ class RunData:
     @property
     def held_out_digest(self) -> str:
         """A digest of the text that evaluations read: where it is the same, held-out losses compare."""
-        evaluated = [(part.source.text.partition("/")[2], part.loader.num_sequences) for part in self.held_out]
+        evaluated = [
+            (part.source.token_checksums.partition("/")[2], part.loader.num_sequences) for part in self.held_out
+        ]
         return hashlib.sha256(json.dumps(evaluated).encode()).hexdigest()[:16]
 
     def facts(self) -> dict[str, Any]:

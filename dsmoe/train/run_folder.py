@@ -16,16 +16,16 @@ from dsmoe.checkpoint.folder import Found, all_checkpoints, inspect, look, step_
 from dsmoe.checkpoint.manifest import MANIFEST, DamagedError, Manifest
 from dsmoe.checkpoint.retention import set_aside
 from dsmoe.config import load_config
+from dsmoe.config.dump import dump_config, flatten
 from dsmoe.config.effects import level_of_change
 from dsmoe.config.errors import ConfigError, PassingError, UserError, describe, exit_code_of, system_error
-from dsmoe.config.locks import HeldError, Lock, take
-from dsmoe.config.paths import NO_PATHS, is_path, unset_in
+from dsmoe.config.paths import PATH_KEYWORDS, is_path, unset_variables_note
 from dsmoe.config.schema import Config
-from dsmoe.config.show import dump_config, flatten
 from dsmoe.data import PreparedSource
 from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import shown
 from dsmoe.runtime.atomic_files import remove_leftovers, write_whole
+from dsmoe.runtime.file_locks import HeldError, Lock, take
 from dsmoe.train.changed import saved_tokenizer
 from dsmoe.train.chosen import changed_settings, check_model, check_order
 from dsmoe.train.identity import Contents, Difference, changed_values, differences, of_other_tokenizer, with_places
@@ -299,7 +299,7 @@ def _contents_before(folder: Path, found: Found) -> Contents:
 def _resumed(config: Config) -> Path | None:
     """The checkpoint that `checkpoint.resume` leads to; None where it is no path."""
     resume = config.checkpoint.resume
-    if resume in NO_PATHS["checkpoint.resume"]:
+    if resume in PATH_KEYWORDS["checkpoint.resume"]:
         return None
     return _checkpoint_at("checkpoint.resume", Path(resume))
 
@@ -359,7 +359,7 @@ def _chosen(key: str, checkpoint: Path) -> Manifest:
     try:
         return inspect(checkpoint)
     except DamagedError as error:
-        refusal = UserError(f"{key}: {error}{unset_in(str(checkpoint))}")
+        refusal = UserError(f"{key}: {error}{unset_variables_note(str(checkpoint))}")
         refusal.exit_code = exit_code_of(error)
         raise refusal from None
 

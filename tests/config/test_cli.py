@@ -13,7 +13,7 @@ import yaml
 import dsmoe
 from dsmoe.cli import main
 from dsmoe.config import Config, UserError, load_config
-from dsmoe.config.show import json_schema
+from dsmoe.config.dump import json_schema
 from dsmoe.plan import Plan
 from tests.helpers.recipes import VALID, write
 

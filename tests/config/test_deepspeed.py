@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, Kind, to_deepspeed
-from dsmoe.config.deepspeed_checks import deepspeed_problems
+from dsmoe.config.deepspeed import FREE_KEYS, OWNED_KEYS, REFUSED_KEYS, Kind, deepspeed_problems, to_deepspeed
 from dsmoe.config.errors import UserError
 from dsmoe.plan.plan import Plan
 from tests.helpers.recipes import VALID, load, problems_of, write
@@ -72,7 +71,7 @@ def test_the_users_keys_are_merged_mapping_by_mapping(tmp_path: Path) -> None:
     }
     assert generated["wall_clock_breakdown"] is True
     assert generated["comms_logger"] == {"prof_ops": ["a"]}
-    assert isinstance(generated["zero_optimization"]["reduce_bucket_size"], int)  # which DeepSpeed wants
+    assert isinstance(generated["zero_optimization"]["reduce_bucket_size"], int)  # DeepSpeed needs integers
 
 
 def test_the_result_shares_nothing_with_the_config(tmp_path: Path) -> None:
@@ -87,7 +86,7 @@ def test_every_generated_key_that_decides_the_training_is_owned(tmp_path: Path) 
 
 
 class Asked(dict):
-    """Remembers which keys anyone asked for."""
+    """A dict that records which keys were read."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -105,7 +104,7 @@ class Asked(dict):
         return super().get(name, default)
 
     def keys(self) -> Any:
-        return self  # `name in config.keys()` is a question as well
+        return self  # `name in config.keys()` reads a key as well
 
 
 def test_the_known_keys_are_those_that_deepspeed_reads(tmp_path: Path) -> None:
@@ -122,8 +121,10 @@ def test_every_key_of_zero_is_known_and_no_other_is_free() -> None:
 
     fields = DeepSpeedZeroConfig.model_fields
     names = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    said = [pattern for pattern in (*OWNED_KEYS, *REFUSED_KEYS) if pattern.startswith("zero_optimization.")]
-    others = {name for name in names if not any(fnmatchcase(f"zero_optimization.{name}", pattern) for pattern in said)}
+    patterns = [pattern for pattern in (*OWNED_KEYS, *REFUSED_KEYS) if pattern.startswith("zero_optimization.")]
+    others = {
+        name for name in names if not any(fnmatchcase(f"zero_optimization.{name}", pattern) for pattern in patterns)
+    }
     assert set(FREE_ZERO_KEYS) == others
 
 
@@ -152,11 +153,11 @@ def test_deepspeed_accepts_it(tmp_path: Path) -> None:
     assert accepted.bfloat16_config.enabled
     assert (accepted.zero_config.stage, accepted.zero_config.overlap_comm) == (1, True)
     assert (accepted.gradient_clipping, accepted.gradient_accumulation_steps) == (0.5, 3)
-    assert accepted.train_batch_size == 2 * 3  # one rank here
+    assert accepted.train_batch_size == 2 * 3  # the world of this test has one rank
 
 
 def entries(free: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of the table, and the kind of each one's values, or the keys below it."""
+    """Yield the dotted keys of the table, each with the kind of its values or with the keys below it."""
     for name, kind in free.items():
         yield f"{section}{name}", kind
         if not isinstance(kind, Kind):
@@ -228,8 +229,8 @@ def test_the_keys_in_deepspeeds_other_sections_are_those_that_it_reads() -> None
     assert set(FREE_KEYS["timers"]["throughput"]) == set(DeepSpeedThroughputTimerConfig.model_fields)
 
 
-def test_what_deepspeed_refuses_all_the_same_is_one_error_that_names_the_key(tmp_path: Path) -> None:
-    """As a later DeepSpeed may: what it is given here has passed no check of ours."""
+def test_a_later_refusal_by_deepspeed_is_one_error_that_names_the_key(tmp_path: Path) -> None:
+    """DeepSpeed refuses a config that dsmoe has not checked, as a later DeepSpeed may refuse a checked one."""
     from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 
     config = load(tmp_path)
@@ -245,7 +246,7 @@ def test_what_deepspeed_refuses_all_the_same_is_one_error_that_names_the_key(tmp
             accepted_by_deepspeed(replace(plan, config=config.model_copy(update={"deepspeed": section})))
 
 
-def test_what_dsmoe_itself_has_written_wrong_is_no_mistake_of_the_user(tmp_path: Path) -> None:
+def test_an_error_in_dsmoes_own_config_is_no_user_error(tmp_path: Path) -> None:
     from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 
     plan = Plan.from_config(load(tmp_path, "deepspeed={dump_state: true}"))

@@ -1,4 +1,4 @@
-"""Every key says what another value of it does to a run that has begun."""
+"""Every key has the effect that changing it has on a run that has begun."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dsmoe.config import UserError, dump_config
+from dsmoe.config.dump import flatten, json_schema, with_nulls_resolved
 from dsmoe.config.effects import effect_of, is_free, level_of_change, tensor_part, value_at
 from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.config.sections.base import Effect, Section
-from dsmoe.config.show import flatten, json_schema, spelled_out
 from dsmoe.plan.plan import Plan
 from dsmoe.runtime.spawn import run_ranks
 from dsmoe.train.run_folder import check_run_folder, run_folder
@@ -64,7 +64,7 @@ def _reference(schema: dict[str, Any]) -> str:
 
 
 def test_the_documented_effect_of_every_key_is_its_effect() -> None:
-    """The table says each key, or the section that it is in."""
+    """The table has every key, or the key's section."""
     text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     documented = {}
     for level, keys in re.findall(r"^\| `(tensor|math|step|free)` \| ([^|]+) \|", text, re.MULTILINE):
@@ -77,7 +77,7 @@ def test_the_documented_effect_of_every_key_is_its_effect() -> None:
 
 
 def _ends(key: str) -> list[str]:
-    """`a.b.c`, `a.b`, `a`."""
+    """Yield `a.b.c`, `a.b`, `a`."""
     parts = key.split(".")
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
@@ -133,7 +133,7 @@ def test_a_key_of_the_model_that_only_another_version_has_counts(tmp_path: Path)
 
 @pytest.mark.parametrize("key", ["model", "moe.top_k", "moe.balance.scope", "moe.balance", "moe"])
 @pytest.mark.parametrize("weights_only", [True, False])
-def test_a_config_that_is_none_of_ours_has_no_tensors(key: str, weights_only: bool, tmp_path: Path) -> None:
+def test_a_foreign_config_has_no_tensor_part(key: str, weights_only: bool, tmp_path: Path) -> None:
     config = layout_config(tmp_path).model_dump(mode="json")
     *sections, name = key.split(".")
     (value_at(config, ".".join(sections)) if sections else config)[name] = "x"
@@ -143,7 +143,7 @@ def test_a_config_that_is_none_of_ours_has_no_tensors(key: str, weights_only: bo
         tensor_part(config, weights_only)
 
 
-def test_what_decides_about_tensors_that_may_begin_anew_is_left_out_for_weights(tmp_path: Path) -> None:
+def test_settings_of_tensors_that_may_begin_anew_are_left_out_for_weights(tmp_path: Path) -> None:
     config = layout_config(tmp_path).model_dump(mode="json")
     whole, weights = tensor_part(config), tensor_part(config, weights_only=True)
     assert whole == {
@@ -155,12 +155,12 @@ def test_what_decides_about_tensors_that_may_begin_anew_is_left_out_for_weights(
     assert list(tensor_part({**config, "moe": None}))[-1] == "moe"
 
 
-# What the effects mean, tried with other values of every key on a run that has a checkpoint.
+# The meaning of the effects, tested with other values of every key on a run that has a checkpoint.
 
 _PLACES = ("name", "runs_dir")
-"""Of the run folder: with another one there is nothing to go on with."""
+"""Keys that decide the run folder; in another folder there is no run to resume."""
 _BY_CONTENTS = ("data.tokenizer", "data.sources.", "data.seed", "data.validation_fraction")
-"""Compared by what is read and made of it: tests/train/test_identity.py and test_changed.py."""
+"""Keys compared by content rather than value: tests/train/test_identity.py and test_changed.py."""
 _VALUES: tuple[Any, ...] = (
     *(True, False, None, 0, 1, 2, 64, 2048, 0.25, 50.0, "always", [0.8, 0.9]),
     *({"zero_optimization": {"reduce_bucket_size": 1}}, {"memory_gib": 3.0, "peak_tflops": 4.0}),
@@ -170,7 +170,7 @@ _TRIED = [(key, field) for key, field in leaves(Config) if key not in _PLACES an
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
-    """The config of a run that has been started, on more devices since, and its checkpoint."""
+    """Return the config of a run that was started and then resumed on more devices, and its checkpoint."""
     folder = tmp_path_factory.mktemp("effects")
     balance = {"scope": "sequence", "bias_update_rate": 0.01}
     capacity = {"factor": 1.5, "target_drop_percent": 5.0}
@@ -187,7 +187,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
 
 
 def others(config: Config, key: str, field: FieldInfo) -> Iterator[Config]:
-    """The config with other values of a key, each valid by itself, with steps after the checkpoint."""
+    """Yield the config with other values of a key, each valid by itself, with steps after the checkpoint."""
     literals = [value for part in _nested(field.annotation) if get_origin(part) is Literal for value in get_args(part)]
     *sections, name = key.split(".")
     for value in (*literals, *_VALUES):
@@ -195,7 +195,9 @@ def others(config: Config, key: str, field: FieldInfo) -> Iterator[Config]:
         (value_at(tree, ".".join(sections)) if sections else tree)[name] = value
         with suppress(ValidationError, UserError, AssertionError):
             other = Config.model_validate(tree)
-            is_other = spelled_out(flatten(other.model_dump())) != spelled_out(flatten(config.model_dump()))
+            is_other = with_nulls_resolved(flatten(other.model_dump())) != with_nulls_resolved(
+                flatten(config.model_dump())
+            )
             if is_other and Plan.from_config(other).batch.steps > 2:
                 yield other
 
@@ -208,29 +210,29 @@ def _nested(annotation: object) -> Iterator[object]:
 
 
 def observed(config: Config, checkpoint: Path, key: str) -> str:
-    """The effect of what a config has otherwise than the run, by what starts with it are told."""
+    """Return the effect of a config's difference from the run, by the messages of the starts with it."""
 
-    def told(**changed: Any) -> tuple[str, ...]:
+    def start_notes(**changed: Any) -> tuple[str, ...]:
         return check_run_folder(Plan.from_config(config.model_copy(update=changed))).notes
 
     def begin_with(**keys: str) -> dict[str, Any]:
         return {"name": "another", "checkpoint": config.checkpoint.model_copy(update=keys)}
 
     with suppress(UserError):
-        notes = told()
+        notes = start_notes()
         assert is_path(key, value_at(config.model_dump(), key)) or names(notes, "the run was last started", key)
         return "free"
     with suppress(UserError):
-        assert names(told(**begin_with(resume=str(checkpoint))), f"{checkpoint} was saved", key)
+        assert names(start_notes(**begin_with(resume=str(checkpoint))), f"{checkpoint} was saved", key)
         return "math"
     with suppress(UserError):
-        told(**begin_with(weights_from=str(checkpoint)))
+        start_notes(**begin_with(weights_from=str(checkpoint)))
         return "step"
     return "tensor"
 
 
 def names(notes: tuple[str, ...], since: str, key: str) -> bool:
-    """Whether they say that the key, or something in its value, has changed."""
+    """Return whether messages report that the key, or a part of its value, has changed."""
     return any(note.startswith((f"changed since {since}: {key},", f"changed since {since}: {key}.")) for note in notes)
 
 

@@ -1,4 +1,4 @@
-"""Configs that nobody means well: bombs, huge numbers, mutated text. One clear error, soon, and never a traceback."""
+"""Hostile configs (YAML bombs, huge numbers, mutated text) give one clear error quickly, and never a traceback."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def sources(count: int, entry: str) -> str:
     return re.sub(r"  sources:\n(    .*\n)+", lambda _: f"  sources:\n{many}", VALID)
 
 
-def test_what_was_loaded_is_readable_when_dumped(tmp_path: Path) -> None:
-    """The defaults make it longer: a run folder holds the config so, and the run goes on from there."""
+def test_a_loaded_config_is_readable_when_dumped(tmp_path: Path) -> None:
+    """The dumped config, which a resume reads, is longer by the defaults."""
     entry = "{{name: source_{0:03d}, path: /data/corpora/web/part_{0:03d}/*.jsonl.zst, weight: 1.5, text_field: body}}"
     config = load_config(write(tmp_path, sources(400, entry)))
     dumped = dump_config(config)
@@ -109,7 +109,7 @@ def test_what_was_loaded_is_readable_when_dumped(tmp_path: Path) -> None:
     ],
     ids=["many sources", "long aliases"],
 )
-def test_what_would_be_too_long_with_its_defaults_is_refused_with_a_way_out(text: str, tmp_path: Path) -> None:
+def test_a_config_too_long_with_its_defaults_is_refused_with_a_remedy(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, text))
     (problem,) = error.value.problems
@@ -118,7 +118,7 @@ def test_what_would_be_too_long_with_its_defaults_is_refused_with_a_way_out(text
 
 
 def test_the_files_of_a_config_that_is_too_long_are_not_looked_at(tmp_path: Path) -> None:
-    """Thousands of patterns take a second each thousand, before it is said that nobody may have so many."""
+    """A thousand patterns take a second to check, so thousands are refused first."""
     looked: list[object] = []
     for count, is_looked_at in ((100, True), (1_900, False), (4_000, False)):
         text = sources(count, "{{name: s{0}, path: p{0}}}")
@@ -148,7 +148,7 @@ def test_an_override_of_too_many_levels_is_refused(tmp_path: Path) -> None:
 
 
 def leaves(schema: dict, definitions: dict, path: str = "") -> list[str]:  # type: ignore[type-arg]
-    """The dotted keys of all numbers in the schema."""
+    """Yield the dotted keys of all numbers in the schema."""
     found = []
     for name, child in schema.get("properties", {}).items():
         options = [child, *child.get("anyOf", [])]
@@ -173,7 +173,7 @@ TEXTS = (
 
 
 def test_no_key_takes_an_empty_text(tmp_path: Path) -> None:
-    """As `$NAME` leaves one where NAME is set to nothing: an empty path is the working directory."""
+    """An empty path, as from `$NAME` with NAME set to nothing, would be the working directory."""
     found = {key.removesuffix(".") for key in texts(SCHEMA, "")}
     assert found == {re.sub(r"\.0\.", ".", key) for key in TEXTS}
     for key in TEXTS:
@@ -183,7 +183,7 @@ def test_no_key_takes_an_empty_text(tmp_path: Path) -> None:
 
 
 def texts(schema: dict, path: str) -> list[str]:  # type: ignore[type-arg]
-    """The dotted keys of all free texts in the schema."""
+    """Yield the dotted keys of all free texts in the schema."""
     found = []
     for name, child in schema.get("properties", {}).items():
         for option in (child, *child.get("anyOf", []), child.get("items", {})):
@@ -196,7 +196,7 @@ def texts(schema: dict, path: str) -> list[str]:  # type: ignore[type-arg]
 
 
 def test_a_timeout_fits_what_counts_it(tmp_path: Path) -> None:
-    """In milliseconds, torch's store and gloo have 32 bits for it; timedelta has more, and an end as well."""
+    """Milliseconds have 32 bits in torch's store and gloo, and timedelta has a limit as well."""
     (problem,) = problems_of(write(tmp_path, VALID), "cluster.collective_timeout_seconds=1e18")
     assert problem.startswith(
         "cluster.collective_timeout_seconds: expected a whole number >= 1 and <= 1e+06, got 1e+18"
@@ -206,7 +206,7 @@ def test_a_timeout_fits_what_counts_it(tmp_path: Path) -> None:
 
 
 LONG = ["9" * 23, "9" * 310, "-" + "9" * 310, "9" * 5000, "1" + "0" * 309 + ".5"]
-"""Whole numbers that no float has, and that Python itself reads only up to 4,300 digits of."""
+"""Whole numbers above the range of floats, and of more than the 4,300 digits that Python reads."""
 
 
 @pytest.mark.parametrize("value", ["1e18", "1e300", *LONG, "65537", "1e-300", "-1", "0"])
@@ -218,7 +218,7 @@ def test_no_number_takes_long_or_ends_in_a_traceback(value: str, tmp_path: Path)
 
 
 def outcome_of(path: Path, overrides: list[str]) -> str:
-    """What `config check`, `plan` and `launch` make of a config, short of printing: refused or planned."""
+    """Return what `config check`, `plan` and `launch` do with a config, short of printing: refused or planned."""
     try:
         config = load_config(path, overrides)
         Batch.from_config(config)
@@ -284,7 +284,7 @@ WORDS = [
 
 
 def mutated(draw: random.Random) -> str:
-    """The valid text with a few lines doubled, dropped, moved, indented or given another value."""
+    """Return the valid text with a few lines doubled, dropped, moved, indented or given another value."""
     lines = VALID.splitlines()
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(lines))
@@ -318,7 +318,7 @@ def random_override(draw: random.Random) -> str:
 
 @pytest.mark.parametrize("count", [120, pytest.param(10_000, marks=pytest.mark.fuzz)])
 def test_fuzz_configs(count: int, tmp_path: Path) -> None:
-    """Refused with messages that name a key, a line or the command line; or a config whose plan can be printed."""
+    """A mutated config is refused with messages that name a key, a line or the command line, or can be planned."""
     draw = random.Random(31)
     outcomes = {"tried": count, "refused": 0, "planned": 0}
     for number in range(count):

@@ -24,7 +24,7 @@ def read(text: str) -> object:
     return plain(node)
 
 
-# What loads
+# Valid configs
 
 
 def test_the_valid_config_loads_with_its_values_and_defaults(tmp_path: Path) -> None:
@@ -341,8 +341,8 @@ def test_links_that_go_round_are_named_where_they_are_included(tmp_path: Path) -
     assert problems_of(path) == [f"cannot be read: {name}: {reason}" for name in names]
 
 
-def test_what_was_loaded_through_a_link_that_goes_round_now_is_no_traceback(tmp_path: Path) -> None:
-    """The place of a path is the file that says it, which may have been replaced since it was read."""
+def test_a_link_that_has_become_circular_is_no_traceback(tmp_path: Path) -> None:
+    """A relative path is searched beside the file that has it, even if that file has been replaced since."""
     (tmp_path / "x.yaml").symlink_to("x.yaml")
     tree = parse_yaml("data: {tokenizer: tokens.json}", lambda line: f"{tmp_path}/x.yaml:{line}", [])
     assert tree is not None
@@ -647,7 +647,7 @@ def test_no_message_speaks_pydantic(tmp_path: Path) -> None:
         assert not [problem for problem in found if word in problem]
 
 
-# Everything together
+# Problems of every kind together
 
 
 def test_every_kind_of_problem_in_one_list(tmp_path: Path) -> None:
@@ -715,7 +715,7 @@ trees = st.recursive(scalars, lambda t: st.lists(t, max_size=3) | st.dictionarie
 
 @settings(deadline=None)  # the machine is shared
 @given(trees)
-def test_what_is_written_is_read_back_equal(tree: object) -> None:
+def test_written_values_are_read_back_equal(tree: object) -> None:
     again = read(write_yaml({"x": tree}))
     assert repr(again) == repr({"x": tree})  # not ==, which takes 1, 1.0 and true for one another
 

@@ -1,4 +1,4 @@
-"""Learning rates by hand-made arithmetic, and that the registry of schedules is all that knows their names."""
+"""Learning rates equal to values computed by hand, and a registry that alone knows the schedules' names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import get_args
 
 import pytest
 
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
+from dsmoe.config.dump import flatten, with_nulls_resolved
 from dsmoe.config.errors import UserError
 from dsmoe.config.load import load_config
 from dsmoe.config.schedules import SCHEDULES, Schedule, learning_rate
 from dsmoe.config.schema import Config, Optimizer
-from dsmoe.config.show import flatten, spelled_out
 from tests.helpers.recipes import VALID, write
 
 
@@ -62,7 +62,7 @@ def test_every_name_of_the_schema_has_an_entry_and_the_other_way_round() -> None
 
 
 def with_schedule(folder: Path, **optimizer: object) -> Config:
-    """A config whose `optimizer` has these options, which the schema need not allow."""
+    """Return a config whose `optimizer` has these options, which the schema need not allow."""
     config = load_config(write(folder, VALID))
     return config.model_copy(update={"optimizer": config.optimizer.model_copy(update=optimizer)})
 
@@ -76,7 +76,7 @@ def test_a_schedule_is_an_entry_of_the_registry(tmp_path: Path, monkeypatch: pyt
     assert rates == [0.5, 1.0, 1.0, 1.0, 1 - 1 / 16, 1 - 4 / 16, 1 - 9 / 16, 0.0]
     assert cross_field_problems(given) == []
     left_open = with_schedule(tmp_path, **options)
-    assert spelled_out(flatten(left_open.model_dump()))["optimizer.decay_steps"] == 20
+    assert with_nulls_resolved(flatten(left_open.model_dump()))["optimizer.decay_steps"] == 20
     too_long = with_schedule(tmp_path, **options, decay_steps=99)
     assert [key for key, _ in cross_field_problems(too_long)] == ["optimizer.decay_steps"]
     unused = with_schedule(tmp_path, schedule="linear", decay_steps=4)
@@ -95,4 +95,4 @@ def test_an_unknown_schedule_is_an_error_that_names_the_known_ones(tmp_path: Pat
 @pytest.mark.parametrize("name", ["cosin", None, 3, ["wsd"]])
 def test_a_checkpoint_of_another_schedule_is_shown_as_it_is(name: object, tmp_path: Path) -> None:
     flat = {**flatten(load_config(write(tmp_path, VALID)).model_dump()), "optimizer.schedule": name}
-    assert spelled_out(flat)["optimizer.decay_steps"] is None
+    assert with_nulls_resolved(flat)["optimizer.decay_steps"] is None

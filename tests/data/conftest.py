@@ -1,4 +1,4 @@
-"""A small valid config around the data section under test."""
+"""Fixture: a small valid config around the data section under test."""
 
 from collections.abc import Callable
 from pathlib import Path

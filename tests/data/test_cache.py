@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsmoe.config import locks
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource, cache, packing, prepare
+from dsmoe.runtime import file_locks
 from tests.data.conftest import MakeConfig
 from tests.data.test_tokenizer import train_bpe
 
@@ -43,7 +43,7 @@ def spec(path: Path, **keys: object) -> dict:
 
 
 def decode(tokens: np.ndarray) -> list[str]:
-    """Documents of a byte-token file, each of which ends with the end-of-document token."""
+    """Return the documents of a byte-token file, each of which ends with the end-of-document token."""
     parts = np.split(tokens, np.flatnonzero(tokens == EOD) + 1)
     assert len(parts[-1]) == 0
     return [bytes(part[:-1].tolist()).decode("utf-8") for part in parts[:-1]]
@@ -99,7 +99,7 @@ def test_the_text_need_not_stay_where_it_was(
     shutil.rmtree(folder)
     with caplog.at_level(logging.INFO):
         found = prepare_one(make_config(spec(path[what], weight=2.0)))
-    assert (found.folder, found.text) == (made.folder, made.text)
+    assert (found.folder, found.token_checksums) == (made.folder, made.token_checksums)
     assert f"its tokens are taken from {made.folder}, which was made of what was there" in caplog.text
     for elsewhere in (tmp_path / "mistyped.jsonl", tmp_path / "corpora" / "mistyped" / "*.jsonl"):
         with pytest.raises(UserError, match=r"there is no file|no file matches"):
@@ -117,7 +117,7 @@ def test_of_one_text_whose_file_was_touched_either_folder_will_do(tmp_path: Path
         made.append(prepare_one(make_config(spec(tmp_path / "a.jsonl"))))
     assert made[0].folder != made[1].folder
     (tmp_path / "a.jsonl").unlink()
-    assert prepare_one(make_config(spec(tmp_path / "a.jsonl"))).text == made[0].text
+    assert prepare_one(make_config(spec(tmp_path / "a.jsonl"))).token_checksums == made[0].token_checksums
 
 
 def test_a_path_is_one_however_it_is_written(
@@ -282,13 +282,13 @@ def test_a_killed_run_does_no_harm(corpus: Path, make_config: MakeConfig, monkey
     assert folders(config) == [source.folder.name]
 
 
-def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfig) -> None:
-    """Of this source, by a process whose lock is free; on another machine, whose locks may be its own, after a day."""
+def test_only_folders_of_dead_processes_are_removed(corpus: Path, make_config: MakeConfig) -> None:
+    """Folders of this source are removed if their lock is free; if made on another machine, only after a day."""
     config = make_config(spec(corpus))
     cache_dir = Path(config.data.cache_dir)
     cache_dir.mkdir()
 
-    def leave(number: int, source: str = "corpus", host: str = locks.machine(), age: float = 0) -> list[str]:
+    def leave(number: int, source: str = "corpus", host: str = file_locks.machine(), age: float = 0) -> list[str]:
         partial = cache_dir / f".{source}-{16 * '0'}.{number:032x}.partial"
         partial.mkdir()
         (partial / "tokens.bin").write_bytes(b"")
@@ -305,7 +305,7 @@ def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfi
         path = cache_dir / f".corpus-{16 * '0'}.{of_earlier_version}.77.{32 * '0'}.partial"
         path.mkdir()
         os.utime(path, (time.time() - age,) * 2)
-    held = locks.take(cache_dir / alive[0])
+    held = file_locks.take(cache_dir / alive[0])
     source = prepare_one(config)
     held.release()
     assert folders(config) == sorted([*kept, path.name, source.folder.name])
@@ -314,7 +314,7 @@ def test_only_what_the_dead_left_is_removed(corpus: Path, make_config: MakeConfi
 def test_a_live_process_of_the_same_host_and_number_keeps_its_folder(
     corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two containers may have one host name, and process numbers that the other does not see."""
+    """Two containers may have the same host name, and processes that the other does not see."""
     config = make_config(spec(corpus))
     context = multiprocessing.get_context("fork")
     building, go_on = context.Event(), context.Event()
@@ -332,7 +332,7 @@ def test_a_live_process_of_the_same_host_and_number_keeps_its_folder(
     process = context.Process(target=elsewhere)
     process.start()
     assert building.wait(timeout=60)
-    monkeypatch.setattr(os, "kill", None)  # as if its number said nothing here
+    monkeypatch.setattr(os, "kill", None)  # as in a container, where the process number says nothing
     prepare(make_config(spec(corpus), data={"seed": 1}))
     assert sum(name.endswith(".partial") for name in folders(config)) == 1
     go_on.set()
@@ -342,7 +342,7 @@ def test_a_live_process_of_the_same_host_and_number_keeps_its_folder(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_without_locks_it_works_and_says_what_that_costs(
+def test_without_locks_preparing_works_and_a_warning_is_logged(
     number: int,
     corpus: Path,
     make_config: MakeConfig,
@@ -439,7 +439,7 @@ def test_racing_processes_share_one_folder(
     publish = cache._publish
 
     def publish_together(partial: Path, folder: Path) -> None:
-        barrier.wait(timeout=60)  # all have built before any renames
+        barrier.wait(timeout=60)  # all processes have written their folder before one renames it
         publish(partial, folder)
 
     monkeypatch.setattr(cache, "_publish", publish_together)

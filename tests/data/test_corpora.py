@@ -13,7 +13,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.data.corpora import corpus_files, documents
 
-WORKS = {  # as spelt by the package's modern edition
+WORKS = {  # the spelling of the package's modern edition
     *("alls_well_that_ends_well", "antony_and_cleopatra", "as_you_like_it", "comedy_of_errors", "coriolanus"),
     *("cymbeline", "hamlet", "henry_iv_part_1", "henry_iv_part_2", "henry_v", "henry_vi_part_1", "henry_vi_part_2"),
     *("henry_vi_part_3", "henry_viii", "john", "julius_caesar", "lear", "loves_labours_lost", "macbeth"),
@@ -50,7 +50,7 @@ def test_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_folder_is_read_recursively_and_sorted(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus [a]*"  # magic characters in a name are no glob
+    corpus = tmp_path / "corpus [a]*"  # magic characters in an existing name are literal
     for name in ("b.txt", "a.txt", "sub/c.txt", "sub/d.md", ".hidden/e.txt", "empty.txt"):
         file = corpus / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Damaged corpora, thousands of ways: the same documents, or one error that names the file; never others in silence.
+"""Corpora damaged at random give the same documents or one error that names the file, never silently other documents.
 
-What no reader can detect is taken for what it is: a change in uncompressed text or in an unsealed block makes other
-text, and a file cut between two whole streams is a whole file. Such text is compared with a second, simple reading.
+Damage that no reader can detect is accepted: a change in uncompressed text or in a block without checksum makes other
+text, and a file cut between two whole streams is a whole file. Such text is compared with a second, simple reader.
 """
 
 import bz2
@@ -24,7 +24,7 @@ import xxhash
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.data.corpora import documents
-from dsmoe.data.look import source_problems
+from dsmoe.data.precheck import source_problems
 
 RUNS = [pytest.param(0, 20, id="short"), pytest.param(1, 2000, id="long", marks=pytest.mark.fuzz)]
 WORDS = ["alpha", "beta", "γάμμα", "delta,", '"quoted"', "back\\slash", "[brackets]", "{braces}", "𝄞", "line\nend"]
@@ -35,7 +35,7 @@ def some_texts(rng: random.Random, count: int) -> list[str]:
 
 
 def sealed_zstd(data: bytes) -> bytes:
-    """A frame with a checksum of its content, as the `zstd` program writes; pyarrow writes none."""
+    """Return a frame with a checksum of its content, as the `zstd` program writes it and pyarrow does not."""
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)
@@ -73,18 +73,18 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     """Flip, overwrite, cut, drop, repeat or append."""
     changed = bytearray(data)
     position = rng.randrange(len(data))
-    way = rng.randrange(8)
-    if way <= 1:
+    damage = rng.randrange(8)
+    if damage <= 1:
         changed[position] ^= 1 << rng.randrange(8)
-    elif way == 2:
+    elif damage == 2:
         changed[: rng.randint(1, 8)] = rng.randbytes(rng.randint(1, 8))
-    elif way == 3:
+    elif damage == 3:
         del changed[position:]
-    elif way == 4:
+    elif damage == 4:
         del changed[position : position + rng.randint(1, 50)]
-    elif way == 5:
+    elif damage == 5:
         changed[position:position] = changed[position : position + rng.randint(1, 50)]
-    elif way == 6:
+    elif damage == 6:
         changed += rng.choice([b"junk", b"\0\0\0\0", b"\xff", data[:40], rng.randbytes(30)])
     else:
         changed[position : position + 16] = bytes(min(16, len(data) - position))
@@ -92,7 +92,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def outcome(path: Path, cache: Path, **keys: Any) -> list[str] | None:
-    """The documents, or None for one error of one line that names the file; everything else fails the test."""
+    """Return the documents, or None for a one-line error that names the file; anything else fails the test."""
     source = Source(name="fuzz", path=str(path), **keys)
     try:
         problems = source_problems(source, cache)
@@ -111,7 +111,7 @@ def outcome(path: Path, cache: Path, **keys: Any) -> list[str] | None:
 
 
 def plain_reading(data: bytes) -> list[str] | None:
-    """Read uncompressed jsonl in the simplest way; None where it is not that."""
+    """Read uncompressed jsonl in the simplest way; None if the file is not valid jsonl."""
     try:
         lines = data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n")
         texts = [json.loads(line.lstrip("\ufeff"))["text"] for line in lines if line.strip()]
@@ -170,7 +170,7 @@ def test_compressed_without_a_checksum(seed: int, count: int, codec: str, tmp_pa
 
 
 @pytest.mark.parametrize(("seed", "count"), RUNS)
-def test_plain_jsonl_is_what_is_in_it(seed: int, count: int, tmp_path: Path) -> None:
+def test_damaged_plain_jsonl_is_read_as_it_is(seed: int, count: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     data = jsonl(some_texts(rng, 6))
     path = tmp_path / "a.jsonl"
@@ -188,7 +188,7 @@ def test_plain_jsonl_is_what_is_in_it(seed: int, count: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("seed", "count"), RUNS)
-def test_plain_text_is_what_is_in_it(seed: int, count: int, tmp_path: Path) -> None:
+def test_damaged_plain_text_is_read_as_it_is(seed: int, count: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     data = "\r\n".join(some_texts(rng, 3)).encode()
     path = tmp_path / "a.txt"
@@ -263,7 +263,7 @@ def test_zip(seed: int, count: int, tmp_path: Path) -> None:
 
 
 def hostile_record(rng: random.Random, text: str) -> tuple[str, bool]:
-    """A line of jsonl, and whether it has a usable text."""
+    """Return a line of jsonl, and whether it has a usable text."""
     depth = rng.choice([50, 99, 100, 101, 500, 2_000, 20_000])
     opening, closing = rng.choice([("[", "]"), ('{"text":', "}"), ('[{"a":', "}]")])
     nested = opening * depth + rng.choice(["0", '"]}\\""', "null"]) + closing * depth
@@ -318,7 +318,7 @@ def test_hostile_json(seed: int, count: int, array: bool, tmp_path: Path) -> Non
         lines[place], usable = hostile_record(rng, texts[place])
         if array:
             if not usable and lines[place].count('"') % 2 == 0:
-                lines[place] = '{"text": 1}'  # what is no JSON may end the array
+                lines[place] = '{"text": 1}'  # invalid JSON may end the array
             elif not usable:
                 continue
             path.write_text("[" + ",\n".join(line.replace("\ufeff", "") for line in lines) + "]", encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmoe.data import PreparedSource, TrainLoader, ValidationLoader
-from dsmoe.data.stored import DamagedCacheError, write_file
+from dsmoe.data.checksummed_files import DamagedCacheError, write_file
 from tests.data.conftest import MakeConfig
 
 SPEC = {"name": "unused", "path": "unused"}
@@ -125,7 +125,7 @@ def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path: Path, make_config: Ma
 
 
 def evaluated(loaders: list[ValidationLoader]) -> list[list[int]]:
-    """Collect the rows that count, in the order in which one rank would read them."""
+    """Return the rows that count, in the order in which one rank would read them."""
     turns = zip(*loaders, strict=True)  # strict: every rank has as many micro-batches
     return [
         row

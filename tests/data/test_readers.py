@@ -1,4 +1,4 @@
-"""What the readers make of files that are odd but valid, and of those that are not, format by format."""
+"""Readers of odd but valid files and of invalid files, format by format."""
 
 import bz2
 import datetime
@@ -24,8 +24,8 @@ from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Source
 from dsmoe.data import json_records
 from dsmoe.data.corpora import corpus_state, documents
-from dsmoe.data.look import source_problems
-from dsmoe.data.problems import translated
+from dsmoe.data.precheck import source_problems
+from dsmoe.data.source_errors import translated
 
 TEXTS = [f"document {number} " + "ü" * number for number in range(300)]
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS).encode()
@@ -79,7 +79,7 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_compressed(name: str, tmp_path: Path) -> None:
     assert read(put(tmp_path / name, WHOLE[name])) == TEXTS
-    if name not in ("a.jsonl.lzma", "a.jsonl.zst"):  # whose first bytes say nothing
+    if name not in ("a.jsonl.lzma", "a.jsonl.zst"):  # a format without magic first bytes
         assert read(put(tmp_path / "text.bin", WHOLE[name]), "text") == [LINES.decode()]
 
 
@@ -87,8 +87,8 @@ def test_compressed(name: str, tmp_path: Path) -> None:
     ("name", "data"),
     [
         ("a.jsonl.gz", gzip.compress(LINES) + b"junk"),
-        ("a.jsonl.bz2", bz2.compress(LINES) + b"junk"),  # bz2.open ignores it
-        ("a.jsonl.xz", lzma.compress(LINES) + b"junk"),  # lzma.open ignores it
+        ("a.jsonl.bz2", bz2.compress(LINES) + b"junk"),  # bz2.open ignores this damage
+        ("a.jsonl.xz", lzma.compress(LINES) + b"junk"),  # lzma.open ignores this damage
         ("a.jsonl.bz2", bz2.compress(HALVES[0]) + b"C" + bz2.compress(HALVES[1])[1:]),  # half the text is lost
         ("a.jsonl.xz", lzma.compress(HALVES[0]) + b"\xfe" + lzma.compress(HALVES[1])[1:]),
         ("a.jsonl.zst", by_arrow(LINES, "zstd") + b"junk"),
@@ -116,7 +116,7 @@ def test_every_cut_shows(codec: str, tmp_path: Path) -> None:
 
 
 def test_zip(tmp_path: Path) -> None:
-    names = ["b.jsonl", "c.jsonl", "a/1.jsonl", "b/a/2.jsonl"]  # a folder's files before its subfolders'
+    names = ["b.jsonl", "c.jsonl", "a/1.jsonl", "b/a/2.jsonl"]  # the files of a folder precede those of its subfolders
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in reversed(names):
             archive.writestr(name, json.dumps({"text": name}))
@@ -125,7 +125,7 @@ def test_zip(tmp_path: Path) -> None:
 
 
 def make_zip(path: Path, *names: str) -> Path:
-    """Each member has a document, which is its name and its number."""
+    """Write a zip archive whose members have one document each, their name and number."""
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
         warnings.simplefilter("ignore")  # of two members of one name
         for number, name in enumerate(names):
@@ -133,7 +133,7 @@ def make_zip(path: Path, *names: str) -> Path:
     return path
 
 
-def test_what_a_zip_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_members_of_a_zip_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = (
         "a.jsonl",
         "./b.jsonl",
@@ -160,7 +160,7 @@ def test_a_zip_with_two_files_of_one_name(other: str, tmp_path: Path) -> None:
 
 
 def test_joined_zips(tmp_path: Path) -> None:
-    """Of which only the last is found."""
+    """The central directory of an archive finds only the last of joined archives."""
     path, other = make_zip(tmp_path / "a.zip", "a.jsonl"), make_zip(tmp_path / "b.zip", "b.jsonl")
     path.write_bytes(path.read_bytes() + other.read_bytes())
     with pytest.raises(UserError, match=rf"{path}: something stands before its first file, .*; unpack it"):
@@ -202,7 +202,7 @@ def test_not_utf_8_inside_names_line_and_byte_of_the_text(tmp_path: Path) -> Non
 
 
 def old_tar(name: str, data: bytes) -> bytes:
-    """Of version 7, without a magic number."""
+    """A tar header of version 7, which has no magic number."""
     header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
     header[257:] = bytes(512 - 257)
     return bytes(header) + data.ljust(10240, b"\0")
@@ -378,7 +378,7 @@ def test_arrays_that_are_none(text: str, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["refuse", "skip"])
 def test_an_array_that_ends_like_an_object(policy: str, tmp_path: Path) -> None:
-    """As of an array that was cut off within a larger object."""
+    """An array that was cut out of a larger object."""
     path = put(tmp_path / "a.json", b'[{"text": "a"}, {"text": "b"}}')
     with pytest.raises(UserError, match=rf"{path}: the array ends with }}, after item 1, not with \]"):
         read(path, bad_records=policy)
@@ -485,7 +485,7 @@ def test_a_damaged_page_names_the_file(compression: str, tmp_path: Path) -> None
 
 
 def test_only_the_text_column_is_read(tmp_path: Path) -> None:
-    """Damage elsewhere does not matter."""
+    """Damage in other columns is not read."""
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"other": ["x" * 50_000], "text": ["a"]})
     pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -498,7 +498,7 @@ def test_a_file_that_grows_while_it_is_read(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", LINES)
     texts = documents(Source(name="corpus", path=str(path), format="jsonl"), Path("unused"))
     next(texts)
-    with path.open("ab") as file:  # a download goes on
+    with path.open("ab") as file:  # a download in progress appends to the file
         file.write(LINES)
     with pytest.raises(UserError, match=rf"{path} changed while it was read; run again when it is complete"):
         list(texts)
@@ -512,5 +512,5 @@ def test_errors_of_the_system(tmp_path: Path) -> None:
     ):
         raise PermissionError(13, "Permission denied")
     with pytest.raises(OSError, match="Input/output error") as caught, translated(source, Path("/c/a")):
-        raise OSError(5, "Input/output error")  # of a storage that may come back
+        raise OSError(5, "Input/output error")  # an error of storage that may recover
     assert caught.value.filename == "/c/a"

@@ -1,4 +1,4 @@
-"""A damaged or changed tokenizer.json is refused by name, or makes tokens that training can use."""
+"""A damaged or changed tokenizer.json is refused by its name, or gives valid tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsmoe.config.errors import UserError
 from dsmoe.data.packing import pack
 from dsmoe.data.tokenizer import load_tokenizer, require_end_of_document, token_dtype
 from tests.data.conftest import MakeConfig
-from tests.data.test_literals import MODELS, saved
+from tests.data.test_special_tokens import MODELS, saved
 from tests.helpers import damage
 
 TEXTS = ["ab <s>ab</s> a </s>", "", " ", "x\n\t", "γάμμα 𝄞", "<unk><0x0A>", "ab" * 500]
@@ -40,7 +40,7 @@ WRONG = [
 
 
 def places_in(holder: Any) -> list[tuple[Any, Any]]:
-    """Every value below, as what holds it and its key or index."""
+    """Yield every value below as (parent, key or index)."""
     found = []
     for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
         found.append((holder, key))
@@ -65,7 +65,7 @@ def mutate(content: Any, draw: random.Random) -> None:
 
 
 def use(path: Path, make_config: MakeConfig) -> None:
-    """Make tokens of text, as `prepare` does: they must be ones that a model has, and nothing else ends a document."""
+    """Tokenise text as `prepare` does; check that all are in the vocabulary and documents end only at the end token."""
     config = make_config({"name": "a", "path": "a"}, data={"tokenizer": str(path)}, vocab_size=2**20)
     tokenizer = load_tokenizer(config)
     require_end_of_document(tokenizer, config)
@@ -88,9 +88,9 @@ def test_any_file_is_refused_by_name_or_makes_tokens(count: int, tmp_path: Path,
         model = draw.choice(sorted(MODELS))
         saved(MODELS[model], path)
         if draw.random() < 0.3:
-            way = draw.choice(damage.WAYS)
-            way(path, draw)
-            return f"{model} {way.__name__}", "data.tokenizer"
+            damage_file = draw.choice(damage.WAYS)
+            damage_file(path, draw)
+            return f"{model} {damage_file.__name__}", "data.tokenizer"
         content = json.loads(path.read_bytes())
         mutate(content, draw)
         path.write_text(json.dumps(content), encoding="utf-8")

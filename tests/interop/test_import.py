@@ -14,9 +14,9 @@ import torch
 
 from dsmoe.cli import main
 from dsmoe.config import load_config
+from dsmoe.config.dump import dump_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.config.show import dump_config
 from dsmoe.interop import importing
 from dsmoe.interop.architectures import architecture_of
 from dsmoe.interop.importing import fitting_sections, import_folder

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe import cli
-from dsmoe.config.show import dump_config
+from dsmoe.config.dump import dump_config
 from tests.helpers.hugging_face_models import load_sections, make_config, save_theirs
 
 pytest.importorskip("transformers")

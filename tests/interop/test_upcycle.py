@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from dsmoe.cli import main
+from dsmoe.config.dump import dump_config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Config
-from dsmoe.config.show import dump_config
 from dsmoe.interop import upcycle as upcycling
 from dsmoe.interop.logits import compare, our_logits
 from dsmoe.interop.tensors import Tensors

@@ -10,8 +10,8 @@ LAUNCHERS = "tests/runtime/test_launchers.py::"
 WORLD = "tests/runtime/test_world.py::"
 CONSOLE = "tests/runtime/test_standard_streams.py::"
 QUOTING = "tests/launch/test_quoting.py::"
-CHECK = "tests/data/test_check.py::"
-INPUTS = "tests/config/test_inputs.py::"
+CHECK = "tests/data/test_check_sources.py::"
+INPUTS = "tests/config/test_input_files.py::"
 
 MUTATIONS = [
     # What is said before torch is imported.
@@ -235,35 +235,35 @@ MUTATIONS = [
     # The sources before the work, and names from elsewhere.
     Mutation(
         "a folder is to be made below a file",
-        "dsmoe/data/check.py",
-        old="    if not os.path.isdir(there):\n",
-        new="    if not os.path.lexists(there):\n",
+        "dsmoe/data/check_sources.py",
+        old="    if not os.path.isdir(existing):\n",
+        new="    if not os.path.lexists(existing):\n",
         caught_by=f"{CHECK}test_a_folder_that_cannot_be_made[file-runs_dir]",
     ),
     Mutation(
         "a corpus of empty files passes",
-        "dsmoe/data/check.py",
+        "dsmoe/data/check_sources.py",
         old="not any(file.stat().st_size for file in",
         new="not any(file for file in",
         caught_by=f"{CHECK}test_config_check_finds_what_prepare_would",
     ),
     Mutation(
         "`plan` says nothing of a damaged cache that stands for lost text",
-        "dsmoe/data/check.py",
+        "dsmoe/data/check_sources.py",
         old="        except LostCopyError:\n            raise\n",
         new="",
         caught_by=f"{CHECK}test_a_damaged_cache_does_not_serve_without_the_text[a checksum]",
     ),
     Mutation(
         "`config check` opens every file of a large folder",
-        "dsmoe/data/check.py",
+        "dsmoe/data/check_sources.py",
         old="source_problems(source, cache_dir, MOST_FILES)",
         new="source_problems(source, cache_dir)",
         caught_by=f"{CHECK}test_of_a_large_folder_the_first_files_are_opened",
     ),
     Mutation(
         "a tokenizer without an end of a document passes the check",
-        "dsmoe/data/check.py",
+        "dsmoe/data/check_sources.py",
         old="        require_end_of_document(tokenizer, config)\n",
         new="        pass\n",
         caught_by=f"{INPUTS}test_a_tokenizer_of_which_nothing_ends_a_document",

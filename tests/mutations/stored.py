@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.mutations.mutation import Mutation
 
-OVERLAP = "tests/data/test_overlap.py::"
-DAMAGE = "tests/data/test_damage.py::"
+OVERLAP = "tests/data/test_held_out_overlap.py::"
+DAMAGE = "tests/data/test_damaged_cache.py::"
 CACHE = "tests/data/test_cache.py::"
 FAULTS = "tests/checkpoint/test_faults.py::"
 IDENTITY = "tests/train/test_identity.py::"
@@ -22,37 +22,37 @@ MUTATIONS = [
     Mutation(
         "which documents are held out depends on white space at their ends",
         "dsmoe/data/packing.py",
-        old='hashlib.blake2b(plain_text(text).encode("utf-8")',
+        old='hashlib.blake2b(canonical_text(text).encode("utf-8")',
         new='hashlib.blake2b(text.encode("utf-8", "replace")',
         caught_by=f"{OVERLAP}test_white_space_at_the_ends_and_line_ends_do_not_make_another_document",
     ),
     Mutation(
         "what a small source holds out beyond the limit is trained on in others",
-        "dsmoe/data/overlap.py",
-        old="return self.train.find(np.union1d(theirs, other.held_out_above))",
-        new="return self.train.find(np.unique(theirs))",
+        "dsmoe/data/held_out_overlap.py",
+        old="return self.train.find(np.union1d(held_out, other.held_out_above))",
+        new="return self.train.find(np.unique(held_out))",
         caught_by=f"{OVERLAP}test_the_same_documents_in_sources_of_any_size[0.2-0]",
     ),
     Mutation(
         "what a small source trains on below the limit is not looked up in others",
-        "dsmoe/data/overlap.py",
-        old="return self.train.find(np.union1d(theirs, other.held_out_above))",
+        "dsmoe/data/held_out_overlap.py",
+        old="return self.train.find(np.union1d(held_out, other.held_out_above))",
         new="return self.train.find(other.held_out_above)",
         caught_by=f"{OVERLAP}test_a_small_source_of_what_a_large_one_holds_out",
     ),
     Mutation(
         "the sequence before a held-out document has its first token",
-        "dsmoe/data/sequences.py",
+        "dsmoe/data/prepared_source.py",
         old="-(-(begin - length) // length)",
         new="-(-(begin - length + 1) // length)",
         caught_by="tests/data/test_loader.py::test_text_that_is_left_out_is_never_read",
     ),
     Mutation(
         "the samples of a light source are counted by rounding",
-        "dsmoe/data/order.py",
+        "dsmoe/data/sampling_order.py",
         old="    return (above + (below + offset < below)).astype(np.int64)\n",
         new="    return np.round(number * (share / 2.0**64)).astype(np.int64)\n",
-        caught_by="tests/data/test_order.py::test_counts_are_those_of_the_samples",
+        caught_by="tests/data/test_sampling_order.py::test_counts_are_those_of_the_samples",
     ),
     # The cache.
     Mutation(
@@ -92,10 +92,10 @@ MUTATIONS = [
     ),
     Mutation(
         "what another process is writing is removed",
-        "dsmoe/config/locks.py",
+        "dsmoe/runtime/file_locks.py",
         old="fcntl.LOCK_EX | fcntl.LOCK_NB",
         new="fcntl.LOCK_SH | fcntl.LOCK_NB",
-        caught_by="tests/config/test_locks.py::test_it_is_held_until_its_holder_dies",
+        caught_by="tests/runtime/test_file_locks.py::test_it_is_held_until_its_holder_dies",
     ),
     # Files that are there whole or not at all.
     Mutation(
@@ -233,7 +233,7 @@ MUTATIONS = [
         "dsmoe/config/sections/moe.py",
         old='lambda rate: rate > 0, "tensor")',
         new='lambda rate: rate > 0, "step")',
-        caught_by=f"{EFFECTS}test_what_decides_about_tensors_that_may_begin_anew_is_left_out_for_weights",
+        caught_by=f"{EFFECTS}test_settings_of_tensors_that_may_begin_anew_are_left_out_for_weights",
     ),
     Mutation(
         "a run goes on with another corpus at another path",

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dsmoe.config import load_config
+from dsmoe.config.dump import flatten
 from dsmoe.config.effects import effect_of
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
 from dsmoe.parity.layouts import _only, as_overrides, changes, comparable, parse_layout, shrunk
 from dsmoe.plan.parameters import count_parameters
 

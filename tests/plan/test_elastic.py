@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsmoe.config import UserError, load_config
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
 from dsmoe.plan.batch import Batch
 from dsmoe.plan.elastic import adjustments, fit_to_world
 

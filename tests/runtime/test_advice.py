@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe.config import load_config
-from dsmoe.config.checks import cross_field_problems
+from dsmoe.config.cross_field_checks import cross_field_problems
 from dsmoe.config.errors import ConfigError, Problem
 from dsmoe.config.schema import Config
 from dsmoe.plan.devices import device_problems

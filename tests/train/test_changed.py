@@ -17,7 +17,7 @@ from dsmoe.checkpoint.manifest import DamagedError, Facts
 from dsmoe.config import UserError, dump_config
 from dsmoe.config.schedules import learning_rate
 from dsmoe.config.schema import Config
-from dsmoe.data.order import Mixture
+from dsmoe.data.sampling_order import Mixture
 from dsmoe.plan.plan import Plan
 from dsmoe.train.changed import Order, changed_held_out, changed_order, changed_rate, rate_when_longer
 from dsmoe.train.summary import _next_steps

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsmoe.config import UserError, load_config
+from dsmoe.config.dump import flatten
 from dsmoe.config.schema import Config
-from dsmoe.config.show import flatten
 from dsmoe.data import prepare
 from dsmoe.interop.export_tokenizer import byte_tokenizer_json
 from dsmoe.plan.plan import Plan

@@ -1,1 +1,1 @@
-"""The sections of a config, one file each: the keys, and beside them the rules that hold between keys."""
+"""Sections of a config, one file each: the keys, and the rules between keys."""

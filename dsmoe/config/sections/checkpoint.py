@@ -1,4 +1,4 @@
-"""The section `checkpoint`: when the run is saved and what a start does with what it finds."""
+"""The section `checkpoint`: saving, retention, resuming."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import nearest_multiples_of
 from dsmoe.config.sections.base import Interval, NoEffect, NonNegativeInt, PositiveInt, Section, Text
+from dsmoe.config.suggestions import nearest_multiples_of
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.train import Train
 
 
 class Checkpoint(Section):
-    """When the run is saved, and what a new start does with what it finds."""
+    """Saving and retention of checkpoints, and resuming from them."""
 
     every: NoEffect[Interval] = None
     """Steps between checkpoints; null or 0 saves only after the last step."""
     keep: NoEffect[PositiveInt] = 2
-    """How many of the newest checkpoints stay."""
+    """The number of newest checkpoints that stay."""
     keep_every: NoEffect[Interval] = None
     """Checkpoints of steps that are multiples of this stay as well; null or 0 keeps none for its step."""
     keep_best: NoEffect[NonNegativeInt] = 0
-    """How many checkpoints of the lowest validation loss stay as well, of those that an evaluation came with; of each
-    held-out text, if that has changed in the course of the run: losses on two texts do not compare."""
+    """The number of checkpoints with the lowest validation loss that stay as well, among those with an evaluation;
+    counted per held-out text if that changed during the run, because losses on two texts do not compare."""
     asynchronous: NoEffect[bool] = True
     """Train on while a checkpoint is being written: training stands still for the copy to host memory only, which takes
     about 12 bytes per parameter, divided by the ranks."""
@@ -37,7 +37,7 @@ class Checkpoint(Section):
 
 
 def kept_problems(checkpoint: Checkpoint, train: Train) -> Iterator[Problem]:
-    """Check that what is to be kept comes to be."""
+    """Check that the checkpoints to be kept will exist."""
     every, milestones, best = checkpoint.every, checkpoint.keep_every, checkpoint.keep_best
     evaluations = train.eval_every
     if milestones is not None and (every is None or milestones % every):

@@ -19,7 +19,7 @@ class Device(Section):
 
 
 class Cluster(Section):
-    """The machines: how many, and what is in them."""
+    """The machines: their number, devices, names and network."""
 
     nodes: NoEffect[Annotated[int, Field(ge=1, le=100_000), BeforeValidator(whole_number)]] = 1
     """Machines."""
@@ -30,7 +30,7 @@ class Cluster(Section):
     MFU."""
     interface: NoEffect[Text | None] = None
     """The network interface between nodes (`eth0`, `ib0`), as `ip address` lists it on every one of them; null leaves
-    the choice to NCCL and gloo, which are wrong at times where there are several."""
+    the choice to NCCL and gloo, which sometimes choose wrongly among several."""
     hosts: NoEffect[Text | None] = None
     """The nodes' names, rank 0's first, for `dsmoe launch --hostfile`: `node[01-08]`, or `alpha,beta`."""
     hostfile: NoEffect[Text | None] = None
@@ -39,13 +39,13 @@ class Cluster(Section):
     """Train on whatever devices the launcher has started: `parallel.expert` and the micro-batch follow, the batch
     stays. Else a world of another size is refused."""
     collective_timeout_seconds: NoEffect[Timeout] = 1800
-    """How long a collective may wait, in every process group, before the run is stopped."""
+    """Seconds that a collective may wait, in every process group, before the run is stopped."""
     intra_node_gbps: NoEffect[PositiveFloat | None] = None
-    """What a device can send to another of its node, in GB/s one way; null promises nothing. `dsmoe preflight` measures
-    it."""
+    """Bandwidth from a device to another of its node, in GB/s one way; null promises nothing. `dsmoe preflight`
+    measures it."""
     inter_node_gbps: NoEffect[PositiveFloat | None] = None
-    """What a device can send to another node while all devices of its node send, in GB/s one way."""
+    """Bandwidth from a device to another node while all devices of its node send, in GB/s one way."""
     intra_node_us: NoEffect[PositiveFloat | None] = None
-    """Microseconds that an exchange of next to nothing takes inside a node."""
+    """Latency of an almost empty exchange inside a node, in microseconds."""
     inter_node_us: NoEffect[PositiveFloat | None] = None
-    """The same between nodes."""
+    """Latency of an almost empty exchange between nodes, in microseconds."""

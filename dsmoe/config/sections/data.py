@@ -1,4 +1,4 @@
-"""The section `data`: what is read and how it becomes tokens."""
+"""The section `data`: corpora, tokenizer, cache and order."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Source(Section):
     split: MathEffect[Text] = "train"
     """The hub data set's split."""
     format: MathEffect[Literal["text", "jsonl", "parquet"]] = "text"
-    """How the files at `path` are read: `text`, a file is one document; `jsonl`, one JSON object a line, or in a file
+    """Format of the files at `path`: `text`, a file is one document; `jsonl`, one JSON object a line, or in a file
     named `.json` also one array of objects; `parquet`, a row is a document. Text and jsonl may be compressed (gz, bz2,
     xz, zst, lz4). Of a folder are read: `.txt`; `.jsonl`, `.ndjson` and `.json`; or `.parquet`."""
     text_field: MathEffect[Text] = "text"
     """The field that holds the text (jsonl, parquet, hub); no other field is looked at."""
     bad_records: MathEffect[Literal["refuse", "skip"]] = "refuse"
-    """What a record without usable text does (no JSON, no such field, null, not UTF-8; a text file is one record):
+    """Treatment of a record without usable text (no JSON, no such field, null, not UTF-8; a text file is one record):
     `refuse` stops and names it, `skip` leaves it out and counts it. A damaged file is always refused."""
     weight: MathEffect[PositiveFloat] = 1.0
     """Share of the training sequences, relative to the other sources'; exact, however small."""
 
 
 class Data(Section):
-    """What is read, how it becomes tokens, and where they are kept."""
+    """The corpora, the tokenizer, the cache of tokens, and the order of training."""
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]  # not strict: YAML has lists, no tuples
     """The corpora, mixed by weight."""
@@ -65,19 +65,19 @@ class Data(Section):
     seed: MathEffect[NonNegativeInt] = 0
     """Decides the split and the order of the training sequences."""
     changed_order: NoEffect[Literal["refuse", "accept"]] = "refuse"
-    """What becomes of a run that goes on with other sources, weights, text or seed than its checkpoint was made with,
-    and so reads some text again and leaves other out: `refuse` says how much, `accept` goes on."""
+    """Treatment of a run that resumes with other sources, weights, text or seed than its checkpoint was made with, and
+    so reads some text again and leaves other text out: `refuse` says how much, `accept` goes on."""
 
 
 _BYTES_VOCABULARY = 257
 """256 byte values and the end-of-document token."""
 
 _LEAST_SHARE = 1e-15
-"""Of the samples: the longest run has fewer than one over this."""
+"""Least share of the samples: even the longest run has fewer than 1e15 samples."""
 
 
 def source_problems(data: Data) -> Iterator[Problem]:
-    """Check where each source is, and that all have names of their own and can be seen."""
+    """Check that each source has one place, a name of its own, and a weight that is not negligible."""
     names: set[str] = set()
     total = sum(source.weight for source in data.sources)
     for index, source in enumerate(data.sources):
@@ -95,7 +95,7 @@ def source_problems(data: Data) -> Iterator[Problem]:
 
 
 def tokenizer_problems(data: Data, model: Model) -> Iterator[Problem]:
-    """Check what the byte tokenizer has of its own: an end of documents, and a number of tokens."""
+    """Check that keys fit the byte tokenizer, which has its own end of document and number of tokens."""
     if data.tokenizer == "bytes" and data.end_of_document is not None:
         yield (
             "data.end_of_document",

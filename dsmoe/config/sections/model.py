@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BeforeValidator, Field
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import divisors_of, nearest_multiples_of, nearest_of
 from dsmoe.config.sections.base import (
     Layers,
     Length,
@@ -19,13 +18,14 @@ from dsmoe.config.sections.base import (
     Width,
     whole_number,
 )
+from dsmoe.config.suggestions import divisors_of, nearest_multiples_of, nearest_of
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.moe import Moe
 
 
 DENSE_ACTIVATION = "swiglu"
-"""Of the dense blocks; `moe.activation` is that of the experts."""
+"""Activation of the dense blocks; `moe.activation` is that of the experts."""
 
 
 class Model(Section):
@@ -64,7 +64,7 @@ class Model(Section):
 
 
 def attention_problems(model: Model) -> Iterator[Problem]:
-    """Check that heads share the width, and query heads the key/value heads, in equal parts."""
+    """Check that heads divide the width, key/value heads divide query heads, and heads have an even width."""
     num_kv_heads = model.num_kv_heads or model.num_heads
     if model.num_heads % num_kv_heads:
         yield (
@@ -94,7 +94,7 @@ def attention_problems(model: Model) -> Iterator[Problem]:
 
 
 def layer_problems(model: Model, moe: Moe | None) -> Iterator[Problem]:
-    """Check that there are the kinds of layers that the sections describe."""
+    """Check that the model has MoE layers if `moe` is set, and dense layers exactly if `ffn_size` is set."""
     num_moe_layers = 0
     if moe is not None:
         # Layer i is an MoE layer if i >= dense_layers and (i - dense_layers + 1) % moe_every == 0.

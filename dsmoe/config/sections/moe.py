@@ -1,4 +1,4 @@
-"""The section `moe`: experts, router, balance and capacity, and what must hold between them."""
+"""The section `moe`: experts, router, balance and capacity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import divisors_of, nearest_multiples_of, nearest_of
 from dsmoe.config.sections.base import (
     Devices,
     Effect,
@@ -25,36 +24,37 @@ from dsmoe.config.sections.base import (
     whole_number,
 )
 from dsmoe.config.sections.parallel import uneven_problems
+from dsmoe.config.suggestions import divisors_of, nearest_multiples_of, nearest_of
 
 BalanceScope = Literal["micro_batch", "sequence", "global"]
 
-# The running counts of a balancing loss over all ranks, and a capacity that moves, may begin anew; a selection bias is
-# part of what the weights compute.
+# The running counts of a global balancing loss and a moving capacity factor may begin anew; a selection bias is part of
+# the model's function.
 _SCOPE = Switch("is global", lambda scope: scope == "global", "step")
 _BIAS = Switch("is above 0", lambda rate: rate > 0, "tensor")
 _MOVING_FACTOR = Switch("is set", lambda percent: percent is not None, "step")
 
 
 class Router(Section):
-    """How scores, always in fp32, become each token's experts and their weights."""
+    """The choice of each token's experts and their weights from the router's scores, always in fp32."""
 
     choice: TensorEffect[Literal["token", "expert"]] = "token"
     """Every token chooses its top_k experts, or every expert its C tokens (top_k on average; Zhou et al. 2022)."""
     leak_future: MathEffect[bool] = False
-    """Says that you know that `choice: expert` lets a token see those after it, which makes training losses too low and
-    text generation impossible."""
+    """Confirms that `choice: expert` may let a token see later tokens, which makes training losses too low and text
+    generation impossible."""
     score: TensorEffect[Literal["softmax", "sigmoid"]] = "softmax"
     """`softmax` over the experts (Mixtral, Qwen3), or the `sigmoid` of each logit (DeepSeek-V3)."""
     normalize_weights: TensorEffect[bool] = True
     """Divide the k chosen scores by their sum (Mixtral, Qwen3); false keeps the scores themselves (Switch)."""
     scale: TensorEffect[PositiveFloat] = 1.0
-    """What the weights are then multiplied by (DeepSeek-V3: 2.5)."""
+    """Factor on the weights after normalization (DeepSeek-V3: 2.5)."""
     num_groups: TensorEffect[Devices] = 1
     """Groups of neighbouring experts, as nodes hold them; with more than one, each token keeps to its best groups."""
     top_k_groups: TensorEffect[Devices] = 1
-    """How many groups a token may choose its experts from."""
+    """Groups from which a token may choose its experts."""
     group_score: TensorEffect[Literal["max", "top2_sum"]] = "top2_sum"
-    """What a group is worth: its best expert's score (DeepSeek-V2) or the sum of its best two (DeepSeek-V3)."""
+    """Score of a group: its best expert's score (DeepSeek-V2) or the sum of its best two (DeepSeek-V3)."""
     noise: MathEffect[Literal["none", "jitter", "gumbel"]] = "none"
     """In training only: the router's input times 1 +- 0.01 (`jitter`), or experts drawn at random in proportion to
     their softmax scores (`gumbel`)."""
@@ -63,13 +63,13 @@ class Router(Section):
 
 
 class Balance(Section):
-    """What keeps the experts evenly used, in any combination; 0 switches one off."""
+    """Balancing of the experts' load, by any combination of methods; 0 switches one off."""
 
     aux_loss: MathEffect[NonNegativeFloat] = 0.01
     """Coefficient of the Switch/GShard load-balancing loss."""
     scope: Annotated[BalanceScope, Effect("math", _SCOPE)] = "micro_batch"
-    """What that loss counts the experts' shares over: a rank's micro-batch, each sequence (DeepSeek-V3), or all ranks
-    and micro-batches of the optimizer step before."""
+    """Tokens over which that loss counts the experts' shares: a rank's micro-batch, each sequence (DeepSeek-V3), or all
+    ranks and micro-batches of the optimizer step before."""
     z_loss: MathEffect[NonNegativeFloat] = 0.0
     """Coefficient of the ST-MoE router z-loss."""
     bias_update_rate: Annotated[NonNegativeFloat, Effect("math", _BIAS)] = 0.0
@@ -77,20 +77,20 @@ class Balance(Section):
 
 
 class Capacity(Section):
-    """How many assignments an expert accepts from one rank: of its micro-batch, or `parallel.tensor` slice of one."""
+    """The limit on an expert's assignments from one rank, of its micro-batch or `parallel.tensor` slice of one."""
 
     factor: MathEffect[PositiveFloat | None] = None
     """C = max(minimum, ceil(tokens * top_k / num_experts * factor)); null is dropless."""
     eval_factor: MathEffect[PositiveFloat | None] = None
-    """The same in evaluation; null evaluates dropless."""
+    """The factor in evaluation; null evaluates dropless."""
     minimum: MathEffect[PositiveInt] = 4
     """The smallest C, for micro-batches with few tokens."""
     drop_policy: MathEffect[Literal["probability", "position", "random"]] = "probability"
-    """Which assignments stay: the highest router weights, the first in sequence order, or any with equal chance."""
+    """Assignments that stay: the highest router weights, the first in sequence order, or any with equal chance."""
     renormalize_dropped: MathEffect[bool] = False
     """Spread the weight of a token's dropped choices over its kept ones."""
     target_drop_percent: Annotated[Percent | None, Effect("math", _MOVING_FACTOR)] = None
-    """Let the factor move slowly, on log steps, so that this share of the assignments is dropped; null leaves it."""
+    """Share of the assignments to drop, toward which the factor moves slowly, on log steps; null keeps the factor."""
     max_factor: MathEffect[PositiveFloat] = 2.0
     """The highest factor that `target_drop_percent` may lead to, which bounds the memory."""
     pad: MathEffect[bool] = True
@@ -99,11 +99,11 @@ class Capacity(Section):
 
 @dataclass(frozen=True)
 class ActivationShape:
-    """What of an activation decides the shapes of weights, and so parameters and FLOPs.
+    """The properties of an activation that decide the shapes of weights, and so parameters and FLOPs.
 
     Attributes:
         gated: act(gate x) * (up x) rather than act(up x).
-        hidden_act: what Hugging Face calls the function of the gate; None where its experts cannot have it.
+        hidden_act: Hugging Face's name of the gate's function; None if its experts cannot have it.
     """
 
     gated: bool
@@ -111,12 +111,12 @@ class ActivationShape:
 
     @property
     def input_matrices(self) -> int:
-        """Matrices that the input is multiplied by: gate and up, or up alone."""
+        """The number of matrices that the input is multiplied by: gate and up, or up alone."""
         return 2 if self.gated else 1
 
     @property
     def matrices(self) -> int:
-        """All matrices of a feed-forward: those, and down."""
+        """The number of all matrices of a feed-forward: the input matrices and down."""
         return self.input_matrices + 1
 
 
@@ -126,10 +126,10 @@ ACTIVATION_SHAPES = {
     "gelu": ActivationShape(gated=False),
     "relu2": ActivationShape(gated=False),
 }
-"""By the names of `moe.activation`; what each computes is in `dsmoe.nn.activations`."""
+"""Shapes by the names of `moe.activation`; `dsmoe.nn.activations` has the functions."""
 
 LEAST_IN_GROUP = {"max": 1, "top2_sum": 2}
-"""How many experts a group needs for each `moe.router.group_score`."""
+"""The fewest experts of a group for each `moe.router.group_score`."""
 
 
 class Experts(Section):
@@ -155,24 +155,24 @@ class Moe(Experts):
     expert_ffn_size: TensorEffect[Width]
     """Inner width of one expert."""
     router: Router = Router()
-    """How a token chooses its experts."""
+    """The choice of a token's experts."""
     balance: Balance = Balance()
-    """What keeps the experts evenly used."""
+    """Balancing of the experts' load."""
     capacity: Capacity = Capacity()
-    """How much an expert accepts."""
+    """The limit on what an expert accepts."""
 
     @property
     def experts(self) -> Experts:
-        """The feed-forwards alone, as a layer takes them."""
+        """The keys of the feed-forwards alone, for the layer."""
         return Experts(**{name: getattr(self, name) for name in Experts.model_fields})
 
 
 _ROW_ALIGNMENT = 8
-"""grouped_mm reads rows in pieces of 16 bytes: 8 numbers in bf16."""
+"""Elements per row have to be a multiple of this: grouped_mm reads 16 bytes at a time, 8 numbers in bf16."""
 
 
 def choice_problems(num_experts: int, top_k: int, router: Router) -> Iterator[Problem]:
-    """Check that tokens can choose so many experts, and weigh them."""
+    """Check that `top_k` experts exist, and that their weights give the router a gradient."""
     if top_k > num_experts:
         yield "moe.top_k", f"moe.top_k ({top_k}) must be at most moe.num_experts ({num_experts})"
     if top_k == 1 and router.normalize_weights:
@@ -184,7 +184,7 @@ def choice_problems(num_experts: int, top_k: int, router: Router) -> Iterator[Pr
 
 
 def dense_path_problems(experts: Experts) -> Iterator[Problem]:
-    """Check that there is one dense path at most."""
+    """Check that there is at most one dense path."""
     if experts.residual and experts.shared_expert_ffn_size is not None:
         yield (
             "moe.residual",
@@ -195,7 +195,7 @@ def dense_path_problems(experts: Experts) -> Iterator[Problem]:
 
 
 def dense_path_slice_problems(experts: Experts, tensor: int) -> Iterator[Problem]:
-    """Check that tensor ranks get equal parts of the dense path."""
+    """Check that tensor ranks get equal slices of the dense path."""
     sizes = {"moe.shared_expert_ffn_size": experts.shared_expert_ffn_size}
     if experts.residual:
         sizes["moe.expert_ffn_size"] = experts.expert_ffn_size
@@ -203,7 +203,7 @@ def dense_path_slice_problems(experts: Experts, tensor: int) -> Iterator[Problem
 
 
 def row_problems(hidden_size: int, expert_ffn_size: int, slices: int) -> Iterator[Problem]:
-    """Check that the experts' products can read their rows; `slices` is `parallel.expert_tensor`."""
+    """Check that the experts' rows are aligned for grouped products; `slices` is `parallel.expert_tensor`."""
     for key, size, unit in (
         ("model.hidden_size", hidden_size, _ROW_ALIGNMENT),
         ("moe.expert_ffn_size", expert_ffn_size, _ROW_ALIGNMENT * slices),
@@ -215,7 +215,7 @@ def row_problems(hidden_size: int, expert_ffn_size: int, slices: int) -> Iterato
 
 
 def causal_problems(router: Router) -> Iterator[Problem]:
-    """Check, for a causal model, that a token's experts do not depend on the tokens after it."""
+    """Check that a token's experts do not depend on later tokens, unless `leak_future` allows it."""
     if router.choice == "expert" and not router.leak_future:
         yield (
             "moe.router.choice",
@@ -226,7 +226,7 @@ def causal_problems(router: Router) -> Iterator[Problem]:
 
 
 def expert_choice_problems(router: Router, balance: Balance, capacity: Capacity) -> Iterator[Problem]:
-    """Check that nothing is asked for, where experts choose, that only has a meaning where tokens do."""
+    """Check that `choice: expert` has capacity factors, and no options that need `choice: token`."""
     if router.choice == "token":
         return
     for name in ("factor", "eval_factor"):
@@ -250,7 +250,7 @@ def expert_choice_problems(router: Router, balance: Balance, capacity: Capacity)
 
 
 def group_problems(num_experts: int, top_k: int, router: Router) -> Iterator[Problem]:
-    """Check group-limited routing; one group is none."""
+    """Check group-limited routing, which is off with one group."""
     if num_experts % router.num_groups:
         nearest = nearest_of(router.num_groups, divisors_of(num_experts))
         yield (
@@ -282,7 +282,7 @@ def group_problems(num_experts: int, top_k: int, router: Router) -> Iterator[Pro
 
 
 def capacity_problems(capacity: Capacity) -> Iterator[Problem]:
-    """Check that factors can move and drop as asked."""
+    """Check that a moving factor has a start and a limit, and that dropped weight can be spread."""
     target, factor = capacity.target_drop_percent, capacity.factor
     if target is not None and factor is None:
         yield (

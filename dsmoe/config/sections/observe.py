@@ -1,16 +1,16 @@
-"""The section `observe`: what is written down while training."""
+"""The section `observe`: metrics while training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import nearest_multiples_of
 from dsmoe.config.sections.base import Interval, NoEffect, PositiveInt, Section
+from dsmoe.config.suggestions import nearest_multiples_of
 
 
 class Observe(Section):
-    """What is written down while training."""
+    """Intervals and destinations of the metrics while training."""
 
     log_every: NoEffect[PositiveInt] = 1
     """Steps between lines on the console and in `metrics.jsonl`."""
@@ -21,7 +21,7 @@ class Observe(Section):
 
 
 def interval_problems(observe: Observe) -> Iterator[Problem]:
-    """Check that layers are looked at when there is a line to write."""
+    """Check that per-layer metrics fall on log steps."""
     detail, every = observe.layer_detail_every, observe.log_every
     if detail is not None and detail % every:
         yield (

@@ -52,7 +52,7 @@ class Optimizer(Section):
 
 
 def learning_rate_problems(optimizer: Optimizer) -> Iterator[Problem]:
-    """Check the keys of the schedule against each other."""
+    """Check that the keys of the schedule fit each other."""
     if optimizer.min_lr > optimizer.lr:
         yield (
             "optimizer.min_lr",
@@ -77,7 +77,7 @@ def offload_problems(optimizer: Optimizer, parallel: Parallel) -> Iterator[Probl
 
 
 def schedule_problems(optimizer: Optimizer, train: Train) -> Iterator[Problem]:
-    """Check the parts of the schedule against the length of the run, where that is known."""
+    """Check that warm-up and decay fit into the run, if its number of steps is known."""
     if (train.steps is None) == (train.tokens is None):
         return
     steps = train.steps or (train.tokens or 0) // train.batch_tokens

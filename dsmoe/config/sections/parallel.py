@@ -1,4 +1,4 @@
-"""The section `parallel`: how the model is laid over the devices, and what must hold of that."""
+"""The section `parallel`: the layout of the model over the devices."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import divisors_of, nearest_of, neighbours
 from dsmoe.config.sections.base import Devices, NoEffect, Section, whole_number
+from dsmoe.config.suggestions import divisors_of, nearest_of, neighbours
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.cluster import Cluster
@@ -22,7 +22,7 @@ AllToAll = Literal["flat", "hierarchical"]
 
 
 class Parallel(Section):
-    """How the model is laid over the devices. The data degrees are derived."""
+    """The layout of the model over the devices; the data degrees follow from it."""
 
     tensor: NoEffect[Devices] = 1
     """Devices that share one copy of the dense weights, each holding a slice of every matrix."""
@@ -33,21 +33,21 @@ class Parallel(Section):
     sequence: NoEffect[bool] = False
     """With `tensor`: between the blocks, each of its devices holds a slice of the sequence instead of all of it."""
     all_to_all: NoEffect[AllToAll] = "flat"
-    """How tokens reach experts on other nodes: one row for every choice, or one per node and token, which is handed on
-    inside the node. The same where all experts of a layer are within one node."""
+    """Exchange of tokens with other nodes: `flat` sends one row for every choice, `hierarchical` one per node and
+    token, which is handed on inside the node. No difference if all experts of a layer are within one node."""
     overlap_chunks: NoEffect[Devices] = 1
-    """Into how many parts a micro-batch's exchange is cut, so that experts work on one while others travel."""
+    """Parts into which a micro-batch's exchange is cut, so that experts work on one part while others travel."""
     zero_stage: NoEffect[Annotated[Literal[0, 1, 2], BeforeValidator(whole_number)]] = 1
-    """What DeepSpeed shards over the data group: nothing, optimizer states (1), gradients as well (2)."""
+    """ZeRO stage of DeepSpeed: shards nothing (0), optimizer states (1), gradients as well (2) over the data group."""
 
 
 def world_size(cluster: Cluster) -> int:
-    """Return the number of ranks: one for each device."""
+    """Return the number of ranks, one per device."""
     return cluster.nodes * cluster.devices_per_node
 
 
 def tensor_degree_problems(cluster: Cluster, parallel: Parallel) -> Iterator[Problem]:
-    """Check that the devices make up whole tensor groups."""
+    """Check that the tensor degree divides the number of devices."""
     if world_size(cluster) % parallel.tensor:
         nearest = nearest_of(parallel.tensor, divisors_of(world_size(cluster)))
         yield (
@@ -58,11 +58,11 @@ def tensor_degree_problems(cluster: Cluster, parallel: Parallel) -> Iterator[Pro
 
 
 def expert_degree_problems(cluster: Cluster, parallel: Parallel) -> Iterator[Problem]:
-    """Check that the devices make up whole copies of the experts."""
+    """Check that the devices hold whole copies of the experts: `expert * expert_tensor` divides their number."""
     expert, slices = parallel.expert, parallel.expert_tensor
     if world_size(cluster) % (expert * slices):
         key, degree, fitting = "parallel.expert", expert, _fitting_degrees(cluster, parallel)
-        if not fitting:  # with any number of experts on a device
+        if not fitting:  # no expert degree fits: suggest another degree of slicing
             key, degree, fitting = "parallel.expert_tensor", slices, divisors_of(world_size(cluster))
         yield (
             key,
@@ -72,7 +72,7 @@ def expert_degree_problems(cluster: Cluster, parallel: Parallel) -> Iterator[Pro
 
 
 def exchange_problems(cluster: Cluster, parallel: Parallel) -> Iterator[Problem]:
-    """Check that nodes have equal parts of a copy of the experts where tokens go through every node's ranks alike."""
+    """Check, for the hierarchical exchange, that a copy of the experts covers whole nodes or lies within one."""
     per_node, copy = cluster.devices_per_node, parallel.expert * parallel.expert_tensor
     if parallel.all_to_all == "hierarchical" and copy % per_node and per_node % copy:
         product = f"{parallel.expert} * {parallel.expert_tensor} = {copy}"
@@ -85,11 +85,11 @@ def exchange_problems(cluster: Cluster, parallel: Parallel) -> Iterator[Problem]
 
 
 LAYOUT_RULES = (tensor_degree_problems, expert_degree_problems, exchange_problems)
-"""What must hold of the degrees and the devices alone, whatever the model."""
+"""Rules between degrees and devices alone, for any model."""
 
 
 def sequence_problems(parallel: Parallel) -> Iterator[Problem]:
-    """Check that there are tensor ranks to cut the sequence over."""
+    """Check that sequence parallelism has tensor ranks to split the sequence over."""
     if parallel.sequence and parallel.tensor == 1:
         yield (
             "parallel.sequence",
@@ -98,7 +98,7 @@ def sequence_problems(parallel: Parallel) -> Iterator[Problem]:
 
 
 def uneven_problems(sizes: Mapping[str, int | None], tensor: int) -> Iterator[Problem]:
-    """Check that `tensor` ranks get equal parts of each size, by key; None is no size."""
+    """Check that `tensor` divides each size, given by key; a size of None is skipped."""
     for key, size in sizes.items():
         if size is not None and size % tensor:
             larger = -(-size // tensor) * tensor
@@ -106,7 +106,7 @@ def uneven_problems(sizes: Mapping[str, int | None], tensor: int) -> Iterator[Pr
 
 
 def tensor_slice_problems(parallel: Parallel, model: Model, train: Train) -> Iterator[Problem]:
-    """Check that tensor ranks get equal parts of all that is cut."""
+    """Check that tensor ranks get equal slices of heads, vocabulary, sequence and dense blocks."""
     tensor = parallel.tensor
     num_kv_heads = model.num_kv_heads or model.num_heads
     sizes = {
@@ -125,7 +125,7 @@ def tensor_slice_problems(parallel: Parallel, model: Model, train: Train) -> Ite
 
 
 def spread_problems(cluster: Cluster, parallel: Parallel, moe: Moe | None) -> Iterator[Problem]:
-    """Check that there are experts to spread, equally many for each rank."""
+    """Check that the model has experts to spread, equally many on each rank."""
     key, expert, slices = "parallel.expert", parallel.expert, parallel.expert_tensor
     if moe is None:
         if expert > 1:
@@ -146,13 +146,13 @@ def _devices(cluster: Cluster) -> str:
 
 
 def _fitting_degrees(cluster: Cluster, parallel: Parallel) -> list[int]:
-    """The expert degrees with which the devices make up whole copies of the experts."""
+    """Return the expert degrees with which the devices hold whole copies of the experts."""
     world = world_size(cluster)
     return [degree for degree in divisors_of(world) if world % (degree * parallel.expert_tensor) == 0]
 
 
 def _also_fits(divisors: list[int], cluster: Cluster, parallel: Parallel) -> str:
-    """Name a degree that suits the devices too, where the nearest divisors of num_experts do not."""
+    """Return the end of a message: a degree that fits the devices too, if none of the nearest divisors does."""
     expert, fitting = parallel.expert, _fitting_degrees(cluster, parallel)
     both = [degree for degree in divisors if degree in fitting]
     if not both or set(both) & set(neighbours(expert, divisors)):

@@ -1,4 +1,4 @@
-"""The section `train`: how long, how much at once, in which precision."""
+"""The section `train`: length, batch, precision and evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from dsmoe.config.errors import Problem
-from dsmoe.config.nearest import nearest_multiples_of
 from dsmoe.config.sections.base import (
     Interval,
     Length,
@@ -18,6 +17,7 @@ from dsmoe.config.sections.base import (
     StepEffect,
 )
 from dsmoe.config.sections.parallel import world_size
+from dsmoe.config.suggestions import nearest_multiples_of
 
 if TYPE_CHECKING:
     from dsmoe.config.sections.cluster import Cluster
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Train(Section):
-    """How long, how much at once, in which precision."""
+    """Length, batch, precision and evaluation."""
 
     steps: NoEffect[PositiveInt | None] = None
     """Optimizer steps; give `steps` or `tokens`, not both."""
@@ -41,8 +41,8 @@ class Train(Section):
     precision: MathEffect[Literal["fp32", "bf16"]] = "bf16"
     """Arithmetic of the forward and backward pass; `bf16` keeps fp32 master weights in the optimizer."""
     recompute: NoEffect[Literal["none", "selective", "full"]] = "none"
-    """What is computed again in the backward pass rather than kept: `selective`, the first product of the experts,
-    which is most of what an MoE layer keeps; `full`, each block from its input."""
+    """Activations that are computed again in the backward pass instead of kept: `selective`, the first product of the
+    experts, which is most of what an MoE layer keeps; `full`, each block from its input."""
     seed: MathEffect[NonNegativeInt] = 0
     """Decides the initial weights."""
     eval_every: NoEffect[Interval] = None
@@ -55,7 +55,7 @@ class Train(Section):
 
 
 def length_problems(train: Train, model: Model) -> Iterator[Problem]:
-    """Check how long sequences and the run are."""
+    """Check the length of sequences and of the run."""
     if train.sequence_length > model.max_sequence_length:
         yield (
             "train.sequence_length",
@@ -78,7 +78,7 @@ def length_problems(train: Train, model: Model) -> Iterator[Problem]:
 
 
 def evaluation_problems(train: Train) -> Iterator[Problem]:
-    """Check that what is evaluated is said once."""
+    """Check that the size of an evaluation is set by one key only."""
     if train.eval_sequences is not None and train.eval_batches is not None:
         yield (
             "train.eval_batches",
@@ -88,10 +88,10 @@ def evaluation_problems(train: Train) -> Iterator[Problem]:
 
 
 def batch_problems(train: Train, cluster: Cluster, parallel: Parallel) -> Iterator[Problem]:
-    """Check that a step is whole micro-batches on every data rank."""
+    """Check that a step consists of whole micro-batches on every data rank."""
     data_degree, rest = divmod(world_size(cluster), parallel.tensor)
     unit = train.micro_batch_size * train.sequence_length
-    if rest:  # there is no data degree then, and that is reported
+    if rest:  # the data degree is undefined, which another rule reports
         if train.batch_tokens % unit:
             yield (
                 "train.batch_tokens",
