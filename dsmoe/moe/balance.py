@@ -19,7 +19,7 @@ from dsmoe.config import schema
 from dsmoe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import reduce, sum_over_ranks
+from dsmoe.parallel.mappings import all_reduce, reduce_from_tensor_parallel_region
 
 
 class BalanceLosses(NamedTuple):
@@ -84,7 +84,7 @@ class Balance(nn.Module):
         else:
             share_E = self.load_share
             if share_E is None:
-                counts_E = assigned_E if group.size == 1 else reduce(assigned_E, group)
+                counts_E = assigned_E if group.size == 1 else all_reduce(assigned_E, group)
                 share_E = counts_E / counts_E.sum().clamp(min=1)
             balance = load_balancing_loss(routing, share_E, group)
         return BalanceLosses(balance, router_z_loss(routing, group))
@@ -151,13 +151,13 @@ def sequence_balancing_loss(routing: Routing, num_sequences: int, group: TensorG
     used_BS = probabilities_BSE.new_ones(shape[:2])
     if routing.mask_T is not None:
         used_BS = routing.mask_T.view(shape[:2]).to(used_BS.dtype)
-    length_B = sum_over_ranks(used_BS.sum(dim=1), group)
-    total_BE = sum_over_ranks((probabilities_BSE * used_BS[..., None]).sum(dim=1), group)
+    length_B = reduce_from_tensor_parallel_region(used_BS.sum(dim=1), group)
+    total_BE = reduce_from_tensor_parallel_region((probabilities_BSE * used_BS[..., None]).sum(dim=1), group)
     mean_BE = total_BE / length_B.clamp(min=1)[:, None]
     chosen_BA = routing.experts_TK.view(num_sequences, shape[1] * routing.experts_TK.shape[1])
     counts_BE = torch.zeros(num_sequences, num_experts + 1, dtype=mean_BE.dtype, device=mean_BE.device)
     counts_BE = counts_BE.scatter_add_(1, chosen_BA, torch.ones_like(chosen_BA, dtype=mean_BE.dtype))[:, :num_experts]
-    counts_BE = sum_over_ranks(counts_BE, group)
+    counts_BE = reduce_from_tensor_parallel_region(counts_BE, group)
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
     num_used = (length_B > 0).sum().clamp(min=1)
     return num_experts * (share_BE * mean_BE).sum() / num_used
@@ -178,7 +178,7 @@ def mean_over_tokens(
     else:
         weight = mask_T.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
         count, total = mask_T.sum().to(values.dtype), (values * weight).sum(dim=0)
-    both = sum_over_ranks(torch.cat([total.reshape(-1), count.reshape(1)]), group)
+    both = reduce_from_tensor_parallel_region(torch.cat([total.reshape(-1), count.reshape(1)]), group)
     return both[:-1].view_as(total) / both[-1].clamp(min=1)
 
 

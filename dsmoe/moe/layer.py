@@ -31,7 +31,7 @@ from dsmoe.moe.router import Router
 from dsmoe.moe.stats import RoutingStatistics
 from dsmoe.nn.feed_forward import FeedForward, join_dense
 from dsmoe.parallel.groups import ExpertGroup
-from dsmoe.parallel.mappings import sum_gradients
+from dsmoe.parallel.mappings import copy_weight_to_tensor_parallel_region
 from dsmoe.parallel.random_weights import seed_of, uniform_from
 
 
@@ -357,7 +357,8 @@ class MoE(DeepSpeedMoE):
     def _mix(self, x_TD: torch.Tensor) -> torch.Tensor:
         """What experts and residual MLP count for each token, [T, 2]."""
         weight, bias = (
-            sum_gradients(p, self.layout.tensor_group) for p in (self.coefficient.weight, self.coefficient.bias)
+            copy_weight_to_tensor_parallel_region(p, self.layout.tensor_group)
+            for p in (self.coefficient.weight, self.coefficient.bias)
         )
         return nn.functional.linear(x_TD, weight, bias).softmax(dim=-1)
 

@@ -23,7 +23,7 @@ from dsmoe.config.sections.moe import choice_problems, group_problems
 from dsmoe.kernels import on_gpu
 from dsmoe.moe.scores import GROUP_SCORES, NOISES, SCORES, TINY
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import sum_gradients
+from dsmoe.parallel.mappings import copy_weight_to_tensor_parallel_region
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             if self.training and self.noise.on_input is not None:
                 x_TD = self.noise.on_input(x_TD, key)
-            logits_TE = _Logits.apply(x_TD, sum_gradients(self.weight, self.tensor_group))
+            logits_TE = _Logits.apply(x_TD, copy_weight_to_tensor_parallel_region(self.weight, self.tensor_group))
         decide = self._decide_fused if on_gpu(logits_TE) and self.options.choice == "token" else self._decide
         scores_TE, weights_TK, experts_TK, valid_TK = decide(logits_TE, mask_T, bias_E, key, capacity)
         probabilities_TE = self.score.over_experts(scores_TE)

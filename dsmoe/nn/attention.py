@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsmoe.config.schema import Model
-from dsmoe.nn.linear import ColumnLinear, RowLinear, SharedColumnLinear
+from dsmoe.nn.linear import ColumnParallelLinear, RowParallelLinear, SharedColumnParallelLinear
 from dsmoe.nn.norm import RMSNorm
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import enter_split
+from dsmoe.parallel.mappings import enter_tensor_parallel_region
 from dsmoe.plan.layers import head_dim, num_kv_heads
 
 
@@ -34,16 +34,16 @@ class Attention(nn.Module):
         all_kv_heads = num_kv_heads(model)
         self.num_heads = model.num_heads // group.size
         self.num_kv_heads = max(1, all_kv_heads // group.size)
-        self.q_proj = ColumnLinear(model.hidden_size, model.num_heads * self.head_dim, group)
+        self.q_proj = ColumnParallelLinear(model.hidden_size, model.num_heads * self.head_dim, group)
         self.k_proj = _key_value(model.hidden_size, all_kv_heads, self.head_dim, group)
         self.v_proj = _key_value(model.hidden_size, all_kv_heads, self.head_dim, group)
-        self.o_proj = RowLinear(model.num_heads * self.head_dim, model.hidden_size, group)
+        self.o_proj = RowParallelLinear(model.num_heads * self.head_dim, model.hidden_size, group)
         self.q_norm = RMSNorm(self.head_dim, model.norm_eps, group) if model.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps, group) if model.qk_norm else nn.Identity()
 
     def forward(self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]; `rotary` is what `Rotary` returns for all positions."""
-        x_BSD = enter_split(x_BSD, self.group)
+        x_BSD = enter_tensor_parallel_region(x_BSD, self.group)
         batch, length, _ = x_BSD.shape
         q_BSHP = self.q_norm(self.q_proj(x_BSD).view(batch, length, self.num_heads, self.head_dim))
         k_BSGP = self.k_norm(self.k_proj(x_BSD).view(batch, length, self.num_kv_heads, self.head_dim))
@@ -61,8 +61,8 @@ class Attention(nn.Module):
 def _key_value(hidden_size: int, num_heads: int, head_dim: int, group: TensorGroup) -> nn.Linear:
     """The projection onto this rank's key or value heads."""
     if num_heads % group.size == 0:
-        return ColumnLinear(hidden_size, num_heads * head_dim, group)
-    return SharedColumnLinear(hidden_size, num_heads * head_dim, num_heads, group)
+        return ColumnParallelLinear(hidden_size, num_heads * head_dim, group)
+    return SharedColumnParallelLinear(hidden_size, num_heads * head_dim, num_heads, group)
 
 
 class Rotary(nn.Module):

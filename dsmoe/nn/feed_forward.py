@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dsmoe.nn.activations import find_activation
-from dsmoe.nn.linear import ColumnLinear, RowLinear
+from dsmoe.nn.linear import ColumnParallelLinear, RowParallelLinear
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import enter_split
+from dsmoe.parallel.mappings import enter_tensor_parallel_region
 from dsmoe.parallel.random_weights import normal_from, seed_of
 
 
@@ -30,8 +30,8 @@ class FeedForward(nn.Module):
         self.activation = find_activation(activation)
         self.group = group or TensorGroup.alone()
         parts = self.activation.shape.input_matrices
-        self.gate_up = ColumnLinear(hidden_size, parts * ffn_size, self.group, parts)
-        self.down = RowLinear(ffn_size, hidden_size, self.group)
+        self.gate_up = ColumnParallelLinear(hidden_size, parts * ffn_size, self.group, parts)
+        self.down = RowParallelLinear(ffn_size, hidden_size, self.group)
 
     def initialise(self, seed: int, std: float, down_std: float) -> None:
         """Draw the weights from N(0, std^2) (`down`: down_std), the same for any number of ranks."""
@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        z = self.gate_up(enter_split(x, self.group))
+        z = self.gate_up(enter_tensor_parallel_region(x, self.group))
         if not self.activation.gated:
             return self.down(self.activation.act(z))
         gate, up = z.chunk(2, dim=-1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import leave_split, sum_gradients
+from dsmoe.parallel.mappings import copy_weight_to_tensor_parallel_region, leave_tensor_parallel_region
 from dsmoe.parallel.sharding import Shard
 
 
@@ -21,10 +21,10 @@ def mark_split(parameter: torch.Tensor) -> None:
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-class ColumnLinear(nn.Linear):
+class ColumnParallelLinear(nn.Linear):
     """x W^T for this rank's slice of W's rows, that is of the outputs; no bias.
 
-    The input is what `regions.enter_split` gives.
+    The input is what `mappings.enter_tensor_parallel_region` gives.
 
     Args:
         in_features: the width of the input.
@@ -40,10 +40,10 @@ class ColumnLinear(nn.Linear):
             mark_split(self.weight)
 
 
-class RowLinear(nn.Linear):
+class RowParallelLinear(nn.Linear):
     """x W^T for this rank's slice of W's columns, that is of the inputs, summed over the ranks; no bias.
 
-    The output is what `regions.leave_split` gives.
+    The output is what `mappings.leave_tensor_parallel_region` gives.
     """
 
     def __init__(self, in_features: int, out_features: int, group: TensorGroup) -> None:
@@ -55,10 +55,10 @@ class RowLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in / ranks] -> [..., out]."""
-        return leave_split(F.linear(input, self.weight), self.group)
+        return leave_tensor_parallel_region(F.linear(input, self.weight), self.group)
 
 
-class SharedColumnLinear(nn.Linear):
+class SharedColumnParallelLinear(nn.Linear):
     """x W^T for some of W's rows, where the ranks are more than the slices: neighbours compute the same slice.
 
     Every rank holds all of W, which is small (the few key/value heads of grouped-query attention), so that W is like
@@ -79,10 +79,10 @@ class SharedColumnLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out / slices]."""
-        return F.linear(input, sum_gradients(self.weight, self.group)[self.rows])
+        return F.linear(input, copy_weight_to_tensor_parallel_region(self.weight, self.group)[self.rows])
 
 
-class VocabEmbedding(nn.Embedding):
+class VocabParallelEmbedding(nn.Embedding):
     """An embedding of which every rank holds the rows of its slice of the vocabulary."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group: TensorGroup) -> None:
@@ -93,11 +93,11 @@ class VocabEmbedding(nn.Embedding):
             mark_split(self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [B, S, D], or this rank's slice of S (see `regions.leave_split`)."""
+        """[B, S] -> [B, S, D], or this rank's slice of S (see `mappings.leave_tensor_parallel_region`)."""
         if self.group.size == 1:
             return super().forward(input)
         local, is_here = local_ids(input, self.num_embeddings, self.group)
-        return leave_split(torch.where(is_here[..., None], super().forward(local), 0.0), self.group)
+        return leave_tensor_parallel_region(torch.where(is_here[..., None], super().forward(local), 0.0), self.group)
 
 
 def local_ids(ids: torch.Tensor, num_local: int, group: TensorGroup) -> tuple[torch.Tensor, torch.Tensor]:

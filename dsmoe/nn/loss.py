@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from dsmoe.nn.linear import local_ids
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import gather
+from dsmoe.parallel.mappings import all_gather
 
 LOGITS_PER_CHUNK = 2**25
 """Most logits alive at a time: 64 MiB in bf16. On a GPU 128 MiB of them in fp32 come to it, and as much again while a
@@ -41,7 +41,8 @@ def token_losses(
     exchanged, never logits.
 
     Args:
-        hidden_ND: the last hidden states, of the head's dtype; over a tensor group, what `regions.enter_split` gives.
+        hidden_ND: the last hidden states, of the head's dtype; over a tensor group, what
+            `mappings.enter_tensor_parallel_region` gives.
         head_VD: the output head, or this rank's slice of it.
         targets_N: int64, each in [0, whole vocabulary).
         group: the ranks that share the head; None is this one alone.
@@ -69,7 +70,7 @@ class _TokenLosses(torch.autograd.Function):
                 parts_N2[rows, 1] = wide_BV.gather(1, local_N[rows, None])[:, 0].where(is_here_N[rows], 0.0)
         lse_N, target_N = parts_N2.unbind(1)
         if group.size > 1:
-            parts_RN2 = gather(parts_N2, group).unflatten(0, (group.size, -1))
+            parts_RN2 = all_gather(parts_N2, group).unflatten(0, (group.size, -1))
             lse_N, target_N = parts_RN2[..., 0].logsumexp(dim=0), parts_RN2[..., 1].sum(dim=0)
         ctx.save_for_backward(hidden_ND, head_VD, targets_N, lse_N)
         ctx.group, ctx.last_logits_CV = group, logits_CV

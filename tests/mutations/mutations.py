@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation(
         "the router's gradient is that of one tensor rank's tokens",
         "dsmoe/moe/router.py",
-        old="sum_gradients(self.weight, self.tensor_group)",
+        old="copy_weight_to_tensor_parallel_region(self.weight, self.tensor_group)",
         new="self.weight",
         caught_by=TENSOR_PARALLEL,
     ),
@@ -153,7 +153,7 @@ MUTATIONS = [
     Mutation(
         "the gradient of a key/value head that ranks share is that of one rank's queries",
         "dsmoe/nn/linear.py",
-        old="sum_gradients(self.weight, self.group)[self.rows]",
+        old="copy_weight_to_tensor_parallel_region(self.weight, self.group)[self.rows]",
         new="self.weight[self.rows]",
         caught_by=TENSOR_PARALLEL,
     ),
@@ -167,7 +167,7 @@ MUTATIONS = [
     Mutation(
         "without sequence parallelism the gradients of a column-parallel layer's input are not summed",
         "dsmoe/parallel/mappings.py",
-        old="_cross(x, group, _same, reduce)",
+        old="_cross(x, group, _same, all_reduce)",
         new="_cross(x, group, _same, _same)",
         caught_by=CROSSINGS,
     ),
@@ -246,7 +246,7 @@ MUTATIONS = [
     Mutation(
         "the balancing loss sees the load of one tensor rank's tokens",
         "dsmoe/moe/balance.py",
-        old="counts_E = assigned_E if group.size == 1 else reduce(assigned_E, group)",
+        old="counts_E = assigned_E if group.size == 1 else all_reduce(assigned_E, group)",
         new="counts_E = assigned_E",
         caught_by=TENSOR_PARALLEL,
     ),
