@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from dsmoe.config import schema
+from dsmoe.engine import registry
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, Sections, check_kind, check_switches, to_sections
@@ -116,7 +116,7 @@ class MoE(DeepSpeedMoE):
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
         check_sizes(hidden_size=hidden_size, num_experts=num_experts, ep_size=ep_size, k=k)
-        check_switches(enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None, use_tutel)
+        check_switches(enable_expert_tensor_parallelism and registry.has_model_parallel_unit(), use_tutel)
         given = DeepSpeedArguments(
             capacity_factor=capacity_factor,
             eval_capacity_factor=eval_capacity_factor,
@@ -242,10 +242,8 @@ class MoE(DeepSpeedMoE):
         """Called by DeepSpeed's engine: find the registered expert group, or have DeepSpeed make it."""
         if self._dispatches and self.ep_size > 1:
             return
-        if self.expert_group_name not in deepspeed_groups._get_expert_parallel_group_dict():
-            deepspeed_groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
-            )
+        if not registry.has_expert_group(self.expert_group_name):
+            registry.create_expert_groups(self.ep_size, use_data_before_expert_parallel_)
         if self.ep_size > 1:
             self.set_expert_group(ExpertGroup.registered(self.expert_group_name))
 

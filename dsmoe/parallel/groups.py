@@ -13,9 +13,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
+from dsmoe.engine import registry
 from dsmoe.plan.topology import AXES, Axis, Topology
 from dsmoe.runtime.consistency import check_alike
 from dsmoe.runtime.processes import join_processes
@@ -48,7 +48,7 @@ class ExpertGroup:
     @classmethod
     def registered(cls, name: str) -> ExpertGroup:
         """The expert group that DeepSpeed knows under `name` (`ep_size_N`)."""
-        handle = deepspeed_groups._get_expert_parallel_group(name)
+        handle = registry.expert_group(name)
         ranks = dist.get_process_group_ranks(handle)
         world = launched_world()
         per_node = world.devices_per_node or world.size
@@ -181,17 +181,20 @@ class Groups:
 
     def register_with_deepspeed(self) -> None:
         """Make these the groups that DeepSpeed finds, instead of those of an earlier topology of this process."""
-        name, topology, rank = self.expert_group_name, self.topology, self.rank
-        registry = deepspeed_groups
-        registry.mpu = self.mpu
-        # Over this group DeepSpeed adds up the experts' norms: all slices of all experts.
-        registry._EXPERT_PARALLEL_GROUP[name] = self.handle("exchange")
-        registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("exchange", rank))
-        registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("expert_data")
-        registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("expert_data", rank))
-        # Without tensor parallelism the data group is the whole world, which DeepSpeed keeps a clone of.
-        if topology.tensor == 1:
-            registry._WORLD_GROUP = self.handle("data")
+        topology = self.topology
+
+        def member(axis: Axis) -> registry.RegisteredGroup:
+            return registry.RegisteredGroup(self.handle(axis), topology.group_of(axis, self.rank))
+
+        # Without tensor parallelism the data group is the whole world.
+        world = self.handle("data") if topology.tensor == 1 else None
+        registry.register_groups(
+            self.expert_group_name,
+            expert=member("exchange"),
+            expert_data=member("expert_data"),
+            mpu=self.mpu,
+            world=world,
+        )
 
 
 class ModelParallelUnit:

@@ -51,8 +51,8 @@ MUTATIONS = [
     Mutation(
         "experts' gradients are reduced over ranks that hold other experts",
         "dsmoe/parallel/groups.py",
-        old='registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("expert_data")',
-        new='registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("data")',
+        old='expert_data=member("expert_data")',
+        new='expert_data=member("expert_data")._replace(handle=self.handle("data"))',
         caught_by="tests/parallel/test_groups.py::test_groups_are_the_topologys_and_deepspeeds[2-1]",
     ),
     Mutation(
@@ -196,14 +196,14 @@ MUTATIONS = [
     Mutation(
         "without ZeRO the norm forgets the other slices of the experts",
         "dsmoe/engine/clipping.py",
-        old="(parts, deepspeed_groups._get_expert_parallel_group(name))",
+        old="(parts, registry.expert_group(name))",
         new='(parts, groups.handle("expert"))',
         caught_by=f"{NORM}[2]",
     ),
     Mutation(
         "without ZeRO all experts' norms are added up over one group, whatever the ep_size of their layer",
         "dsmoe/engine/clipping.py",
-        old="deepspeed_groups._get_expert_parallel_group(name)",
+        old="registry.expert_group(name)",
         new='groups.handle("exchange")',
         caught_by=f"{OWN_MODEL}[2-0-parallel0-1]",
     ),
