@@ -14,6 +14,7 @@ yes.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 
@@ -25,15 +26,32 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return _HAS_TRITON and tensor.is_cuda and tensor.dtype != torch.float64
 
 
-def kernel_code(name: str, code: str | None, registry: str, kernel: str) -> str:
-    """The code by which a kernel knows the entry `name` of a registry.
+class Entry(Protocol):
+    """The part of a registry's entry that kernels read: a `Score`, an `Activation`."""
+
+    @property
+    def name(self) -> str:
+        """Its key in the registry."""
+
+    @property
+    def kernel(self) -> str | None:
+        """The code of the kernel's branch for it; None without one."""
+
+
+def kernel_code(entry: Entry, registry: str, kernel: str) -> str:
+    """Return the code of the kernel's branch for an entry.
+
+    Args:
+        entry: the entry.
+        registry: the registry's name, for the message.
+        kernel: the kernel's module, for the message.
 
     Raises:
-        NotImplementedError: it has none.
+        NotImplementedError: the kernel has no branch for it.
     """
-    if code is None:
+    if entry.kernel is None:
         raise NotImplementedError(
-            f"{name!r} of {registry} has no Triton kernel: add a branch for it to {kernel}, forward and backward, and "
-            f"give the entry the code of that branch as `kernel`"
+            f"{entry.name!r} of {registry} has no Triton kernel: add a branch for it to {kernel}, forward and "
+            f"backward, and give the entry the code of that branch as `kernel`"
         )
-    return code
+    return entry.kernel

@@ -9,18 +9,15 @@ Shape suffixes: see `dsmoe.moe.router`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from dsmoe.kernels import kernel_code
+from dsmoe.kernels import Entry, kernel_code
 from dsmoe.kernels.blocks import SIZES
-
-if TYPE_CHECKING:
-    from dsmoe.moe.scores import Score
 
 
 def route(
@@ -28,7 +25,7 @@ def route(
     bias_E: torch.Tensor | None,
     preference_TE: torch.Tensor | None,
     top_k: int,
-    score: Score,
+    score: Entry,
     normalize: bool,
     scale: float,
     tiny: float,
@@ -55,7 +52,7 @@ def route(
     Raises:
         NotImplementedError: the kernel has no code for the score.
     """
-    code = kernel_code(score.name, score.kernel, "dsmoe.moe.scores.SCORES", __name__)
+    code = kernel_code(score, "dsmoe.moe.scores.SCORES", __name__)
     return _Route.apply(logits_TE, bias_E, preference_TE, top_k, code, normalize, scale, tiny)
 
 

@@ -7,17 +7,22 @@ Shape suffixes: see `dsmoe.moe.grouped_ffn`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-from dsmoe.kernels import kernel_code
+from dsmoe.kernels import Entry, kernel_code
 from dsmoe.kernels.blocks import SIZES, Sizes
 
-if TYPE_CHECKING:
-    from dsmoe.nn.activations import Activation
+
+class Activation(Entry, Protocol):
+    """The part of an entry of `dsmoe.nn.activations.ACTIVATIONS` that these kernels read."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether z has two halves, gate and up."""
 
 
 def weighted_activation(
@@ -62,11 +67,11 @@ def weighted_activation_backward(
 
 
 def _inner(z_NZ: torch.Tensor, activation: Activation) -> int:
-    return z_NZ.shape[1] // activation.shape.input_matrices
+    return z_NZ.shape[1] // (2 if activation.gated else 1)
 
 
 def _code(activation: Activation) -> str:
-    return kernel_code(activation.name, activation.kernel, "dsmoe.nn.activations.ACTIVATIONS", __name__)
+    return kernel_code(activation, "dsmoe.nn.activations.ACTIVATIONS", __name__)
 
 
 def _tile(inner: int, sizes: Sizes) -> tuple[int, int, int]:

@@ -204,6 +204,21 @@ class VariableDispatch(OverRanks):
         return arrivals
 
 
+def join_dense(
+    y_TD: torch.Tensor, dense_TD: torch.Tensor, mix_T2: torch.Tensor | None, mask_T: torch.Tensor | None
+) -> torch.Tensor:
+    """Add the output of the dense path to that of the experts: [T, D].
+
+    Args:
+        y_TD: the experts' output.
+        dense_TD: the dense path's output.
+        mix_T2: the weight of either, experts first; None weighs both with 1.
+        mask_T: bool; the output is zero where it is False.
+    """
+    joined_TD = y_TD + dense_TD if mix_T2 is None else y_TD * mix_T2[:, :1] + dense_TD * mix_T2[:, 1:]
+    return joined_TD if mask_T is None else joined_TD * mask_T[:, None]
+
+
 def cut(rows_ND: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
     """The chunks of rows; one is not copied in the backward pass."""
     return [rows_ND] if len(sizes) == 1 else rows_ND.split(list(sizes))

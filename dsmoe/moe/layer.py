@@ -16,7 +16,7 @@ from dsmoe.engine import registry
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, Sections, check_kind, check_switches, to_sections
-from dsmoe.moe.dispatch import Dispatch
+from dsmoe.moe.dispatch import Dispatch, join_dense
 from dsmoe.moe.experts import (
     ExpertDraw,
     ModuleExperts,
@@ -29,7 +29,7 @@ from dsmoe.moe.layout import Layout, check_sizes
 from dsmoe.moe.replay import Draws, repeating
 from dsmoe.moe.router import Router
 from dsmoe.moe.stats import RoutingStatistics
-from dsmoe.nn.feed_forward import FeedForward, join_dense
+from dsmoe.nn.feed_forward import FeedForward
 from dsmoe.parallel.groups import ExpertGroup
 from dsmoe.parallel.mappings import copy_weight_to_tensor_parallel_region
 from dsmoe.parallel.random_weights import seed_of, uniform_from

@@ -45,18 +45,3 @@ class FeedForward(nn.Module):
             return self.down(self.activation.act(z))
         gate, up = z.chunk(2, dim=-1)
         return self.down(self.activation.act(gate) * up)
-
-
-def join_dense(
-    y_TD: torch.Tensor, dense_TD: torch.Tensor, mix_T2: torch.Tensor | None, mask_T: torch.Tensor | None
-) -> torch.Tensor:
-    """Bring the experts' output and the dense one together: [T, D].
-
-    Args:
-        y_TD: of the experts.
-        dense_TD: of what every token passes.
-        mix_T2: what each of the two counts; None adds them.
-        mask_T: where it is False, the output is zero.
-    """
-    joined_TD = y_TD + dense_TD if mix_T2 is None else y_TD * mix_T2[:, :1] + dense_TD * mix_T2[:, 1:]
-    return joined_TD if mask_T is None else joined_TD * mask_T[:, None]
