@@ -33,12 +33,12 @@ def sort_by_expert(
         int64: how many each expert has [E]; and, in sorted order, [A] each: which assignment it is, its expert, and its
         place within the expert.
     """
-    starts_EB = _starts(experts, num_experts)
+    starts = _starts(experts, num_experts)
     order_A, expert_A, place_A = (torch.empty_like(experts.view(-1)) for _ in range(3))
     num_blocks, block, num_warps = _blocks(experts)
-    tensors = (experts, starts_EB, order_A, expert_A, place_A)
+    tensors = (experts, starts, order_A, expert_A, place_A)
     _place[(num_blocks,)](*tensors, experts.numel(), num_blocks, num_experts, block, num_warps=num_warps)
-    return _counts(starts_EB, num_experts), order_A, expert_A, place_A
+    return _counts(starts, num_experts), order_A, expert_A, place_A
 
 
 def _blocks(experts: torch.Tensor) -> tuple[int, int, int]:
@@ -53,16 +53,16 @@ def _starts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     The assignments that fill up the last block count as masked ones, so that they stand behind all others.
     """
     num_blocks, block, num_warps = _blocks(experts)
-    counts_EB = experts.new_empty((num_experts + 1) * num_blocks + 1, dtype=torch.int32)
+    counts = experts.new_empty((num_experts + 1) * num_blocks + 1, dtype=torch.int32)
     bins = triton.next_power_of_2(num_experts + 1)
     sizes = (experts.numel(), num_blocks, num_experts, bins, block)
-    _histogram[(num_blocks,)](experts, counts_EB, *sizes, num_warps=num_warps)
-    return counts_EB.cumsum(0, dtype=torch.int32)
+    _histogram[(num_blocks,)](experts, counts, *sizes, num_warps=num_warps)
+    return counts.cumsum(0, dtype=torch.int32)
 
 
-def _counts(starts_EB: torch.Tensor, num_experts: int) -> torch.Tensor:
-    num_blocks = starts_EB.numel() // (num_experts + 1)
-    return starts_EB[::num_blocks].diff()[:num_experts].long()
+def _counts(starts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    num_blocks = starts.numel() // (num_experts + 1)
+    return starts[::num_blocks].diff()[:num_experts].long()
 
 
 @triton.jit(do_not_specialize=["num_assignments", "num_blocks"])

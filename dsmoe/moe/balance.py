@@ -154,9 +154,9 @@ def sequence_balancing_loss(routing: Routing, num_sequences: int, group: TensorG
     length_B = reduce_from_tensor_parallel_region(used_BS.sum(dim=1), group)
     total_BE = reduce_from_tensor_parallel_region((probabilities_BSE * used_BS[..., None]).sum(dim=1), group)
     mean_BE = total_BE / length_B.clamp(min=1)[:, None]
-    chosen_BA = routing.experts_TK.view(num_sequences, shape[1] * routing.experts_TK.shape[1])
+    chosen = routing.experts_TK.view(num_sequences, shape[1] * routing.experts_TK.shape[1])
     counts_BE = torch.zeros(num_sequences, num_experts + 1, dtype=mean_BE.dtype, device=mean_BE.device)
-    counts_BE = counts_BE.scatter_add_(1, chosen_BA, torch.ones_like(chosen_BA, dtype=mean_BE.dtype))[:, :num_experts]
+    counts_BE = counts_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=mean_BE.dtype))[:, :num_experts]
     counts_BE = reduce_from_tensor_parallel_region(counts_BE, group)
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
     num_used = (length_B > 0).sum().clamp(min=1)

@@ -76,12 +76,12 @@ class StackedExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, width))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
-        """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
-        source_SD = dispatched.source_SD
-        dtype = _dtype_of_products(source_SD)
+        """The weighted sum of the chosen experts' outputs for each source row, [U, D]."""
+        source_UD = dispatched.source_UD
+        dtype = _dtype_of_products(source_UD)
         return expert_ffn(
-            source_SD.to(dtype),
-            dispatched.weights_SK,
+            source_UD.to(dtype),
+            dispatched.weights_UK,
             self.gate_up.to(dtype),
             self.down.to(dtype),
             ExpertRows(dispatched.row_map, dispatched.ends_L, self.activation, self.recompute),
@@ -136,9 +136,9 @@ class ModuleExperts(nn.Module):
         self.deepspeed_experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_local_experts))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
-        """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
+        """The weighted sum of the chosen experts' outputs for each source row, [U, D]."""
         row_map = dispatched.row_map
-        rows_ND = gather_rows(dispatched.source_SD, row_map)
+        rows_ND = gather_rows(dispatched.source_UD, row_map)
         ends = dispatched.ends_L.tolist()
         counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
         outputs = []
@@ -146,7 +146,7 @@ class ModuleExperts(nn.Module):
             output = expert(rows)
             outputs.append(output[0] if isinstance(output, tuple) else output)
         outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))
-        weight_N1 = gather_weights(dispatched.weights_SK, row_map)[:, None]
+        weight_N1 = gather_weights(dispatched.weights_UK, row_map)[:, None]
         out_ND = torch.cat(outputs)
         return sum_rows((out_ND * weight_N1).to(out_ND.dtype), row_map)
 

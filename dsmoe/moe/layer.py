@@ -274,7 +274,7 @@ class MoE(DeepSpeedMoE):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x_TD, mask_T = self._tokens(hidden_states, used_token)
         key = self._begin_pass(x_TD)
-        routing = self.router(x_TD, mask_T, self.balance.bias, key, self.limit.of(len(x_TD)))
+        routing = self.router(x_TD, mask_T, self.balance.bias, key, self.limit.capacity_for(len(x_TD)))
         assigned_E = count_experts(routing.experts_TK, self.num_experts)
         losses = self.balance.losses(routing, assigned_E, hidden_states.shape[:-2].numel())
 
@@ -287,9 +287,9 @@ class MoE(DeepSpeedMoE):
             sent = spread_over_slices(assignments, self.layout.expert_tensor, self.num_local_experts)
             sent_weights_TK = weights_TK.repeat_interleave(self.layout.expert_tensor, dim=1)
         exchange = self._exchange(assignments.capacity)
-        arrivals = exchange.dispatch(x_TD, sent_weights_TK, sent)
+        chunks = exchange.dispatch(x_TD, sent_weights_TK, sent)
         dense_TD = self._dense(x_TD)  # while the rows are on their way
-        y_TD = exchange.combine(arrivals, self.experts)
+        y_TD = exchange.combine(chunks, self.experts)
         if dense_TD is not None:
             mix_T2 = self._mix(x_TD) if self.use_residual else None
             y_TD = join_dense(y_TD, dense_TD, mix_T2, routing.mask_T)

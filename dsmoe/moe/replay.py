@@ -70,8 +70,8 @@ class Draws:
         """Passes of the step so far, without recomputations."""
         self._capacity = capacity
         self._noted = 0
-        self._prints_P4: torch.Tensor | None = None
-        """Fingerprints. `_facts_4P` are, of each pass, the two of `_place`, its number, and for which node of
+        self._prints_N4: torch.Tensor | None = None
+        """Fingerprints. `_facts_4N` are, of each pass, the two of `_place`, its number, and for which node of
         autograd's graph it was a recomputation, -1 for none."""
         self._hook: weakref.ref[Any] | None = None
         self._hooked_at = 0
@@ -90,7 +90,7 @@ class Draws:
         """
         if not training:
             return torch.full((), _seed(seed, "evaluation"), device=x_TD.device)
-        place, going_backward = self._place(), _GoingBackward.here()
+        place, going_backward = self._place(), _GoingBackward.current()
         with torch.inference_mode(False), torch.no_grad():
             print_4 = _fingerprint(x_TD)
             match = None
@@ -126,39 +126,39 @@ class Draws:
 
     def _match(self, print_4: torch.Tensor, now: _GoingBackward) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Fingerprint and number of the noted pass that is repeated, None where none is noted."""
-        if not self._noted or self._prints_P4 is None:
+        if not self._noted or self._prints_N4 is None:
             return None
         noted = slice(min(self._noted, self._capacity))
-        place_P, start_P, number_P, repeated_for_P = self._facts_4P[:, noted]
-        distance_P = (self._prints_P4[noted] - print_4).abs().amax(1).nan_to_num(nan=torch.inf)
-        nearest_P = distance_P == distance_P.min()
+        place_N, start_N, number_N, repeated_for_N = self._facts_4N[:, noted]
+        distance_N = (self._prints_N4[noted] - print_4).abs().amax(1).nan_to_num(nan=torch.inf)
+        nearest_N = distance_N == distance_N.min()
         # Of passes over the same tokens those of the checkpoint that is repeated, one after the other: the first that
         # came after the checkpoint's node; or, if it has none, those of the last that had begun before this node.
         if now.is_checkpoint:
-            candidate_P = nearest_P & (place_P > now.node)
+            candidate_N = nearest_N & (place_N > now.node)
         else:
-            start_P = torch.where(nearest_P & (start_P <= now.node), start_P, -1)
-            candidate_P = nearest_P & (start_P == start_P.max())
-        candidate_P = torch.where(candidate_P.any(), candidate_P, nearest_P)
-        turn = (nearest_P & (repeated_for_P == now.code)).sum().clamp(max=candidate_P.sum() - 1)
-        match = (candidate_P & (candidate_P.cumsum(0) - 1 == turn)).int().argmax()[None]
-        return self._prints_P4.index_select(0, match)[0], number_P.index_select(0, match)[0]
+            start_N = torch.where(nearest_N & (start_N <= now.node), start_N, -1)
+            candidate_N = nearest_N & (start_N == start_N.max())
+        candidate_N = torch.where(candidate_N.any(), candidate_N, nearest_N)
+        turn = (nearest_N & (repeated_for_N == now.code)).sum().clamp(max=candidate_N.sum() - 1)
+        match = (candidate_N & (candidate_N.cumsum(0) - 1 == turn)).int().argmax()[None]
+        return self._prints_N4.index_select(0, match)[0], number_N.index_select(0, match)[0]
 
     def _note(self, print_4: torch.Tensor, *facts: torch.Tensor | int) -> None:
-        if self._prints_P4 is None or self._prints_P4.device != print_4.device:
+        if self._prints_N4 is None or self._prints_N4.device != print_4.device:
             self._noted = 0
-            self._prints_P4 = print_4.new_zeros(self._capacity, 4)
-            self._facts_4P = torch.zeros(4, self._capacity, dtype=torch.int64, device=print_4.device)
+            self._prints_N4 = print_4.new_zeros(self._capacity, 4)
+            self._facts_4N = torch.zeros(4, self._capacity, dtype=torch.int64, device=print_4.device)
         slot = self._noted % self._capacity
-        self._prints_P4[slot] = print_4
+        self._prints_N4[slot] = print_4
         for row, fact in enumerate(facts):
-            self._facts_4P[row, slot] = fact
+            self._facts_4N[row, slot] = fact
         self._noted += 1
 
     def __getstate__(self) -> dict[str, Any]:
         """For copying and pickling: without the passes, of which no copy goes backward."""
-        forgotten = {"_noted": 0, "_prints_P4": None, "_hook": None}
-        return {name: value for name, value in self.__dict__.items() if name != "_facts_4P"} | forgotten
+        forgotten = {"_noted": 0, "_prints_N4": None, "_hook": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_facts_4N"} | forgotten
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class _GoingBackward:
     is_checkpoint: bool
 
     @classmethod
-    def here(cls) -> _GoingBackward | None:
+    def current(cls) -> _GoingBackward | None:
         """None outside of a backward pass."""
         if not repeating():
             return None

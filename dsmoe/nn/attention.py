@@ -45,17 +45,17 @@ class Attention(nn.Module):
         """[B, S, D] -> [B, S, D]; `rotary` is what `Rotary` returns for all positions."""
         x_BSD = enter_tensor_parallel_region(x_BSD, self.group)
         batch, length, _ = x_BSD.shape
-        q_BSHP = self.q_norm(self.q_proj(x_BSD).view(batch, length, self.num_heads, self.head_dim))
-        k_BSGP = self.k_norm(self.k_proj(x_BSD).view(batch, length, self.num_kv_heads, self.head_dim))
-        v_BSGP = self.v_proj(x_BSD).view(batch, length, self.num_kv_heads, self.head_dim)
-        out_BHSP = F.scaled_dot_product_attention(
-            rotate(q_BSHP, rotary).transpose(1, 2),
-            rotate(k_BSGP, rotary).transpose(1, 2),
-            v_BSGP.transpose(1, 2),
+        q_BSHF = self.q_norm(self.q_proj(x_BSD).view(batch, length, self.num_heads, self.head_dim))
+        k_BSGF = self.k_norm(self.k_proj(x_BSD).view(batch, length, self.num_kv_heads, self.head_dim))
+        v_BSGF = self.v_proj(x_BSD).view(batch, length, self.num_kv_heads, self.head_dim)
+        out_BHSF = F.scaled_dot_product_attention(
+            rotate(q_BSHF, rotary).transpose(1, 2),
+            rotate(k_BSGF, rotary).transpose(1, 2),
+            v_BSGF.transpose(1, 2),
             is_causal=True,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.o_proj(out_BHSP.transpose(1, 2).reshape(batch, length, -1))
+        return self.o_proj(out_BHSF.transpose(1, 2).reshape(batch, length, -1))
 
 
 def _key_value(hidden_size: int, num_heads: int, head_dim: int, group: TensorGroup) -> nn.Linear:
@@ -91,9 +91,9 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotate(x_BSHP: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x_BSHF: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn each head's vector by its position's angles, in fp32, and return it in its own dtype."""
     cosines, sines = rotary
-    first, second = x_BSHP.float().chunk(2, dim=-1)
+    first, second = x_BSHF.float().chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (x_BSHP.float() * cosines + turned * sines).to(x_BSHP.dtype)
+    return (x_BSHF.float() * cosines + turned * sines).to(x_BSHF.dtype)

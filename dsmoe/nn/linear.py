@@ -96,8 +96,8 @@ class VocabParallelEmbedding(nn.Embedding):
         """[B, S] -> [B, S, D], or this rank's slice of S (see `mappings.leave_tensor_parallel_region`)."""
         if self.group.size == 1:
             return super().forward(input)
-        local, is_here = local_ids(input, self.num_embeddings, self.group)
-        return leave_tensor_parallel_region(torch.where(is_here[..., None], super().forward(local), 0.0), self.group)
+        local, is_local = local_ids(input, self.num_embeddings, self.group)
+        return leave_tensor_parallel_region(torch.where(is_local[..., None], super().forward(local), 0.0), self.group)
 
 
 def local_ids(ids: torch.Tensor, num_local: int, group: TensorGroup) -> tuple[torch.Tensor, torch.Tensor]:

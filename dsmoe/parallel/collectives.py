@@ -125,18 +125,18 @@ def start_all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> InFlight:
     In the backward pass too: autograd runs what was made later first. So the gradients leave when it reaches `wait`,
     what stood between start and wait gets its gradients while they travel, and only this half waits for them.
     """
-    journey = _Journey(exchange)
-    return InFlight(_Start.apply(rows_ND, journey), journey)
+    state = _ExchangeState(exchange)
+    return InFlight(_Start.apply(rows_ND, state), state)
 
 
 @dataclass
-class _Journey:
+class _ExchangeState:
     """What the halves of an exchange share; refers to neither, or the graph would hold itself alive."""
 
     exchange: Exchange
     transfer: Transfer | None = None
 
-    def arrive(self) -> torch.Tensor:
+    def receive(self) -> torch.Tensor:
         assert self.transfer is not None, "wait only once, and after the start"
         received, self.transfer = self.transfer.wait(), None
         return received
@@ -146,40 +146,40 @@ class _Journey:
 class InFlight:
     """Rows that have left.
 
-    `ticket`, [0], ties the halves together in autograd's graph, so that none of its hooks and checks ever sees a buffer
+    `link`, [0], ties the halves together in autograd's graph, so that none of its hooks and checks ever sees a buffer
     that is still being written.
     """
 
-    ticket: torch.Tensor
-    journey: _Journey
+    link: torch.Tensor
+    state: _ExchangeState
 
     def wait(self) -> torch.Tensor:
         """The rows received, once they are here: [rows received, D], ordered by source rank."""
-        return _Wait.apply(self.ticket, self.journey)
+        return _Wait.apply(self.link, self.state)
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: torch.Tensor, journey: _Journey) -> torch.Tensor:
-        ctx.journey = journey
-        journey.transfer = journey.exchange.start(rows_ND)
+    def forward(ctx: Any, rows_ND: torch.Tensor, state: _ExchangeState) -> torch.Tensor:
+        ctx.state = state
+        state.transfer = state.exchange.start(rows_ND)
         return rows_ND.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.journey.arrive(), None
+        return ctx.state.receive(), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: torch.Tensor, journey: _Journey) -> torch.Tensor:
-        ctx.journey = journey
-        return journey.arrive()
+    def forward(ctx: Any, link: torch.Tensor, state: _ExchangeState) -> torch.Tensor:
+        ctx.state = state
+        return state.receive()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
-        note(f"{ctx.journey.exchange.group.label}, backward exchange")
-        ctx.journey.transfer = ctx.journey.exchange.reversed().start(grad_ND)
+        note(f"{ctx.state.exchange.group.label}, backward exchange")
+        ctx.state.transfer = ctx.state.exchange.reversed().start(grad_ND)
         return grad_ND.new_empty(0), None

@@ -68,15 +68,15 @@ MUTATIONS = [
     Mutation(
         "the backward exchange brings zeros",
         "dsmoe/parallel/collectives.py",
-        old="ctx.journey.exchange.reversed().start(grad_ND)",
-        new="ctx.journey.exchange.reversed().start(torch.zeros_like(grad_ND))",
+        old="ctx.state.exchange.reversed().start(grad_ND)",
+        new="ctx.state.exchange.reversed().start(torch.zeros_like(grad_ND))",
         caught_by="tests/parallel/test_collectives.py::test_uneven_exchange_and_its_gradient",
     ),
     Mutation(
         "gradients stay where they are instead of travelling back",
         "dsmoe/parallel/collectives.py",
-        old="return ctx.journey.arrive(), None",
-        new="return (ctx.journey.transfer.sent, ctx.journey.arrive())[0], None",
+        old="return ctx.state.receive(), None",
+        new="return (ctx.state.transfer.sent, ctx.state.receive())[0], None",
         caught_by="tests/parallel/test_collectives.py::test_equal_exchange_and_its_gradient",
     ),
     Mutation(
@@ -101,17 +101,17 @@ MUTATIONS = [
         caught_by="tests/moe/test_parallel.py::test_every_dispatch_equals_one_rank[2-1-2]",
     ),
     Mutation(
-        "on its way home the partial sum of a token in a node is added twice",
+        "on the return route the partial sum of a token in a node is added twice",
         "dsmoe/moe/dispatch.py",
-        old="output_SD = dispatched.relay.take(output_SD)",
-        new="output_SD = 2 * dispatched.relay.take(output_SD)",
+        old="output_UD = dispatched.node_route.take_back(output_UD)",
+        new="output_UD = 2 * dispatched.node_route.take_back(output_UD)",
         caught_by="tests/moe/test_hierarchical.py::test_two_levels_equal_one_rank[4-1-4-8-2-3]",
     ),
     Mutation(
         "the chunk that came last goes home first",
         "dsmoe/moe/dispatch.py",
-        old="_join([flight.wait() for flight, _ in leaving])",
-        new="_join([flight.wait() for flight, _ in reversed(leaving)])",
+        old="_join([flight.wait() for flight, _ in returning])",
+        new="_join([flight.wait() for flight, _ in reversed(returning)])",
         caught_by="tests/moe/test_overlap.py::test_the_number_of_chunks_changes_nothing[dropless-1]",
     ),
     Mutation(
