@@ -3,12 +3,11 @@
 Every kernel has a twin in plain PyTorch, next to its caller, which defines what it computes and runs on a CPU. Kernels
 compute in fp32 whatever the dtype, read nothing on the host, add nothing atomically except integers, and so can be
 captured in a CUDA graph and repeat themselves bit for bit. Their functions check no tensors: these must be contiguous
-and on one device, the current one. How large a block each program works on stands in `blocks.json`. What is chosen by
-name is an entry of a registry, which has the kernel's code for it; a code that the kernel has no branch for does not
-compile.
+and on one device, the current one. The block sizes of the programs stand in `blocks.json`. A choice by name is an entry
+of a registry, which has the code of the kernel's branch; a code without a branch does not compile.
 
-A module of this folder imports Triton, which only CUDA builds of torch bring along: import it where `on_gpu` has said
-yes.
+A leaf: nothing of dsmoe is imported but this folder. Its modules import Triton, which only CUDA builds of torch bring
+along: import them where `on_gpu` is true.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether the kernels take this tensor and its like; float64 is for the twins, which compute in it."""
+    """Return whether the kernels take this tensor and its like; float64 is for the twins, which compute in it."""
     return _HAS_TRITON and tensor.is_cuda and tensor.dtype != torch.float64
 
 

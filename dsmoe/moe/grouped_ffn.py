@@ -1,16 +1,16 @@
 """The experts' feed-forward as one autograd function: gather, two grouped products, activation, weighted sum.
 
-Plain autograd over the same steps would keep the gathered rows, the activation and every expert's output. This keeps
-the source rows, integers and, unless that is computed again as well, the pre-activation z; the rest is computed again
-in the backward pass (the formulation of SonicMoE, arXiv 2512.14080, and of Liger-Kernel). The router weight is
+Plain autograd over the same steps would keep the gathered rows, the activation and every expert's output. This
+function keeps the source rows, integers and, unless `recompute` is set, the pre-activation z; the rest is computed
+again in the backward pass (the formulation of SonicMoE, arXiv 2512.14080, and of Liger-Kernel). The router weight is
 multiplied into the activation, so that its gradient is <dA, act(z)> and no output is needed for it.
 
-Two ways to the same numbers, of which `expert_ffn` takes the faster for the device: `_Grouped` runs each step over all
-rows at once through `grouped_mm` (CUDA); `_Looped` runs all steps over one expert's rows at a time, through buffers
-that stay in the cache (CPU). On CUDA nothing is read on the host in bf16 from compute capability 9.0 on; in fp32 and on
-older devices torch's grouped product is a loop that reads where each group ends.
+Two implementations with the same numbers, of which `expert_ffn` takes the faster for the device: `_Grouped` runs each
+step over all rows at once through `grouped_mm` (CUDA); `_Looped` runs all steps over one expert's rows at a time,
+through buffers that stay in the cache (CPU). On CUDA nothing is read on the host in bf16 from compute capability 9.0
+on; in fp32 and on older devices torch's grouped product is a loop that reads the end of each group.
 
-Shape suffixes: see `dsmoe.moe.dispatch`; Z width of the pre-activation, 2 I where the activation is gated, else I.
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from dsmoe.nn.activations import Activation
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """What the experts do with the source rows.
+    """The rows of each expert, and how to compute them.
 
     Attributes:
         row_map: sorts the choices by expert.
-        ends_L: int32, where each expert's rows end; what stands behind the last is not computed.
+        ends_L: int32, the end of each expert's rows; rows behind the last are not computed.
         activation: an entry of `dsmoe.nn.activations.ACTIVATIONS`.
-        recompute: compute z again in the backward pass, so that nothing but the source rows is kept: two ninths more
-            products where the activation is gated, else a sixth.
+        recompute: compute z again in the backward pass, so that only the source rows are kept: two ninths more
+            products with a gated activation, a sixth with others.
     """
 
     row_map: RowMap
@@ -52,23 +52,23 @@ def expert_ffn(
     down_LDI: torch.Tensor,
     rows: ExpertRows,
 ) -> torch.Tensor:
-    """sum_k weight_k * down_e(act(up_e(x))) for each source row x and the expert e of its k-th choice: [U, D].
+    """Return sum_k weight_k * down_e(act(up_e(x))) for each source row x and the expert e of its k-th choice: [U, D].
 
     Args:
         source_UD: the source rows.
         weights_UK: router weights, fp32.
         up_LZD: first weights of the L experts.
         down_LDI: second weights.
-        rows: which expert works on which source row, and how.
+        rows: the rows of each expert, and how to compute them.
     """
-    way = _Looped if source_UD.device.type == "cpu" else _Grouped
-    return way.apply(source_UD, weights_UK, up_LZD, down_LDI, rows)
+    implementation = _Looped if source_UD.device.type == "cpu" else _Grouped
+    return implementation.apply(source_UD, weights_UK, up_LZD, down_LDI, rows)
 
 
 @torch.compiler.assume_constant_result
 def runs_in_groups(device: str) -> bool:
-    """Whether `expert_ffn` takes the way that reads nothing on the host, on this type of device."""
-    return device != "cpu" or _Looped is _Grouped  # which is so in tests that want a GPU's way on a CPU
+    """Return whether `expert_ffn` reads nothing on the host on this type of device."""
+    return device != "cpu" or _Looped is _Grouped  # set so by tests that run a GPU's implementation on a CPU
 
 
 class _Grouped(torch.autograd.Function):
@@ -95,6 +95,7 @@ class _Grouped(torch.autograd.Function):
         source_UD, weights_UK, up_LZD, down_LDI, z_NZ = ctx.saved_tensors
         rows: ExpertRows = ctx.rows
         row_map, ends_L = rows.row_map, rows.ends_L
+        # Computed again rather than kept: gathers and the activation move little memory beside the products.
         if z_NZ is None:
             z_NZ = F.grouped_mm(row_map.gather(source_UD), up_LZD.transpose(-2, -1), offs=ends_L)
         weight_N = row_map.gather_weights(weights_UK)
@@ -123,7 +124,7 @@ class _Looped(torch.autograd.Function):
     ) -> torch.Tensor:
         row_map, spans = rows.row_map, _spans(rows.ends_L)
         most = max(len(span) for span in spans)
-        # Where z is not kept, every expert's stands in the same buffer.
+        # A z that is not kept stands in the same buffer for every expert.
         z_NZ = source_UD.new_empty(most if rows.recompute else row_map.num_rows, up_LZD.shape[1])
         out_ND = _scratch(source_UD, row_map.num_rows, source_UD.shape[1])
         rows_JD = source_UD.new_empty(most, source_UD.shape[1])
@@ -160,6 +161,7 @@ class _Looped(torch.autograd.Function):
         grad_weight_N = weights_UK.new_zeros(row_map.num_rows)
         for expert, span in enumerate(ctx.spans):
             if not span:
+                # `empty_like` left them uninitialised.
                 for grad in (grad_up_LZD, grad_down_LDI):
                     if grad is not None:
                         grad[expert].zero_()
@@ -184,11 +186,11 @@ _kept = threading.local()
 
 
 def _scratch(like: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
-    """A buffer for the time of one call; the thread's next call overwrites it.
+    """Return a buffer for the time of one call; the thread's next call overwrites it.
 
     A CPU's allocator returns large buffers to the system, which hands them out again page by page, zeroed.
     """
-    if type(like) is not torch.Tensor:  # traced: nothing of it may be kept
+    if type(like) is not torch.Tensor:  # traced: a kept buffer would leak out of the trace
         return like.new_empty(num_rows, width)
     size, buffer = num_rows * width, getattr(_kept, "buffer", None)
     if buffer is None or buffer.dtype != like.dtype or buffer.numel() < size:
@@ -198,6 +200,6 @@ def _scratch(like: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
 
 
 def _spans(ends_L: torch.Tensor) -> list[range]:
-    """Each expert's rows."""
+    """Return each expert's rows; reads `ends_L` on the host."""
     ends = ends_L.tolist()
     return [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]

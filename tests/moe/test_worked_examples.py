@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dsmoe.moe.balance import count_experts
@@ -9,6 +10,7 @@ from dsmoe.moe.capacity import DROP_POLICIES, Assignments, by_chunk, limit, spre
 from dsmoe.moe.dispatch import _regroup, _slots
 from dsmoe.moe.hierarchical import _count, _Hop, _pack, _unpack
 from dsmoe.moe.permutation import RowMap
+from dsmoe.moe.replay import _GOLDEN, Draws, _GoingBackward, _mix, uniform
 from dsmoe.moe.router import Routing, _sortable
 from dsmoe.parallel.collectives import Exchange, Traffic
 from dsmoe.parallel.groups import ExpertGroup
@@ -88,6 +90,23 @@ def test_keys_in_the_order_of_the_numbers() -> None:
     keys = _sortable(torch.tensor([[1.0, -2.0, 1.0]]))
     assert keys.tolist() == [[3196059648, -3221225476, 3196059646]]
     assert keys.topk(2).indices.tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize(("fingerprint", "node", "number"), [(-1.2, 5, 1), (0.3, 15, 0), (0.3, 35, 2)])
+def test_the_pass_that_is_repeated(fingerprint: float, node: int, number: int) -> None:
+    draws = Draws()
+    for index, (value, start) in enumerate([(0.3, 10), (-1.2, 20), (0.3, 30)]):
+        draws._note(torch.full((4,), value), start + 1, start, index, -1)
+    match = draws._match(torch.full((4,), fingerprint + 1e-6), _GoingBackward(task=0, node=node, is_checkpoint=False))
+    assert match is not None
+    assert int(match[1]) == number
+
+
+def test_numbers_of_a_key() -> None:
+    key = torch.zeros((), dtype=torch.int64)
+    assert int(_mix(key + _GOLDEN)) == 0xE220A8397B1DCDAF - 2**64
+    numbers = uniform(key, (2,), torch.device("cpu")).double() * 2**23 - 0.5
+    assert numbers.tolist() == pytest.approx([4034278, 7409748], abs=0.6)
 
 
 def test_exchange_in_the_examples_is_not_padded() -> None:
