@@ -1,4 +1,7 @@
-"""The decoder: embedding, blocks of attention and feed-forward, final norm, output head."""
+"""The decoder: embedding, blocks of attention and feed-forward, final norm, output head.
+
+Shape suffixes: see `dsmoe.moe`.
+"""
 
 from __future__ import annotations
 
@@ -107,12 +110,12 @@ class Block(nn.Module):
 
 
 def build_model(config: Config, groups: Groups | None = None, device: torch.device | str = "cpu") -> Transformer:
-    """The config's model on `device` in fp32, with weights that depend on `train.seed` and not on the layout.
+    """Build the config's model on `device` in fp32, with weights that depend on `train.seed` and not on the layout.
 
     Args:
         config: the run.
         groups: this rank's groups; None builds the whole model for one process.
-        device: where to make it.
+        device: of the weights.
     """
     expert_group, tensor_group = ExpertGroup.alone(), TensorGroup.alone()
     if groups is not None:

@@ -95,7 +95,7 @@ class _Grouped(torch.autograd.Function):
         source_UD, weights_UK, up_LZD, down_LDI, z_NZ = ctx.saved_tensors
         rows: ExpertRows = ctx.rows
         row_map, ends_L = rows.row_map, rows.ends_L
-        # Computed again rather than kept: gathers and the activation move little memory beside the products.
+        # Gathers and the activation are computed again rather than kept: they cost little beside the products.
         if z_NZ is None:
             z_NZ = F.grouped_mm(row_map.gather(source_UD), up_LZD.transpose(-2, -1), offs=ends_L)
         weight_N = row_map.gather_weights(weights_UK)

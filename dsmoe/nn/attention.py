@@ -1,7 +1,6 @@
 """Grouped-query causal self-attention with rotary positions.
 
-Shape suffixes of `dsmoe.model`: B sequences, S positions (of this rank, where the sequence is cut between the blocks),
-D hidden, H query heads and G key/value heads of this rank, P head width.
+Shape suffixes: see `dsmoe.moe`; G key/value heads of this rank.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Attention(nn.Module):
     """Causal attention in which query heads share key/value heads in equal parts (Ainslie et al. 2023).
 
     Over a tensor group every rank has its part of the query heads and the key/value heads that they use: its part of
-    those, or one that neighbours have too, where there are fewer than ranks.
+    the key/value heads, or one that neighbours have too, where these heads are fewer than the ranks.
     """
 
     def __init__(self, model: Model, group: TensorGroup) -> None:
@@ -42,7 +41,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, model.norm_eps, group) if model.qk_norm else nn.Identity()
 
     def forward(self, x_BSD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]; `rotary` is what `Rotary` returns for all positions."""
+        """[B, S, D] -> [B, S, D]; `rotary` is the result of `Rotary` for all positions."""
         x_BSD = enter_tensor_parallel_region(x_BSD, self.group)
         batch, length, _ = x_BSD.shape
         q_BSHF = self.q_norm(self.q_proj(x_BSD).view(batch, length, self.num_heads, self.head_dim))
@@ -59,7 +58,7 @@ class Attention(nn.Module):
 
 
 def _key_value(hidden_size: int, num_heads: int, head_dim: int, group: TensorGroup) -> nn.Linear:
-    """The projection onto this rank's key or value heads."""
+    """Make the projection onto this rank's key or value heads."""
     if num_heads % group.size == 0:
         return ColumnParallelLinear(hidden_size, num_heads * head_dim, group)
     return SharedColumnParallelLinear(hidden_size, num_heads * head_dim, num_heads, group)
@@ -84,7 +83,7 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (cosines, sines) of positions 0..length-1, each [S, 1, P] fp32."""
+        """Return the (cosines, sines) of positions 0..length-1, each [S, 1, F] fp32."""
         positions = torch.arange(length, device=self.inverse_frequency.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inverse_frequency.float())
         angles = torch.cat([angles, angles], dim=-1)[:, None, :]
@@ -92,7 +91,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x_BSHF: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn each head's vector by its position's angles, in fp32, and return it in its own dtype."""
+    """Rotate each head's vector by its position's angles in fp32; the result has the vector's dtype."""
     cosines, sines = rotary
     first, second = x_BSHF.float().chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)

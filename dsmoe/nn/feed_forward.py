@@ -1,7 +1,4 @@
-"""A feed-forward that every token passes: the dense blocks, the shared expert, the MLP of a residual MoE.
-
-Shape suffixes: see `dsmoe.moe.router`.
-"""
+"""Dense feed-forward: of dense blocks, the shared expert and the MLP of a residual MoE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers whose weights are cut over the ranks of a tensor group.
+"""Tensor-parallel layers: weights cut over the ranks of a tensor group.
 
 A column-parallel linear has a slice of the outputs, a row-parallel one of the inputs; between them every rank works on
 its own features, without communication (Megatron-LM, arXiv:1909.08053). Each layer holds its `Shard` of the weight that
@@ -17,20 +17,20 @@ from dsmoe.parallel.sharding import Shard
 
 
 def mark_split(parameter: torch.Tensor) -> None:
-    """Tell DeepSpeed that every rank of a tensor group has another part, which counts in the gradient norm."""
+    """Mark a parameter of which each tensor rank has another part: DeepSpeed adds up their gradient norms."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 class ColumnParallelLinear(nn.Linear):
     """x W^T for this rank's slice of W's rows, that is of the outputs; no bias.
 
-    The input is what `mappings.enter_tensor_parallel_region` gives.
+    The input is the result of `mappings.enter_tensor_parallel_region`.
 
     Args:
         in_features: the width of the input.
         out_features: the width of the output over all ranks.
         group: the ranks.
-        parts: how many matrices of equal height stand one below the other in W.
+        parts: matrices of equal height that stand one below the other in W.
     """
 
     def __init__(self, in_features: int, out_features: int, group: TensorGroup, parts: int = 1) -> None:
@@ -43,7 +43,7 @@ class ColumnParallelLinear(nn.Linear):
 class RowParallelLinear(nn.Linear):
     """x W^T for this rank's slice of W's columns, that is of the inputs, summed over the ranks; no bias.
 
-    The output is what `mappings.leave_tensor_parallel_region` gives.
+    The output is the result of `mappings.leave_tensor_parallel_region`.
     """
 
     def __init__(self, in_features: int, out_features: int, group: TensorGroup) -> None:
@@ -59,7 +59,7 @@ class RowParallelLinear(nn.Linear):
 
 
 class SharedColumnParallelLinear(nn.Linear):
-    """x W^T for some of W's rows, where the ranks are more than the slices: neighbours compute the same slice.
+    """x W^T for one slice of W's rows where the slices are fewer than the ranks: neighbours compute the same slice.
 
     Every rank holds all of W, which is small (the few key/value heads of grouped-query attention), so that W is like
     any other replicated weight; the ranks' gradients are summed.
@@ -67,7 +67,7 @@ class SharedColumnParallelLinear(nn.Linear):
     Args:
         in_features: the width of the input.
         out_features: the width of the output over all slices.
-        slices: how many there are; divides the ranks of the group.
+        slices: the number of slices; divides the ranks of the group.
         group: the ranks.
     """
 
@@ -101,7 +101,7 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 def local_ids(ids: torch.Tensor, num_local: int, group: TensorGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each id's row in this rank's slice of the vocabulary (any row where it is elsewhere), and whether it is here."""
+    """Return each id's row in this rank's slice of the vocabulary, any row for an id of another slice, and its mask."""
     local = ids - group.rank * num_local
     return local.clamp(0, num_local - 1), (local >= 0) & (local < num_local)
 

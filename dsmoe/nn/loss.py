@@ -1,7 +1,6 @@
-"""Cross entropy over a large vocabulary without the logits ever standing whole in memory.
+"""Cross entropy over a large vocabulary in chunks of tokens, so that all logits are never in memory at once.
 
-Shape suffixes: N tokens, D model, V vocabulary (of this rank), C the tokens of one chunk, B those of one block of a
-chunk, R ranks of the tensor group.
+Shape suffixes: see `dsmoe.moe`; N tokens, J those of one chunk, O those of one block of a chunk.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ LOGITS_PER_CHUNK = 2**25
 chunk's loss is formed."""
 
 LOGITS_PER_BLOCK_ON_CPU = 2**18
-"""How many of these are in fp32 at a time on a CPU: 1 MiB stays in the cache, and large buffers would be new pages from
-the system each time."""
+"""Most logits in fp32 at a time on a CPU: 1 MiB stays in the cache, and large buffers would be new pages from the
+system each time."""
 
 
 def token_losses(
     hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, group: TensorGroup | None = None
 ) -> torch.Tensor:
-    """The cross entropy of each of N tokens in nats, [N] fp32 (fp64 for fp64 weights).
+    """Return the cross entropy of each of N tokens in nats, [N] fp32 (fp64 for fp64 weights).
 
     Chunks of tokens are projected onto the vocabulary one after the other, and again in the backward pass, but for the
     last chunk, whose logits are kept: the backward pass begins with them. There the head's gradient is summed over the
-    chunks in fp32 and rounded once, so that it is no worse for many chunks than for one; while the sum is formed it
-    takes 4 V D bytes, and a chunk's share of it as much as the head itself.
+    chunks in fp32 and rounded once, so that many chunks are as exact as one; the sum takes 4 V D bytes while it is
+    formed, and a chunk's share of it as much as the head itself.
     `torch.nn.functional.linear_cross_entropy` also works in chunks, but returns a bf16 loss for bf16 weights.
 
     Over a tensor group every rank projects onto its slice of the vocabulary; two numbers per token and rank are
     exchanged, never logits.
 
     Args:
-        hidden_ND: the last hidden states, of the head's dtype; over a tensor group, what
-            `mappings.enter_tensor_parallel_region` gives.
+        hidden_ND: the last hidden states, of the head's dtype; over a tensor group, the result of
+            `mappings.enter_tensor_parallel_region`.
         head_VD: the output head, or this rank's slice of it.
         targets_N: int64, each in [0, whole vocabulary).
         group: the ranks that share the head; None is this one alone.
@@ -59,7 +58,7 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, group: TensorGroup
     ) -> torch.Tensor:
         local_N, is_local_N = local_ids(targets_N, len(head_VD), group)
-        # This rank's logsumexp of each token, and the logit of its target, 0 where that is another rank's.
+        # This rank's logsumexp of each token, and the logit of its target; 0 for a target in another rank's slice.
         parts_N2 = torch.empty(len(targets_N), 2, dtype=_wide(head_VD.dtype), device=head_VD.device)
         logits_JV = None
         for chunk in _chunks(hidden_ND, head_VD):
@@ -93,7 +92,7 @@ class _TokenLosses(torch.autograd.Function):
                 grad_OV = block_OV.to(lse_N.dtype).sub_(lse_N[rows, None]).exp_()
                 grad_OV.scatter_add_(1, local_N[rows, None], -is_local_N[rows, None].to(grad_OV.dtype))
                 block_OV.copy_(grad_OV.mul_(grad_N[rows, None]))
-            # Its logits are their own gradient by now.
+            # The chunk's logits have been overwritten with their gradient.
             grad_hidden_ND[chunk] = logits_JV @ head_VD
             grad_head_VD += logits_JV.T @ hidden_ND[chunk]
             logits_JV = None
@@ -101,13 +100,13 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _chunks(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> list[slice]:
-    """Rows of `hidden_ND` whose logits together are at most LOGITS_PER_CHUNK, or one row."""
+    """Cut `hidden_ND` into rows with at most LOGITS_PER_CHUNK logits together, or one row."""
     size = max(1, LOGITS_PER_CHUNK // len(head_VD))
     return [slice(start, start + size) for start in range(0, len(hidden_ND), size)]
 
 
 def _blocks(chunk: slice, logits_JV: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Cut a chunk's logits for what is done in fp32: the rows of all tokens, and theirs of the logits, a view."""
+    """Cut a chunk's logits into blocks for fp32: the block's rows among all tokens, and a view of its logits."""
     size = len(logits_JV)
     if logits_JV.device.type == "cpu":
         size = max(1, LOGITS_PER_BLOCK_ON_CPU // logits_JV.shape[1])
@@ -116,5 +115,5 @@ def _blocks(chunk: slice, logits_JV: torch.Tensor) -> Iterator[tuple[slice, torc
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and sums: fp32, or fp64 to check gradients."""
+    """Return the dtype of losses and sums: fp32, or fp64 to check gradients."""
     return torch.promote_types(dtype, torch.float32)

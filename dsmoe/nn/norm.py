@@ -1,4 +1,4 @@
-"""RMSNorm between the blocks, where the ranks of a tensor group may each have other tokens."""
+"""RMSNorm between the blocks, where each rank of a tensor group may have other tokens."""
 
 from __future__ import annotations
 

@@ -25,11 +25,9 @@ def legend() -> list[str]:
 
 def suffixes(text: str) -> dict[str, str]:
     """The suffixed names of a file: variables, arguments, keywords, attributes, functions."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
-        names |= {
-            name for field in ("id", "arg", "attr", "name") if isinstance(name := getattr(node, field, None), str)
-        }
+    fields = ("id", "arg", "attr", "name")
+    values = (getattr(node, field, None) for node in ast.walk(ast.parse(text)) for field in fields)
+    names = {value for value in values if isinstance(value, str)}
     return {name: match[1] for name in names if (match := SUFFIXED.fullmatch(name))}
 
 
