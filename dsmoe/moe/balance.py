@@ -83,7 +83,7 @@ class Balance(nn.Module):
             balance = sequence_balancing_loss(routing, num_sequences, group)
         else:
             share_E = self.load_share
-            if share_E is None:
+            if share_E is None:  # scope micro_batch: counted now, over the ranks of the micro-batch
                 counts_E = assigned_E if group.size == 1 else all_reduce(assigned_E, group)
                 share_E = counts_E / counts_E.sum().clamp(min=1)
             balance = load_balancing_loss(routing, share_E, group)
@@ -105,6 +105,7 @@ class Balance(nn.Module):
         (arXiv 2408.15664, alg. 1). f_e = count_e / sum(count) serves the next step's loss. Both stay as they are
         where `applied`, a bool on the device, is false.
         """
+        # By multiplication and `where`: `applied` is on the device, and the host does not wait for it.
         if self.bias is not None:
             change_E = self.options.bias_update_rate * (counts_E.mean() - counts_E).sign().to(self.bias.dtype)
             self.bias += change_E if applied is None else change_E * applied
@@ -123,6 +124,7 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
         from dsmoe.kernels.permute import count_by_expert
 
         return count_by_expert(flat_A, num_experts)
+    # One bin more, for masked entries, which is cut off: the size is static.
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_A.device)
     return counts.scatter_add_(0, flat_A, torch.ones_like(flat_A))[:num_experts]
 

@@ -143,6 +143,7 @@ class DropRateController(nn.Module):
         """Move the factor by the share that all ranks dropped in the step that is logged."""
         if not 0 <= dropped_percent <= 100:
             raise ValueError(f"the dropped share must be between 0 and 100 percent, not {dropped_percent}")
+        # Bounded per update, since the rate of one logged step is noisy.
         move = (dropped_percent - self.target_percent) / 100
         self.factor = min(self.factor * (1 + min(max(move, -LARGEST_MOVE), LARGEST_MOVE)), self.max_factor)
 
@@ -207,6 +208,7 @@ class Capacity(nn.Module):
         assignments = limit(routing, assigned_E, capacity, self.drop_policy, key)
         if self.max_tokens is None:
             return assignments
+        # The padded exchange then has one size for all ranks, also where they bring fewer tokens.
         return dataclasses.replace(assignments, slots=self.capacity_for(self.max_tokens))
 
     def weights(self, routing: Routing, assignments: Assignments) -> torch.Tensor:
@@ -288,7 +290,8 @@ def limit(
     kept_E = assigned_E
     if capacity is not None:
         kept_A = kept_A & (place_A < capacity)
-        kept_E = assigned_E.clamp(max=capacity)
+        kept_E = assigned_E.clamp(max=capacity)  # what `kept_A` sums to per expert, without a scatter
+    # Known on the host without a read: what may be missing decides which code runs, not how many are missing.
     complete = capacity is None and routing.mask_T is None
     num_choices = routing.experts_TK.shape[1]
     return Assignments(order_A, expert_A, place_A, kept_A, assigned_E, kept_E, capacity, num_choices, complete)
@@ -302,6 +305,7 @@ def _by_expert(expert_A: torch.Tensor, assigned_E: torch.Tensor) -> tuple[torch.
         return sort_by_expert(expert_A, assigned_E.numel())[1:]
     order_A = expert_A.argsort(stable=True)
     expert_A = expert_A[order_A]
+    # The place in the sorted list minus the begin of the expert's run is the place within the expert.
     # Masked assignments carry expert E: they sort last, behind the end of the last real expert.
     firsts = torch.cat([assigned_E.new_zeros(1), assigned_E.cumsum(0)])
     return order_A, expert_A, torch.arange(expert_A.numel(), device=expert_A.device) - firsts[expert_A]
@@ -319,6 +323,7 @@ def spread_over_slices(assignments: Assignments, num_slices: int, num_local_expe
     0 and 2.
     """
     slices = torch.arange(num_slices, device=assignments.order_A.device)
+    # Expert e of rank r = e // L becomes expert e of rank r * num_slices: (num_slices - 1) * L further per rank.
     first_A = assignments.expert_A // num_local_experts * (num_slices - 1) * num_local_experts + assignments.expert_A
     number_AR = first_A[:, None] + slices * num_local_experts
     num_experts = assignments.assigned_E.numel() * num_slices

@@ -115,6 +115,7 @@ class StackedExperts(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, _ in self.named_parameters(recurse=False):
             entries = [f"{prefix}deepspeed_experts.{local}.{name}" for local in range(self.num_local_experts)]
+            # Otherwise torch looks up the stacked weight by its own name, and reports that as missing.
             if all(entry in state_dict for entry in entries):
                 state_dict[f"{prefix}{name}"] = torch.stack([state_dict.pop(entry) for entry in entries])
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -145,7 +146,7 @@ class ModuleExperts(nn.Module):
         for expert, rows in zip(self.deepspeed_experts, rows_ND[: ends[-1]].split(counts), strict=True):
             output = expert(rows)
             outputs.append(output[0] if isinstance(output, tuple) else output)
-        outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))
+        outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))  # rows behind the last expert's end
         weight_N1 = gather_weights(dispatched.weights_UK, row_map)[:, None]
         out_ND = torch.cat(outputs)
         return sum_rows((out_ND * weight_N1).to(out_ND.dtype), row_map)
@@ -160,6 +161,7 @@ class ModuleExperts(nn.Module):
         A module of the user's without that method keeps the values it was copied with.
         """
         for local, expert in enumerate(self.deepspeed_experts):
+            # In a fork of torch's generators, since `reset_parameters` draws from them.
             devices = {p.device for p in expert.parameters() if p.device.type == "cuda"}
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed_of(seed, first_expert + local))
@@ -208,6 +210,7 @@ class ExpertDraw:
         """
         if rank == self.rank:
             return self
+        # Weights that were loaded or trained must not be overwritten: they are untouched if they equal their draw.
         if not self.copies:
             fresh = copy.deepcopy(experts)
             self.fill(fresh)

@@ -85,6 +85,7 @@ class _Grouped(torch.autograd.Function):
         z_NZ = F.grouped_mm(row_map.gather(source_UD), up_LZD.transpose(-2, -1), offs=rows.ends_L)
         hidden_NI = rows.activation.weighted(z_NZ, row_map.gather_weights(weights_UK), rows.ends_L)
         out_ND = F.grouped_mm(hidden_NI, down_LDI.transpose(-2, -1), offs=rows.ends_L)
+        # The source rows, of which the gathered ones are K copies; neither the activation nor any output.
         ctx.save_for_backward(source_UD, weights_UK, up_LZD, down_LDI, None if rows.recompute else z_NZ)
         ctx.rows = rows
         return row_map.sum(out_ND)
@@ -101,6 +102,7 @@ class _Grouped(torch.autograd.Function):
         weight_N = row_map.gather_weights(weights_UK)
         grad_ND = row_map.gather(grad_UD)
         grad_hidden_NI = F.grouped_mm(grad_ND, down_LDI, offs=ends_L)
+        # In one pass over z: its gradient, and the weighted activation again, which down's gradient needs.
         hidden_NI, grad_z_NZ, grad_weight_N = rows.activation.weighted_backward(grad_hidden_NI, z_NZ, weight_N, ends_L)
         grad_up_LZD = grad_down_LDI = None
         if ctx.needs_input_grad[3]:
@@ -127,6 +129,7 @@ class _Looped(torch.autograd.Function):
         # A z that is not kept stands in the same buffer for every expert.
         z_NZ = source_UD.new_empty(most if rows.recompute else row_map.num_rows, up_LZD.shape[1])
         out_ND = _scratch(source_UD, row_map.num_rows, source_UD.shape[1])
+        # One expert's gathered rows at a time, in a buffer that stays in the cache from one expert to the next.
         rows_JD = source_UD.new_empty(most, source_UD.shape[1])
         source_N = row_map.sources()
         weight_N1 = row_map.gather_weights(weights_UK)[:, None].to(source_UD.dtype)
@@ -158,6 +161,7 @@ class _Looped(torch.autograd.Function):
         grad_down_LDI = torch.empty_like(down_LDI) if ctx.needs_input_grad[3] else None
         source_N = row_map.sources()
         weight_N1 = row_map.gather_weights(weights_UK)[:, None].to(source_UD.dtype)
+        # Zeros: rows behind the last expert's end belong to no span.
         grad_weight_N = weights_UK.new_zeros(row_map.num_rows)
         for expert, span in enumerate(ctx.spans):
             if not span:

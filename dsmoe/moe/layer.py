@@ -138,6 +138,7 @@ class MoE(DeepSpeedMoE):
         self.pad = sections.capacity.pad
         self.loss_scale = 1.0
         self._make_modules(hidden_size, expert, sections)
+        # On the CPU whatever the default device, which may be meta and have no numbers.
         seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
         exchange = ep_size * self.layout.expert_tensor
         rank = dist.get_rank() % exchange if dist.is_initialized() else 0
@@ -167,6 +168,7 @@ class MoE(DeepSpeedMoE):
             experts = ModuleExperts(expert, self.num_local_experts)
         mark_expert_parameters(experts, self.expert_group_name)
         router = Router(hidden_size, self.num_experts, self.k, sections.router, tensor_group)
+        # Under DeepSpeed's names: its engine, its checkpoints and users' code reach into `deepspeed_moe`.
         self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, self.ep_size)
         self.use_residual = options.residual
         self.shared = self.mlp = None
@@ -243,6 +245,8 @@ class MoE(DeepSpeedMoE):
 
     def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Find the registered expert group, or have DeepSpeed make it; DeepSpeed's engine calls this."""
+        # A group that `set_expert_group` gave stays. At ep_size 1 nothing is exchanged, and DeepSpeed still needs its
+        # expert-data group.
         if self._dispatches and self.ep_size > 1:
             return
         if not registry.has_expert_group(self.expert_group_name):
@@ -279,6 +283,7 @@ class MoE(DeepSpeedMoE):
         key = self._begin_pass(x_TD)
         routing = self.router(x_TD, mask_T, self.balance.bias, key, self.limit.capacity_for(len(x_TD)))
         assigned_E = count_experts(routing.experts_TK, self.num_experts)
+        # Before anything is dropped: the losses judge the router's wishes, not the capacity.
         losses = self.balance.losses(routing, assigned_E, hidden_states.shape[:-2].numel())
 
         assignments = self.limit(routing, assigned_E, key)

@@ -50,6 +50,7 @@ class RowMap:
         """Give each kept assignment the row `first_E[expert] + place` of a buffer of `num_rows`."""
         order_A, expert_A = assignments.order_A, assignments.expert_A
         num_assignments = order_A.numel()
+        # Masked assignments carry expert E, which needs an entry to be looked up.
         firsts = torch.cat([first_E, first_E.new_zeros(1)])
         row_A = firsts[expert_A] + assignments.place_A
         if not assignments.complete:
@@ -63,6 +64,8 @@ class RowMap:
         cls, order_A: torch.Tensor, row_A: torch.Tensor, num_choices: int, num_rows: int, complete: bool
     ) -> RowMap:
         """Give choice `order_A[a]` (source * K + k) the row `row_A[a]` of a buffer of `num_rows`, or none: N."""
+        # Both by scatters of integers to distinct places: exact on every device. All choices without a row write to
+        # place N of the reverse, which is cut off.
         row_UK = torch.empty_like(row_A).scatter_(0, order_A, row_A).view(-1, num_choices)
         assignment_N = order_A.new_full((num_rows + 1,), order_A.numel()).scatter_(0, row_A, order_A)
         bags = None if complete or on_gpu(row_UK) else _bags(row_UK, num_rows)
@@ -111,7 +114,7 @@ class RowMap:
             return F.embedding_bag(rows_N, rows_ND, firsts, mode="sum")[:num_sources]
         if not self.complete:  # row N, no row, is a row of zeros
             rows_ND = torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
-        if num_choices == 1:
+        if num_choices == 1:  # a copy: nothing to add
             return rows_ND.index_select(0, self.row_UK[:, 0])
         return F.embedding_bag(self.row_UK, rows_ND, mode="sum")
 

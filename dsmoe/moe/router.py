@@ -109,6 +109,7 @@ class Router(nn.Module):
             key: the key of the noise (see `dsmoe.moe.replay`); None draws from torch's generator.
             capacity: C, the tokens that an expert chooses where experts choose.
         """
+        # fp32: bf16 logits are too coarse to tell experts of near scores apart.
         with torch.autocast(x_TD.device.type, enabled=False):
             if self.training and self.noise.on_input is not None:
                 x_TD = self.noise.on_input(x_TD, key)
@@ -116,6 +117,7 @@ class Router(nn.Module):
         decide = self._decide_fused if on_gpu(logits_TE) and self.options.choice == "token" else self._decide
         scores_TE, weights_TK, experts_TK, valid_TK = decide(logits_TE, mask_T, bias_E, key, capacity)
         probabilities_TE = self.score.over_experts(scores_TE)
+        # By `where` and not by indexing, so that shapes stay static and the host reads nothing.
         if valid_TK is not None:
             experts_TK = torch.where(valid_TK, experts_TK, self.num_experts)
             weights_TK = torch.where(valid_TK, weights_TK, 0.0)
@@ -131,6 +133,7 @@ class Router(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return scores [T, E], weights and experts [T, K], and the valid ones, [T, K] or [T, 1]; None: all."""
         scores_TE = self.score.of_logits(logits_TE)
+        # The choice has no gradient; the router learns through the weights of the chosen.
         with torch.no_grad():
             experts_TK, valid_TK = self._choose(logits_TE, scores_TE, mask_T, bias_E, key, capacity)
         weights_TK = scores_TE.gather(1, experts_TK)
@@ -175,6 +178,7 @@ class Router(nn.Module):
         if self.options.choice == "token":
             return _largest(preference_TE, self.k), valid_T1
         assert capacity is not None, "experts choose as many tokens as they have room for"
+        # An expert takes masked tokens last. `valid` drops those that it still has room for.
         if valid_T1 is not None:
             preference_TE = preference_TE.masked_fill(~valid_T1, -torch.inf)
         # A stable sort: the order in which `topk` takes equal scores depends on the device.
@@ -216,6 +220,7 @@ class Router(nn.Module):
         device = scores_TE.device
         turn_T = torch.arange(len(scores_TE), device=device) if mask_T is None else (mask_T.cumsum(0) - 1).clamp(min=0)
         expert_E = torch.arange(self.num_experts, device=device)
+        # Token t prefers expert t * K mod E, then the next ones: the distance, counted upwards, is the dislike.
         return -((expert_E - turn_T[:, None] * self.k) % self.num_experts).float()
 
 

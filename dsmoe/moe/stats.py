@@ -81,6 +81,7 @@ class RoutingStatistics(nn.Module):
         Do not call in a recomputation; compiled code may, and then adds nothing.
         """
         weights_A = routing.weights_TK.reshape(-1)
+        # Masked assignments (expert E) are neither kept nor dropped.
         dropped_A = (assignments.expert_A < self.num_experts) & ~assignments.kept_A
         slots = assignments.assigned_E.sum()
         num_tokens = routing.mask_T.sum() if routing.mask_T is not None else slots.new_full((), len(routing.weights_TK))
@@ -96,6 +97,7 @@ class RoutingStatistics(nn.Module):
             torch.ones_like(losses.balance),
             slots,
         ]
+        # One vector, so that all figures of all layers are one all-reduce; float64, so that counts stay exact.
         sums = torch.cat(
             [
                 assignments.assigned_E.double(),
