@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -116,3 +117,14 @@ def test_every_exemption_is_needed(measured: dict[tuple[str, str], int]) -> None
 def test_what_is_counted(text: str, place: str, kind: str, number: int | None) -> None:
     found = {(name, counted): many for name, counted, many in sizes("x.py", text)}
     assert found.get((place, kind)) == number
+
+
+def test_kernels_import_nothing_of_the_package() -> None:
+    """Not for types either, which import-linter leaves out."""
+    for name, text in sources("dsmoe/kernels").items():
+        for node in ast.walk(ast.parse(text)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            for module in modules:
+                assert not re.match(r"dsmoe\b(?!\.kernels\b)", module), f"{name}:{node.lineno} imports {module}"

@@ -1,6 +1,8 @@
-"""The sum of a few rows each, which is combine, gather's gradient, and with bags of one also gather.
+"""Sums of a few rows each: combine, the gradient of gather, and with bags of one gather itself.
 
 Twins: `RowMap.sum` and `RowMap.gather` in `dsmoe.moe.permutation`.
+
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -12,23 +14,23 @@ import triton.language as tl
 from dsmoe.kernels.blocks import SIZES
 
 
-def bag_sum(rows_ND: torch.Tensor, row_SK: torch.Tensor) -> torch.Tensor:
-    """out[s] = the sum over k of rows[row[s, k]], in fp32 and in the order of k: [S, D] in the rows' dtype.
+def bag_sum(rows_ND: torch.Tensor, row_UK: torch.Tensor) -> torch.Tensor:
+    """Return out[u] = sum over k of rows[row[u, k]], in fp32 and in the order of k: [U, D] in the rows' dtype.
 
     Args:
         rows_ND: bf16 or fp32.
-        row_SK: int64; N and above is no row, which adds nothing.
+        row_UK: int64; N and above is no row and adds nothing.
     """
-    num_bags, bag_size = row_SK.shape
+    num_bags, bag_size = row_UK.shape
     num_rows, width = rows_ND.shape
-    out_SD = rows_ND.new_empty(num_bags, width)
+    out_UD = rows_ND.new_empty(num_bags, width)
     sizes = SIZES["bag_sum"]
     columns = min(triton.next_power_of_2(width), sizes["columns"])
     grid = (num_bags, triton.cdiv(width, columns))
     num_warps = max(columns // sizes["columns_per_warp"], 1)
     unroll = min(bag_size, sizes["unroll"])
-    _bag_sum[grid](rows_ND, row_SK, out_SD, num_rows, bag_size, width, columns, unroll, num_warps=num_warps)
-    return out_SD
+    _bag_sum[grid](rows_ND, row_UK, out_UD, num_rows, bag_size, width, columns, unroll, num_warps=num_warps)
+    return out_UD
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -45,7 +47,7 @@ def _bag_sum(
     bag = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float32)
-    # Unrolled, so that several rows are on their way from memory at a time.
+    # Unrolled, so that several rows are loaded at a time.
     for k in tl.range(0, BAG, loop_unroll_factor=UNROLL):
         row = tl.load(index + bag * BAG + k)
         mask = (row < num_rows) & (column < WIDTH)

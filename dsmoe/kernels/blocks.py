@@ -109,4 +109,4 @@ def _expect_keys(value: Any, place: str, required: list[str], path: Path, option
 
 
 SIZES = choose(read(TABLE), capability())
-"""What the kernels use: looked up at every call."""
+"""The kernels' sizes on the current device, looked up at every call."""

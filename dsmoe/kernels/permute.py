@@ -3,7 +3,13 @@
 Counting sort: a histogram per block of assignments, one scan over (expert, block), and each assignment's rank among
 those of its block. Twins: `count_experts` in `dsmoe.moe.balance` and the order of `dsmoe.moe.capacity.limit`.
 
-Shape suffixes: see `dsmoe.moe.router`.
+Example: experts 1 0 1 | 1 0 2 in two blocks of three, E = 3.
+
+    histograms    block 0 has [1, 2, 0], block 1 has [1, 1, 1]
+    starts        expert 0: 0 1, expert 1: 2 4, expert 2: 5 5     the scan over (expert, block)
+    row           2 0 3 | 4 1 5                                   start of (expert, block) + rank in the block
+
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from dsmoe.kernels.blocks import SIZES
 
 
 def count_by_expert(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How many entries (int64, 0 to E) name each expert below E: [E] int64."""
+    """Count the entries (int64, 0 to E) that name each expert below E: [E] int64."""
     return _counts(_starts(experts, num_experts), num_experts)
 
 
@@ -30,39 +36,39 @@ def sort_by_expert(
         num_experts: E.
 
     Returns:
-        int64: how many each expert has [E]; and, in sorted order, [A] each: which assignment it is, its expert, and its
+        int64: the assignments of each expert [E]; and in sorted order, [A] each: the assignment, its expert, and its
         place within the expert.
     """
-    starts_EB = _starts(experts, num_experts)
+    starts = _starts(experts, num_experts)
     order_A, expert_A, place_A = (torch.empty_like(experts.view(-1)) for _ in range(3))
     num_blocks, block, num_warps = _blocks(experts)
-    tensors = (experts, starts_EB, order_A, expert_A, place_A)
+    tensors = (experts, starts, order_A, expert_A, place_A)
     _place[(num_blocks,)](*tensors, experts.numel(), num_blocks, num_experts, block, num_warps=num_warps)
-    return _counts(starts_EB, num_experts), order_A, expert_A, place_A
+    return _counts(starts, num_experts), order_A, expert_A, place_A
 
 
 def _blocks(experts: torch.Tensor) -> tuple[int, int, int]:
-    """How many blocks there are, the assignments of one, and the warps that work on it."""
+    """Return the number of blocks, the assignments of a block, and its warps."""
     block, num_warps = SIZES["permute"]["block"], SIZES["permute"]["warps"]
     return max(triton.cdiv(experts.numel(), block), 1), block, num_warps
 
 
 def _starts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Where each block's assignments to each expert begin in sorted order, [(E + 1) * blocks + 1] int32.
+    """Return the begin of each block's assignments to each expert in sorted order, [(E + 1) * blocks + 1] int32.
 
     The assignments that fill up the last block count as masked ones, so that they stand behind all others.
     """
     num_blocks, block, num_warps = _blocks(experts)
-    counts_EB = experts.new_empty((num_experts + 1) * num_blocks + 1, dtype=torch.int32)
+    counts = experts.new_empty((num_experts + 1) * num_blocks + 1, dtype=torch.int32)
     bins = triton.next_power_of_2(num_experts + 1)
     sizes = (experts.numel(), num_blocks, num_experts, bins, block)
-    _histogram[(num_blocks,)](experts, counts_EB, *sizes, num_warps=num_warps)
-    return counts_EB.cumsum(0, dtype=torch.int32)
+    _histogram[(num_blocks,)](experts, counts, *sizes, num_warps=num_warps)
+    return counts.cumsum(0, dtype=torch.int32)
 
 
-def _counts(starts_EB: torch.Tensor, num_experts: int) -> torch.Tensor:
-    num_blocks = starts_EB.numel() // (num_experts + 1)
-    return starts_EB[::num_blocks].diff()[:num_experts].long()
+def _counts(starts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    num_blocks = starts.numel() // (num_experts + 1)
+    return starts[::num_blocks].diff()[:num_experts].long()
 
 
 @triton.jit(do_not_specialize=["num_assignments", "num_blocks"])

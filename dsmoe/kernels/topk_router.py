@@ -1,26 +1,23 @@
 """From logits to scores, choices and weights in one pass, and from their gradients back in another.
 
 Twin: `dsmoe.moe.router.Router`. The scores are an output of their own, with a gradient, because the load-balancing
-loss and the statistics need all of them; the z-loss takes the logits, which come from outside. What makes choices
-differ from the scores by more than a bias (groups, noise) comes in as a finished preference.
+loss and the statistics need all of them; the z-loss takes the logits, which come from outside. Where choices differ
+from the scores by more than a bias (groups, noise), the caller passes a finished preference.
 
-Shape suffixes: see `dsmoe.moe.router`.
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from dsmoe.kernels import kernel_code
+from dsmoe.kernels import Entry, kernel_code
 from dsmoe.kernels.blocks import SIZES
-
-if TYPE_CHECKING:
-    from dsmoe.moe.scores import Score
 
 
 def route(
@@ -28,7 +25,7 @@ def route(
     bias_E: torch.Tensor | None,
     preference_TE: torch.Tensor | None,
     top_k: int,
-    score: Score,
+    score: Entry,
     normalize: bool,
     scale: float,
     tiny: float,
@@ -41,11 +38,11 @@ def route(
     Args:
         logits_TE: fp32.
         bias_E: fp32, added to the scores to choose by; None adds nothing.
-        preference_TE: fp32, what to choose by instead of scores plus bias.
+        preference_TE: fp32, the choice's numbers instead of scores plus bias.
         top_k: K.
         score: an entry of `dsmoe.moe.scores.SCORES`.
         normalize: divide the chosen scores by their sum plus `tiny`.
-        scale: what the weights are then multiplied by.
+        scale: factor of the weights after that.
         tiny: see `normalize`.
 
     Returns:
@@ -55,7 +52,7 @@ def route(
     Raises:
         NotImplementedError: the kernel has no code for the score.
     """
-    code = kernel_code(score.name, score.kernel, "dsmoe.moe.scores.SCORES", __name__)
+    code = kernel_code(score, "dsmoe.moe.scores.SCORES", __name__)
     return _Route.apply(logits_TE, bias_E, preference_TE, top_k, code, normalize, scale, tiny)
 
 
@@ -116,7 +113,12 @@ def _launch(
 
 @triton.jit
 def _ordered(x):
-    """Integers that compare as the floats do, with -0 equal to 0, and above all of them NaN; INT_MIN is below all."""
+    """Return int32 keys in the order of the floats: -0 equals 0, NaN is above all, and INT_MIN below all.
+
+    Negative floats have their bits but the sign flipped, as in `dsmoe.moe.router._sortable`: 1.0 is 0x3F800000, and
+    -2.0, 0xC0000000, becomes 0xBFFFFFFF = -1073741825. Keys rather than floats, since comparisons with NaN are false
+    and the maximum of a row with NaN would match no column.
+    """
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
@@ -165,6 +167,7 @@ def _forward(
     chosen_expert = tl.zeros([ROWS, CHOICES], tl.int32)
     chosen_score = tl.zeros([ROWS, CHOICES], tl.float32)
     for k in range(TOP_K):
+        # The largest key, the first of equals; INT_MIN afterwards, so that no expert is chosen twice.
         best = tl.max(key, axis=1)[:, None]
         first = tl.min(tl.where(key == best, expert, COLUMNS), axis=1)[:, None]
         key = tl.where(expert == first, -0x80000000, key)

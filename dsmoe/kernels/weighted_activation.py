@@ -2,33 +2,38 @@
 
 Twin: `dsmoe.nn.activations.Activation`. Rows behind the last expert's end are neither read nor written.
 
-Shape suffixes: see `dsmoe.moe.grouped_ffn`.
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-from dsmoe.kernels import kernel_code
+from dsmoe.kernels import Entry, kernel_code
 from dsmoe.kernels.blocks import SIZES, Sizes
 
-if TYPE_CHECKING:
-    from dsmoe.nn.activations import Activation
+
+class Activation(Entry, Protocol):
+    """The part of an entry of `dsmoe.nn.activations.ACTIVATIONS` that these kernels read."""
+
+    @property
+    def gated(self) -> bool:
+        """True if z has two halves, gate and up."""
 
 
 def weighted_activation(
     z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor, activation: Activation
 ) -> torch.Tensor:
-    """The router weight * act(z), or weight * act(gate) * up where the activation is gated: [N, I] in z's dtype.
+    """Return weight * act(z), or weight * act(gate) * up with a gated activation: [N, I] in z's dtype.
 
     Args:
         z_NZ: the pre-activation, bf16 or fp32.
         weight_N: router weights, fp32.
-        ends_L: int32, where each expert's rows end; from the last on the result is uninitialised.
+        ends_L: int32, the end of each expert's rows; from the last on the result is uninitialised.
         activation: an entry of `dsmoe.nn.activations.ACTIVATIONS`.
 
     Raises:
@@ -46,7 +51,7 @@ def weighted_activation(
 def weighted_activation_backward(
     grad_NI: torch.Tensor, z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor, activation: Activation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `weighted_activation`, and its result once more, from the gradient of its result.
+    """Return the result of `weighted_activation` once more, and its gradients, from the gradient of the result.
 
     Returns:
         The weighted activation [N, I], z's gradient [N, Z], and the weight's [N] in fp32; all uninitialised from the
@@ -62,15 +67,15 @@ def weighted_activation_backward(
 
 
 def _inner(z_NZ: torch.Tensor, activation: Activation) -> int:
-    return z_NZ.shape[1] // activation.shape.input_matrices
+    return z_NZ.shape[1] // (2 if activation.gated else 1)
 
 
 def _code(activation: Activation) -> str:
-    return kernel_code(activation.name, activation.kernel, "dsmoe.nn.activations.ACTIVATIONS", __name__)
+    return kernel_code(activation, "dsmoe.nn.activations.ACTIVATIONS", __name__)
 
 
 def _tile(inner: int, sizes: Sizes) -> tuple[int, int, int]:
-    """Rows and columns of a tile, with no more columns than there are, and the warps that work on it."""
+    """Return rows and columns of a tile, with no more columns than there are, and its warps."""
     columns = min(triton.next_power_of_2(inner), sizes["columns"])
     return max(sizes["tile"] // columns, 1), columns, sizes["warps"]
 

@@ -1,4 +1,7 @@
-"""The decoder: embedding, blocks of attention and feed-forward, final norm, output head."""
+"""The decoder: embedding, blocks of attention and feed-forward, final norm, output head.
+
+Shape suffixes: see `dsmoe.moe`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,16 @@ from dsmoe.moe.layer import MoE
 from dsmoe.moe.layout import Layout
 from dsmoe.nn.attention import Attention, Rotary
 from dsmoe.nn.feed_forward import FeedForward
-from dsmoe.nn.linear import ColumnLinear, VocabEmbedding
+from dsmoe.nn.linear import ColumnParallelLinear, VocabParallelEmbedding
 from dsmoe.nn.loss import token_losses
 from dsmoe.nn.norm import RMSNorm
 from dsmoe.parallel.groups import ExpertGroup, Groups, TensorGroup
-from dsmoe.parallel.mappings import enter_split, enter_tokens, leave_columns, leave_tokens
+from dsmoe.parallel.mappings import (
+    enter_sequence_parallel_region,
+    enter_tensor_parallel_region,
+    gather_from_tensor_parallel_region,
+    leave_sequence_parallel_region,
+)
 from dsmoe.plan.layers import head_dim, is_moe_layer
 
 
@@ -38,25 +46,25 @@ class Transformer(nn.Module):
         model = config.model
         self.recompute = config.train.recompute == "full"
         self.group = group
-        self.embedding = VocabEmbedding(model.vocab_size, model.hidden_size, group)
+        self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden_size, group)
         self.rotary = Rotary(head_dim(model), model.rope_theta)
         self.blocks = nn.ModuleList(Block(config, index, expert_group, group) for index in range(model.num_layers))
         self.norm = RMSNorm(model.hidden_size, model.norm_eps, group.over_sequence)
-        self.head = ColumnLinear(model.hidden_size, model.vocab_size, group)
+        self.head = ColumnParallelLinear(model.hidden_size, model.vocab_size, group)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token cross entropy of [B, S + 1] int64 tokens: [B, S] fp32, in nats."""
-        hidden_BSD = enter_split(self.hidden_states(tokens[:, :-1]), self.group)
+        hidden_BSD = enter_tensor_parallel_region(self.hidden_states(tokens[:, :-1]), self.group)
         targets_BS = tokens[:, 1:]
         losses_N = token_losses(hidden_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten(), self.group)
         return losses_N.view(targets_BS.shape)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, S] int64 tokens -> [B, S, V] scores of the next token."""
-        logits_BSV = self.head(enter_split(self.hidden_states(tokens), self.group))
-        return leave_columns(logits_BSV, self.group)
+        logits_BSV = self.head(enter_tensor_parallel_region(self.hidden_states(tokens), self.group))
+        return gather_from_tensor_parallel_region(logits_BSV, self.group)
 
     def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, S] int64 tokens -> [B, S, D], after the final norm; this rank's slice of S under sequence parallelism."""
@@ -96,18 +104,18 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
-            out_BSD, _, _ = self.ffn(enter_tokens(normed_BSD, self.group))
-            return x_BSD + leave_tokens(out_BSD, self.group)
+            out_BSD, _, _ = self.ffn(enter_sequence_parallel_region(normed_BSD, self.group))
+            return x_BSD + leave_sequence_parallel_region(out_BSD, self.group)
         return x_BSD + self.ffn(normed_BSD)
 
 
 def build_model(config: Config, groups: Groups | None = None, device: torch.device | str = "cpu") -> Transformer:
-    """The config's model on `device` in fp32, with weights that depend on `train.seed` and not on the layout.
+    """Build the config's model on `device` in fp32, with weights that depend on `train.seed` and not on the layout.
 
     Args:
         config: the run.
         groups: this rank's groups; None builds the whole model for one process.
-        device: where to make it.
+        device: of the weights.
     """
     expert_group, tensor_group = ExpertGroup.alone(), TensorGroup.alone()
     if groups is not None:

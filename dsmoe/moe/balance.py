@@ -1,10 +1,10 @@
-"""Step 2, balance: what keeps the experts evenly used, computed before anything is dropped.
+"""Step 2, balance: losses and a bias that keep the experts evenly used, computed before anything is dropped.
 
-Three means that can be combined: the load-balancing loss, the z-loss, and a bias on the selection. What needs the
-counts of all ranks and micro-batches of a step (`scope` global, the bias) is brought up to date between the steps by
+Three means that can be combined: the load-balancing loss, the z-loss, and a bias on the selection. The means that need
+the counts of all ranks and micro-batches of a step (`scope` global, the bias) are updated between the steps by
 `dsmoe.moe.step_updates.update_routers`.
 
-Shape suffixes: see `dsmoe.moe.router`.
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsmoe.config import schema
 from dsmoe.kernels import on_gpu
 from dsmoe.moe.router import Routing
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import reduce, sum_over_ranks
+from dsmoe.parallel.mappings import all_reduce, reduce_from_tensor_parallel_region
 
 
 class BalanceLosses(NamedTuple):
@@ -30,21 +30,21 @@ class BalanceLosses(NamedTuple):
 
 
 class Balance(nn.Module):
-    """What keeps the experts of one layer evenly used.
+    """The means that keep the experts of one layer evenly used.
 
     Args:
         num_experts: E.
-        options: which means, and how strong; a coefficient of 0 attaches no loss. The `scope` says what f is counted
-            over: `micro_batch`, the tokens of a data rank's micro-batch (Switch, GShard); `sequence`, each sequence by
-            itself (DeepSeek-V3, eq. 17 to 20); `global`, all ranks and micro-batches of the optimizer step *before*
+        options: the means and their strengths; a coefficient of 0 attaches no loss. The `scope` says over what f is
+            counted: `micro_batch`, the tokens of a data rank's micro-batch (Switch, GShard); `sequence`, each sequence
+            by itself (DeepSeek-V3, eq. 17 to 20); `global`, all ranks and micro-batches of the optimizer step *before*
             this one. A `bias_update_rate` above 0 keeps a selection bias (DeepSeek-V3, arXiv 2408.15664).
         tensor_group: the ranks that each have as many tokens of every sequence of one micro-batch. The losses are those
             of the whole micro-batch, and each rank's gradient is that of its tokens.
 
     Attributes:
-        bias: [E] fp32, added to the scores for selection; None where there is none. Saved with the model.
+        bias: [E] fp32, added to the scores for selection; None without one. Saved with the model.
         load_share: [E] fp32, f of the previous optimizer step, at first 1 / E; None but under scope `global`. Saved
-            with the model, so that a resumed run goes on exactly.
+            with the model, so that a resumed run continues exactly.
     """
 
     _keep_in_fp32_modules_strict = ("bias", "load_share")
@@ -73,24 +73,24 @@ class Balance(nn.Module):
 
     @property
     def needs_counts(self) -> bool:
-        """Whether `update` has anything to do."""
+        """True if `update` has anything to do."""
         return self.bias is not None or self.load_share is not None
 
     def losses(self, routing: Routing, assigned_E: torch.Tensor, num_sequences: int) -> BalanceLosses:
-        """The losses of one micro-batch of `num_sequences` sequences, one after the other."""
+        """Return the losses of one micro-batch of `num_sequences` sequences, one after the other."""
         group = self.tensor_group
         if self.options.scope == "sequence":
             balance = sequence_balancing_loss(routing, num_sequences, group)
         else:
             share_E = self.load_share
-            if share_E is None:
-                counts_E = assigned_E if group.size == 1 else reduce(assigned_E, group)
+            if share_E is None:  # scope micro_batch: counted now, over the ranks of the micro-batch
+                counts_E = assigned_E if group.size == 1 else all_reduce(assigned_E, group)
                 share_E = counts_E / counts_E.sum().clamp(min=1)
             balance = load_balancing_loss(routing, share_E, group)
         return BalanceLosses(balance, router_z_loss(routing, group))
 
     def attach(self, weights_TK: torch.Tensor, losses: BalanceLosses, scale: float) -> torch.Tensor:
-        """Return the router weights, whose gradient takes that of the weighted losses along."""
+        """Return the router weights with the weighted losses attached: their gradients flow together."""
         if self.options.aux_loss:
             weights_TK = attach_loss(weights_TK, losses.balance, self.options.aux_loss * scale)
         if self.options.z_loss:
@@ -99,12 +99,13 @@ class Balance(nn.Module):
 
     @torch.no_grad()
     def update(self, counts_E: torch.Tensor, applied: torch.Tensor | None = None) -> None:
-        """Take in the assignments of one optimizer step, summed over all ranks and micro-batches; no host read.
+        """Update by the assignments of one optimizer step, summed over all ranks and micro-batches; no host read.
 
         bias_e += rate * sign(mean(count) - count_e): an expert with less than its part becomes easier to choose
         (arXiv 2408.15664, alg. 1). f_e = count_e / sum(count) serves the next step's loss. Both stay as they are
         where `applied`, a bool on the device, is false.
         """
+        # By multiplication and `where`: `applied` is on the device, and the host does not wait for it.
         if self.bias is not None:
             change_E = self.options.bias_update_rate * (counts_E.mean() - counts_E).sign().to(self.bias.dtype)
             self.bias += change_E if applied is None else change_E * applied
@@ -114,7 +115,7 @@ class Balance(nn.Module):
 
 
 def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How many entries of `experts` name each expert, [E] int64; entries equal to E (masked) are left out.
+    """Count the entries of `experts` that name each expert, [E] int64; entries equal to E (masked) are left out.
 
     `torch.bincount` reads its result's size back to the host, which a training step must not do.
     """
@@ -123,12 +124,13 @@ def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
         from dsmoe.kernels.permute import count_by_expert
 
         return count_by_expert(flat_A, num_experts)
+    # One bin more, for masked entries, which is cut off: the size is static.
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_A.device)
     return counts.scatter_add_(0, flat_A, torch.ones_like(flat_A))[:num_experts]
 
 
 def load_balancing_loss(routing: Routing, share_E: torch.Tensor, group: TensorGroup | None = None) -> torch.Tensor:
-    """The Switch/GShard loss E * sum_e f_e * P_e, a scalar that is 1 under perfect balance.
+    """Return the Switch/GShard loss E * sum_e f_e * P_e, a scalar that is 1 under perfect balance.
 
     f_e (`share_E`) is the share of the assignments that chose expert e, before dropping, and P_e the mean over the
     tokens of e's score as a probability, by the score's `over_experts` (Switch Transformer, eq. 4 to 6; for
@@ -140,9 +142,9 @@ def load_balancing_loss(routing: Routing, share_E: torch.Tensor, group: TensorGr
 
 
 def sequence_balancing_loss(routing: Routing, num_sequences: int, group: TensorGroup | None = None) -> torch.Tensor:
-    """The mean over the sequences of each one's E * sum_e f_e * P_e (DeepSeek-V3, eq. 17 to 20).
+    """Return the mean over the sequences of E * sum_e f_e * P_e of each (DeepSeek-V3, eq. 17 to 20).
 
-    Sequences of which every token is masked are left out of the mean. Each rank of `group` has a part of every one.
+    Sequences without an unmasked token are left out of the mean. Each rank of `group` has a part of every sequence.
     """
     group = group or TensorGroup.alone()
     num_tokens, num_experts = routing.probabilities_TE.shape
@@ -151,42 +153,43 @@ def sequence_balancing_loss(routing: Routing, num_sequences: int, group: TensorG
     used_BS = probabilities_BSE.new_ones(shape[:2])
     if routing.mask_T is not None:
         used_BS = routing.mask_T.view(shape[:2]).to(used_BS.dtype)
-    length_B = sum_over_ranks(used_BS.sum(dim=1), group)
-    total_BE = sum_over_ranks((probabilities_BSE * used_BS[..., None]).sum(dim=1), group)
+    length_B = reduce_from_tensor_parallel_region(used_BS.sum(dim=1), group)
+    total_BE = reduce_from_tensor_parallel_region((probabilities_BSE * used_BS[..., None]).sum(dim=1), group)
     mean_BE = total_BE / length_B.clamp(min=1)[:, None]
-    chosen_BA = routing.experts_TK.view(num_sequences, shape[1] * routing.experts_TK.shape[1])
+    chosen = routing.experts_TK.view(num_sequences, shape[1] * routing.experts_TK.shape[1])
     counts_BE = torch.zeros(num_sequences, num_experts + 1, dtype=mean_BE.dtype, device=mean_BE.device)
-    counts_BE = counts_BE.scatter_add_(1, chosen_BA, torch.ones_like(chosen_BA, dtype=mean_BE.dtype))[:, :num_experts]
-    counts_BE = sum_over_ranks(counts_BE, group)
+    counts_BE = counts_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=mean_BE.dtype))[:, :num_experts]
+    counts_BE = reduce_from_tensor_parallel_region(counts_BE, group)
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
     num_used = (length_B > 0).sum().clamp(min=1)
     return num_experts * (share_BE * mean_BE).sum() / num_used
 
 
 def router_z_loss(routing: Routing, group: TensorGroup | None = None) -> torch.Tensor:
-    """The mean squared logsumexp of the logits, a scalar that keeps them small (ST-MoE, eq. 5)."""
+    """Return the mean squared logsumexp of the logits, a loss that keeps the logits small (ST-MoE, eq. 5)."""
     return mean_over_tokens(routing.logits_TE.logsumexp(dim=-1).square(), routing.mask_T, group)
 
 
 def mean_over_tokens(
     values: torch.Tensor, mask_T: torch.Tensor | None, group: TensorGroup | None = None
 ) -> torch.Tensor:
-    """The mean of [T, ...] over the tokens of all ranks of `group` that are not masked out; 0 where there are none."""
+    """Return the mean of [T, ...] over the unmasked tokens of all ranks of `group`; 0 without any."""
     group = group or TensorGroup.alone()
     if mask_T is None:
         count, total = values.new_full((), len(values)), values.sum(dim=0)
     else:
         weight = mask_T.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
         count, total = mask_T.sum().to(values.dtype), (values * weight).sum(dim=0)
-    both = sum_over_ranks(torch.cat([total.reshape(-1), count.reshape(1)]), group)
+    # Sum and count in one collective.
+    both = reduce_from_tensor_parallel_region(torch.cat([total.reshape(-1), count.reshape(1)]), group)
     return both[:-1].view_as(total) / both[-1].clamp(min=1)
 
 
 def attach_loss(values: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return a copy of `values`, and let the gradient of `scale * loss` flow when theirs does.
+    """Return a copy of `values` whose backward pass also sends the gradient of `scale * loss`.
 
-    The model's own loss need not know of `loss`, however deep the layer sits (Megatron-Core has the same trick). A copy
-    and not a view: torch.compile makes the views that leave a graph again by itself, and without what is attached.
+    The model's own loss need not know of `loss`, however deep the layer sits (as in Megatron-Core). A copy and not a
+    view: torch.compile recreates the views that leave a graph, without the attached loss.
     """
     return _AttachLoss.apply(values, loss, scale)
 

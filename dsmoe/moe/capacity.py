@@ -1,4 +1,7 @@
-"""Step 3, limit: which assignments an expert accepts, and in what order they stand."""
+"""Step 3, limit: the assignments that each expert accepts, sorted by expert.
+
+Shape suffixes: see `dsmoe.moe`.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ from dsmoe.moe.replay import uniform
 from dsmoe.moe.router import Routing
 
 DROPS = 1
-"""Added to the key of a forward pass for random drops, which so have nothing to do with its noise."""
+"""Added to the key of a forward pass for random drops, so that they are independent of its noise."""
 LARGEST_MOVE = 0.03
 """The most that `DropRateController.update` changes the factor by at once, as a share of it."""
 
 
 @dataclass(frozen=True)
 class DropPolicy:
-    """Which assignments stay where an expert has more than its capacity.
+    """The choice of the assignments that stay where an expert has more than its capacity.
 
     Attributes:
-        rank: of the routing and the key to draw from: a number for each assignment [A], token-major, of which the
-            highest stay and the earlier of equals; None keeps the first in sequence order.
-        is_random: whether it draws anything.
+        rank: takes the routing and the key to draw from, and returns a number per assignment [A], token-major. The
+            highest stay, and of equals the earlier; None keeps the first in sequence order.
+        is_random: True if it draws anything.
     """
 
     rank: Callable[[Routing, torch.Tensor | None], torch.Tensor] | None
@@ -60,11 +63,25 @@ DROP_POLICIES = {
 class Assignments:
     """All A = T * K assignments of this rank, sorted by expert and, within an expert, by who stays first.
 
-    Tensors suffixed A are in that sorted order. `order_A` holds token-major indices (token * K + choice), `expert_A`
-    the expert (E for masked tokens), `place_A` the place within the expert from 0, `kept_A` whether it is within the
-    capacity. `assigned_E` counts before and `kept_E` after dropping. `num_choices` is K. `complete` says that nothing
-    can be missing (dropless, no mask), which is known without looking at the device. `slots` is the capacity for as
-    many tokens as any rank may bring, None where that is not known.
+    Example: T = 4, K = 2, E = 4, C = 3, the first in sequence order stay.
+
+        experts_TK    [[1, 0], [1, 2], [0, 1], [3, 1]]
+        order_A       1 4 | 0 2 5 7 | 3 | 6             token * 2 + choice
+        expert_A      0 0 | 1 1 1 1 | 2 | 3
+        place_A       0 1 | 0 1 2 3 | 0 | 0             kept below 3: the second choice of token 3 is dropped
+        assigned_E    [2, 4, 1, 1]                      kept_E [2, 3, 1, 1]
+
+    Attributes:
+        order_A: token-major indices (token * K + choice), in sorted order as all tensors here with A.
+        expert_A: the expert; E for masked tokens.
+        place_A: the place within the expert, from 0.
+        kept_A: True if within the capacity.
+        assigned_E: assignments before dropping.
+        kept_E: assignments after dropping.
+        capacity: C; None is dropless.
+        num_choices: K.
+        complete: nothing can be missing (dropless, no mask), which is known without a look at the device.
+        slots: the capacity for as many tokens as any rank may bring; None where that is not known.
     """
 
     order_A: torch.Tensor
@@ -79,15 +96,15 @@ class Assignments:
     slots: int | None = None
 
     @classmethod
-    def of(cls, experts_TK: torch.Tensor, num_experts: int, complete: bool = False) -> Assignments:
-        """Of choices that are all kept; E is none."""
+    def all_kept(cls, experts_TK: torch.Tensor, num_experts: int, complete: bool = False) -> Assignments:
+        """Sort choices that are all kept; E is no expert."""
         counts_E = count_experts(experts_TK, num_experts)
         order_A, expert_A, place_A = _by_expert(experts_TK.reshape(-1), counts_E)
         kept_A = expert_A < num_experts
         return cls(order_A, expert_A, place_A, kept_A, counts_E, counts_E, None, experts_TK.shape[1], complete)
 
     def kept_experts(self) -> torch.Tensor:
-        """[T, K], the expert of each choice; E where it is dropped or masked."""
+        """Return the expert of each choice, [T, K]; E where it is dropped or masked."""
         expert_A = torch.where(self.kept_A, self.expert_A, self.assigned_E.numel())
         return torch.empty_like(expert_A).scatter_(0, self.order_A, expert_A).view(-1, self.num_choices)
 
@@ -123,29 +140,30 @@ class DropRateController(nn.Module):
         self._factor = _text(value)
 
     def update(self, dropped_percent: float) -> None:
-        """Take in the share that was dropped, over all ranks, in the step that is logged."""
+        """Move the factor by the share that all ranks dropped in the step that is logged."""
         if not 0 <= dropped_percent <= 100:
             raise ValueError(f"the dropped share must be between 0 and 100 percent, not {dropped_percent}")
+        # Bounded per update, since the rate of one logged step is noisy.
         move = (dropped_percent - self.target_percent) / 100
         self.factor = min(self.factor * (1 + min(max(move, -LARGEST_MOVE), LARGEST_MOVE)), self.max_factor)
 
     def get_extra_state(self) -> torch.Tensor:
-        """What `state_dict` saves: a tensor of the CPU, since a buffer would move to the device, out of reach."""
+        """Return the state that `state_dict` saves: a CPU tensor, since a buffer would move to the device."""
         return torch.tensor(self.factor, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Go on with a saved factor."""
+        """Restore a saved factor."""
         self.factor = float(state)
 
 
 class Capacity(nn.Module):
-    """How much each expert accepts, what is dropped, and what becomes of the weights of the rest.
+    """The limit of each expert, the drops, and the weights of the remaining choices.
 
     Args:
         num_experts: E.
         top_k: K.
-        options: the factors (see `expert_capacity`), the policy, and whether a `DropRateController` moves the factor in
-            training, from `factor` up to `max_factor`, to hold a drop rate.
+        options: the factors (see `expert_capacity`) and the policy. With `target_drop_percent` a `DropRateController`
+            moves the factor in training, from `factor` up to `max_factor`, to hold that drop rate.
         max_tokens: the most tokens that any rank brings to a forward pass; None where that is not known beforehand.
 
     Attributes:
@@ -179,44 +197,47 @@ class Capacity(nn.Module):
         """The factor in evaluation."""
         return None if self._eval_factor is None else float(self._eval_factor)
 
-    def of(self, num_tokens: int) -> int | None:
-        """C for this many tokens, in training or evaluation as the module is; see `expert_capacity`."""
+    def capacity_for(self, num_tokens: int) -> int | None:
+        """Return C for this many tokens, in training or evaluation as the module is; see `expert_capacity`."""
         factor = self.factor if self.training else self.eval_factor
         return expert_capacity(num_tokens, self.top_k, self.num_experts, factor, self.options.minimum)
 
     def forward(self, routing: Routing, assigned_E: torch.Tensor, key: torch.Tensor | None) -> Assignments:
-        """Sort the assignments by expert and keep what the capacity for this many tokens allows."""
-        capacity = self.of(len(routing.experts_TK))
+        """Sort the assignments by expert and keep as many as the capacity for this many tokens allows."""
+        capacity = self.capacity_for(len(routing.experts_TK))
         assignments = limit(routing, assigned_E, capacity, self.drop_policy, key)
         if self.max_tokens is None:
             return assignments
-        return dataclasses.replace(assignments, slots=self.of(self.max_tokens))
+        # The padded exchange then has one size for all ranks, also where they bring fewer tokens.
+        return dataclasses.replace(assignments, slots=self.capacity_for(self.max_tokens))
 
     def weights(self, routing: Routing, assignments: Assignments) -> torch.Tensor:
-        """The weights [T, K] to combine the experts' outputs with; those of dropped choices have no effect."""
+        """Return the weights [T, K] of the experts' outputs; those of dropped choices have no effect."""
         if not self.options.renormalize_dropped or assignments.capacity is None:
             return routing.weights_TK
         return renormalize(routing.weights_TK, assignments)
 
 
 def _text(factor: float) -> str:
-    """A factor as a module keeps it.
+    """Return a factor as the text that a module keeps.
 
-    A number would be a variable of the graph where torch.compile has dynamic shapes, and with it the experts' rows a
-    size that it cannot take into their autograd function. A text is a constant: another one is compiled anew.
+    Where torch.compile has dynamic shapes, a number would be a variable of the graph, and the number of the experts'
+    rows a size that cannot enter their autograd function. A text is a constant: another one is compiled anew.
     """
     return repr(float(factor))
 
 
 def chunk_of_tokens(num_tokens: int, num_chunks: int, device: torch.device) -> torch.Tensor:
-    """[T], the chunk of each token: runs of neighbours, of equal lengths or nearly so."""
+    """Return the chunk of each token, [T]: runs of neighbours, of equal lengths or nearly so."""
     return torch.arange(num_tokens, device=device) * num_chunks // max(num_tokens, 1)
 
 
 def by_chunk(experts_TK: torch.Tensor, num_experts: int, num_chunks: int) -> torch.Tensor:
-    """[T, K], the expert of each choice when every chunk of tokens has experts of its own: e of chunk h is h * E + e.
+    """Return the expert of each choice, [T, K], as if each chunk of tokens had its own: e of chunk x is x * E + e.
 
-    E, which is none, becomes H * E.
+    Sorting by these experts sorts by (chunk, expert). E, which is no expert, becomes X * E.
+
+    Example: T = 4, E = 2, two chunks: [[0], [1], [2], [1]] becomes [[0], [1], [4], [3]].
     """
     if num_chunks == 1:
         return experts_TK
@@ -226,9 +247,9 @@ def by_chunk(experts_TK: torch.Tensor, num_experts: int, num_chunks: int) -> tor
 
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float | None, minimum: int) -> int | None:
-    """C = max(minimum, ceil(T * K / E * factor)) assignments per expert and source rank; None is dropless.
+    """Return C = max(minimum, ceil(T * K / E * factor)) assignments per expert and source rank; None is dropless.
 
-    An expert cannot be chosen more than once by a token, so C never exceeds T.
+    A token chooses an expert at most once, so C never exceeds T.
     """
     if factor is None:
         return None
@@ -247,11 +268,11 @@ def limit(
 
     Args:
         routing: the choices.
-        assigned_E: how many assignments each expert has.
+        assigned_E: the assignments of each expert.
         capacity: C, or None to keep all.
-        drop_policy: an entry of `DROP_POLICIES`. Equal ranks are settled by position, so what is kept is exact and,
-            but for chance, the same on every device.
-        key: what it draws from (see `dsmoe.moe.replay`); None is torch's generator.
+        drop_policy: an entry of `DROP_POLICIES`. Position decides between equal ranks, so the kept ones are exact and,
+            random policies aside, the same on every device.
+        key: the key of random drops (see `dsmoe.moe.replay`); None draws from torch's generator.
     """
     flat_A = routing.experts_TK.reshape(-1)
     num_experts = assigned_E.numel()
@@ -261,6 +282,7 @@ def limit(
     if rank_A is None:
         order_A, expert_A, place_A = _by_expert(flat_A, assigned_E)
     else:
+        # Two stable sorts, by rank and then by expert, leave each expert's assignments in the order of their ranks.
         by_rank_A = rank_A.argsort(descending=True, stable=True)
         order_A, expert_A, place_A = _by_expert(flat_A[by_rank_A], assigned_E)
         order_A = by_rank_A[order_A]
@@ -268,35 +290,42 @@ def limit(
     kept_E = assigned_E
     if capacity is not None:
         kept_A = kept_A & (place_A < capacity)
-        kept_E = assigned_E.clamp(max=capacity)
+        kept_E = assigned_E.clamp(max=capacity)  # what `kept_A` sums to per expert, without a scatter
+    # Known on the host without a read: what may be missing decides which code runs, not how many are missing.
     complete = capacity is None and routing.mask_T is None
     num_choices = routing.experts_TK.shape[1]
     return Assignments(order_A, expert_A, place_A, kept_A, assigned_E, kept_E, capacity, num_choices, complete)
 
 
 def _by_expert(expert_A: torch.Tensor, assigned_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The order that sorts by expert and is stable, and in that order the expert and the place within it."""
+    """Return a stable order by expert, and in that order the expert and the place within it."""
     if on_gpu(expert_A):
         from dsmoe.kernels.permute import sort_by_expert
 
         return sort_by_expert(expert_A, assigned_E.numel())[1:]
     order_A = expert_A.argsort(stable=True)
     expert_A = expert_A[order_A]
+    # The place in the sorted list minus the begin of the expert's run is the place within the expert.
     # Masked assignments carry expert E: they sort last, behind the end of the last real expert.
-    first_E1 = torch.cat([assigned_E.new_zeros(1), assigned_E.cumsum(0)])
-    return order_A, expert_A, torch.arange(expert_A.numel(), device=expert_A.device) - first_E1[expert_A]
+    firsts = torch.cat([assigned_E.new_zeros(1), assigned_E.cumsum(0)])
+    return order_A, expert_A, torch.arange(expert_A.numel(), device=expert_A.device) - firsts[expert_A]
 
 
 def spread_over_slices(assignments: Assignments, num_slices: int, num_local_experts: int) -> Assignments:
-    """The assignments of a layer whose experts are cut into slices on `num_slices` neighbouring ranks.
+    """Return the assignments of a layer whose experts are cut into slices on `num_slices` neighbouring ranks.
 
     An expert's output is the sum of its slices' outputs, so each slice is an expert of its own which every token of
     the whole expert chooses with the same weight: choice k becomes the choices k * num_slices, ..., one per slice.
     Experts are numbered by rank and, on each, as before. Unlike `limit`, this leaves them in no order.
+
+    Example: 4 experts, 2 on each rank, in 2 slices: ranks 0 and 1 have the slices of experts 0 and 1 as 0 1 and 2 3,
+    ranks 2 and 3 those of experts 2 and 3 as 4 5 and 6 7. A token of expert 2 chooses 4 and 6, one of expert 0 chooses
+    0 and 2.
     """
     slices = torch.arange(num_slices, device=assignments.order_A.device)
+    # Expert e of rank r = e // L becomes expert e of rank r * num_slices: (num_slices - 1) * L further per rank.
     first_A = assignments.expert_A // num_local_experts * (num_slices - 1) * num_local_experts + assignments.expert_A
-    number_AS = first_A[:, None] + slices * num_local_experts
+    number_AR = first_A[:, None] + slices * num_local_experts
     num_experts = assignments.assigned_E.numel() * num_slices
 
     def each(counts_E: torch.Tensor) -> torch.Tensor:
@@ -305,7 +334,7 @@ def spread_over_slices(assignments: Assignments, num_slices: int, num_local_expe
     return dataclasses.replace(
         assignments,
         order_A=(assignments.order_A[:, None] * num_slices + slices).flatten(),
-        expert_A=number_AS.flatten().clamp(max=num_experts),  # masked ones have no expert in any slice
+        expert_A=number_AR.flatten().clamp(max=num_experts),  # masked ones have no expert in any slice
         place_A=assignments.place_A.repeat_interleave(num_slices),
         kept_A=assignments.kept_A.repeat_interleave(num_slices),
         assigned_E=each(assignments.assigned_E),
@@ -317,14 +346,13 @@ def spread_over_slices(assignments: Assignments, num_slices: int, num_local_expe
 def renormalize(weights_TK: torch.Tensor, assignments: Assignments) -> torch.Tensor:
     """Give a token's kept choices the weight of all its choices, each in proportion; the dropped get 0.
 
-    w'_k = w_k * sum_j w_j / sum_(j kept) w_j. Where the weights are normalised, that is w_k over the sum of the kept,
-    times `scale`; where they are not, a token that loses nothing keeps its weights. A token that loses all
-    its choices has weights 0.
+    w'_k = w_k * sum_j w_j / sum_(j kept) w_j. With normalised weights, that is w_k over the sum of the kept, times
+    `scale`; without, a token that loses nothing keeps its weights. A token that loses all its choices has weights 0.
     """
     kept_A = torch.empty_like(assignments.kept_A).scatter_(0, assignments.order_A, assignments.kept_A)
     kept_TK = torch.where(kept_A.view_as(weights_TK), weights_TK, 0.0)
-    kept_T = kept_TK.sum(dim=1, keepdim=True)
+    kept_T1 = kept_TK.sum(dim=1, keepdim=True)
     # Exactly 1 where nothing was dropped or nothing kept: no rounding, and no division by zero in the gradient.
-    partly_T = (kept_A.view_as(weights_TK).sum(dim=1, keepdim=True) % weights_TK.shape[1] != 0) & (kept_T > 0)
-    whole_T = weights_TK.sum(dim=1, keepdim=True)
-    return kept_TK * torch.where(partly_T, whole_T / torch.where(partly_T, kept_T, 1.0), 1.0)
+    partly_T1 = (kept_A.view_as(weights_TK).sum(dim=1, keepdim=True) % weights_TK.shape[1] != 0) & (kept_T1 > 0)
+    whole_T1 = weights_TK.sum(dim=1, keepdim=True)
+    return kept_TK * torch.where(partly_T1, whole_T1 / torch.where(partly_T1, kept_T1, 1.0), 1.0)

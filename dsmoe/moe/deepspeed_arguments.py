@@ -1,4 +1,4 @@
-"""DeepSpeed's words for an MoE layer in dsmoe's: from the arguments of its layer to the sections of a config."""
+"""Translation of DeepSpeed's arguments for an MoE layer into the sections of a config."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _NOISE: dict[str | None, Literal["none", "jitter", "gumbel"]] = {
     "Jitter": "jitter",
     "RSample": "gumbel",
 }
-"""Our `noise` for its `noisy_gate_policy`."""
+"""The `noise` of dsmoe for DeepSpeed's `noisy_gate_policy`."""
 
 
 class Sections(NamedTuple):
-    """What a layer does, as a config says it."""
+    """The sections of a config that define a layer."""
 
     router: Router
     balance: Balance
@@ -44,20 +44,20 @@ class DeepSpeedArguments(NamedTuple):
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
-    """Refuse what is no section of this kind.
+    """Refuse a value that is not a section of this kind.
 
     Raises:
-        UserError: names the argument, the value and what to give.
+        UserError: names the argument, the value and the type to give.
     """
     if not isinstance(value, kind):
         raise UserError(f"{name} must be a dsmoe.{kind.__name__}(...), not {value!r}")
 
 
 def check_switches(cuts_experts: bool, use_tutel: bool) -> None:
-    """Refuse, or warn of, switches of DeepSpeed's layer that a layer of ours does not have.
+    """Refuse, or warn of, switches of DeepSpeed's layer that dsmoe's does not have.
 
     Args:
-        cuts_experts: `enable_expert_tensor_parallelism`, where there is tensor parallelism.
+        cuts_experts: `enable_expert_tensor_parallelism` under tensor parallelism.
         use_tutel: `use_tutel`.
 
     Raises:
@@ -80,10 +80,10 @@ def to_sections(
     capacity: Capacity | None,
     experts: Experts | None,
 ) -> Sections:
-    """The sections that are given, and for the others what DeepSpeed's arguments say.
+    """Return the given sections, and the others made from DeepSpeed's arguments.
 
     Raises:
-        UserError: an argument cannot be, or both it and a section say the same thing.
+        UserError: an argument is out of range, or an argument and a section say the same thing.
     """
     for name, value in (("router", router), ("balance", balance), ("capacity", capacity), ("experts", experts)):
         if value is not None:

@@ -1,6 +1,6 @@
 """Step 5, compute: every local expert over its rows.
 
-Shape suffixes: see `dsmoe.moe.router`.
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StackedExperts(nn.Module):
     computes down (act(gate x) * up x); otherwise Z = I, and there is no gate in `gate_up`. With slices, I is that of
     one. Rows of a grouped product must start at multiples of 16 bytes, so D and I must be multiples of 8.
 
-    An expert's output is the sum of its slices' outputs, so that each slice is like an expert of its own (see
+    An expert's output is the sum of its slices' outputs, so each slice is like an expert of its own (see
     `dsmoe.moe.capacity.spread_over_slices`).
 
     Args:
@@ -52,7 +52,7 @@ class StackedExperts(nn.Module):
         num_local_experts: L.
         options: `expert_ffn_size` is I over all slices.
         recompute: compute the pre-activation again in the backward pass; see `dsmoe.moe.grouped_ffn.ExpertRows`.
-        num_slices: into how many parts the experts' inner width is cut; this is one of them.
+        num_slices: parts that the experts' inner width is cut into; this module holds one of them.
     """
 
     def __init__(
@@ -76,19 +76,19 @@ class StackedExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, width))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
-        """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
-        source_SD = dispatched.source_SD
-        dtype = _dtype_of_products(source_SD)
+        """The weighted sum of the chosen experts' outputs for each source row, [U, D]."""
+        source_UD = dispatched.source_UD
+        dtype = _dtype_of_products(source_UD)
         return expert_ffn(
-            source_SD.to(dtype),
-            dispatched.weights_SK,
+            source_UD.to(dtype),
+            dispatched.weights_UK,
             self.gate_up.to(dtype),
             self.down.to(dtype),
             ExpertRows(dispatched.row_map, dispatched.ends_L, self.activation, self.recompute),
         )
 
     def compiles(self, x: torch.Tensor) -> bool:
-        """Whether torch.compile can trace what is done with `x`: torch 2.13 has grouped products in bf16 only."""
+        """Return whether torch.compile can trace the experts' work on `x`: torch 2.13 groups products in bf16 only."""
         return runs_in_groups(x.device.type) and _dtype_of_products(x) == torch.bfloat16
 
     def initialise(self, seed: int, first_expert: int, std: float, down_std: float, slice_index: int = 0) -> None:
@@ -99,14 +99,14 @@ class StackedExperts(nn.Module):
             normal_from(seed_of(seed, "down", first_expert + local), self.down[local], down_std, down)
 
     def shards(self, slice_index: int) -> tuple[Shard, Shard]:
-        """Which part of each expert's `gate_up` [Z, D] and `down` [D, I] slice number `slice_index` is."""
+        """Return slice number `slice_index` of each expert's `gate_up` [Z, D] and `down` [D, I]."""
         parts = self.activation.shape.input_matrices
         return Shard(0, slice_index, self.num_slices, parts), Shard(1, slice_index, self.num_slices)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """An entry per expert: the checkpoints of DeepSpeed's engine are a file per expert, told apart by these names.
+        """Save an entry per expert: DeepSpeed's engine writes a file per expert, and finds it by these names.
 
-        They fail on a tensor that holds several experts. The entries are views: nothing is copied.
+        Its checkpoints fail on a tensor that holds several experts. The entries are views: nothing is copied.
         """
         for name, stacked in self.named_parameters(recurse=False):
             for local, one in enumerate(stacked if keep_vars else stacked.detach()):
@@ -115,6 +115,7 @@ class StackedExperts(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, _ in self.named_parameters(recurse=False):
             entries = [f"{prefix}deepspeed_experts.{local}.{name}" for local in range(self.num_local_experts)]
+            # Otherwise torch looks up the stacked weight by its own name, and reports that as missing.
             if all(entry in state_dict for entry in entries):
                 state_dict[f"{prefix}{name}"] = torch.stack([state_dict.pop(entry) for entry in entries])
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -123,7 +124,7 @@ class StackedExperts(nn.Module):
 class ModuleExperts(nn.Module):
     """L copies of a user's own module, each over its own rows; `deepspeed_experts`, as in DeepSpeed's layer.
 
-    A Python loop that knows its row counts on the host: `StackedExperts` is the fast way.
+    A Python loop that reads its row counts on the host: `StackedExperts` is the fast alternative.
 
     Args:
         expert: maps [n, D] to [n, D], or to a tuple whose first element is that.
@@ -136,30 +137,31 @@ class ModuleExperts(nn.Module):
         self.deepspeed_experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(num_local_experts))
 
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
-        """The weighted sum of the chosen experts' outputs for each source row, [S, D]."""
+        """The weighted sum of the chosen experts' outputs for each source row, [U, D]."""
         row_map = dispatched.row_map
-        rows_ND = gather_rows(dispatched.source_SD, row_map)
+        rows_ND = gather_rows(dispatched.source_UD, row_map)
         ends = dispatched.ends_L.tolist()
         counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
         outputs = []
         for expert, rows in zip(self.deepspeed_experts, rows_ND[: ends[-1]].split(counts), strict=True):
             output = expert(rows)
             outputs.append(output[0] if isinstance(output, tuple) else output)
-        outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))
-        weight_N1 = gather_weights(dispatched.weights_SK, row_map)[:, None]
+        outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))  # rows behind the last expert's end
+        weight_N1 = gather_weights(dispatched.weights_UK, row_map)[:, None]
         out_ND = torch.cat(outputs)
         return sum_rows((out_ND * weight_N1).to(out_ND.dtype), row_map)
 
     def compiles(self, _: torch.Tensor) -> bool:
-        """How many rows each module has is read on the host."""
+        """Return False: the number of each module's rows is read on the host."""
         return False
 
     def initialise(self, seed: int, first_expert: int) -> None:
         """Draw each copy anew by its *global* id, through the `reset_parameters` that torch's modules have.
 
-        A module of the user's without one keeps the values it was copied with.
+        A module of the user's without that method keeps the values it was copied with.
         """
         for local, expert in enumerate(self.deepspeed_experts):
+            # In a fork of torch's generators, since `reset_parameters` draws from them.
             devices = {p.device for p in expert.parameters() if p.device.type == "cuda"}
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(seed_of(seed, first_expert + local))
@@ -176,19 +178,19 @@ def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class ExpertDraw:
-    """What a rank's experts are drawn from, so that they can be drawn again where its place turns out to be another."""
+    """The source of a rank's expert weights, kept to draw them again where the rank turns out to be another."""
 
     seed: int
     rank: int
-    """The rank in the exchange group, `expert_tensor` neighbours to a set of experts."""
+    """The rank in the exchange group; `expert_tensor` neighbours share a set of experts."""
     expert_tensor: int
     copies: bool
-    """Whether they are copies of a user's module whose weights stay as they came."""
+    """The experts are copies of a user's module and keep its weights."""
     stds: tuple[float, float] = (0.02, 0.02)
     """Standard deviations of the first and the second weight of stacked experts."""
 
     def place(self, num_local_experts: int) -> tuple[int, int]:
-        """The global id of the first expert, and which slice of the experts the rank has."""
+        """Return the global id of the rank's first expert and the number of its slice."""
         expert_rank, slice_index = divmod(self.rank, self.expert_tensor)
         return expert_rank * num_local_experts, slice_index
 
@@ -201,13 +203,14 @@ class ExpertDraw:
             experts.initialise(self.seed, first)
 
     def moved_to(self, rank: int, experts: StackedExperts | ModuleExperts) -> ExpertDraw:
-        """The same draw on another rank, with `experts` drawn anew if it is another.
+        """Return the same draw for `rank`, after drawing `experts` anew if that is another rank.
 
         Raises:
-            RuntimeError: they would have to be, but have been changed since they were drawn.
+            RuntimeError: the experts have been changed since they were drawn.
         """
         if rank == self.rank:
             return self
+        # Weights that were loaded or trained must not be overwritten: they are untouched if they equal their draw.
         if not self.copies:
             fresh = copy.deepcopy(experts)
             self.fill(fresh)
@@ -223,10 +226,10 @@ class ExpertDraw:
 
 
 class RouterAndExperts(nn.Module):
-    """Router and experts under the names that they have in DeepSpeed's layer, and what others read there.
+    """Router and experts under the names of DeepSpeed's layer, with the attributes that others read there.
 
-    So parameters have the same names in the same order in both layers, and the checkpoints of DeepSpeed's engine, which
-    goes by names, can be read by either.
+    Parameters thus have the same names in the same order in both layers, and either reads the checkpoints of
+    DeepSpeed's engine, which goes by names.
 
     Attributes:
         l_aux: the second value that the layer's last forward pass returned.
@@ -245,5 +248,5 @@ class RouterAndExperts(nn.Module):
         self.num_local_experts = experts.num_local_experts
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copying and pickling, which a tensor with a graph refuses: without what the last pass has left here."""
+        """Leave out the last pass's tensors when copied or pickled: one with a graph refuses both."""
         return {name: value for name, value in self.__dict__.items() if name not in ("l_aux", "exp_counts")}

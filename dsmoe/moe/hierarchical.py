@@ -1,16 +1,24 @@
-"""The exchange in two levels: to other nodes one row per token and node, which is handed on inside the node.
+"""The exchange in two levels: one row per token and node across nodes, relayed to the ranks inside the node.
 
-Both levels are the same hop. A rank has source rows, each with some chosen experts. It sends every destination that
-has any of a row's experts one copy of the row, and for each of these choices its weight and a code: which expert, and
-whether it is the first of a row. So the receiver has source rows with chosen experts again. The first hop is among the
-ranks of equal place in their nodes, to nodes; the second among the ranks of a node. The experts take a source row once
-per choice and return one sum per source row. The way home is the way out, backwards: what the ranks of a node return
-for a row is summed there before it travels on, and so are its gradients.
+Both levels are the same hop. A rank has source rows, each with its chosen experts. To every destination that has any of
+a row's experts the rank sends one copy of the row, and per choice the router weight and a code: which expert, and
+whether the choice is the first of a row. The receiver thus has source rows with chosen experts again. The first hop is
+to nodes, among the ranks of equal place in their nodes; the second is among the ranks of a node. The experts take a
+source row once per choice and return one sum per source row. Results return by the same hops in reverse: the ranks of a
+node add up their results for a row before the sum travels to another node, and the gradients likewise.
 
-How many rows and choices travel in either hop is told to all ranks at once, and read on the host once.
+The numbers of rows and choices of both hops are announced to all ranks at once, and read on the host once.
 
-Shape suffixes: see `dsmoe.moe.dispatch`; M choices in the order in which they travel, N nodes, P ranks of a node; V
-what is told about a node: rows, rows for each of its ranks, choices for each of its ranks.
+Example: T = 4 tokens of rank 0, E = 4, K = 2, Y = 2 nodes of P = 2 ranks, so L = 1: experts 0, 1 on node 0; 2, 3 on 1.
+
+    experts_TK    [[0, 1], [2, 3], [1, 2], [3, 4]]        4 is no expert: that choice was dropped
+    to node 0     rows 0 2      choices 0:0 0:1 2:1        token:expert, sorted by node, then by token
+    to node 1     rows 1 2 3    choices 1:2 1:3 2:2 3:3    in one level, token 1 would travel twice
+    code_M        [1, 2, 3, 1, 2, 1, 3]                   2 * (expert % 2) + 1 for the first choice of a row
+
+Node 1 unpacks [1, 2, 1, 3] as experts [[0, 1], [0, 2], [1, 2]] of its own, where 2 is none.
+
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -22,14 +30,14 @@ import torch
 from dsmoe.moe.balance import count_experts
 from dsmoe.moe.capacity import Assignments, by_chunk, chunk_of_tokens
 from dsmoe.moe.dispatch import (
-    Arrival,
     Dispatch,
     Dispatched,
     LocalDispatch,
-    OverRanks,
+    MultiRankDispatch,
     PaddedDispatch,
+    PendingChunk,
+    ReturnRoute,
     VariableDispatch,
-    WayHome,
     cut,
     in_chunks,
 )
@@ -40,7 +48,7 @@ from dsmoe.parallel.shape_check import agree
 
 
 def choose_dispatch(group: ExpertGroup, padded: bool, num_chunks: int) -> Dispatch:
-    """The way to exchange tokens over `group`; `padded` where a capacity is set and static shapes are wanted."""
+    """Return the exchange for `group`; `padded`: a capacity is set and static shapes are wanted."""
     if group.size == 1:
         return LocalDispatch()
     if group.levels is not None:
@@ -48,15 +56,14 @@ def choose_dispatch(group: ExpertGroup, padded: bool, num_chunks: int) -> Dispat
     return PaddedDispatch(group, num_chunks) if padded else VariableDispatch(group, num_chunks)
 
 
-class HierarchicalDispatch(OverRanks):
-    """Only kept rows travel, one for each token and node, then one for each of these and rank.
+class HierarchicalDispatch(MultiRankDispatch):
+    """Only kept rows travel: one for each token and node, then one for each of these and rank.
 
-    A chunk is a run of tokens. Not padded: a buffer that is sure to have room for a node's rows would be as large as
-    without this.
+    A chunk is a run of tokens. Never padded: a buffer with room for any node's rows would be as large as in one level.
     """
 
-    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> list[Arrival]:
-        """See `Dispatch.dispatch`; S = what the ranks of this node hand on to this one."""
+    def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> list[PendingChunk]:
+        """See `Dispatch.dispatch`; U is the number of rows that the ranks of this node relay to this one."""
         assert self.group.levels is not None
         num_chunks, num_nodes = self.num_chunks, self.group.levels[0].size
         num_experts, experts_TK = assignments.assigned_E.numel(), assignments.kept_experts()
@@ -66,43 +73,46 @@ class HierarchicalDispatch(OverRanks):
         across = [hop for hop, _ in hops]
         # The experts of one chunk and node follow each other, so chunk and node together are the destination.
         own_TK = by_chunk(experts_TK, num_experts, num_chunks)
-        parcels = _pack(own_TK, num_chunks * num_experts, num_experts // num_nodes, across)
-        flights = _send(x_TD, weights_TK, parcels, across)
+        packed = _pack(own_TK, num_chunks * num_experts, num_experts // num_nodes, across)
+        flights = _send(x_TD, weights_TK, packed, across)
         return [
-            _Relay(flight, inside, WayHome(parcels.rows, outside.rows), assignments.num_choices, rank_experts)
+            _Relay(flight, inside, ReturnRoute(packed.rows, outside.rows), assignments.num_choices, rank_experts)
             for flight, (outside, inside) in zip(flights, hops, strict=True)
         ]
 
     def _plan(self, rank_TK: torch.Tensor) -> list[tuple[_Hop, _Hop]]:
-        """How much travels across nodes and inside this one, for each chunk; R is no rank."""
+        """Return both hops of each chunk, with the rows and choices that each sends and receives; rank R is none."""
         assert self.group.levels is not None
         across, inside = self.group.levels
-        places, mine = inside.size, inside.rank
-        told_HNV = _count(rank_TK, self.num_chunks, across.size, places)
-        told_NPHV = told_HNV.transpose(0, 1)[:, None].expand(-1, places, -1, -1)
-        heard = exchange_counts(told_NPHV.flatten(), self.group).view(across.size, places, self.num_chunks, -1)
-        heard_HNV = heard[:, mine].transpose(0, 1)  # from those who send to this rank across nodes
-        heard_HPV = heard.sum(0).transpose(0, 1)  # of what each rank of this node then has
+        places, place = inside.size, inside.rank
+        announced_XYW = _count(rank_TK, self.num_chunks, across.size, places)
+        # All ranks of a node get the same counts: each learns what the others will relay to it.
+        announced_YPXW = announced_XYW.transpose(0, 1)[:, None].expand(-1, places, -1, -1)
+        received = exchange_counts(announced_YPXW.flatten(), self.group).view(across.size, places, self.num_chunks, -1)
+        # Of the ranks that send to this one across nodes: those of its place.
+        received_XYW = received[:, place].transpose(0, 1)
+        # What each rank of this node will have to relay: the sum of what its place receives from all nodes.
+        received_XPW = received.sum(0).transpose(0, 1)
         rows, choices = slice(1, 1 + places), slice(1 + places, None)
-        outside_HN = [
-            told_HNV[..., 0],
-            heard_HNV[..., 0],
-            told_HNV[..., choices].sum(-1),
-            heard_HNV[..., choices].sum(-1),
+        outside_XY = [
+            announced_XYW[..., 0],
+            received_XYW[..., 0],
+            announced_XYW[..., choices].sum(-1),
+            received_XYW[..., choices].sum(-1),
         ]
-        passed_on_HV = heard_HPV[:, mine]
-        inside_HP = [
-            passed_on_HV[:, rows],
-            heard_HPV[..., 1 + mine],
-            passed_on_HV[:, choices],
-            heard_HPV[..., 1 + places + mine],
+        relayed_XW = received_XPW[:, place]
+        inside_XP = [
+            relayed_XW[:, rows],
+            received_XPW[..., 1 + place],
+            relayed_XW[:, choices],
+            received_XPW[..., 1 + places + place],
         ]
         # The one host read of this dispatch: sent and received rows, sent and received choices, by chunk and peer.
-        counts = torch.cat([torch.stack(outside_HN), torch.stack(inside_HP)], dim=-1).transpose(0, 1).tolist()
+        counts = torch.cat([torch.stack(outside_XY), torch.stack(inside_XP)], dim=-1).transpose(0, 1).tolist()
         return [
             (
-                _Hop.of(across, self.traffic, [by_peer[: across.size] for by_peer in chunk]),
-                _Hop.of(inside, self.traffic, [by_peer[across.size :] for by_peer in chunk]),
+                _Hop.from_counts(across, self.traffic, [by_peer[: across.size] for by_peer in chunk]),
+                _Hop.from_counts(inside, self.traffic, [by_peer[across.size :] for by_peer in chunk]),
             )
             for chunk in counts
         ]
@@ -110,19 +120,25 @@ class HierarchicalDispatch(OverRanks):
 
 @dataclass(frozen=True)
 class _Hop:
-    """The exchanges of one chunk at one level."""
+    """The exchanges of one chunk at one level: of rows, and of the choices' weights and codes."""
 
     rows: Exchange
     choices: Exchange
 
     @classmethod
-    def of(cls, group: ExpertGroup, traffic: Traffic, counts: list[list[int]]) -> _Hop:
+    def from_counts(cls, group: ExpertGroup, traffic: Traffic, counts: list[list[int]]) -> _Hop:
         return cls(Exchange(group, traffic, *counts[:2]), Exchange(group, traffic, *counts[2:]))
 
 
 @dataclass(frozen=True)
-class _Parcels:
-    """Which row each destination gets of each source row, and in which order the choices travel, with their codes."""
+class _Packed:
+    """Rows and choices in the order in which they travel.
+
+    Attributes:
+        rows: the row that each destination gets of each source row.
+        choices: the place of each choice.
+        code_M: the code of each choice; int32.
+    """
 
     rows: RowMap
     choices: RowMap
@@ -131,85 +147,103 @@ class _Parcels:
 
 @dataclass(frozen=True)
 class _Flight:
-    """Rows, weights and codes of one chunk on one level."""
+    """Rows, weights and codes of one chunk at one level, under way."""
 
     rows: InFlight
     weights: InFlight
     codes: Transfer
 
     def wait(self, num_choices: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows [S, D], and their weights and experts [S, K], of which there are `num_experts` here."""
-        rows_SD, weights_M, code_M = self.rows.wait(), self.weights.wait()[:, 0], self.codes.wait()[:, 0]
-        return rows_SD, *_unpack(code_M, weights_M, len(rows_SD), min(num_choices, num_experts), num_experts)
+        """Wait for rows [U, D] and their weights and experts [U, K]; the receiver has `num_experts` experts."""
+        rows_UD, weights_M, code_M = self.rows.wait(), self.weights.wait()[:, 0], self.codes.wait()[:, 0]
+        return rows_UD, *_unpack(code_M, weights_M, len(rows_UD), min(num_choices, num_experts), num_experts)
 
 
 @dataclass(frozen=True)
 class _Relay:
-    """An `Arrival`: hands on what has come from other nodes, and waits for what the ranks of this node hand on.
+    """A `PendingChunk`: relay the rows from other nodes, and wait for the rows that the ranks of this node relay.
 
-    `num_choices` is K, `rank_experts` L.
+    Attributes:
+        flight: the rows from other nodes.
+        inside: the hop inside the node.
+        route: the return route across nodes.
+        num_choices: K.
+        rank_experts: L.
     """
 
     flight: _Flight
     inside: _Hop
-    home: WayHome
+    route: ReturnRoute
     num_choices: int
     rank_experts: int
 
     def __call__(self) -> Dispatched:
         node_experts = self.rank_experts * self.inside.rows.group.size
-        rows_SD, weights_SK, experts_SK = self.flight.wait(self.num_choices, node_experts)
-        parcels = _pack(experts_SK, node_experts, self.rank_experts, [self.inside])
-        (flight,) = _send(rows_SD, weights_SK, parcels, [self.inside])
-        rows_SD, weights_SK, experts_SK = flight.wait(self.num_choices, self.rank_experts)
-        local = Assignments.of(experts_SK, self.rank_experts)
+        rows_UD, weights_UK, experts_UK = self.flight.wait(self.num_choices, node_experts)
+        packed = _pack(experts_UK, node_experts, self.rank_experts, [self.inside])
+        (flight,) = _send(rows_UD, weights_UK, packed, [self.inside])
+        rows_UD, weights_UK, experts_UK = flight.wait(self.num_choices, self.rank_experts)
+        local = Assignments.all_kept(experts_UK, self.rank_experts)
         ends_L = local.kept_E.cumsum(0)
-        row_map = RowMap.of(local, ends_L - local.kept_E, sum(self.inside.choices.receive_counts or ()))
-        relay = WayHome(parcels.rows, self.inside.rows)
-        return Dispatched(rows_SD, weights_SK, row_map, ends_L.int(), self.home, relay)
+        row_map = RowMap.from_assignments(local, ends_L - local.kept_E, sum(self.inside.choices.receive_counts or ()))
+        node_route = ReturnRoute(packed.rows, self.inside.rows)
+        return Dispatched(rows_UD, weights_UK, row_map, ends_L.int(), self.route, node_route)
 
 
 def _count(rank_TK: torch.Tensor, num_chunks: int, num_nodes: int, places: int) -> torch.Tensor:
-    """What this rank has for each node, [H, N, V]."""
+    """Count the rows and choices that this rank has for each node and each of its ranks: [X, Y, W].
+
+    Example: tokens 0 and 1 choose ranks [[0, 1], [1, 1]] of two nodes of two ranks. Node 0 gets 2 rows, of which rank 0
+    gets 1 and rank 1 gets 2, with 1 and 3 choices: [[[2, 1, 2, 1, 3], [0, 0, 0, 0, 0]]].
+    """
     num_ranks = num_nodes * places
     visits_TR = torch.zeros(len(rank_TK), num_ranks + 1, dtype=torch.int32, device=rank_TK.device)
-    visits_TNP = visits_TR.scatter_(1, rank_TK, 1)[:, :num_ranks].view(-1, num_nodes, places)
-    visits_TNV = torch.cat([visits_TNP.amax(-1, keepdim=True), visits_TNP], dim=-1)
+    # 1 however many of a token's choices go to the rank: that is one row.
+    visits_TYP = visits_TR.scatter_(1, rank_TK, 1)[:, :num_ranks].view(-1, num_nodes, places)
+    visits_TYW = torch.cat([visits_TYP.amax(-1, keepdim=True), visits_TYP], dim=-1)
     chunk_T = chunk_of_tokens(len(rank_TK), num_chunks, rank_TK.device)
-    rows_HNV = visits_TNV.new_zeros(num_chunks, *visits_TNV.shape[1:]).index_add_(0, chunk_T, visits_TNV)
+    rows_XYW = visits_TYW.new_zeros(num_chunks, *visits_TYW.shape[1:]).index_add_(0, chunk_T, visits_TYW)
     choices_A = count_experts(by_chunk(rank_TK, num_ranks, num_chunks), num_chunks * num_ranks)
-    choices_HNP = choices_A.view(num_chunks, num_nodes, places)
-    return torch.cat([rows_HNV.long(), choices_HNP], dim=-1)
+    choices_XYP = choices_A.view(num_chunks, num_nodes, places)
+    return torch.cat([rows_XYW.long(), choices_XYP], dim=-1)
 
 
-def _pack(experts_SK: torch.Tensor, num_experts: int, per_destination: int, hops: list[_Hop]) -> _Parcels:
-    """Sort rows and choices by destination, which has experts that follow each other; `num_experts` is none."""
+def _pack(experts_UK: torch.Tensor, num_experts: int, experts_each: int, hops: list[_Hop]) -> _Packed:
+    """Sort rows and choices by destination; see the module's example.
+
+    Args:
+        experts_UK: the expert of each choice; `num_experts` is none.
+        num_experts: over all destinations.
+        experts_each: experts of a destination, which follow one another.
+        hops: a hop for each chunk; the destinations of chunk x come before those of x + 1.
+    """
     num_rows, num_choices = map(sum, _sent(hops))
-    to = Assignments.of(experts_SK // per_destination, num_experts // per_destination)
+    to = Assignments.all_kept(experts_UK // experts_each, num_experts // experts_each)
     source_A = to.order_A // to.num_choices
-    first_A = to.kept_A.clone()  # of the choices of a row for a destination, which stand together
+    # A source row's choices for one destination stand together: the first of them brings the row.
+    first_A = to.kept_A.clone()
     first_A[1:] &= (source_A[1:] != source_A[:-1]) | (to.expert_A[1:] != to.expert_A[:-1])
     row_A = torch.where(first_A, first_A.cumsum(0) - 1, num_rows)
     order_M = to.order_A[:num_choices]
-    code_M = experts_SK.flatten()[order_M] % per_destination * 2 + first_A[:num_choices]
-    return _Parcels(
-        RowMap.placed(to.order_A, row_A, to.num_choices, num_rows, complete=False),
-        RowMap.of(to, to.kept_E.cumsum(0) - to.kept_E, num_choices),
+    code_M = experts_UK.flatten()[order_M] % experts_each * 2 + first_A[:num_choices]
+    return _Packed(
+        RowMap.from_rows(to.order_A, row_A, to.num_choices, num_rows, complete=False),
+        RowMap.from_assignments(to, to.kept_E.cumsum(0) - to.kept_E, num_choices),
         code_M.int(),
     )
 
 
 def _sent(hops: list[_Hop]) -> tuple[list[int], list[int]]:
-    """How many rows and choices leave in each hop."""
+    """Return the numbers of rows and choices that each hop sends."""
     return [sum(hop.rows.send_counts or ()) for hop in hops], [sum(hop.choices.send_counts or ()) for hop in hops]
 
 
-def _send(source_SD: torch.Tensor, weights_SK: torch.Tensor, parcels: _Parcels, hops: list[_Hop]) -> list[_Flight]:
-    """Let the parcels of each chunk leave."""
+def _send(source_UD: torch.Tensor, weights_UK: torch.Tensor, packed: _Packed, hops: list[_Hop]) -> list[_Flight]:
+    """Send each chunk's rows, weights and codes, without waiting."""
     num_rows, num_choices = _sent(hops)
-    rows = cut(gather_rows(source_SD, parcels.rows), num_rows)
-    weights = cut(gather_weights(weights_SK, parcels.choices)[:, None], num_choices)
-    codes = cut(parcels.code_M[:, None], num_choices)
+    rows = cut(gather_rows(source_UD, packed.rows), num_rows)
+    weights = cut(gather_weights(weights_UK, packed.choices)[:, None], num_choices)
+    codes = cut(packed.code_M[:, None], num_choices)
     return [
         _Flight(
             start_all_to_all(rows_ND, hop.rows), start_all_to_all(weights_M1, hop.choices), hop.choices.start(codes_M1)
@@ -221,7 +255,15 @@ def _send(source_SD: torch.Tensor, weights_SK: torch.Tensor, parcels: _Parcels, 
 def _unpack(
     code_M: torch.Tensor, weights_M: torch.Tensor, num_rows: int, num_choices: int, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights and the chosen experts (E is none) of each row, [S, K]."""
+    """Return the weights and the chosen experts of each row, [U, K]; `num_experts` is none.
+
+    Example: code_M = [1, 2, 1, 3] for two choices per row.
+
+        first_M   [1, 0, 1, 1]      a new row begins
+        begin_M   [0, 0, 2, 3]      where the choice's row begins
+        slot_M    [0, 1, 2, 4]      row * 2 + place within the row
+        experts   [[0, 1], [0, none], [1, none]]
+    """
     first_M = code_M % 2
     place_M = torch.arange(len(code_M), device=code_M.device)
     begin_M = (place_M * first_M).cummax(0).values

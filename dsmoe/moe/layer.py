@@ -1,4 +1,7 @@
-"""`dsmoe.MoE`: a drop-in `deepspeed.moe.layer.MoE` whose routing, dropping, dispatch and experts are dsmoe's."""
+"""`dsmoe.MoE`: a drop-in `deepspeed.moe.layer.MoE` with dsmoe's routing, dropping, dispatch and experts.
+
+Shape suffixes: see `dsmoe.moe`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
 from dsmoe.config import schema
+from dsmoe.engine import registry
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, Sections, check_kind, check_switches, to_sections
-from dsmoe.moe.dispatch import Dispatch
+from dsmoe.moe.dispatch import Dispatch, join_dense
 from dsmoe.moe.experts import (
     ExpertDraw,
     ModuleExperts,
@@ -29,31 +32,31 @@ from dsmoe.moe.layout import Layout, check_sizes
 from dsmoe.moe.replay import Draws, repeating
 from dsmoe.moe.router import Router
 from dsmoe.moe.stats import RoutingStatistics
-from dsmoe.nn.feed_forward import FeedForward, join_dense
+from dsmoe.nn.feed_forward import FeedForward
 from dsmoe.parallel.groups import ExpertGroup
-from dsmoe.parallel.mappings import sum_gradients
+from dsmoe.parallel.mappings import copy_weight_to_tensor_parallel_region
 from dsmoe.parallel.random_weights import seed_of, uniform_from
 
 
 class MoE(DeepSpeedMoE):
     """A Mixture-of-Experts layer that DeepSpeed's engine recognises as its own.
 
-    Takes every argument of `deepspeed.moe.layer.MoE` with its meaning and default; changing the import is enough. What
-    DeepSpeed's layer cannot do is said by the sections that a YAML file has: `dsmoe.Router`, `dsmoe.Balance`,
-    `dsmoe.Capacity` and `dsmoe.Experts` document every option; docs/moe_layer.md has the formulas.
-    On purpose it differs in this: evaluation is deterministic, experts start different from each other (drawn by
-    their global id), every k has one semantics, and what is dropped is exact (`drop_policy`) and random only where
-    asked: `use_rts`, `use_tutel` and `top2_2nd_expert_sampling` are accepted and change nothing.
+    Takes every argument of `deepspeed.moe.layer.MoE` with its meaning and default; changing the import is enough. The
+    sections of a YAML file set what DeepSpeed's layer cannot do: `dsmoe.Router`, `dsmoe.Balance`, `dsmoe.Capacity` and
+    `dsmoe.Experts` document every option; docs/moe_layer.md has the formulas.
+    Intended differences: evaluation is deterministic, experts start different from each other (drawn by their global
+    id), all k have the same semantics, and drops are exact (`drop_policy`) and random only where asked: `use_rts`,
+    `use_tutel` and `top2_2nd_expert_sampling` are accepted and change nothing.
 
     Args:
         hidden_size: D, the width of a token.
         expert: a module that maps [n, D] to [n, D]; L copies of it are made. None makes experts of inner width
-            `experts.expert_ffn_size` in stacked weights, which is the fast way.
+            `experts.expert_ffn_size` in stacked weights, which is faster.
         num_experts: E, over all ranks.
         ep_size: R, the ranks (times `layout.expert_tensor`) that share one copy of all experts.
         k: experts per token.
         capacity_factor: see `dsmoe.moe.capacity.expert_capacity`; None is dropless.
-        eval_capacity_factor: the same in evaluation, on its own: a layer that trains dropless with
+        eval_capacity_factor: the same in evaluation, independent of training: a layer that trains dropless with
             `capacity_factor=None` still drops in evaluation at the default of 1.0.
         min_capacity: the least capacity.
         use_residual: a dense MLP like one expert, mixed with the experts by coefficients that are learned from the
@@ -64,24 +67,24 @@ class MoE(DeepSpeedMoE):
         use_tutel: no effect.
         enable_expert_tensor_parallelism: must be False under tensor parallelism; `layout.expert_tensor` cuts experts.
         top2_2nd_expert_sampling: no effect.
-        router: how a token chooses its experts, instead of `noisy_gate_policy`. None divides the chosen scores by
+        router: the choice of a token's experts, instead of `noisy_gate_policy`. None divides the chosen scores by
             their sum for k > 1, as DeepSpeed does.
-        balance: what keeps the experts evenly used. Its `aux_loss` flows by itself with the output's gradient; None
-            leaves that loss to the caller, who adds the returned one as with DeepSpeed.
-        capacity: what an expert accepts, instead of `capacity_factor`, `eval_capacity_factor`, `min_capacity` and
+        balance: losses and a bias that keep the experts evenly used. Its `aux_loss` flows by itself with the output's
+            gradient; None leaves that loss to the caller, who adds the returned one as with DeepSpeed.
+        capacity: the limit of each expert, instead of `capacity_factor`, `eval_capacity_factor`, `min_capacity` and
             `drop_tokens`.
         experts: the widths and the activation of the stacked experts and of the dense path.
-        layout: how the layer is laid over ranks and memory.
-        seed: what all weights (but those of an `expert` without `reset_parameters`), noise and random drops are drawn
-            from; None draws one from torch's generator.
+        layout: the layout over ranks and memory.
+        seed: of all weights (but those of an `expert` without `reset_parameters`), noise and random drops; None draws
+            one from torch's generator.
         redraw_experts: draw each copy of `expert` anew, by its global id, through the `reset_parameters` of its
             modules, so that experts start different. False keeps the weights that `expert` came with in every copy,
             as DeepSpeed does (for pretrained or specially initialised ones).
 
     Attributes:
-        loss_scale: what the attached losses are multiplied by; `dsmoe.initialize` sets it to 1 / accumulation steps,
-            as the engine does with the model's loss. In a loop of your own that scales its loss (accumulation, fp16),
-            set it to the same factor.
+        loss_scale: factor of the attached losses; `dsmoe.initialize` sets it to 1 / accumulation steps, as the engine
+            does with the model's loss. In a loop of your own that scales its loss (accumulation, fp16), set it to the
+            same factor.
 
     Raises:
         UserError: arguments that make no layer, or say the same thing twice.
@@ -116,7 +119,7 @@ class MoE(DeepSpeedMoE):
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
         check_sizes(hidden_size=hidden_size, num_experts=num_experts, ep_size=ep_size, k=k)
-        check_switches(enable_expert_tensor_parallelism and deepspeed_groups.mpu is not None, use_tutel)
+        check_switches(enable_expert_tensor_parallelism and registry.has_model_parallel_unit(), use_tutel)
         given = DeepSpeedArguments(
             capacity_factor=capacity_factor,
             eval_capacity_factor=eval_capacity_factor,
@@ -135,6 +138,7 @@ class MoE(DeepSpeedMoE):
         self.pad = sections.capacity.pad
         self.loss_scale = 1.0
         self._make_modules(hidden_size, expert, sections)
+        # On the CPU whatever the default device, which may be meta and have no numbers.
         seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu"))
         exchange = ep_size * self.layout.expert_tensor
         rank = dist.get_rank() % exchange if dist.is_initialized() else 0
@@ -150,7 +154,7 @@ class MoE(DeepSpeedMoE):
     def _make_modules(self, hidden_size: int, expert: nn.Module | None, sections: Sections) -> None:
         """Make the parts of the layer, without drawing their weights.
 
-        The dense path's names lack "expert": DeepSpeed's checkpoints leave out what has it (0.19.8,
+        The dense path's names lack "expert": DeepSpeed's checkpoints leave out names that contain it (0.19.8,
         runtime/engine.py:5003).
         """
         layout, options, tensor_group = self.layout, sections.experts, self.layout.tensor_group
@@ -164,6 +168,7 @@ class MoE(DeepSpeedMoE):
             experts = ModuleExperts(expert, self.num_local_experts)
         mark_expert_parameters(experts, self.expert_group_name)
         router = Router(hidden_size, self.num_experts, self.k, sections.router, tensor_group)
+        # Under DeepSpeed's names: its engine, its checkpoints and users' code reach into `deepspeed_moe`.
         self.deepspeed_moe = RouterAndExperts(router, experts, self.expert_group_name, self.ep_size)
         self.use_residual = options.residual
         self.shared = self.mlp = None
@@ -189,12 +194,12 @@ class MoE(DeepSpeedMoE):
         return self.deepspeed_moe.experts
 
     def reset_experts(self, std: float = 0.02, down_std: float = 0.02, seed: int | None = None) -> None:
-        """Draw this rank's experts anew from the layer's seed (a new one where given) and their global ids."""
+        """Draw this rank's experts anew from their global ids and the layer's seed; `seed` replaces that one."""
         self._draw = replace(self._draw, seed=self._draw.seed if seed is None else seed, stds=(std, down_std))
         self._draw.fill(self.experts)
 
     def _draw_dense_weights(self) -> None:
-        """Draw router, shared expert and residual MLP from the layer's seed: torch's draws would go by their slices."""
+        """Draw router, shared expert and residual MLP from the layer's seed: torch's draws would depend on slices."""
         for name, dense in (("shared", self.shared), ("mlp", self.mlp)):
             if isinstance(dense, FeedForward):
                 dense.initialise(seed_of(self._draw.seed, name), *self._draw.stds)
@@ -207,10 +212,10 @@ class MoE(DeepSpeedMoE):
     def set_expert_group(self, group: ExpertGroup) -> None:
         """Exchange tokens over `group` from now on.
 
-        If this rank's place in it is not the one that was assumed when the layer was made, its experts are drawn anew.
+        A rank whose place in the group is not the one that was assumed when the layer was made draws its experts anew.
 
         Raises:
-            RuntimeError: they would have to be, but have been changed since.
+            RuntimeError: the experts would be drawn anew, but have been changed since they were made.
         """
         size = self.ep_size * self.layout.expert_tensor
         assert group.size == size, (
@@ -224,28 +229,28 @@ class MoE(DeepSpeedMoE):
 
     @property
     def expert_place(self) -> tuple[int, int]:
-        """The global id of this rank's first expert, and which slice of its experts it has."""
+        """The global id of this rank's first expert, and the number of this rank's slice of each expert."""
         return self._draw.place(self.num_local_experts)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoE:
-        """Move or cast; where that makes new parameters (`to_empty`), they get the marks of the old."""
+        """Move or cast; new parameters (of `to_empty`) get the marks of the old ones."""
         super()._apply(fn, recurse)
         mark_expert_parameters(self.experts, self.expert_group_name)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """After copying or unpickling: parameters lose the attributes by which DeepSpeed knows expert ones."""
+        """Restore the marks of expert parameters, which copies and pickles lose."""
         super().__setstate__(state)
         mark_expert_parameters(self.experts, self.expert_group_name)
 
     def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by DeepSpeed's engine: find the registered expert group, or have DeepSpeed make it."""
+        """Find the registered expert group, or have DeepSpeed make it; DeepSpeed's engine calls this."""
+        # A group that `set_expert_group` gave stays. At ep_size 1 nothing is exchanged, and DeepSpeed still needs its
+        # expert-data group.
         if self._dispatches and self.ep_size > 1:
             return
-        if self.expert_group_name not in deepspeed_groups._get_expert_parallel_group_dict():
-            deepspeed_groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
-            )
+        if not registry.has_expert_group(self.expert_group_name):
+            registry.create_expert_groups(self.ep_size, use_data_before_expert_parallel_)
         if self.ep_size > 1:
             self.set_expert_group(ExpertGroup.registered(self.expert_group_name))
 
@@ -267,7 +272,7 @@ class MoE(DeepSpeedMoE):
         return run(hidden_states, used_token)
 
     def _compiles(self, hidden_states: torch.Tensor) -> bool:
-        """Whether torch.compile can trace a pass: one rank, static shapes, nothing read on the host, nothing random."""
+        """Return whether torch.compile can trace a pass: one rank, static shapes, no host read, nothing random."""
         alone = self.ep_size * self.layout.expert_tensor * self.layout.tensor_group.size == 1
         return alone and not self._is_random and self.experts.compiles(hidden_states)
 
@@ -276,27 +281,30 @@ class MoE(DeepSpeedMoE):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x_TD, mask_T = self._tokens(hidden_states, used_token)
         key = self._begin_pass(x_TD)
-        routing = self.router(x_TD, mask_T, self.balance.bias, key, self.limit.of(len(x_TD)))
+        routing = self.router(x_TD, mask_T, self.balance.bias, key, self.limit.capacity_for(len(x_TD)))
         assigned_E = count_experts(routing.experts_TK, self.num_experts)
+        # Before anything is dropped: the losses judge the router's wishes, not the capacity.
         losses = self.balance.losses(routing, assigned_E, hidden_states.shape[:-2].numel())
 
         assignments = self.limit(routing, assigned_E, key)
         weights_TK = self.limit.weights(routing, assignments)
         if self.training:
             weights_TK = self.balance.attach(weights_TK, losses, self.loss_scale)
+        # Statistics and weights stay per expert; only the exchange sees slices, as experts of their own.
         sent, sent_weights_TK = assignments, weights_TK
         if self.layout.expert_tensor > 1:
             sent = spread_over_slices(assignments, self.layout.expert_tensor, self.num_local_experts)
             sent_weights_TK = weights_TK.repeat_interleave(self.layout.expert_tensor, dim=1)
         exchange = self._exchange(assignments.capacity)
-        arrivals = exchange.dispatch(x_TD, sent_weights_TK, sent)
-        dense_TD = self._dense(x_TD)  # while the rows are on their way
-        y_TD = exchange.combine(arrivals, self.experts)
+        chunks = exchange.dispatch(x_TD, sent_weights_TK, sent)
+        dense_TD = self._dense(x_TD)  # while the rows travel
+        y_TD = exchange.combine(chunks, self.experts)
         if dense_TD is not None:
             mix_T2 = self._mix(x_TD) if self.use_residual else None
             y_TD = join_dense(y_TD, dense_TD, mix_T2, routing.mask_T)
 
-        # torch.compile looks at a condition once, when it traces; there `count` finds out by itself.
+        # Once per pass, not again when it is recomputed. torch.compile evaluates a condition once, when it traces:
+        # there `count` adds nothing in a recomputation.
         first = torch.compiler.is_compiling() or not repeating()
         if self.training and first:
             self.statistics.count(routing, assignments, losses)
@@ -311,7 +319,7 @@ class MoE(DeepSpeedMoE):
     def _tokens(
         self, hidden_states: torch.Tensor, used_token: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens [T, D], zeros where they are masked, so that nothing of them goes on; and the mask [T] as bool."""
+        """Return the tokens [T, D], zeros where masked so that nothing of them spreads, and the mask [T] as bool."""
         leading, width = hidden_states.shape[:-1], hidden_states.shape[-1]
         hidden_size = self.router.weight.shape[1]
         if width != hidden_size:
@@ -328,7 +336,7 @@ class MoE(DeepSpeedMoE):
         return torch.where(mask_T[:, None], x_TD, 0.0), mask_T
 
     def begin_step(self, step: int) -> None:
-        """Begin optimizer step `step`: what is random in it follows from its number, and its counts start from 0."""
+        """Begin optimizer step `step`: random draws follow from its number, and counts start from 0."""
         self._draws.begin_step(step)
         self.statistics.clear()
         self.take_traffic()
@@ -338,11 +346,11 @@ class MoE(DeepSpeedMoE):
         return self.router.noise.is_random or self.limit.drop_policy.is_random
 
     def _begin_pass(self, x_TD: torch.Tensor) -> torch.Tensor | None:
-        """What this forward pass draws from, None where nothing is random; see `dsmoe.moe.replay`."""
+        """Return the key of this forward pass, None where nothing is random; see `dsmoe.moe.replay`."""
         return self._draws.begin(self._draw.seed, x_TD, self.training) if self._is_random else None
 
     def take_traffic(self) -> tuple[float, float]:
-        """Bytes sent over (intra-node, inter-node) links since the last call, backward passes included."""
+        """Return the bytes sent over (intra-node, inter-node) links since the last call, backward passes included."""
         taken = [dispatch.traffic.take() for dispatch in self._dispatches.values()]
         return sum(intra for intra, _ in taken), sum(inter for _, inter in taken)
 
@@ -355,14 +363,15 @@ class MoE(DeepSpeedMoE):
         return self._dispatches[capacity is not None and self.pad]
 
     def _mix(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """What experts and residual MLP count for each token, [T, 2]."""
+        """Return the weights of experts and residual MLP for each token, [T, 2]."""
         weight, bias = (
-            sum_gradients(p, self.layout.tensor_group) for p in (self.coefficient.weight, self.coefficient.bias)
+            copy_weight_to_tensor_parallel_region(p, self.layout.tensor_group)
+            for p in (self.coefficient.weight, self.coefficient.bias)
         )
         return nn.functional.linear(x_TD, weight, bias).softmax(dim=-1)
 
     def _dense(self, x_TD: torch.Tensor) -> torch.Tensor | None:
-        """What every token passes besides its experts: the shared expert, the residual MLP, or nothing."""
+        """Return the output of the dense path: shared expert, residual MLP, or None without one."""
         dense = self.mlp if self.use_residual else self.shared
         output = None if dense is None else dense(x_TD)
         return output[0] if isinstance(output, tuple) else output

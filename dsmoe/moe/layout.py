@@ -1,4 +1,4 @@
-"""How an MoE layer is laid over ranks and memory."""
+"""The layout of an MoE layer over ranks and memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dsmoe.parallel.groups import TensorGroup
 
 @dataclass(frozen=True)
 class Layout:
-    """How an MoE layer is laid over ranks and memory: speed and bytes, never what the layer computes.
+    """The layout of an MoE layer over ranks and memory: speed and bytes, never the result.
 
     Attributes:
         expert_tensor: ranks over which the inner width of each expert is cut, neighbours; 1 keeps experts whole.
         tensor_group: the ranks of one micro-batch, each of which brings its equal part of every sequence. The balancing
-            losses are those of the whole micro-batch, the gradients of what all ranks have are summed over them, and
-            the shared expert is cut over them; capacity stays each rank's own.
+            losses are those of the whole micro-batch, the gradients of replicated weights are summed over the ranks,
+            and the shared expert is cut over them; capacity stays each rank's own.
         max_tokens: the most tokens that any rank brings to a forward pass, the same on all ranks. With it a padded
             exchange has a static size; without it, the ranks agree on one at every pass, which reads a number on the
             host.
@@ -48,10 +48,10 @@ class Layout:
             check_sizes(max_tokens=self.max_tokens)
 
     def check(self, num_experts: int, ep_size: int, expert: nn.Module | None, experts: Experts) -> None:
-        """Check that a layer's experts and dense path can be laid so.
+        """Check that the layout fits a layer's experts and dense path.
 
         Raises:
-            UserError: they cannot.
+            UserError: the layout does not fit.
         """
         if num_experts % ep_size:
             nearest = nearest_of(ep_size, divisors_of(num_experts))
@@ -70,7 +70,7 @@ class Layout:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse a size that is no whole number of at least 1.
+    """Refuse a size that is not a whole number of at least 1.
 
     Raises:
         UserError: names the first such size.

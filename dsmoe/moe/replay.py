@@ -1,18 +1,22 @@
-"""What is random in a forward pass, and whether a pass repeats an earlier one for activation checkpointing.
+"""Keys of a forward pass's random numbers, the same when activation checkpointing repeats the pass.
 
 A pass in training draws from a key, which follows from (seed of the layer, step, number of the pass in the step, rank).
 Activation checkpointing runs some passes a second time during the backward pass: in another order, several of them
-outstanding, nested in each other, or with torch's generator not restored. A counter of passes cannot know which one is
-repeated, and neither can torch's generator where nobody restores it. The tokens tell: `Draws` notes a fingerprint of
-the tokens of each pass, and a pass that runs during a backward pass takes the number of the pass whose fingerprint is
-the nearest. That need not be the same to the bit, since a checkpointed block may round differently the second time
-(compiled code with and without gradients, sums in another order). All of it stays on the device.
+outstanding, nested in each other, or with torch's generator not restored. Neither a counter of passes nor an unrestored
+generator knows which pass is repeated. The tokens tell: `Draws` notes a fingerprint of the tokens of each pass, and a
+pass that runs during a backward pass takes the number of the pass with the nearest fingerprint. Nearest and not equal,
+since a checkpointed block may round differently the second time (compiled code with and without gradients, sums in
+another order). Everything stays on the device.
 
-Example: passes 0, 1 and 2 bring tokens with the fingerprints 0.3, -1.2 and 0.3. Seen again in the backward pass, -1.2
-has number 1. 0.3 has two candidates, and autograd's sequence numbers decide: the node that is going backward was made
-after pass 0 and before pass 2, so pass 0 is repeated.
+Example: three passes of a step, each in a checkpoint that began at autograd's sequence number `start`.
 
-Shape suffixes: see `dsmoe.moe.router`; P noted passes.
+    pass           0       1       2
+    fingerprint    0.3    -1.2     0.3
+    start          10      20      30
+    -1.2 again, in the backward pass of any node: pass 1
+     0.3 again, in the backward pass of node 15: pass 0, the last that had begun before the node; of node 35: pass 2
+
+Shape suffixes: see `dsmoe.moe`; N is one row per noted pass.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 # Looked up whenever a compiled graph runs, not once when it is traced or captured.
 @torch.library.custom_op("dsmoe::is_first_pass", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _is_first_pass(like: torch.Tensor) -> torch.Tensor:
-    """The contrary of `repeating`, a scalar on the device of `like`."""
+    """Return `not repeating()`, a scalar on the device of `like`."""
     return torch.full((), not repeating(), device=like.device)
 
 
@@ -47,12 +51,12 @@ def _(like: torch.Tensor) -> torch.Tensor:
 
 
 def repeating() -> bool:
-    """Whether autograd is going backward in this thread, so that a forward pass can only be a recomputation."""
+    """Return whether autograd is going backward in this thread, so that a forward pass can only be a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
 def unless_repeating(addend: torch.Tensor) -> torch.Tensor:
-    """`addend`, or zeros in a recomputation; for code that torch.compile traces."""
+    """Return `addend`, or zeros in a recomputation; for code that torch.compile traces."""
     return torch.where(torch.ops.dsmoe.is_first_pass(addend), addend, 0.0)
 
 
@@ -60,7 +64,7 @@ class Draws:
     """The keys that one layer's forward passes draw from.
 
     Args:
-        capacity: how many passes are noted; older ones are forgotten. One step has fewer, recomputations included.
+        capacity: passes that are noted; older ones are forgotten. One step has fewer, recomputations included.
     """
 
     def __init__(self, capacity: int = 4096) -> None:
@@ -70,8 +74,8 @@ class Draws:
         """Passes of the step so far, without recomputations."""
         self._capacity = capacity
         self._noted = 0
-        self._prints_P4: torch.Tensor | None = None
-        """Fingerprints. `_facts_4P` are, of each pass, the two of `_place`, its number, and for which node of
+        self._prints_N4: torch.Tensor | None = None
+        """Fingerprints. `_facts_4N` are, of each pass, the two of `_place`, its number, and for which node of
         autograd's graph it was a recomputation, -1 for none."""
         self._hook: weakref.ref[Any] | None = None
         self._hooked_at = 0
@@ -83,14 +87,14 @@ class Draws:
 
     @torch.compiler.disable
     def begin(self, seed: int, x_TD: torch.Tensor, training: bool) -> torch.Tensor:
-        """Begin a pass over these tokens: its key, an int64 scalar on their device; the host reads nothing.
+        """Begin a pass over these tokens and return its key, an int64 scalar on their device; the host reads nothing.
 
-        It depends on (seed, step, number of the pass, rank) in training, and in evaluation, which so repeats itself,
-        on (seed, rank).
+        The key depends on (seed, step, number of the pass, rank) in training, and on (seed, rank) in evaluation, which
+        so repeats itself.
         """
         if not training:
             return torch.full((), _seed(seed, "evaluation"), device=x_TD.device)
-        place, going_backward = self._place(), _GoingBackward.here()
+        place, going_backward = self._place(), _GoingBackward.current()
         with torch.inference_mode(False), torch.no_grad():
             print_4 = _fingerprint(x_TD)
             match = None
@@ -109,13 +113,13 @@ class Draws:
             return self.key(seed, number)
 
     def key(self, seed: int, number: torch.Tensor) -> torch.Tensor:
-        """The key of pass `number` of this step."""
+        """Return the key of pass `number` of this step."""
         return _mix(number * _GOLDEN + _seed(seed, self.step))
 
     def _place(self) -> tuple[int, int]:
-        """The sequence number that autograd's next node gets, and which it was at the begin of this checkpoint.
+        """Return the sequence number of autograd's next node, now and at the begin of this checkpoint.
 
-        torch's checkpoints take care of what is kept for the backward pass by a pair of hooks, each by its own.
+        A checkpoint of torch's is known by the pair of hooks that it sets for saved tensors: each sets its own.
         """
         now, hooks = torch.autograd._get_sequence_nr(), torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is None:
@@ -125,40 +129,43 @@ class Draws:
         return now, self._hooked_at
 
     def _match(self, print_4: torch.Tensor, now: _GoingBackward) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Fingerprint and number of the noted pass that is repeated, None where none is noted."""
-        if not self._noted or self._prints_P4 is None:
+        """Return fingerprint and number of the noted pass that is repeated; None where none is noted."""
+        if not self._noted or self._prints_N4 is None:
             return None
         noted = slice(min(self._noted, self._capacity))
-        place_P, start_P, number_P, repeated_for_P = self._facts_4P[:, noted]
-        distance_P = (self._prints_P4[noted] - print_4).abs().amax(1).nan_to_num(nan=torch.inf)
-        nearest_P = distance_P == distance_P.min()
-        # Of passes over the same tokens those of the checkpoint that is repeated, one after the other: the first that
-        # came after the checkpoint's node; or, if it has none, those of the last that had begun before this node.
+        place_N, start_N, number_N, repeated_for_N = self._facts_4N[:, noted]
+        distance_N = (self._prints_N4[noted] - print_4).abs().amax(1).nan_to_num(nan=torch.inf)
+        nearest_N = distance_N == distance_N.min()
+        # Of passes over the same tokens, the candidates are those of the checkpoint that is repeated. A reentrant
+        # checkpoint has a node, made before its passes: the passes after it. Other checkpoints have none, and the node
+        # that goes backward is inside: the passes of the last checkpoint that had begun before the node.
         if now.is_checkpoint:
-            candidate_P = nearest_P & (place_P > now.node)
+            candidate_N = nearest_N & (place_N > now.node)
         else:
-            start_P = torch.where(nearest_P & (start_P <= now.node), start_P, -1)
-            candidate_P = nearest_P & (start_P == start_P.max())
-        candidate_P = torch.where(candidate_P.any(), candidate_P, nearest_P)
-        turn = (nearest_P & (repeated_for_P == now.code)).sum().clamp(max=candidate_P.sum() - 1)
-        match = (candidate_P & (candidate_P.cumsum(0) - 1 == turn)).int().argmax()[None]
-        return self._prints_P4.index_select(0, match)[0], number_P.index_select(0, match)[0]
+            start_N = torch.where(nearest_N & (start_N <= now.node), start_N, -1)
+            candidate_N = nearest_N & (start_N == start_N.max())
+        candidate_N = torch.where(candidate_N.any(), candidate_N, nearest_N)
+        # A checkpoint may hold several passes over the same tokens; they are repeated in their order, so the turn is
+        # the number of those that were repeated already for this node.
+        turn = (nearest_N & (repeated_for_N == now.code)).sum().clamp(max=candidate_N.sum() - 1)
+        match = (candidate_N & (candidate_N.cumsum(0) - 1 == turn)).int().argmax()[None]
+        return self._prints_N4.index_select(0, match)[0], number_N.index_select(0, match)[0]
 
     def _note(self, print_4: torch.Tensor, *facts: torch.Tensor | int) -> None:
-        if self._prints_P4 is None or self._prints_P4.device != print_4.device:
+        if self._prints_N4 is None or self._prints_N4.device != print_4.device:
             self._noted = 0
-            self._prints_P4 = print_4.new_zeros(self._capacity, 4)
-            self._facts_4P = torch.zeros(4, self._capacity, dtype=torch.int64, device=print_4.device)
+            self._prints_N4 = print_4.new_zeros(self._capacity, 4)
+            self._facts_4N = torch.zeros(4, self._capacity, dtype=torch.int64, device=print_4.device)
         slot = self._noted % self._capacity
-        self._prints_P4[slot] = print_4
+        self._prints_N4[slot] = print_4
         for row, fact in enumerate(facts):
-            self._facts_4P[row, slot] = fact
+            self._facts_4N[row, slot] = fact
         self._noted += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copying and pickling: without the passes, of which no copy goes backward."""
-        forgotten = {"_noted": 0, "_prints_P4": None, "_hook": None}
-        return {name: value for name, value in self.__dict__.items() if name != "_facts_4P"} | forgotten
+        """Leave out the noted passes when copied or pickled: no copy goes backward through them."""
+        forgotten = {"_noted": 0, "_prints_N4": None, "_hook": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_facts_4N"} | forgotten
 
 
 @dataclass(frozen=True)
@@ -168,8 +175,8 @@ class _GoingBackward:
     Attributes:
         task: its number.
         node: the sequence number of its present node.
-        is_checkpoint: whether that is a reentrant checkpoint, torch's or DeepSpeed's; else it is a node in one of the
-            other kind, which is repeated because the node wants what was not kept.
+        is_checkpoint: the node is a reentrant checkpoint, torch's or DeepSpeed's; else a node inside a checkpoint of
+            the other kind, which is repeated because the node needs tensors that were not kept.
     """
 
     task: int
@@ -177,8 +184,8 @@ class _GoingBackward:
     is_checkpoint: bool
 
     @classmethod
-    def here(cls) -> _GoingBackward | None:
-        """None outside of a backward pass."""
+    def current(cls) -> _GoingBackward | None:
+        """Return the backward pass of this thread; None outside of one."""
         if not repeating():
             return None
         task, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
@@ -188,14 +195,21 @@ class _GoingBackward:
 
     @property
     def code(self) -> int:
-        """Task and node in one number."""
+        """Task and node in one number, 23 and 40 bits."""
         return self.task % 2**23 * 2**40 + self.node % 2**40
 
 
 def uniform(key: torch.Tensor | None, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """fp32 numbers from U(0, 1), neither of which occurs: the same for the same key, on every device.
+    """Return fp32 numbers from U(0, 1), without 0 and 1: the same for the same key, on every device.
 
-    SplitMix64 (Steele et al. 2014) of a counter, two numbers from each of its words. None draws from torch's generator.
+    SplitMix64 (Steele et al. 2014) of a counter, two numbers from each of its words: (bits + 0.5) / 2^23 of the high 23
+    bits of either half. None draws from torch's generator.
+
+    Example: key 0.
+
+        word 1         0xE220A8397B1DCDAF
+        low half       0x7B1DCDAF >> 9 = 4034278     (4034278 + 0.5) / 2^23 = 0.480924
+        high half      0xE220A839 >> 9 = 7409748     (7409748 + 0.5) / 2^23 = 0.883311
     """
     if key is None:
         return torch.rand(shape, device=device).clamp_(min=2**-25)
@@ -206,7 +220,7 @@ def uniform(key: torch.Tensor | None, shape: Sequence[int], device: torch.device
 
 
 def _mix(words: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser, in int64, which wraps; torch has no shift that brings in zeros."""
+    """Return SplitMix64's finaliser in int64, which wraps; the masks make torch's signed shifts bring in zeros."""
     words = (words ^ ((words >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     words = (words ^ ((words >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return words ^ ((words >> 31) & (2**33 - 1))
@@ -217,9 +231,9 @@ def _seed(seed: int, *when: object) -> int:
 
 
 def _fingerprint(x_TD: torch.Tensor) -> torch.Tensor:
-    """Four numbers that say which tokens these are: [4] fp32, each the sum of all entries with random weights.
+    """Return a fingerprint of the tokens: [4] fp32, each the sum of all entries with other random weights.
 
-    Other tokens have others, tokens that differ by rounding nearly the same.
+    Tokens that differ by rounding have nearly the same, other tokens have other ones.
     """
     num_tokens, width = x_TD.shape
     key = torch.zeros((), dtype=torch.int64, device=x_TD.device)

@@ -1,9 +1,9 @@
-"""What a router chooses by name: how logits become scores, what a group of experts is worth, and noise.
+"""Registries of the router: scores of logits, scores of groups of experts, and noise.
 
-Each entry holds all that depends on its name. A new name needs an entry here and a place in the field's type in
-`dsmoe.config.sections.moe`, and a score a branch in `dsmoe.kernels.topk_router`.
+An entry holds everything that depends on its name. A new name needs an entry here and a place in the field's type in
+`dsmoe.config.sections.moe`; a score also needs a branch in `dsmoe.kernels.topk_router`.
 
-Shape suffixes: see `dsmoe.moe.router`; x experts of a group.
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Noised = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """How logits [T, E] become scores [T, E].
+    """A map from logits [T, E] to scores [T, E].
 
     Attributes:
         name: its key in `SCORES`.
         of_logits: the scores; autograd must be able to differentiate it.
         over_experts: from scores to probabilities, which add up to 1 over the experts of a token.
-        kernel: what `dsmoe.kernels.topk_router` knows the score by; None where it has no code for it.
+        kernel: the code of its branch in `dsmoe.kernels.topk_router`; None without one.
     """
 
     name: str
@@ -49,12 +49,12 @@ def _sigmoid(logits_TE: torch.Tensor) -> torch.Tensor:
 
 
 def as_they_are(scores_TE: torch.Tensor) -> torch.Tensor:
-    """Scores that add up to 1 already."""
+    """Return scores that add up to 1 already."""
     return scores_TE
 
 
 def over_their_sum(scores_TE: torch.Tensor) -> torch.Tensor:
-    """Scores that are not negative, and can add up to anything (DeepSeek-V3, eq. 19)."""
+    """Return scores divided by their sum; they are not negative, and add up to anything (DeepSeek-V3, eq. 19)."""
     return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + TINY)
 
 
@@ -74,13 +74,13 @@ def _best_two(preference_TGx: torch.Tensor) -> torch.Tensor:
 
 
 GROUP_SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"max": _best, "top2_sum": _best_two}
-"""What a group of experts is worth, [T, G, x] -> [T, G]: its best expert (DeepSeek-V2), or the sum of its best two
+"""The score of a group of experts, [T, G, x] -> [T, G]: its best expert (DeepSeek-V2), or the sum of its best two
 (DeepSeek-V3)."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What is random about routing in training; each of the functions gets a tensor and the key to draw from.
+    """Noise of routing in training; each function takes a tensor and the key to draw from.
 
     Attributes:
         on_input: the router's input [T, D] with the noise, in fp32; None leaves it alone.
@@ -92,7 +92,7 @@ class Noise:
 
     @property
     def is_random(self) -> bool:
-        """Whether anything is drawn."""
+        """True if anything is drawn."""
         return self.on_input is not None or self.on_choice is not None
 
 

@@ -1,7 +1,9 @@
-"""Step 7, count: what the router did, summed on the device until somebody asks.
+"""Step 7, count: sums of the router's decisions, kept on the device and read on log steps.
 
 Everything is a sum over tokens, micro-batches and ranks, so one vector per layer and one all-reduce give the global
 figures, whatever the layout.
+
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -76,9 +78,10 @@ class RoutingStatistics(nn.Module):
     def count(self, routing: Routing, assignments: Assignments, losses: BalanceLosses) -> None:
         """Add one micro-batch; nothing is read back to the host.
 
-        Not for a recomputation, except in code that is compiled, which adds nothing then.
+        Do not call in a recomputation; compiled code may, and then adds nothing.
         """
         weights_A = routing.weights_TK.reshape(-1)
+        # Masked assignments (expert E) are neither kept nor dropped.
         dropped_A = (assignments.expert_A < self.num_experts) & ~assignments.kept_A
         slots = assignments.assigned_E.sum()
         num_tokens = routing.mask_T.sum() if routing.mask_T is not None else slots.new_full((), len(routing.weights_TK))
@@ -94,6 +97,7 @@ class RoutingStatistics(nn.Module):
             torch.ones_like(losses.balance),
             slots,
         ]
+        # One vector, so that all figures of all layers are one all-reduce; float64, so that counts stay exact.
         sums = torch.cat(
             [
                 assignments.assigned_E.double(),
@@ -110,11 +114,11 @@ class RoutingStatistics(nn.Module):
         return self.sums[: self.num_experts]
 
     def clear(self) -> None:
-        """Start again from zero."""
+        """Set all sums to zero."""
         self.sums.zero_()
 
 
 def read_statistics(sums: torch.Tensor, num_experts: int) -> LayerStatistics:
-    """The figures in a vector of sums (already reduced over ranks and on the CPU)."""
+    """Return the figures in a vector of sums, which is reduced over ranks and on the CPU."""
     assigned_E, kept_E, score_E, scalars = sums.split([num_experts, num_experts, num_experts, len(_SCALARS)])
     return LayerStatistics(assigned_E, kept_E, score_E, **dict(zip(_SCALARS, scalars.tolist(), strict=True)))

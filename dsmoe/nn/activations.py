@@ -1,9 +1,9 @@
-"""The experts' activations by name: forward, backward, and the kernels' code for them.
+"""Registry of the experts' activations: forward, backward, and the code of their kernel.
 
-A new one needs an entry here, one in `ACTIVATION_SHAPES` beside the field's type in `dsmoe.config.sections.moe`, and a
-branch in `dsmoe.kernels.weighted_activation` unless that has its function already.
+A new activation needs an entry here, one in `ACTIVATION_SHAPES` beside the field's type in
+`dsmoe.config.sections.moe`, and a branch in `dsmoe.kernels.weighted_activation` unless its function has one.
 
-Shape suffixes: see `dsmoe.moe.grouped_ffn`.
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Activation:
     Attributes:
         name: its key in `ACTIVATIONS`.
         shape: the entry of `ACTIVATION_SHAPES`, by which the planner counts.
-        act: a new tensor; autograd can differentiate it, which is how dense blocks use it.
+        act: returns a new tensor; autograd can differentiate it, as dense blocks do.
         slope: of (grad, x): grad * act'(x).
-        kernel: what `dsmoe.kernels.weighted_activation` knows `act` by; None where it has no code for it.
+        kernel: the code of the branch for `act` in `dsmoe.kernels.weighted_activation`; None without one.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Activation:
     kernel: str | None
 
     def __reduce__(self) -> tuple[Callable[[str], Activation], tuple[str]]:
-        """Copied and pickled by name: operators of torch cannot be pickled."""
+        """Copy and pickle by name: operators of torch cannot be pickled."""
         return find_activation, (self.name,)
 
     @property
     def gated(self) -> bool:
-        """Whether z has two halves, gate and up."""
+        """True if z has two halves, gate and up."""
         return self.shape.gated
 
     def forward(self, z_NZ: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ class Activation:
     def backward(
         self, grad_NI: torch.Tensor, z_NZ: torch.Tensor, weight_N1: torch.Tensor, grad_z_NZ: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backward pass of weight * forward(z), which is computed again on the way.
+        """Run the backward pass of weight * forward(z), which is computed again.
 
         Overwrites `grad_NI`, the gradient of the weighted activation, and writes z's gradient into `grad_z_NZ`.
 
@@ -81,7 +81,7 @@ class Activation:
         return hidden_NI.mul_(weight_N1), grad_weight_N
 
     def weighted(self, z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor) -> torch.Tensor:
-        """The weight times forward(z), of the rows up to the last end."""
+        """Return the weight times forward(z), of the rows up to the last end."""
         if on_gpu(z_NZ):
             from dsmoe.kernels.weighted_activation import weighted_activation
 
@@ -91,7 +91,7 @@ class Activation:
     def weighted_backward(
         self, grad_NI: torch.Tensor, z_NZ: torch.Tensor, weight_N: torch.Tensor, ends_L: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `weighted` returns, and the gradients of z and the weight. Overwrites `grad_NI`."""
+        """Return the result of `weighted` and the gradients of z and the weight. Overwrites `grad_NI`."""
         if on_gpu(z_NZ):
             from dsmoe.kernels.weighted_activation import weighted_activation_backward
 
@@ -120,10 +120,10 @@ ACTIVATIONS = {
 
 
 def find_activation(name: str) -> Activation:
-    """The activation of this name.
+    """Return the activation of this name.
 
     Raises:
-        UserError: there is none, or the planner counts its weights otherwise.
+        UserError: there is none, or its shape is not the planner's.
     """
     activation = entry_named(ACTIVATIONS, "moe.activation", name)
     if activation.shape != ACTIVATION_SHAPES.get(name):

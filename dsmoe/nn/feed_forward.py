@@ -1,7 +1,4 @@
-"""A feed-forward that every token passes: the dense blocks, the shared expert, the MLP of a residual MoE.
-
-Shape suffixes: see `dsmoe.moe.router`.
-"""
+"""Dense feed-forward: of dense blocks, the shared expert and the MLP of a residual MoE."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ import torch
 from torch import nn
 
 from dsmoe.nn.activations import find_activation
-from dsmoe.nn.linear import ColumnLinear, RowLinear
+from dsmoe.nn.linear import ColumnParallelLinear, RowParallelLinear
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import enter_split
+from dsmoe.parallel.mappings import enter_tensor_parallel_region
 from dsmoe.parallel.random_weights import normal_from, seed_of
 
 
@@ -30,8 +27,8 @@ class FeedForward(nn.Module):
         self.activation = find_activation(activation)
         self.group = group or TensorGroup.alone()
         parts = self.activation.shape.input_matrices
-        self.gate_up = ColumnLinear(hidden_size, parts * ffn_size, self.group, parts)
-        self.down = RowLinear(ffn_size, hidden_size, self.group)
+        self.gate_up = ColumnParallelLinear(hidden_size, parts * ffn_size, self.group, parts)
+        self.down = RowParallelLinear(ffn_size, hidden_size, self.group)
 
     def initialise(self, seed: int, std: float, down_std: float) -> None:
         """Draw the weights from N(0, std^2) (`down`: down_std), the same for any number of ranks."""
@@ -40,23 +37,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        z = self.gate_up(enter_split(x, self.group))
+        z = self.gate_up(enter_tensor_parallel_region(x, self.group))
         if not self.activation.gated:
             return self.down(self.activation.act(z))
         gate, up = z.chunk(2, dim=-1)
         return self.down(self.activation.act(gate) * up)
-
-
-def join_dense(
-    y_TD: torch.Tensor, dense_TD: torch.Tensor, mix_T2: torch.Tensor | None, mask_T: torch.Tensor | None
-) -> torch.Tensor:
-    """Bring the experts' output and the dense one together: [T, D].
-
-    Args:
-        y_TD: of the experts.
-        dense_TD: of what every token passes.
-        mix_T2: what each of the two counts; None adds them.
-        mask_T: where it is False, the output is zero.
-    """
-    joined_TD = y_TD + dense_TD if mix_T2 is None else y_TD * mix_T2[:, :1] + dense_TD * mix_T2[:, 1:]
-    return joined_TD if mask_T is None else joined_TD * mask_T[:, None]

@@ -1,4 +1,4 @@
-"""Layers whose weights are cut over the ranks of a tensor group.
+"""Tensor-parallel layers: weights cut over the ranks of a tensor group.
 
 A column-parallel linear has a slice of the outputs, a row-parallel one of the inputs; between them every rank works on
 its own features, without communication (Megatron-LM, arXiv:1909.08053). Each layer holds its `Shard` of the weight that
@@ -12,25 +12,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import leave_split, sum_gradients
+from dsmoe.parallel.mappings import copy_weight_to_tensor_parallel_region, leave_tensor_parallel_region
 from dsmoe.parallel.sharding import Shard
 
 
 def mark_split(parameter: torch.Tensor) -> None:
-    """Tell DeepSpeed that every rank of a tensor group has another part, which counts in the gradient norm."""
+    """Mark a parameter of which each tensor rank has another part: DeepSpeed adds up their gradient norms."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-class ColumnLinear(nn.Linear):
+class ColumnParallelLinear(nn.Linear):
     """x W^T for this rank's slice of W's rows, that is of the outputs; no bias.
 
-    The input is what `regions.enter_split` gives.
+    The input is the result of `mappings.enter_tensor_parallel_region`.
 
     Args:
         in_features: the width of the input.
         out_features: the width of the output over all ranks.
         group: the ranks.
-        parts: how many matrices of equal height stand one below the other in W.
+        parts: matrices of equal height that stand one below the other in W.
     """
 
     def __init__(self, in_features: int, out_features: int, group: TensorGroup, parts: int = 1) -> None:
@@ -40,10 +40,10 @@ class ColumnLinear(nn.Linear):
             mark_split(self.weight)
 
 
-class RowLinear(nn.Linear):
+class RowParallelLinear(nn.Linear):
     """x W^T for this rank's slice of W's columns, that is of the inputs, summed over the ranks; no bias.
 
-    The output is what `regions.leave_split` gives.
+    The output is the result of `mappings.leave_tensor_parallel_region`.
     """
 
     def __init__(self, in_features: int, out_features: int, group: TensorGroup) -> None:
@@ -55,11 +55,11 @@ class RowLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in / ranks] -> [..., out]."""
-        return leave_split(F.linear(input, self.weight), self.group)
+        return leave_tensor_parallel_region(F.linear(input, self.weight), self.group)
 
 
-class SharedColumnLinear(nn.Linear):
-    """x W^T for some of W's rows, where the ranks are more than the slices: neighbours compute the same slice.
+class SharedColumnParallelLinear(nn.Linear):
+    """x W^T for one slice of W's rows where the slices are fewer than the ranks: neighbours compute the same slice.
 
     Every rank holds all of W, which is small (the few key/value heads of grouped-query attention), so that W is like
     any other replicated weight; the ranks' gradients are summed.
@@ -67,7 +67,7 @@ class SharedColumnLinear(nn.Linear):
     Args:
         in_features: the width of the input.
         out_features: the width of the output over all slices.
-        slices: how many there are; divides the ranks of the group.
+        slices: the number of slices; divides the ranks of the group.
         group: the ranks.
     """
 
@@ -79,10 +79,10 @@ class SharedColumnLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out / slices]."""
-        return F.linear(input, sum_gradients(self.weight, self.group)[self.rows])
+        return F.linear(input, copy_weight_to_tensor_parallel_region(self.weight, self.group)[self.rows])
 
 
-class VocabEmbedding(nn.Embedding):
+class VocabParallelEmbedding(nn.Embedding):
     """An embedding of which every rank holds the rows of its slice of the vocabulary."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group: TensorGroup) -> None:
@@ -93,15 +93,15 @@ class VocabEmbedding(nn.Embedding):
             mark_split(self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[B, S] -> [B, S, D], or this rank's slice of S (see `regions.leave_split`)."""
+        """[B, S] -> [B, S, D], or this rank's slice of S (see `mappings.leave_tensor_parallel_region`)."""
         if self.group.size == 1:
             return super().forward(input)
-        local, is_here = local_ids(input, self.num_embeddings, self.group)
-        return leave_split(torch.where(is_here[..., None], super().forward(local), 0.0), self.group)
+        local, is_local = local_ids(input, self.num_embeddings, self.group)
+        return leave_tensor_parallel_region(torch.where(is_local[..., None], super().forward(local), 0.0), self.group)
 
 
 def local_ids(ids: torch.Tensor, num_local: int, group: TensorGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each id's row in this rank's slice of the vocabulary (any row where it is elsewhere), and whether it is here."""
+    """Return each id's row in this rank's slice of the vocabulary, any row for an id of another slice, and its mask."""
     local = ids - group.rank * num_local
     return local.clamp(0, num_local - 1), (local >= 0) & (local < num_local)
 

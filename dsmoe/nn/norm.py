@@ -1,4 +1,4 @@
-"""RMSNorm between the blocks, where the ranks of a tensor group may each have other tokens."""
+"""RMSNorm between the blocks, where each rank of a tensor group may have other tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsmoe.parallel.groups import TensorGroup
-from dsmoe.parallel.mappings import sum_gradients
+from dsmoe.parallel.mappings import copy_weight_to_tensor_parallel_region
 
 
 class RMSNorm(nn.RMSNorm):
@@ -20,4 +20,6 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., size] -> [..., size]."""
         assert self.weight is not None
-        return F.rms_norm(x, self.normalized_shape, sum_gradients(self.weight, self.group), self.eps)
+        return F.rms_norm(
+            x, self.normalized_shape, copy_weight_to_tensor_parallel_region(self.weight, self.group), self.eps
+        )

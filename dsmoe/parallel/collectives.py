@@ -1,4 +1,7 @@
-"""Collectives with a gradient, and the bytes that they send."""
+"""All-to-all with a gradient, in two halves to overlap it, and the bytes sent.
+
+Shape suffixes: see `dsmoe.moe`.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ class Traffic:
     inter: float = 0.0
 
     def take(self) -> tuple[float, float]:
-        """The bytes sent over (intra-node, inter-node) links; starts again from zero."""
+        """Return the bytes sent over (intra-node, inter-node) links, and set them to zero."""
         taken = (self.intra, self.inter)
         self.intra = self.inter = 0.0
         return taken
 
     def add(self, group: ExpertGroup, rows_ND: torch.Tensor, counts: Sequence[int] | None) -> None:
-        """Count one exchange of `rows_ND` in which rank r of `group` is sent `counts[r]` rows (None: equal parts)."""
+        """Count an exchange of `rows_ND` that sends rank r of `group` `counts[r]` rows (None: equal parts)."""
         row_bytes = rows_ND.nbytes / max(len(rows_ND), 1)
         for peer, near in enumerate(group.same_node):
             if peer == group.rank:
@@ -53,11 +56,11 @@ class Exchange:
     receive_counts: Sequence[int] | None = None
 
     def reversed(self) -> Exchange:
-        """The exchange that takes the rows back."""
+        """Return the exchange that takes the rows back."""
         return Exchange(self.group, self.traffic, self.receive_counts, self.send_counts)
 
     def start(self, rows_ND: torch.Tensor) -> Transfer:
-        """Let the rows leave, without a gradient; on CUDA on a stream of NCCL's own."""
+        """Send the rows without waiting, and without a gradient; on CUDA on a stream of NCCL's own."""
         sent = rows_ND.contiguous()
         num_received = rows_ND.shape[0] if self.receive_counts is None else sum(self.receive_counts)
         received = rows_ND.new_empty((num_received, *rows_ND.shape[1:]))
@@ -75,11 +78,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Rows on their way, which `Exchange.start` returns.
+    """Rows under way, the result of `Exchange.start`.
 
-    It keeps both buffers: another stream, or gloo's thread, reads and writes them until `wait`. After it whatever the
-    current stream does comes after the transfer, the reuse of their memory as well, so long as it is the stream that
-    made them. It is: autograd runs each backward on the stream of its forward.
+    Keeps both buffers alive: another stream, or gloo's thread, reads and writes them until `wait`. After `wait` all
+    work of the current stream comes after the transfer, the reuse of the buffers' memory too, provided that the stream
+    is the one that made them. It is: autograd runs each backward on the stream of its forward.
     """
 
     sent: torch.Tensor
@@ -87,20 +90,20 @@ class Transfer:
     work: Any
 
     def wait(self) -> torch.Tensor:
-        """The rows, once they are here; on CUDA only the current stream waits for that, not the host."""
+        """Wait and return the rows received; on CUDA only the current stream waits, not the host."""
         self.work.wait()
         return self.received
 
 
 def exchange_counts(counts_E: torch.Tensor, group: ExpertGroup) -> torch.Tensor:
-    """Tell every rank how many rows it will get: [R * L] sent, by (rank, local expert) -> [R * L] received."""
+    """Exchange the numbers of rows: [R * L] to send, by (rank, local expert) -> [R * L] to receive."""
     received = torch.empty_like(counts_E)
     comm.all_to_all_single(received, counts_E.contiguous(), group=group.handle)
     return received
 
 
 def largest_of(value: int, group: ExpertGroup, device: torch.device) -> int:
-    """The largest of the ranks' values; read on the host."""
+    """Return the largest of the ranks' values; read on the host."""
     values = torch.tensor([value], device=device)
     comm.all_reduce(values, op=comm.ReduceOp.MAX, group=group.handle)
     return int(values)
@@ -111,7 +114,7 @@ def all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
 
     Args:
         rows_ND: [N, D] rows ordered by destination rank.
-        exchange: who takes part and how many rows go where.
+        exchange: the ranks, and the rows for each.
 
     Returns:
         [rows received, D], ordered by source rank.
@@ -120,23 +123,23 @@ def all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
 
 
 def start_all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> InFlight:
-    """`all_to_all` in two halves: whatever is computed before `wait` is computed while the rows travel.
+    """Start an `all_to_all`: work between this call and `wait` is done while the rows travel.
 
-    In the backward pass too: autograd runs what was made later first. So the gradients leave when it reaches `wait`,
-    what stood between start and wait gets its gradients while they travel, and only this half waits for them.
+    So in the backward pass: autograd runs in reverse order of creation. The gradients leave when it reaches `wait`, the
+    work between start and wait gets its gradients while they travel, and only this half waits for them.
     """
-    journey = _Journey(exchange)
-    return InFlight(_Start.apply(rows_ND, journey), journey)
+    state = _ExchangeState(exchange)
+    return InFlight(_Start.apply(rows_ND, state), state)
 
 
 @dataclass
-class _Journey:
-    """What the halves of an exchange share; refers to neither, or the graph would hold itself alive."""
+class _ExchangeState:
+    """State that the halves of an exchange share; refers to neither, or the graph would keep itself alive."""
 
     exchange: Exchange
     transfer: Transfer | None = None
 
-    def arrive(self) -> torch.Tensor:
+    def receive(self) -> torch.Tensor:
         assert self.transfer is not None, "wait only once, and after the start"
         received, self.transfer = self.transfer.wait(), None
         return received
@@ -144,42 +147,42 @@ class _Journey:
 
 @dataclass(frozen=True)
 class InFlight:
-    """Rows that have left.
+    """Rows under way, with a gradient.
 
-    `ticket`, [0], ties the halves together in autograd's graph, so that none of its hooks and checks ever sees a buffer
-    that is still being written.
+    `link`, a tensor [0], ties the halves together in autograd's graph instead of the rows, so that none of its hooks
+    and checks ever sees a buffer that is still being written.
     """
 
-    ticket: torch.Tensor
-    journey: _Journey
+    link: torch.Tensor
+    state: _ExchangeState
 
     def wait(self) -> torch.Tensor:
-        """The rows received, once they are here: [rows received, D], ordered by source rank."""
-        return _Wait.apply(self.ticket, self.journey)
+        """Wait and return the rows received: [rows received, D], ordered by source rank."""
+        return _Wait.apply(self.link, self.state)
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: torch.Tensor, journey: _Journey) -> torch.Tensor:
-        ctx.journey = journey
-        journey.transfer = journey.exchange.start(rows_ND)
+    def forward(ctx: Any, rows_ND: torch.Tensor, state: _ExchangeState) -> torch.Tensor:
+        ctx.state = state
+        state.transfer = state.exchange.start(rows_ND)
         return rows_ND.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.journey.arrive(), None
+        return ctx.state.receive(), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: torch.Tensor, journey: _Journey) -> torch.Tensor:
-        ctx.journey = journey
-        return journey.arrive()
+    def forward(ctx: Any, link: torch.Tensor, state: _ExchangeState) -> torch.Tensor:
+        ctx.state = state
+        return state.receive()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
-        note(f"{ctx.journey.exchange.group.label}, backward exchange")
-        ctx.journey.transfer = ctx.journey.exchange.reversed().start(grad_ND)
+        note(f"{ctx.state.exchange.group.label}, backward exchange")
+        ctx.state.transfer = ctx.state.exchange.reversed().start(grad_ND)
         return grad_ND.new_empty(0), None

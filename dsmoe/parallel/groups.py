@@ -1,7 +1,7 @@
-"""The live process groups of this rank, made from a `Topology` and registered with DeepSpeed.
+"""Live process groups of this rank, made from a `Topology` and registered with DeepSpeed.
 
-DeepSpeed keeps its groups in module dictionaries that ZeRO, the engine and its own MoE layer read. Filling them from
-the one `Topology` is what makes gradient reduction, partitioning and token dispatch agree.
+DeepSpeed keeps its groups in module dictionaries that ZeRO, the engine and its own MoE layer read. They are filled from
+the one `Topology`, so that gradient reduction, partitioning and token dispatch agree.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
+from dsmoe.engine import registry
 from dsmoe.plan.topology import AXES, Axis, Topology
 from dsmoe.runtime.consistency import check_alike
 from dsmoe.runtime.processes import join_processes
@@ -28,9 +28,14 @@ _LOGGER = logging.getLogger(__name__)
 class ExpertGroup:
     """The ranks that together hold one copy of all experts, as the MoE layer sees them.
 
-    `same_node[r]` says whether the r-th rank of the group is on this rank's node; it only sorts traffic by link.
-    `label` names the layer that exchanges over the group, for messages. `levels` are, where tokens go first across
-    nodes and then inside one, the groups of this rank for either; the group's ranks then stand node by node.
+    Attributes:
+        handle: torch's group; None for a single process.
+        size: R.
+        rank: this rank's place in the group.
+        same_node: True for each rank of the group on this rank's node; only sorts traffic by link.
+        label: the layer that exchanges over the group, for messages.
+        levels: this rank's groups across nodes and inside its node, where tokens are exchanged in two levels; the
+            group's ranks then stand node by node.
     """
 
     handle: dist.ProcessGroup | None
@@ -42,28 +47,28 @@ class ExpertGroup:
 
     @classmethod
     def alone(cls) -> ExpertGroup:
-        """The group of a single process without `torch.distributed`."""
+        """Make the group of a single process without `torch.distributed`."""
         return cls(None, 1, 0, (True,))
 
     @classmethod
     def registered(cls, name: str) -> ExpertGroup:
-        """The expert group that DeepSpeed knows under `name` (`ep_size_N`)."""
-        handle = deepspeed_groups._get_expert_parallel_group(name)
+        """Return the expert group that DeepSpeed knows under `name` (`ep_size_N`)."""
+        handle = registry.expert_group(name)
         ranks = dist.get_process_group_ranks(handle)
         world = launched_world()
         per_node = world.devices_per_node or world.size
-        here = dist.get_rank() // per_node
+        node = dist.get_rank() // per_node
         return cls(
             handle,
             len(ranks),
             dist.get_group_rank(handle, dist.get_rank()),
-            tuple(r // per_node == here for r in ranks),
+            tuple(r // per_node == node for r in ranks),
         )
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share the dense weights, and whether they share the sequence between the blocks as well."""
+    """The ranks that share the dense weights and, with `sequence`, cut the sequence between the blocks."""
 
     handle: dist.ProcessGroup | None
     size: int
@@ -72,7 +77,7 @@ class TensorGroup:
 
     @classmethod
     def alone(cls) -> TensorGroup:
-        """The group of a rank that has the weights for itself."""
+        """Make the group of a rank with whole weights."""
         return cls(None, 1, 0)
 
     @property
@@ -81,8 +86,8 @@ class TensorGroup:
         return self if self.sequence else TensorGroup.alone()
 
 
-def _claims_of(topology: Topology) -> dict[str, str]:
-    """A topology by the keys that describe it."""
+def _topology_claims(topology: Topology) -> dict[str, str]:
+    """Return a topology by the config keys that describe it, for the comparison between ranks."""
     sections = {"nodes": "cluster", "devices_per_node": "cluster"}
     return {f"{sections.get(name, 'parallel')}.{name}": str(value) for name, value in asdict(topology).items()}
 
@@ -90,12 +95,12 @@ def _claims_of(topology: Topology) -> dict[str, str]:
 class Groups:
     """One process group per axis of the topology, for this rank.
 
-    Making it is collective: every rank of the world must do so, in the same order as its other group-making calls. A
-    process that has not joined the others yet does so first (`join_processes`, on CUDA where there is a device).
+    Construction is collective: every rank of the world must take part, in the same order as its other group-making
+    calls. A process that has not joined the others yet joins first (`join_processes`, on CUDA where there is a device).
 
     Args:
         topology: the intent; its `world_size` must be the number of processes that were started.
-        timeout: how long a collective of any of these groups may wait.
+        timeout: of every collective of these groups.
 
     Raises:
         DifferentRanksError: a rank has another topology than rank 0; on all of them.
@@ -105,7 +110,7 @@ class Groups:
     def __init__(self, topology: Topology, timeout: timedelta = timedelta(minutes=30)) -> None:
         if not dist.is_initialized():
             join_processes("cuda" if torch.cuda.is_available() else "cpu", timeout)
-        check_alike(_claims_of(topology))  # else ranks would wait in groups that others do not make
+        check_alike(_topology_claims(topology))  # else ranks would wait in groups that others do not make
         if topology.world_size != dist.get_world_size():
             raise UserError(
                 f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "
@@ -116,7 +121,7 @@ class Groups:
         self.rank = dist.get_rank()
         # Where experts are whole, the expert groups are the exchange groups: one communicator serves both.
         made: list[Axis] = [axis for axis in AXES if axis != "expert" or topology.expert_tensor > 1]
-        self._handles = {axis: _new_group_of(topology, axis, self.rank, timeout) for axis in made}
+        self._handles = {axis: _own_group(topology.groups(axis), self.rank, timeout, axis) for axis in made}
         self._handles.setdefault("expert", self._handles["exchange"])
         self._levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         if levels := topology.exchange_levels():
@@ -130,11 +135,11 @@ class Groups:
         self.register_with_deepspeed()
 
     def handle(self, axis: Axis) -> dist.ProcessGroup:
-        """The process group of `axis` (one of `dsmoe.plan.topology.AXES`) that this rank is in."""
+        """Return this rank's process group of `axis` (one of `dsmoe.plan.topology.AXES`)."""
         return self._handles[axis]
 
     def coordinate(self, axis: Axis) -> int:
-        """This rank's place within its group of `axis`."""
+        """Return this rank's place within its group of `axis`."""
         return self.topology.coordinate(axis, self.rank)
 
     @property
@@ -143,11 +148,11 @@ class Groups:
         return f"ep_size_{self.topology.expert}"
 
     def expert_group(self, layer: str | None = None) -> ExpertGroup:
-        """The ranks that the layer called `layer` exchanges tokens over: all slices of all experts are among them."""
+        """Return the ranks that the layer called `layer` exchanges tokens over: they hold all slices of all experts."""
         topology = self.topology
-        here = topology.node_of(self.rank)
+        node = topology.node_of(self.rank)
         ranks = topology.group_of("exchange", self.rank)
-        same_node = tuple(topology.node_of(r) == here for r in ranks)
+        same_node = tuple(topology.node_of(r) == node for r in ranks)
         label = f"layer {layer}" if layer else ExpertGroup.label
         return ExpertGroup(
             self.handle("exchange"),
@@ -170,28 +175,31 @@ class Groups:
         return level(across, near=False), level(inside, near=True)
 
     def tensor_group(self, sequence: bool = False) -> TensorGroup:
-        """The tensor group; `sequence` cuts the sequence between the blocks (`parallel.sequence`)."""
+        """Return the tensor group; `sequence` cuts the sequence between the blocks (`parallel.sequence`)."""
         degree = self.topology.tensor
         return TensorGroup(self.handle("tensor"), degree, self.coordinate("tensor"), sequence and degree > 1)
 
     @property
     def mpu(self) -> ModelParallelUnit | None:
-        """What `deepspeed.initialize` takes as `mpu`; None without tensor parallelism."""
+        """The `mpu` argument of `deepspeed.initialize`; None without tensor parallelism."""
         return ModelParallelUnit(self) if self.topology.tensor > 1 else None
 
     def register_with_deepspeed(self) -> None:
-        """Make these the groups that DeepSpeed finds, instead of those of an earlier topology of this process."""
-        name, topology, rank = self.expert_group_name, self.topology, self.rank
-        registry = deepspeed_groups
-        registry.mpu = self.mpu
-        # Over this group DeepSpeed adds up the experts' norms: all slices of all experts.
-        registry._EXPERT_PARALLEL_GROUP[name] = self.handle("exchange")
-        registry._EXPERT_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("exchange", rank))
-        registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("expert_data")
-        registry._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(topology.group_of("expert_data", rank))
-        # Without tensor parallelism the data group is the whole world, which DeepSpeed keeps a clone of.
-        if topology.tensor == 1:
-            registry._WORLD_GROUP = self.handle("data")
+        """Register these groups with DeepSpeed, instead of those of an earlier topology of this process."""
+        topology = self.topology
+
+        def member(axis: Axis) -> registry.RegisteredGroup:
+            return registry.RegisteredGroup(self.handle(axis), topology.group_of(axis, self.rank))
+
+        # Without tensor parallelism the data group is the whole world.
+        world = self.handle("data") if topology.tensor == 1 else None
+        registry.register_groups(
+            self.expert_group_name,
+            expert=member("exchange"),
+            expert_data=member("expert_data"),
+            mpu=self.mpu,
+            world=world,
+        )
 
 
 class ModelParallelUnit:
@@ -229,19 +237,15 @@ class ModelParallelUnit:
         return self._groups.topology.data
 
 
-def _new_group_of(topology: Topology, axis: Axis, rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    return _own_group(topology.groups(axis), rank, timeout, axis)
-
-
 def _own_group(groups: Sequence[Sequence[int]], rank: int, timeout: timedelta, name: str) -> dist.ProcessGroup:
-    """Make every group, as torch wants of every rank, and return the one that has `rank` in it.
+    """Make every group, as torch requires of every rank, and return the one of `rank`.
 
-    The flight recorder knows them by `name`.
+    The flight recorder shows the groups by `name`.
     """
-    mine = None
+    own = None
     for ranks in groups:
         handle = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
         if rank in ranks:
-            mine = handle
-    assert mine is not None
-    return mine
+            own = handle
+    assert own is not None
+    return own

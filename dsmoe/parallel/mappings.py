@@ -1,17 +1,20 @@
-"""Crossings between the parts of a model that the ranks of a tensor group share in different ways.
+"""Mappings: the crossings between the regions of a model that the ranks of a tensor group share in different ways.
 
 Between the blocks every rank holds all tokens (replicated), or, under sequence parallelism, its slice of the sequence.
-Within attention, a dense feed-forward or the output head every rank holds all tokens and a slice of the weights, so
-that what it computes is one term of a sum. In an MoE layer every rank holds its slice of the tokens. Each crossing is a
-collective whose gradient is the collective of the way back (Megatron-LM, arXiv:1909.08053 and 2205.05198).
+In a tensor-parallel region (attention, a dense feed-forward, the output head) every rank holds all tokens and a slice
+of the weights, so that its output is one term of a sum. In a sequence-parallel region (an MoE layer, and the stretch
+between the blocks under sequence parallelism) every rank holds its slice of the tokens.
 
-All work on [..., S, D] and cut S, the last dimension but one.
+A crossing is a collective whose gradient is the transposed collective. The names are Megatron's (Megatron-LM,
+arXiv:1909.08053 and 2205.05198; `core/tensor_parallel/mappings.py`). `enter_` and `leave_` choose the crossing by
+`group.sequence`, that is by what the ranks hold between the blocks. A group of one rank crosses nothing.
+
+All but `gather_from_tensor_parallel_region` take [..., S, D] and cut S, the last dimension but one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,61 +23,94 @@ from torch.autograd.function import once_differentiable
 
 from dsmoe.parallel.groups import TensorGroup
 
-Move = Callable[[torch.Tensor, TensorGroup], torch.Tensor]
+Collective = Callable[[torch.Tensor, TensorGroup], torch.Tensor]
 
 # torch 2.13 has given them new names and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def enter_split(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    """From between the blocks to where the weights are split: all tokens; the ranks' gradients are summed."""
-    return _cross(x, group, gather, reduce_scatter) if group.sequence else _cross(x, group, _same, reduce)
+def enter_tensor_parallel_region(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """From between the blocks to where the weights are cut: all tokens; the ranks' gradients are summed."""
+    if group.sequence:
+        return gather_from_sequence_parallel_region(x, group, tensor_parallel_output_grad=True)
+    return copy_to_tensor_parallel_region(x, group)
 
 
-def leave_split(terms: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    """The way back: the sum of the ranks' terms, in all (replicated) or for this rank's slice of the sequence."""
-    return _cross(terms, group, reduce_scatter, gather) if group.sequence else _cross(terms, group, reduce, _same)
+def leave_tensor_parallel_region(terms: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """The return route: the sum of the ranks' terms, whole (replicated) or for this rank's slice of the sequence."""
+    if group.sequence:
+        return reduce_scatter_to_sequence_parallel_region(terms, group)
+    return reduce_from_tensor_parallel_region(terms, group)
 
 
-def enter_tokens(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    """From between the blocks to where every rank works on its own slice of the tokens."""
-    return x if group.sequence else _cross(x, group, own_slice, gather)
+def enter_sequence_parallel_region(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """From between the blocks to where every rank works on its own slice of the tokens, as an MoE layer does."""
+    return x if group.sequence else scatter_to_sequence_parallel_region(x, group)
 
 
-def leave_tokens(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    """The way back."""
-    return x if group.sequence else _cross(x, group, gather, own_slice)
+def leave_sequence_parallel_region(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """The return route of `enter_sequence_parallel_region`."""
+    return x if group.sequence else gather_from_sequence_parallel_region(x, group, tensor_parallel_output_grad=False)
 
 
-def leave_columns(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def copy_to_tensor_parallel_region(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Return x; the gradient is the sum of the ranks' gradients."""
+    return _cross(x, group, _same, all_reduce)
+
+
+def copy_weight_to_tensor_parallel_region(weight: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Return a weight that all ranks hold and each uses in part, or on its own tokens.
+
+    Its gradient is the sum of the ranks' gradients, in fp32 at least. Megatron sums these after the backward pass.
+    """
+    return _cross(weight, group, _same, _all_reduce_wide)
+
+
+def reduce_from_tensor_parallel_region(terms: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Return the sum of the ranks' terms; the gradient reaches each rank's own term as it is."""
+    return _cross(terms, group, all_reduce, _same)
+
+
+def gather_from_tensor_parallel_region(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """[..., S, V / ranks], each rank's own features of all tokens -> [..., S, V] on every rank."""
     if group.size == 1:
         return x
-    return leave_tokens(x.transpose(-2, -1), replace(group, sequence=False)).transpose(-2, -1)
+    return _cross(x.transpose(-2, -1), group, all_gather, own_slice).transpose(-2, -1)
 
 
-def sum_over_ranks(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    """The sum of the ranks' `x`, of which each rank's gradient reaches its own term."""
-    return _cross(x, group, reduce, _same)
+def scatter_to_sequence_parallel_region(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """[..., S, D] -> this rank's slice [..., S / ranks, D]; the gradients are gathered."""
+    return _cross(x, group, own_slice, all_gather)
 
 
-def sum_gradients(weight: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    """A weight that is the same on all ranks, of which each uses only a part or on its own tokens.
+def gather_from_sequence_parallel_region(
+    x: torch.Tensor, group: TensorGroup, tensor_parallel_output_grad: bool
+) -> torch.Tensor:
+    """[..., S / ranks, D] of every rank -> [..., S, D].
 
-    What the ranks add to its gradient is summed, in fp32 at least.
+    Args:
+        x: this rank's slice.
+        group: the ranks.
+        tensor_parallel_output_grad: each rank has one term of the output's gradient, as in a tensor-parallel region:
+            the terms are summed. False: every rank has the whole gradient and keeps its slice.
     """
-    return _cross(weight, group, _same, _reduce_wide)
+    return _cross(x, group, all_gather, reduce_scatter if tensor_parallel_output_grad else own_slice)
 
 
-def reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    """The sum of every rank's `x`; without a gradient, as all below."""
+def reduce_scatter_to_sequence_parallel_region(terms: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """[..., S, D] terms -> this rank's slice [..., S / ranks, D] of their sum; the gradients are gathered."""
+    return _cross(terms, group, reduce_scatter, all_gather)
+
+
+def all_reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Return the sum of every rank's `x`; without a gradient, as all below."""
     total = x.contiguous().clone()
     dist.all_reduce(total, group=group.handle)
     return total
 
 
-def gather(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def all_gather(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """[..., S / ranks, D] of every rank -> [..., S, D]."""
     slices = x.new_empty(group.size * x.shape[0], *x.shape[1:])
     _all_gather(slices, x.contiguous(), group=group.handle)
@@ -98,21 +134,23 @@ def _same(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     return x.view_as(x)
 
 
-def _reduce_wide(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    return reduce(x.to(torch.promote_types(x.dtype, torch.float32)), group).to(x.dtype)
+def _all_reduce_wide(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    return all_reduce(x.to(torch.promote_types(x.dtype, torch.float32)), group).to(x.dtype)
 
 
-def _cross(x: torch.Tensor, group: TensorGroup, there: Move, back: Move) -> torch.Tensor:
-    return x if group.size == 1 else _Crossing.apply(x, group, there, back)
+def _cross(x: torch.Tensor, group: TensorGroup, collective: Collective, transposed: Collective) -> torch.Tensor:
+    return x if group.size == 1 else _Crossing.apply(x, group, collective, transposed)
 
 
 class _Crossing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: TensorGroup, there: Move, back: Move) -> torch.Tensor:
-        ctx.group, ctx.back = group, back
-        return there(x, group)
+    def forward(
+        ctx: Any, x: torch.Tensor, group: TensorGroup, collective: Collective, transposed: Collective
+    ) -> torch.Tensor:
+        ctx.group, ctx.transposed = group, transposed
+        return collective(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.back(grad, ctx.group), None, None, None
+        return ctx.transposed(grad, ctx.group), None, None, None

@@ -10,15 +10,15 @@ from dsmoe.parallel.sharding import Shard
 
 
 def seed_of(seed: int, *names: object) -> int:
-    """A 63-bit seed that depends on all of `seed` and `names` and on nothing else, on any machine."""
+    """Return a 63-bit seed that depends on `seed` and all `names` and on nothing else, on any machine."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def normal_from(seed: int, tensor: torch.Tensor, std: float, shard: Shard | None = None) -> None:
-    """Fill `tensor` in place from N(0, std^2), with a generator of its own; a meta tensor has nothing to fill.
+    """Fill `tensor` in place from N(0, std^2), with a generator of its own; leave a meta tensor alone.
 
-    With a `shard` the whole weight is drawn, and `tensor` gets its slice: the same numbers for any number of ranks.
+    With a `shard` the whole weight is drawn and `tensor` gets its slice: the same numbers for any number of ranks.
     """
     if tensor.is_meta:
         return

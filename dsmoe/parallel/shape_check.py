@@ -1,11 +1,13 @@
-"""Before ranks exchange a shape for the first time they agree on it, or all stop with the reason.
+"""Agreement of a group's ranks on a shape before they exchange it for the first time; a difference stops all of them.
 
-An exchange of which the ranks have different ideas does not fail: it waits, or moves bytes to the wrong places. So
-whoever meets a (layer, shape) that it has not exchanged yet says so in the store and waits until the rest of its group
-has said the same. Shapes that were agreed on cost a set lookup, and no rank is asked anything.
+An exchange with different shapes on different ranks does not fail: it waits, or moves bytes to the wrong places. So a
+rank writes a (layer, shape) that it has not exchanged yet into the store and waits until the rest of its group has
+written the same. Shapes that were agreed on cost a set lookup and no communication.
 
-A rank to which a shape is new when it is not to others cannot wait for them to say something: they are in the exchange
-already. It learns that from their notes in `dsmoe.runtime.watchdog`.
+A rank to which a shape is new when it is not to others cannot wait for their entries: they are in the exchange already,
+as their notes in `dsmoe.runtime.watchdog` show.
+
+Shape suffixes: see `dsmoe.moe`.
 """
 
 from __future__ import annotations
@@ -28,24 +30,24 @@ POLL_SECONDS = 0.005
 
 
 class DisagreementError(UserError):
-    """The ranks of a group have different ideas of what they exchange."""
+    """The ranks of a group are about to exchange different shapes."""
 
 
 @torch.compiler.disable
 def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, how: str) -> None:
-    """Wait until every rank of `group` is about to exchange the same in the same layer; at once if it ever was.
+    """Wait until every rank of `group` is about to exchange the same shape in the same layer; return at once if agreed.
 
     Args:
-        group: who exchanges; its `label` names the layer.
-        x_TD: the tokens of this rank. Their number may differ from rank to rank; it is only told.
+        group: the ranks; its `label` names the layer.
+        x_TD: the tokens of this rank. Their number may differ from rank to rank; messages show it.
         num_experts: E.
-        how: what else must be the same: choices per token, and how many rows are sent.
+        how: the rest that must be the same: choices per token, and the rule for the rows sent.
 
     Raises:
-        DisagreementError: another rank is about to do something else.
+        DisagreementError: another rank is about to exchange another shape.
         LostRanksError: another rank does not come.
     """
-    if group.handle is None:  # not torch's: there is nobody to ask
+    if group.handle is None:  # not a group of torch: no rank to ask
         return
     watch = process_watch()
     intent = f"{group.label}, exchange of rows of {x_TD.shape[1]} x {x_TD.dtype} to {num_experts} experts, {how}"
@@ -58,7 +60,7 @@ def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, how: str) ->
 
 
 def _agree(watch: Watch, group: ExpertGroup, intent: str, num_tokens: int, number: int) -> None:
-    """Say what this rank is about to do, hear what the others are, and compare."""
+    """Write this rank's intent into the store, read the others' and compare."""
     ranks = dist.get_process_group_ranks(group.handle)
     keys = {rank: f"dsmoe/agree/{'-'.join(map(str, ranks))}/{number}/{rank}" for rank in ranks}
     watch.store.set(keys[watch.rank], json.dumps([intent, num_tokens]))
@@ -69,11 +71,11 @@ def _agree(watch: Watch, group: ExpertGroup, intent: str, num_tokens: int, numbe
         if time.monotonic() > look_at_notes:
             look_at_notes = time.monotonic() + BEAT_SECONDS
             notes = watch.notes_of(waiting)
-            # Who has come as far and says nothing here knows the shape that it exchanges from before.
+            # A rank with more notes and no entry is past this point: it agreed on its shape before.
             silent = {r: note.doing for r, note in notes.items() if note.notes > watch.notes}
             intents.update({r: (doing, None) for r, doing in silent.items() if not watch.store.check([keys[r]])})
-        said = {rank: watch.store.get(keys[rank]) for rank in waiting if watch.store.check([keys[rank]])}
-        intents.update({rank: tuple(json.loads(text)) for rank, text in said.items()})
+        written = {rank: watch.store.get(keys[rank]) for rank in waiting if watch.store.check([keys[rank]])}
+        intents.update({rank: tuple(json.loads(text)) for rank, text in written.items()})
         if waited.look() > watch.timeout.total_seconds():
             come = "has" if len(waiting) == 1 else "have"
             raise LostRanksError(f"{rank_names(waiting)} {come} not come to {intent} within {waited.seconds:.0f} s")
@@ -83,7 +85,7 @@ def _agree(watch: Watch, group: ExpertGroup, intent: str, num_tokens: int, numbe
 
 
 def _explain(intents: dict[int, tuple[str, int | None]]) -> str:
-    """Who is about to do what; the fewest first, for they are the odd ones."""
+    """Return a message with the ranks of each intent, the smallest party first: most likely the wrong one."""
     parties: dict[str, list[int]] = {}
     for rank, (what, _) in sorted(intents.items()):
         parties.setdefault(what, []).append(rank)

@@ -12,7 +12,7 @@ from torch import nn
 import dsmoe
 from dsmoe.config.schema import Config
 from dsmoe.parallel import Groups
-from dsmoe.parallel.mappings import enter_tokens, leave_tokens
+from dsmoe.parallel.mappings import enter_sequence_parallel_region, leave_sequence_parallel_region
 from dsmoe.parity.training import TOLERANCES, Training, difference, whole_weights
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
@@ -48,7 +48,9 @@ class Net(nn.Module):
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens_BS[:, :-1])
         for norm, layer in zip(self.norms, self.layers, strict=True):
-            x = x + leave_tokens(layer(enter_tokens(norm(x), self.group))[0], self.group)
+            x = x + leave_sequence_parallel_region(
+                layer(enter_sequence_parallel_region(norm(x), self.group))[0], self.group
+            )
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), tokens_BS[:, 1:].flatten())
 
 

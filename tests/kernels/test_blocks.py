@@ -59,14 +59,14 @@ def test_kernels_are_their_twins_at_other_sizes() -> None:
 def test_what_is_not_summed_within_a_program_has_the_same_bits_at_any_size(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows_ND, row_SK = torch.randn(20, 300, device=DEVICE).to(dtype), torch.randint(0, 22, (9, 5), device=DEVICE)
+    rows_ND, row_UK = torch.randn(20, 300, device=DEVICE).to(dtype), torch.randint(0, 22, (9, 5), device=DEVICE)
     z_NZ, grad_NI, weight_N = test_weighted_activation.inputs("swiglu", 37, 40, dtype)
     ends_L = torch.tensor([37], dtype=torch.int32, device=DEVICE)
 
     def results() -> list[torch.Tensor]:
         backward = weighted_activation_backward(grad_NI, z_NZ, weight_N, ends_L, ACTIVATIONS["swiglu"])
         return [
-            bag_sum(rows_ND, row_SK),
+            bag_sum(rows_ND, row_UK),
             weighted_activation(z_NZ, weight_N, ends_L, ACTIVATIONS["swiglu"]),
             *backward[:2],
         ]

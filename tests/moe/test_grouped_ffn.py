@@ -53,7 +53,7 @@ class Case:
         self.experts_TK = experts_TK
         self.assignments = limit(routing, assigned_E, capacity, DROP_POLICIES["position"])
         ends_L = self.assignments.kept_E.cumsum(0)
-        self.row_map = RowMap.of(self.assignments, ends_L - self.assignments.kept_E, T * K)
+        self.row_map = RowMap.from_assignments(self.assignments, ends_L - self.assignments.kept_E, T * K)
         self.ends_L = ends_L.int()
 
     def rows(self, recompute: bool = False) -> ExpertRows:

@@ -51,8 +51,8 @@ MUTATIONS = [
     Mutation(
         "experts' gradients are reduced over ranks that hold other experts",
         "dsmoe/parallel/groups.py",
-        old='registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("expert_data")',
-        new='registry._EXPERT_DATA_PARALLEL_GROUP[name] = self.handle("data")',
+        old='expert_data=member("expert_data")',
+        new='expert_data=member("expert_data")._replace(handle=self.handle("data"))',
         caught_by="tests/parallel/test_groups.py::test_groups_are_the_topologys_and_deepspeeds[2-1]",
     ),
     Mutation(
@@ -68,15 +68,15 @@ MUTATIONS = [
     Mutation(
         "the backward exchange brings zeros",
         "dsmoe/parallel/collectives.py",
-        old="ctx.journey.exchange.reversed().start(grad_ND)",
-        new="ctx.journey.exchange.reversed().start(torch.zeros_like(grad_ND))",
+        old="ctx.state.exchange.reversed().start(grad_ND)",
+        new="ctx.state.exchange.reversed().start(torch.zeros_like(grad_ND))",
         caught_by="tests/parallel/test_collectives.py::test_uneven_exchange_and_its_gradient",
     ),
     Mutation(
         "gradients stay where they are instead of travelling back",
         "dsmoe/parallel/collectives.py",
-        old="return ctx.journey.arrive(), None",
-        new="return (ctx.journey.transfer.sent, ctx.journey.arrive())[0], None",
+        old="return ctx.state.receive(), None",
+        new="return (ctx.state.transfer.sent, ctx.state.receive())[0], None",
         caught_by="tests/parallel/test_collectives.py::test_equal_exchange_and_its_gradient",
     ),
     Mutation(
@@ -101,17 +101,17 @@ MUTATIONS = [
         caught_by="tests/moe/test_parallel.py::test_every_dispatch_equals_one_rank[2-1-2]",
     ),
     Mutation(
-        "on its way home the partial sum of a token in a node is added twice",
+        "on the return route the partial sum of a token in a node is added twice",
         "dsmoe/moe/dispatch.py",
-        old="output_SD = dispatched.relay.take(output_SD)",
-        new="output_SD = 2 * dispatched.relay.take(output_SD)",
+        old="output_UD = dispatched.node_route.take_back(output_UD)",
+        new="output_UD = 2 * dispatched.node_route.take_back(output_UD)",
         caught_by="tests/moe/test_hierarchical.py::test_two_levels_equal_one_rank[4-1-4-8-2-3]",
     ),
     Mutation(
         "the chunk that came last goes home first",
         "dsmoe/moe/dispatch.py",
-        old="_join([flight.wait() for flight, _ in leaving])",
-        new="_join([flight.wait() for flight, _ in reversed(leaving)])",
+        old="_join([flight.wait() for flight, _ in returning])",
+        new="_join([flight.wait() for flight, _ in reversed(returning)])",
         caught_by="tests/moe/test_overlap.py::test_the_number_of_chunks_changes_nothing[dropless-1]",
     ),
     Mutation(
@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation(
         "the router's gradient is that of one tensor rank's tokens",
         "dsmoe/moe/router.py",
-        old="sum_gradients(self.weight, self.tensor_group)",
+        old="copy_weight_to_tensor_parallel_region(self.weight, self.tensor_group)",
         new="self.weight",
         caught_by=TENSOR_PARALLEL,
     ),
@@ -153,7 +153,7 @@ MUTATIONS = [
     Mutation(
         "the gradient of a key/value head that ranks share is that of one rank's queries",
         "dsmoe/nn/linear.py",
-        old="sum_gradients(self.weight, self.group)[self.rows]",
+        old="copy_weight_to_tensor_parallel_region(self.weight, self.group)[self.rows]",
         new="self.weight[self.rows]",
         caught_by=TENSOR_PARALLEL,
     ),
@@ -167,7 +167,7 @@ MUTATIONS = [
     Mutation(
         "without sequence parallelism the gradients of a column-parallel layer's input are not summed",
         "dsmoe/parallel/mappings.py",
-        old="_cross(x, group, _same, reduce)",
+        old="_cross(x, group, _same, all_reduce)",
         new="_cross(x, group, _same, _same)",
         caught_by=CROSSINGS,
     ),
@@ -196,14 +196,14 @@ MUTATIONS = [
     Mutation(
         "without ZeRO the norm forgets the other slices of the experts",
         "dsmoe/engine/clipping.py",
-        old="(parts, deepspeed_groups._get_expert_parallel_group(name))",
+        old="(parts, registry.expert_group(name))",
         new='(parts, groups.handle("expert"))',
         caught_by=f"{NORM}[2]",
     ),
     Mutation(
         "without ZeRO all experts' norms are added up over one group, whatever the ep_size of their layer",
         "dsmoe/engine/clipping.py",
-        old="deepspeed_groups._get_expert_parallel_group(name)",
+        old="registry.expert_group(name)",
         new='groups.handle("exchange")',
         caught_by=f"{OWN_MODEL}[2-0-parallel0-1]",
     ),
@@ -246,7 +246,7 @@ MUTATIONS = [
     Mutation(
         "the balancing loss sees the load of one tensor rank's tokens",
         "dsmoe/moe/balance.py",
-        old="counts_E = assigned_E if group.size == 1 else reduce(assigned_E, group)",
+        old="counts_E = assigned_E if group.size == 1 else all_reduce(assigned_E, group)",
         new="counts_E = assigned_E",
         caught_by=TENSOR_PARALLEL,
     ),

@@ -90,7 +90,7 @@ def graph_is_freed() -> bool:
     group = Groups(Topology(1, 2, expert=2)).expert_group()
     gc.disable()
     flight = start_all_to_all(torch.ones(2, 3, requires_grad=True), Exchange(group, Traffic()))
-    received, exchange = flight.wait(), weakref.ref(flight.journey.exchange)
+    received, exchange = flight.wait(), weakref.ref(flight.state.exchange)
     assert exchange() is not None
     del flight, received
     deadline = time.monotonic() + 10

@@ -44,29 +44,29 @@ def check_crossings() -> None:
     joined = torch.cat(half, dim=1)
     total = full[0] + full[1]
 
-    def check(crossing: Crossing, group: TensorGroup, length: int, there: torch.Tensor, back: torch.Tensor) -> None:
+    def check(crossing: Crossing, group: TensorGroup, length: int, output: torch.Tensor, grad: torch.Tensor) -> None:
         y, gradient = crossed(crossing, group, length)
-        assert torch.equal(y, there), crossing
-        assert torch.equal(gradient, 10 * back), crossing
+        assert torch.equal(y, output), crossing
+        assert torch.equal(gradient, 10 * grad), crossing
 
-    check(r.enter_split, group, S, full[rank], total)
-    check(r.leave_split, group, S, total, full[rank])
-    check(r.enter_split, cut_group, S // 2, joined, cut(total, rank))
-    check(r.leave_split, cut_group, S, cut(total, rank), joined)
-    check(r.enter_tokens, group, S, cut(full[rank], rank), joined)
-    check(r.leave_tokens, group, S // 2, joined, cut(full[rank], rank))
-    check(r.enter_tokens, cut_group, S // 2, half[rank], half[rank])
-    check(r.leave_tokens, cut_group, S // 2, half[rank], half[rank])
-    check(r.sum_over_ranks, group, S, total, full[rank])
-    check(r.sum_gradients, group, S, full[rank], total)
-    mine = full[rank].requires_grad_()
-    columns = r.leave_columns(mine, cut_group)
+    check(r.enter_tensor_parallel_region, group, S, full[rank], total)
+    check(r.leave_tensor_parallel_region, group, S, total, full[rank])
+    check(r.enter_tensor_parallel_region, cut_group, S // 2, joined, cut(total, rank))
+    check(r.leave_tensor_parallel_region, cut_group, S, cut(total, rank), joined)
+    check(r.enter_sequence_parallel_region, group, S, cut(full[rank], rank), joined)
+    check(r.leave_sequence_parallel_region, group, S // 2, joined, cut(full[rank], rank))
+    check(r.enter_sequence_parallel_region, cut_group, S // 2, half[rank], half[rank])
+    check(r.leave_sequence_parallel_region, cut_group, S // 2, half[rank], half[rank])
+    check(r.reduce_from_tensor_parallel_region, group, S, total, full[rank])
+    check(r.copy_weight_to_tensor_parallel_region, group, S, full[rank], total)
+    own = full[rank].requires_grad_()
+    columns = r.gather_from_tensor_parallel_region(own, cut_group)
     columns.backward(torch.arange(2.0 * D).expand_as(columns))
     assert torch.equal(columns, torch.cat(full, dim=2))
-    assert torch.equal(mine.grad, (torch.arange(float(D)) + rank * D).expand_as(mine))
+    assert torch.equal(own.grad, (torch.arange(float(D)) + rank * D).expand_as(own))
 
     rows = torch.arange(2.0 * D).view(2, D) + rank  # of flat tokens, as an MoE layer has them
-    assert torch.equal(r.gather(rows, group), torch.cat([rows - rank, rows - rank + 1]))
+    assert torch.equal(r.all_gather(rows, group), torch.cat([rows - rank, rows - rank + 1]))
 
 
 def test_crossings_and_their_gradients() -> None:
@@ -77,7 +77,7 @@ def bf16_gradients() -> float:
     """256 + 1 + 1 + 1: in bf16, 256 + 1 is 256."""
     group = Groups(Topology(1, 4, tensor=4)).tensor_group()
     weight = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
-    used = r.sum_gradients(weight, group)
+    used = r.copy_weight_to_tensor_parallel_region(weight, group)
     used.backward(torch.tensor([256.0 if group.rank == 0 else 4.0 / 3.0]).bfloat16())
     return float(weight.grad)
 
@@ -88,7 +88,14 @@ def test_gradients_of_shared_weights_are_summed_in_fp32() -> None:
 
 def test_one_rank_alone_crosses_nothing() -> None:
     x = torch.randn(B, S, D)
-    for crossing in (r.enter_split, r.leave_split, r.enter_tokens, r.leave_tokens, r.leave_columns, r.sum_gradients):
+    for crossing in (
+        r.enter_tensor_parallel_region,
+        r.leave_tensor_parallel_region,
+        r.enter_sequence_parallel_region,
+        r.leave_sequence_parallel_region,
+        r.gather_from_tensor_parallel_region,
+        r.copy_weight_to_tensor_parallel_region,
+    ):
         assert crossing(x, TensorGroup.alone()) is x
 
 
