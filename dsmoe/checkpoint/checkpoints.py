@@ -46,11 +46,11 @@ from dsmoe.config.schema import Config
 from dsmoe.engine.optimizer_state import MOMENTS, inner_optimizer
 from dsmoe.parallel.random_weights import seed_of
 from dsmoe.parallel.sharding import Placement
-from dsmoe.runtime.lost_ranks import LostRanksError, is_lost
-from dsmoe.runtime.processes import on_every_rank, on_first_rank
+from dsmoe.runtime.lost_ranks import LostRanksError, is_lost_rank_error
+from dsmoe.runtime.processes import run_on_all_ranks, run_on_rank_0
 from dsmoe.runtime.progress import Job
-from dsmoe.runtime.waiting import while_watched
-from dsmoe.runtime.watchdog import note
+from dsmoe.runtime.waiting import run_watched
+from dsmoe.runtime.watchdog import record_position
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -91,9 +91,9 @@ class Checkpoints:
         self._state = EngineState(engine, placements)
         # Of its own: a save must neither wait for training's collectives nor mix with them.
         make_group = partial(dist.new_group, backend="gloo", timeout=PATIENCE, group_desc="checkpoints")
-        with Job("sharing", "agreeing which rank saves what", ends_with_rank=True) as job:
-            self._group = while_watched(make_group, job)
-            self._owned: set[NamedBox] = while_watched(lambda: own_share(self._state.boxes(), self._group), job)
+        with Job("sharing", "agreeing which rank saves what", fails_on_lost_rank=True) as job:
+            self._group = run_watched(make_group, job)
+            self._owned: set[NamedBox] = run_watched(lambda: own_share(self._state.boxes(), self._group), job)
         self._buffer = HostBuffer(engine.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._job: Job | None = None
@@ -157,7 +157,7 @@ class Checkpoints:
         """Wait until the last save has come to an end, well or not, or will not; but no longer than `seconds`."""
         begun = time.monotonic()
         while self._thread is not None and self._thread.is_alive():
-            lost = None if self._job is None else self._job.gone()
+            lost = None if self._job is None else self._job.check_lost()
             if lost is not None:
                 self._failure = lost  # the thread waits for the rank that is gone, and is left alone
                 return
@@ -214,7 +214,7 @@ class Checkpoints:
         worth = min(max(time.time() - self._misses.since, WORTH_SECONDS[0]), WORTH_SECONDS[1])
         worth = STOPPING_SECONDS if is_stopping else worth
         while isinstance(self._failure, SaveError) and self._failure.is_of_disk:
-            with Job("last save", "trying the last save again", ends_with_rank=True) as job:
+            with Job("last save", "trying the last save again", fails_on_lost_rank=True) as job:
                 left = worth - (time.monotonic() - begun)
                 if self._any_rank(left < pause, job):
                     break
@@ -239,7 +239,7 @@ class Checkpoints:
     def _any_rank(self, is_so: bool, job: Job) -> bool:
         """Whether it is so on any rank, as all agree; no save may be under way."""
         flag = torch.tensor(int(is_so))
-        while_watched(lambda: dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group), job)
+        run_watched(lambda: dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group), job)
         return bool(flag)
 
     def load(self, checkpoint: Path) -> Facts:
@@ -308,7 +308,7 @@ class Checkpoints:
 
     def _checked(self, checkpoint: Path) -> Manifest:
         """The manifest, when all ranks together have found every file to be what was written."""
-        with Job("verification", f"verifying {checkpoint.name}", ends_with_rank=True) as job:
+        with Job("verification", f"verifying {checkpoint.name}", fails_on_lost_rank=True) as job:
 
             def look() -> Manifest:
                 job.at(f"reading {MANIFEST}")
@@ -320,15 +320,15 @@ class Checkpoints:
                 check_surely(checkpoint, manifest, mine, Reading(job.at, job.add))
                 job.waits("all verified")
 
-            manifest = on_first_rank(look, job)
-            on_every_rank(check, job)
+            manifest = run_on_rank_0(look, job)
+            run_on_all_ranks(check, job)
             return manifest
 
     def _read(self, checkpoint: Path, manifest: Manifest, parts: list[Part], kinds: tuple[str, ...]) -> None:
         """Fill the parts; each tensor of these kinds must be wanted by some rank, and each that is wanted be there."""
-        with Job("load", f"loading {checkpoint.name}", ends_with_rank=True) as job:
+        with Job("load", f"loading {checkpoint.name}", fails_on_lost_rank=True) as job:
             own = {part.key: part.shape for part in parts}
-            wanted = {key: shape for shapes in on_every_rank(lambda: own, job) for key, shape in shapes.items()}
+            wanted = {key: shape for shapes in run_on_all_ranks(lambda: own, job) for key, shape in shapes.items()}
             refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
 
             def check() -> None:
@@ -338,14 +338,14 @@ class Checkpoints:
                 check_types(checkpoint, manifest, {p.key: NAMES[p.here.dtype] for p in parts if not p.is_weight})
                 job.waits("headers read")
 
-            on_every_rank(check, job)
+            run_on_all_ranks(check, job)
             reader, planner = FolderReader(checkpoint, manifest, job), PartsLoadPlanner()
-            note(job.what)
-            while_watched(
+            record_position(job.what)
+            run_watched(
                 partial(dcp.load, by_key(parts), storage_reader=reader, planner=planner, process_group=self._group), job
             )
             bad = bad_state(parts, self._engine.device)
-            first = next((what for what in on_every_rank(lambda: bad, job) if what), None)
+            first = next((what for what in run_on_all_ranks(lambda: bad, job) if what), None)
         if first is not None:
             raise NotFiniteError(f"{checkpoint} has {first}")
 
@@ -358,7 +358,7 @@ class Checkpoints:
 
     def _start(self, final: Path) -> None:
         """Let a thread write the copies; without `checkpoint.asynchronous`, wait for it."""
-        self._job = Job("save", f"saving {final.name}", ends_with_rank=True)
+        self._job = Job("save", f"saving {final.name}", fails_on_lost_rank=True)
         writer = FolderWriter(final, self._facts, self._job)
         self._thread = threading.Thread(target=self._write, args=(writer, self._job), daemon=True, name="save")
         self._thread.start()
@@ -369,7 +369,7 @@ class Checkpoints:
         """Write, with the other ranks, and then remove what is to be kept no more. Where that fails, say so."""
         with job:
             if self._is_written(writer) and dist.get_rank() == 0 and self._tidies:
-                job.ends_with_rank = False  # it is saved, and the others may be at their end
+                job.fails_on_lost_rank = False  # it is saved, and the others may be at their end
                 job.at("removing older checkpoints")
                 try:
                     remove_old(self.folder, self._config.checkpoint, writer.final)
@@ -387,7 +387,7 @@ class Checkpoints:
                 writer.discard()
             self._failure = SaveError.of(writer.final, error)
         except Exception as error:  # another rank is gone: training will find out as well
-            kind = LostRanksError if is_lost(error) else SaveError
+            kind = LostRanksError if is_lost_rank_error(error) else SaveError
             self._failure = kind(f"cannot save {writer.final}: {error}")
         if self._failure is not None:
             self._misses.failed += 1

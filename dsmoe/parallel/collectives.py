@@ -11,7 +11,7 @@ from deepspeed import comm
 from torch.autograd.function import once_differentiable
 
 from dsmoe.parallel.groups import ExpertGroup
-from dsmoe.runtime.watchdog import note
+from dsmoe.runtime.watchdog import record_position
 
 
 @dataclass
@@ -180,6 +180,6 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
-        note(f"{ctx.journey.exchange.group.label}, backward exchange")
+        record_position(f"{ctx.journey.exchange.group.label}, backward exchange")
         ctx.journey.transfer = ctx.journey.exchange.reversed().start(grad_ND)
         return grad_ND.new_empty(0), None

@@ -17,7 +17,7 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from dsmoe.config.errors import UserError
 from dsmoe.plan.topology import AXES, Axis, Topology
-from dsmoe.runtime.consistency import check_alike
+from dsmoe.runtime.consistency import check_all_ranks_agree
 from dsmoe.runtime.processes import join_processes
 from dsmoe.runtime.world import launched_world
 
@@ -81,7 +81,7 @@ class TensorGroup:
         return self if self.sequence else TensorGroup.alone()
 
 
-def _claims_of(topology: Topology) -> dict[str, str]:
+def _topology_fingerprint(topology: Topology) -> dict[str, str]:
     """A topology by the keys that describe it."""
     sections = {"nodes": "cluster", "devices_per_node": "cluster"}
     return {f"{sections.get(name, 'parallel')}.{name}": str(value) for name, value in asdict(topology).items()}
@@ -98,14 +98,16 @@ class Groups:
         timeout: how long a collective of any of these groups may wait.
 
     Raises:
-        DifferentRanksError: a rank has another topology than rank 0; on all of them.
+        RankMismatchError: a rank has another topology than rank 0; on all of them.
         UserError: the world that was launched is not the topology's.
     """
 
     def __init__(self, topology: Topology, timeout: timedelta = timedelta(minutes=30)) -> None:
         if not dist.is_initialized():
             join_processes("cuda" if torch.cuda.is_available() else "cpu", timeout)
-        check_alike(_claims_of(topology))  # else ranks would wait in groups that others do not make
+        check_all_ranks_agree(
+            _topology_fingerprint(topology)
+        )  # else ranks would wait in groups that others do not make
         if topology.world_size != dist.get_world_size():
             raise UserError(
                 f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "

@@ -213,7 +213,7 @@ def observed(config: Config, checkpoint: Path, key: str) -> str:
     def told(**changed: Any) -> tuple[str, ...]:
         return check_run_folder(Plan.from_config(config.model_copy(update=changed))).notes
 
-    def begin_with(**keys: str) -> dict[str, Any]:
+    def begin_command(**keys: str) -> dict[str, Any]:
         return {"name": "another", "checkpoint": config.checkpoint.model_copy(update=keys)}
 
     with suppress(UserError):
@@ -221,10 +221,10 @@ def observed(config: Config, checkpoint: Path, key: str) -> str:
         assert is_path(key, value_at(config.model_dump(), key)) or names(notes, "the run was last started", key)
         return "free"
     with suppress(UserError):
-        assert names(told(**begin_with(resume=str(checkpoint))), f"{checkpoint} was saved", key)
+        assert names(told(**begin_command(resume=str(checkpoint))), f"{checkpoint} was saved", key)
         return "math"
     with suppress(UserError):
-        told(**begin_with(weights_from=str(checkpoint)))
+        told(**begin_command(weights_from=str(checkpoint)))
         return "step"
     return "tensor"
 
