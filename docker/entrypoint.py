@@ -1,15 +1,15 @@
-"""What the image runs: `pretrain CONFIG [section.key=value ...]` on this node's devices, or any other command.
+"""Entry point of the image: `pretrain CONFIG [section.key=value ...]` on this node's devices, or any other command.
 
-Which ranks it starts, by what it sees in the environment:
+The ranks that it starts, by the variables in the environment:
 
-    RANK and WORLD_SIZE, srun's step,      this process is one rank, that another launcher has started
+    RANK and WORLD_SIZE, srun's step,      none: this process is one rank, which another launcher has started
     or mpirun's variables
     NODE_RANK, or JOB_COMPLETION_INDEX     one rank per device of this node, of NNODES nodes; the first is MASTER_ADDR
     none of them                           one rank per device of this machine, which is the only one
 
-`pretrain` is any program in launch/. The ranks' exit codes and signals are why this is neither `torchrun` nor
-`deepspeed`: both exit with 1 where the ranks, told to stop, have saved a checkpoint and exited with 75, and both kill
-the ranks 30 seconds after a signal, however long the checkpoint takes.
+`pretrain` is any program in launch/. Neither `torchrun` nor `deepspeed` does, because of exit codes and signals: both
+exit with 1 where the ranks, told to stop, have saved a checkpoint and exited with 75, and both kill the ranks 30
+seconds after a signal, however long the checkpoint takes.
 """
 
 from __future__ import annotations
@@ -18,42 +18,27 @@ import argparse
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from dsmoe.config import Config, UserError, load_config
 from dsmoe.exit_codes import DONE, NO_PROGRAM, STOPPED, USER_ERROR, of_signal
-from dsmoe.runtime.launchers import find_task
-from dsmoe.runtime.variables import whole_number
+from dsmoe.runtime.container import is_launched_rank, rank_environments
+from dsmoe.runtime.rendezvous import Rendezvous
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-RANKS_OF_OTHERS = ({"RANK", "WORLD_SIZE"}, {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"})
-"""What a launcher's rank has in its environment; a batch script of Slurm has no SLURM_STEP_NUM_TASKS."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT)
-"""What is handed on. A terminal that has gone (SIGHUP) is SIGTERM to the ranks."""
+"""Signals that are forwarded as they are. The end of a terminal (SIGHUP) becomes SIGTERM."""
 GRACE_SECONDS = 30.0
-"""How long the other ranks may take to say what they saw, after one has failed."""
-
-
-def _is_rank_of_another() -> bool:
-    """Whether another launcher has started this process as one of several."""
-    if any(keys <= os.environ.keys() for keys in RANKS_OF_OTHERS):
-        return True
-    try:
-        task = find_task(os.environ)
-    except UserError:
-        return True  # the program says what is wrong with the launcher's variables
-    return task is not None and task.size > 1
+"""The time that the other ranks have to report, after one has failed."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code, unless it replaces this process."""
+    """Run the command and return its exit code, unless it replaces this process."""
     if not arguments or not arguments[0]:
         print("error: nothing to run; give `pretrain CONFIG [section.key=value ...]` or a command", file=sys.stderr)
         return USER_ERROR
@@ -64,78 +49,44 @@ def main(arguments: Sequence[str]) -> int:
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
     command = [sys.executable, str(script), *rest]
-    if _is_rank_of_another():
+    if is_launched_rank():
         _become(command)
     try:
-        ranks = environments(_config(rest), os.environ)
+        ranks = rank_environments(_config(rest))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     return supervise(command, ranks)
 
 
-def environments(config: Config, environment: Mapping[str, str]) -> list[dict[str, str]]:
-    """What each rank of this node has in its environment besides `environment`, in the order of their devices.
-
-    Raises:
-        UserError: it does not say which node this is, or where the first one is.
-    """
-    number = partial(whole_number, environment, advice="set NNODES, NODE_RANK and MASTER_ADDR for each container")
-    nodes = number("NNODES") if "NNODES" in environment else config.cluster.nodes
-    if not nodes:
-        raise UserError("NNODES must be a number of nodes, from 1 on")
-    devices = _devices(config)
-    name = next((key for key in ("NODE_RANK", "JOB_COMPLETION_INDEX") if key in environment), None)
-    if nodes == 1 and name is None:
-        address, port, node = "127.0.0.1", environment.get("MASTER_PORT") or _free_port(), 0
-    elif name is None or "MASTER_ADDR" not in environment:
-        raise UserError(
-            f"this container is one of {nodes} nodes (cluster.nodes, NNODES) and is not told which: set NODE_RANK "
-            f"(0 to {nodes - 1}; Kubernetes sets JOB_COMPLETION_INDEX) and MASTER_ADDR, the name of the first; "
-            "for this machine alone add cluster.nodes=1"
-        )
-    else:
-        address, port = environment["MASTER_ADDR"], environment.get("MASTER_PORT") or "29500"
-        node = number(name)
-        if node >= nodes:
-            raise UserError(f"{name} ({node}) must be below the number of nodes (cluster.nodes, NNODES: {nodes})")
-    shared = {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(nodes * devices),
-        "LOCAL_WORLD_SIZE": str(devices),
-        # More threads than cores make ranks many times slower; torchrun has the same default.
-        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
-    }
-    if config.cluster.device == "cpu":
-        shared["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no other
-    return [{**shared, "RANK": str(node * devices + device), "LOCAL_RANK": str(device)} for device in range(devices)]
-
-
 def supervise(command: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> int:
-    """Run the ranks, hand on signals, end the others when one fails; returns the exit code of the node.
+    """Run the ranks, forward signals, end the others when one fails, and return the exit code of the node.
 
     That is the first failure's (128 + n for signal n), else 75 if the ranks have stopped for a signal, else 0.
+
+    Args:
+        command: the program and its arguments.
+        ranks: the variables to set for each rank.
     """
-    # In a process group each: Control-C in a terminal then reaches them once, from here.
+    # In a process group each: Control-C in a terminal then reaches them once, from this process.
     processes = [subprocess.Popen(command, env={**os.environ, **rank}, process_group=0) for rank in ranks]
 
-    def hand_on(number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         for process in processes:
             process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in (*SIGNALS, signal.SIGHUP):
-        signal.signal(number, hand_on)
+        signal.signal(number, forward)
     failure, deadline = 0, math.inf
     while None in [process.poll() for process in processes]:
         if not failure and (failed := _failed(processes)) is not None:
             failure, how = _ending(processes[failed].returncode)
-            rank = ranks[failed]["RANK"]
+            rank = Rendezvous.from_environment(ranks[failed]).rank
             print(f"rank {rank} {how}; the other ranks of this node are told to stop", file=sys.stderr, flush=True)
-            hand_on(signal.SIGTERM, None)
+            forward(signal.SIGTERM, None)
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
-            hand_on(signal.SIGKILL, None)
+            forward(signal.SIGKILL, None)
         time.sleep(0.1)
     if not failure and (failed := _failed(processes)) is not None:
         return _ending(processes[failed].returncode)[0]
@@ -143,19 +94,19 @@ def supervise(command: Sequence[str], ranks: Sequence[Mapping[str, str]]) -> int
 
 
 def _failed(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Which rank of this node has failed; None if none has."""
+    """The index of a rank that has failed, None if none has."""
     return next((i for i, process in enumerate(processes) if process.returncode not in (None, DONE, STOPPED)), None)
 
 
 def _ending(code: int) -> tuple[int, str]:
-    """The exit code that stands for a process' return code, and what that says, which a killed rank cannot."""
+    """The exit code for a process' return code, and its text for a message, which a killed rank cannot print itself."""
     if code < 0:
         return of_signal(-code), f"was killed by {signal.Signals(-code).name}"
     return code, f"has ended with exit code {code}"
 
 
 def _become(command: list[str]) -> None:
-    """Replace this process, so that the command gets the container's signals and its code is the container's."""
+    """Replace this process by the command, which then gets the container's signals and gives its exit code."""
     try:
         os.execvp(command[0], command)
     except OSError as error:
@@ -170,21 +121,6 @@ def _config(arguments: Sequence[str]) -> Config:
     parser.add_argument("overrides", nargs="*")
     options, _ = parser.parse_known_intermixed_args(arguments)
     return load_config(options.config, options.overrides)
-
-
-def _devices(config: Config) -> int:
-    """How many ranks this node has: the config's, or where that is elastic all the GPUs that there are."""
-    if not config.cluster.elastic or config.cluster.device == "cpu":
-        return config.cluster.devices_per_node
-    import torch
-
-    return torch.cuda.device_count() or config.cluster.devices_per_node
-
-
-def _free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The exit codes of dsmoe's programs, by which job scripts, containers and launchers go.
+"""Exit codes of dsmoe's programs, by which job scripts, containers and launchers decide.
 
-Which of them an error has, `dsmoe.config.errors` says. With the standard library alone.
+`dsmoe.config.errors` maps errors to them. With the standard library alone.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import signal
 
 DONE = 0
 FAILED = 1
-"""What may be right at another try, and all that is not known better."""
+"""An error that another try may not have, and every unknown one."""
 USER_ERROR = 2
-"""Somebody has to change something first: whatever starts runs again by itself leaves one that has ended with this."""
+"""Somebody has to change something first: job scripts and containers do not start the run again."""
 STOPPED = 75
-"""A signal has stopped the run after a checkpoint, and it goes on when it is started again (EX_TEMPFAIL)."""
+"""A signal has stopped the run after a checkpoint; started again, the run continues from there (EX_TEMPFAIL)."""
 NO_PROGRAM = 127
-"""There is no such program, as shells say it."""
+"""There is no such program; the shells' code."""
 
 
 def of_signal(number: int) -> int:
-    """What shells make of a process that died of a signal."""
+    """Return the shells' exit code of a process that died of a signal."""
     return 128 + number
 
 

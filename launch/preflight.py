@@ -9,15 +9,15 @@ import os
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from dsmoe.runtime.launcher_exit import watch_launcher
-from dsmoe.runtime.start import begin, end_process, interruptible, preflight_program
+from dsmoe.runtime.start import begin, exit_process, interruptible, preflight_parser
 
 if __name__ == "__main__":
     watch_launcher()
     with interruptible():
-        start = begin(preflight_program())
+        start = begin(preflight_parser())
         code = start.ended()
         if code is None:
             from dsmoe.preflight.check_nodes import main  # which imports torch
 
             code = main(start)
-    end_process(code)
+    exit_process(code)

@@ -39,10 +39,10 @@ from dsmoe.config.schema import Config
 from dsmoe.engine.optimizer_state import MOMENTS, inner_optimizer
 from dsmoe.parallel.random_weights import seed_of
 from dsmoe.parallel.sharding import ShardedTensor
-from dsmoe.runtime.processes import on_every_rank, on_first_rank
+from dsmoe.runtime.processes import run_on_all_ranks, run_on_rank_0
 from dsmoe.runtime.progress import Job
-from dsmoe.runtime.waiting import while_watched
-from dsmoe.runtime.watchdog import note
+from dsmoe.runtime.waiting import run_watched
+from dsmoe.runtime.watchdog import record_position
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -79,9 +79,9 @@ class Checkpointer:
         self._state = EngineState(engine, placements)
         # A group of its own: a save must neither wait for training's collectives nor mix with them.
         make_group = partial(dist.new_group, backend="gloo", timeout=PATIENCE, group_desc="checkpoints")
-        with Job("sharing", "agreeing which rank saves what", ends_with_rank=True) as job:
-            self._group = while_watched(make_group, job)
-            self._owned = while_watched(lambda: owned_boxes(self._state.boxes(), self._group), job)
+        with Job("sharing", "agreeing which rank saves what", fails_on_lost_rank=True) as job:
+            self._group = run_watched(make_group, job)
+            self._owned = run_watched(lambda: owned_boxes(self._state.boxes(), self._group), job)
         self._saver = Saver(folder, config.checkpoint, self._group, engine.device.type == "cuda")
         self._saved_step: int | None = None
         """The last step that was saved to `folder`, or loaded from `folder`."""
@@ -253,7 +253,7 @@ class Checkpointer:
 
     def _checked(self, checkpoint: Path) -> Manifest:
         """Return the manifest, when all ranks together have found every file to be what was written."""
-        with Job("verification", f"verifying {checkpoint.name}", ends_with_rank=True) as job:
+        with Job("verification", f"verifying {checkpoint.name}", fails_on_lost_rank=True) as job:
 
             def look() -> Manifest:
                 job.at(f"reading {MANIFEST}")
@@ -266,15 +266,15 @@ class Checkpointer:
                 check_surely(checkpoint, manifest, names, Reading(job.at, job.add))
                 job.waits("all verified")
 
-            manifest = on_first_rank(look, job)
-            on_every_rank(check, job)
+            manifest = run_on_rank_0(look, job)
+            run_on_all_ranks(check, job)
             return manifest
 
     def _read(self, checkpoint: Path, manifest: Manifest, chunks: list[Chunk], kinds: tuple[str, ...]) -> None:
         """Fill the chunks. Every tensor of `kinds` must be wanted by some rank, and every wanted tensor be stored."""
-        with Job("load", f"loading {checkpoint.name}", ends_with_rank=True) as job:
+        with Job("load", f"loading {checkpoint.name}", fails_on_lost_rank=True) as job:
             own = {chunk.key: chunk.shape for chunk in chunks}
-            wanted = {key: shape for shapes in on_every_rank(lambda: own, job) for key, shape in shapes.items()}
+            wanted = {key: shape for shapes in run_on_all_ranks(lambda: own, job) for key, shape in shapes.items()}
             refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
 
             def check() -> None:
@@ -284,12 +284,12 @@ class Checkpointer:
                 check_types(checkpoint, manifest, {c.key: NAMES[c.values.dtype] for c in chunks if not c.is_weight})
                 job.waits("headers read")
 
-            on_every_rank(check, job)
+            run_on_all_ranks(check, job)
             reader, planner = FolderReader(checkpoint, manifest, job), ChunkLoadPlanner()
-            note(job.what)
+            record_position(job.what)
             load = partial(torch_dcp.load, storage_reader=reader, planner=planner, process_group=self._group)
-            while_watched(lambda: load(by_key(chunks)), job)
+            run_watched(lambda: load(by_key(chunks)), job)
             bad = bad_state(chunks, self._engine.device)
-            first = next((what for what in on_every_rank(lambda: bad, job) if what), None)
+            first = next((what for what in run_on_all_ranks(lambda: bad, job) if what), None)
         if first is not None:
             raise NotFiniteError(f"{checkpoint} has {first}")

@@ -46,7 +46,7 @@ from dsmoe.checkpoint.safetensors import DTYPES, NAMES, LazyTensor, read_tensor,
 from dsmoe.checkpoint.state import Chunk
 from dsmoe.config.errors import UserError
 from dsmoe.runtime.atomic_files import publish_folder, sync_folder, write_synced
-from dsmoe.runtime.progress import Account
+from dsmoe.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +161,9 @@ class FolderWriter(StorageWriter):
         account: where progress is reported.
     """
 
-    def __init__(self, final: Path, facts: Facts, account: Account | None = None) -> None:
+    def __init__(self, final: Path, facts: Facts, account: Progress | None = None) -> None:
         self.final, self._facts = final, facts
-        self._account = account or Account()
+        self._account = account or Progress()
         self._partial = final  # until the coordinator has chosen a name
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -264,9 +264,9 @@ class FolderReader(StorageReader):
         account: where progress is reported.
     """
 
-    def __init__(self, checkpoint: Path, manifest: Manifest, account: Account | None = None) -> None:
+    def __init__(self, checkpoint: Path, manifest: Manifest, account: Progress | None = None) -> None:
         self._checkpoint, self._manifest = checkpoint, manifest
-        self._account = account or Account()
+        self._account = account or Progress()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, which changes nothing: a reader reads one folder."""

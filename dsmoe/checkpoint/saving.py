@@ -21,9 +21,9 @@ from dsmoe.checkpoint.state import Chunk
 from dsmoe.config.errors import UserError, describe, exit_code_of
 from dsmoe.config.schema import Checkpoint
 from dsmoe.plan.text import quantity
-from dsmoe.runtime.lost_ranks import LostRanksError, is_lost
+from dsmoe.runtime.lost_ranks import LostRanksError, is_lost_rank_error
 from dsmoe.runtime.progress import Job
-from dsmoe.runtime.waiting import while_watched
+from dsmoe.runtime.waiting import run_watched
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Saver:
         begun = time.monotonic()
         # Not one long join: the thread may wait for a lost rank until gloo gives up, after hours.
         while self._thread is not None and self._thread.is_alive():
-            lost = None if self._job is None else self._job.gone()
+            lost = None if self._job is None else self._job.check_lost()
             if lost is not None:
                 self.failure = lost  # the thread waits for the rank that is gone, and is left alone
                 return
@@ -187,7 +187,7 @@ class Saver:
         worth = min(max(time.time() - self.misses.since, WORTH_SECONDS[0]), WORTH_SECONDS[1])
         worth = STOPPING_SECONDS if is_stopping else worth
         while isinstance(self.failure, SaveError) and self.failure.is_of_disk:
-            with Job("last save", "trying the last save again", ends_with_rank=True) as job:
+            with Job("last save", "trying the last save again", fails_on_lost_rank=True) as job:
                 left = worth - (time.monotonic() - begun)
                 if self._any_rank(left < pause, job):
                     break
@@ -213,13 +213,13 @@ class Saver:
     def _any_rank(self, value: bool, job: Job) -> bool:
         """Return whether the value is True on any rank; no save may be under way."""
         flag = torch.tensor(int(value))
-        while_watched(lambda: dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group), job)
+        run_watched(lambda: dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group), job)
         return bool(flag)
 
     def _start(self) -> None:
         """Start a thread that writes the copies; without `checkpoint.asynchronous`, wait for the thread."""
         final = self.folder / checkpoint_name(self._facts.step)
-        self._job = Job("save", f"saving {final.name}", ends_with_rank=True)
+        self._job = Job("save", f"saving {final.name}", fails_on_lost_rank=True)
         writer = FolderWriter(final, self._facts, self._job)
         # A daemon: storage that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._write, args=(writer, self._job), daemon=True, name="save")
@@ -231,7 +231,7 @@ class Saver:
         """Write with the other ranks, then remove what is kept no more; log what fails."""
         with job:
             if self._is_written(writer) and dist.get_rank() == 0 and self._tidies:
-                job.ends_with_rank = False  # the checkpoint is there, and the other ranks may be at their end
+                job.fails_on_lost_rank = False  # the checkpoint is there, and the other ranks may be at their end
                 job.at("removing older checkpoints")
                 try:
                     remove_old(self.folder, self._options, writer.final)
@@ -249,7 +249,7 @@ class Saver:
                 writer.discard()
             self.failure = SaveError.from_exception(writer.final, error)
         except Exception as error:  # another rank is gone: training will find out as well
-            kind = LostRanksError if is_lost(error) else SaveError
+            kind = LostRanksError if is_lost_rank_error(error) else SaveError
             self.failure = kind(f"cannot save {writer.final}: {error}")
         if self.failure is not None:
             self.misses.failed += 1

@@ -12,9 +12,9 @@ from dsmoe.cli import checkpoint_commands, config_commands, launch_commands, pre
 from dsmoe.config import UserError
 from dsmoe.config.errors import describe, exit_code_of, located
 from dsmoe.exit_codes import DONE, FAILED, INTERRUPTED
-from dsmoe.runtime.reporting_rank import print_for_host
-from dsmoe.runtime.standard_streams import finish_streams, open_missing_streams
-from dsmoe.runtime.start import Parser, UsageError, wrong_arguments
+from dsmoe.runtime.reporting_rank import print_once_per_host
+from dsmoe.runtime.standard_streams import flush_streams, open_missing_streams
+from dsmoe.runtime.start import Parser, UsageError, begin_failed
 
 # No module in cli/ imports torch at its top, so that `dsmoe config` and `dsmoe plan` answer at once, also on a login
 # node. A command that needs torch imports it when it runs.
@@ -41,15 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped by SIGINT", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe (`| head`)
-        finish_streams()
+        flush_streams()
         return FAILED
     except UserError as error:
-        print_for_host(f"error: {error}")  # under a launcher all ranks of a host have the same input
+        print_once_per_host(f"error: {error}")  # under a launcher all ranks of a host have the same input
         return exit_code_of(error)
     except OSError as error:
         is_of_output = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        print_for_host(f"error: standard output: {describe(error)}" if is_of_output else f"error: {located(error)}")
-        finish_streams()
+        print_once_per_host(
+            f"error: standard output: {describe(error)}" if is_of_output else f"error: {located(error)}"
+        )
+        flush_streams()
         return exit_code_of(error)
 
 
@@ -72,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report_wrong_arguments(error: UsageError) -> int:
     """Report wrong arguments on one of the ranks and return the exit code."""
-    code = wrong_arguments(error).ended()
+    code = begin_failed(error).ended()
     if code is None:  # rank 0 has valid arguments, and waits for this rank
-        from dsmoe.runtime.failure_exit import ended_by
+        from dsmoe.runtime.failure_exit import report_failure
 
-        code = ended_by(error)
+        code = report_failure(error)
     return code

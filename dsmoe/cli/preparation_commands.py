@@ -12,7 +12,7 @@ from dsmoe.cli.config_arguments import add_config_arguments, load
 from dsmoe.config import Config
 from dsmoe.parity.layouts import parse_layouts
 from dsmoe.runtime.rendezvous import Rendezvous
-from dsmoe.runtime.start import begin_with, end_process
+from dsmoe.runtime.start import begin_command, exit_process
 
 
 def add_commands(commands: Any) -> None:
@@ -52,7 +52,7 @@ def _parity(arguments: argparse.Namespace) -> int:
         rendezvous = Rendezvous.from_environment()
         parse_layouts(arguments.layouts, rendezvous.size if rendezvous.is_launched else None)
 
-    start = begin_with(arguments.config, arguments.overrides, check)
+    start = begin_command(arguments.config, arguments.overrides, check)
     code = start.ended()
     if code is None:
         from dsmoe.parity.check_parity import check_parity
@@ -60,18 +60,18 @@ def _parity(arguments: argparse.Namespace) -> int:
         options = {"steps": arguments.steps, "precision": arguments.precision, "full": arguments.full}
         code = check_parity(arguments.config, arguments.overrides, arguments.layouts, **options)
     if Rendezvous.from_environment().is_launched:
-        end_process(code)
+        exit_process(code)
     return code
 
 
 def _preflight(arguments: argparse.Namespace) -> None:
-    start = begin_with(arguments.config, arguments.overrides)
+    start = begin_command(arguments.config, arguments.overrides)
     code = start.ended()
     if code is None:
         from dsmoe.preflight.check_nodes import check_cluster
 
         code = check_cluster(start, arguments.json)
-    end_process(code)
+    exit_process(code)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from dsmoe.moe.layer import MoE
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.plan import Plan
 from dsmoe.runtime.local_device import device_index
-from dsmoe.runtime.processes import set_timeout_everywhere
+from dsmoe.runtime.processes import set_group_timeouts
 from dsmoe.runtime.rendezvous import Rendezvous
 
 
@@ -68,7 +68,7 @@ def make_engine(model: nn.Module, plan: Plan, groups: Groups, settings: dict[str
     )
     sum_in_fp32(engine)
     _reduce_over_own_groups(engine, groups)
-    set_timeout_everywhere(timedelta(seconds=plan.config.cluster.collective_timeout_seconds))
+    set_group_timeouts(timedelta(seconds=plan.config.cluster.collective_timeout_seconds))
     fragments(engine)  # refuses now what a checkpoint could not save
     engine.update_guard = UpdateGuard(engine)
     if plan.config.parallel.zero_stage == 0:

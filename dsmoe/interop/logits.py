@@ -175,7 +175,7 @@ def import_transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the library's progress bars and advice: its loading report is checked instead."""
+    """HeartbeatTimer the library's progress bars and advice: its loading report is checked instead."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

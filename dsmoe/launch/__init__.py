@@ -1,1 +1,1 @@
-"""What starts a run on a cluster, written from its YAML file: hostfiles, Slurm scripts, compose files."""
+"""Launching on a cluster: hostfiles, Slurm scripts and compose files, written from the YAML file of a run."""

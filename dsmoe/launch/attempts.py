@@ -1,12 +1,12 @@
-"""Whether a job whose ranks have stopped is to be queued again: `python -m dsmoe.launch.attempts RUN_FOLDER EXIT_CODE`.
+"""Attempts of a Slurm job, and whether to queue it again: `python -m dsmoe.launch.attempts RUN_FOLDER EXIT_CODE`.
 
-A job script asks after every attempt and goes by the exit code: 0, queue it again; 1, leave it. A run that fails and
-has got no further is not to hold the cluster for ever: after `MOST_FAILURES` such attempts of a job it is left, with a
-message that says so; and so is one that is told to stop so early, as many times, that there is nothing to save.
-Whoever submits it again, as a new job, has as many attempts again.
+A job script runs this after every attempt and goes by the exit code: 0, queue the job again; 1, leave it. A run that
+fails without progress must not occupy the cluster for ever: after `MOST_FAILURES` such attempts the job is left, with a
+message. So is a job whose attempts are, as many times, told to stop so early that there is nothing to save. Submitted
+again, as a new job, it has as many attempts again.
 
-With the standard library alone, which is all that the modules imported here have: in a job that runs in containers,
-the script's own Python has no more.
+With the standard library alone, as are the modules imported here: in a job that runs in containers, the script's own
+Python has no packages.
 """
 
 from __future__ import annotations
@@ -26,25 +26,30 @@ from dsmoe.runtime.atomic_files import write_whole
 from dsmoe.runtime.rendezvous import slurm_attempt
 
 MOST_FAILURES = 3
-"""So many attempts of a job may fail without one of them getting further than those before."""
+"""The number of failed attempts after which a job without progress is left."""
 STATE = "attempts.json"
-"""In the run's folder: how many there have been."""
+"""The file in the run's folder with the counts of attempts."""
 
 QUEUE_AGAIN, LEAVE = DONE, FAILED
-"""Exit codes of this module's own."""
+"""Exit codes of this module."""
 _STOPPED_EARLY = tuple(map(of_signal, (signal.SIGUSR1, signal.SIGTERM)))
-"""Of ranks that were told to stop before they listened, while they started: Python died of the signal."""
+"""Exit codes of ranks that were told to stop while they started, without a handler: Python died of the signal."""
 _TAIL_BYTES = 1 << 20
 
 
-def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
-    """Whether to queue `job` again, whose ranks have ended with exit code `code`, and why.
+def should_requeue(folder: Path, code: int, job: str) -> tuple[bool, str]:
+    """Return whether to queue `job` again after exit code `code`, and why.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         code: the highest of the ranks' exit codes, as srun returns it.
-        job: by which attempts are counted together.
+        job: the job's number; attempts of one job are counted together.
     """
+    # A run that saves every 100 steps, diverges at step 250, and ends with 1 (MOST_FAILURES = 3):
+    #   attempt 1: 250 steps, checkpoint 200    further than before: failure 1, again
+    #   attempt 2: 250 steps, checkpoint 200    no further: failure 2, again
+    #   attempt 3: the same                     failure 3: left
+    # Had attempt 3 reached 350 steps and checkpoint 300, the count would start at 1 again.
     if code == DONE:
         return False, "done"
     if code == USER_ERROR:
@@ -77,32 +82,32 @@ def worth_another(folder: Path, code: int, job: str) -> tuple[bool, str]:
 
 @dataclass(frozen=True)
 class Attempts:
-    """What is known of a job's attempts so far."""
+    """The counts of a job's attempts, as in `STATE`."""
 
     job: str
     failures: int = 0
-    """How many have failed since one got further: to more steps than before, and to a newer checkpoint."""
+    """The failed attempts since one got further: to more steps than before, and to a newer checkpoint."""
     steps_done: int = -1
-    """The most that one has done."""
+    """The most steps that an attempt has done."""
     stops: int = 0
-    """How many were told to stop, one after the other, before there was a newer checkpoint."""
+    """The attempts in a row that were told to stop before they had saved a newer checkpoint."""
     saved: int = -1
     """The step of the newest checkpoint."""
 
 
 def newest_checkpoint(folder: Path) -> int:
-    """By its name, the step of the newest checkpoint; 0 where there is none."""
+    """Return the step of the newest checkpoint, by its name; 0 if there is none."""
     names = [path.name[len("step_") :] for path in folder.glob("checkpoints/step_*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def steps_taken(folder: Path) -> int | None:
-    """By the last line of metrics, the optimizer steps that have changed the weights; 0 where nothing was written yet.
+    """Return the optimizer steps that have changed the weights, by the last line of metrics; 0 if there is none yet.
 
-    None where that is unknown, and checkpoints alone tell how far a run is: the metrics cannot be read, or no line of
-    them, or there are none of a run that has saved (it trains on where it cannot write them, or where they are gone).
+    None if that is unknown, and only checkpoints tell how far the run is: the metrics or their lines cannot be read, or
+    they are missing although the run has saved (it trains on if it cannot write them, or if they are removed).
 
-    Skipped steps do not count: a run that has diverged gets further by them, from each checkpoint to the next failure.
+    Skipped steps do not count: a diverged run advances by them, from each checkpoint to the next failure.
     """
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
@@ -117,16 +122,16 @@ def steps_taken(folder: Path) -> int | None:
             metrics = json.loads(line)
             return int(metrics["step"] - metrics[OPTIM_SKIPPED_STEPS.name])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # an evaluation's; or cut off, by the end of a rank or as the first one of the tail
+            continue  # an evaluation's line; or cut off, by the end of a rank or as the first line of the tail
     return None if lines or newest_checkpoint(folder) else 0
 
 
 def _read(path: Path, job: str) -> Attempts:
-    """The attempts of this job; none where the file is another job's, or no such file."""
+    """The counts of this job; zero if the file is another job's or cannot be read."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if said.pop("job") == job:
-            return Attempts(job, **{name: int(number) for name, number in said.items()})
+        counts = json.loads(path.read_text(encoding="utf-8"))
+        if counts.pop("job") == job:
+            return Attempts(job, **{name: int(number) for name, number in counts.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass
     return Attempts(job)
@@ -137,14 +142,14 @@ def _write(path: Path, attempts: Attempts) -> None:
 
 
 def main() -> int:
-    """Print why, and return whether: 0 to queue the job again, 1 to leave it."""
+    """Print the reason, and return 0 to queue the job again, 1 to leave it."""
     folder, code = sys.argv[1:]
     job, restarts = slurm_attempt()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name, or a variable, may be no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name, or a variable, may be no valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        again, why = worth_another(Path(folder), int(code), job)
-    except OSError as error:  # a full disk, say; attempts that cannot be counted here are counted by Slurm
+        again, why = should_requeue(Path(folder), int(code), job)
+    except OSError as error:  # a full disk, say: Slurm's count of restarts decides
         again = re.fullmatch(r"[0-9]{1,9}", restarts) is not None and int(restarts) < MOST_FAILURES
         then = "tried again, as Slurm has not often" if again else "not tried again"
         said = f"SLURM_RESTART_COUNT is {restarts[:20]}"

@@ -1,4 +1,4 @@
-"""A run in containers: `compose.yaml` with a service for each node of this machine, or with the one of any machine."""
+"""Docker: a run in containers, as a `compose.yaml` with a service per node of this machine, or one for any machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dsmoe.launch.job import Job, Request
 from dsmoe.launch.quoting import compose_text, path_argument, path_assignment
 
 ON_A_MACHINE = 'NODE_RANK=0 MASTER_ADDR="$(hostname)" SHARED=/shared USER_ID="$(id -u)"'
-"""What machine 0 of several is started with; the others have their number, and its name."""
+"""The variables to start machine 0 of several with; the others have their own NODE_RANK, and its name."""
 
 _IN_CONTAINERS = {"runs_dir": "/runs", "data.cache_dir": "/cache"}
-"""The folders that dsmoe makes, as containers have them."""
+"""The folders that dsmoe makes, by their paths in containers."""
 
 NODE = """\
 x-node: &node
@@ -50,7 +50,7 @@ SERVICE = """\
     environment: {{NODE_RANK: "{number}", MASTER_ADDR: node0{variables}}}
 """
 
-HERE = """\
+ONE_MACHINE = """\
 services:
 {services}
 networks:
@@ -62,7 +62,7 @@ volumes:                    # of all nodes
   cache:
 """
 
-ANYWHERE = """\
+MANY_MACHINES = """\
 services:
   node:
     <<: *node
@@ -78,22 +78,22 @@ services:
 
 
 def job(request: Request) -> Job:
-    """A compose file.
+    """Return the compose file of a run.
 
-    Nodes without GPUs, and a single node, are services on this machine's network. Several nodes with GPUs are one
+    Nodes without GPUs, and a single node, are services on a network of this machine. Several nodes with GPUs are one
     machine each: the same file with one service, started on each of them.
 
     Raises:
-        UserError: a file that the config names is outside the folder that the containers see.
+        UserError: the config names a file outside the folder that the containers see.
     """
     config = request.config
     compose = f"docker compose --file {request.path_of('compose.yaml')}"
     is_cpu = request.plan.is_on_cpu
     one_machine = is_cpu or config.cluster.nodes == 1
     if one_machine:
-        command, text = f"{compose} up", _here(config)
+        command, text = f"{compose} up", _services(config)
     else:
-        command, text = f"{ON_A_MACHINE} {compose} up", _anywhere(config)
+        command, text = f"{ON_A_MACHINE} {compose} up", _one_service(config)
     text = "\n".join([_heading(request, compose, command, one_machine), _node(request, is_cpu, one_machine), text])
     return Job(files={"compose.yaml": text}, command=command)
 
@@ -141,17 +141,17 @@ def _node(request: Request, is_cpu: bool, one_machine: bool) -> str:
     return text if is_cpu else text + GPUS.format(count=config.cluster.devices_per_node)
 
 
-def _here(config: Config) -> str:
+def _services(config: Config) -> str:
     variables = "".join(f", {key}: {value}" for key, value in _variables(config).items())
     services = [SERVICE.format(number=number, variables=variables) for number in range(config.cluster.nodes)]
     internal = not _uses_hub(config)
     reason = "nothing outside is reached, or reaches them" if internal else "data.sources has some of the hub"
-    return HERE.format(services="".join(services), internal=json.dumps(internal), reason=reason)
+    return ONE_MACHINE.format(services="".join(services), internal=json.dumps(internal), reason=reason)
 
 
-def _anywhere(config: Config) -> str:
+def _one_service(config: Config) -> str:
     variables = "".join(f"      {key}: {value}\n" for key, value in _variables(config).items())
-    return ANYWHERE.format(last=config.cluster.nodes - 1, variables=variables)
+    return MANY_MACHINES.format(last=config.cluster.nodes - 1, variables=variables)
 
 
 def _variables(config: Config) -> dict[str, str]:
@@ -163,7 +163,7 @@ def _uses_hub(config: Config) -> bool:
 
 
 def _outside(request: Request) -> list[str]:
-    """The absolute paths that the run reads, which containers then have by the same names."""
+    """The absolute paths that the run reads, which are mounted at the same paths in containers."""
     config = request.config
     included = included_files(Path(request.path))
     paths = {f"a file of the config ({file})": str(file) for file in (request.path, *(file for _, file in included))}
@@ -202,5 +202,5 @@ def _before_wildcards(path: str) -> str:
 
 
 def _project(name: str) -> str:
-    """The run's name with the letters that compose allows."""
+    """The run's name, in the characters that compose allows."""
     return re.sub(r"[^a-z0-9_-]", "-", name.lower()).lstrip("_-") or "dsmoe"

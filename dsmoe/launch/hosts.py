@@ -1,4 +1,4 @@
-"""A run over ssh: the hostfile of `deepspeed`, and the environment that it takes to the hosts."""
+"""Hosts: a run over ssh, as the hostfile of `deepspeed` and the environment that it takes to the hosts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dsmoe.launch.job import Job, Request
 from dsmoe.launch.quoting import environment_value, host_name, path_argument, shell_word, ssh_path
 from dsmoe.plan.elastic import settings_for
 from dsmoe.plan.text import first_and_last, quantity
-from dsmoe.runtime.nodelist import MOST_HOSTS, expand
+from dsmoe.runtime.nodelist import MAX_HOSTS, expand_nodelist
 
 HOSTFILE, ENVIRONMENT = "hostfile", "deepspeed_env"
 _LINE = re.compile(r"([^\s-]\S*)\s+slots=([0-9]{1,9})(?:\s.*)?")
 _MOST_BYTES = 1 << 24
-"""More than the hosts of any cluster need."""
+"""The largest hostfile to read: more than the hosts of any cluster need."""
 
 _OF_HOST = ("HOME", "HOSTNAME", "LOGNAME", "PATH", "PWD", "SHELL", "USER")
-"""Variables that every host sets by itself."""
+"""Variables that every host sets itself, so that they are not exported."""
 
 PLACEHOLDERS = """\
 # THESE NAMES ARE PLACEHOLDERS: put those of your hosts here, or into the config as cluster.hosts and write this again.
@@ -68,7 +68,7 @@ ON_ONE_HOST = """\
 
 
 def job(request: Request) -> Job:
-    """A file of environment variables, and a hostfile unless the config names one that DeepSpeed can read.
+    """Return a file of environment variables, and a hostfile unless the config names one that DeepSpeed can read.
 
     Raises:
         UserError: the config's hosts are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
@@ -93,17 +93,17 @@ def job(request: Request) -> Job:
 
 
 def _pasted_with_a_space(request: Request) -> list[str]:
-    """Say which of the paths that DeepSpeed pastes bare into the shells of the hosts would be two words there.
+    """Warn of paths with a space, which DeepSpeed pastes bare into the shells of the hosts, as two words.
 
-    That is a warning, because what is written starts the run without ssh as well, where such paths do no harm.
+    Not an error, because the files start the run without ssh as well, where such paths do no harm.
 
     Raises:
-        UserError: one of them has something that a shell would take for code.
+        UserError: a shell would take part of a path for code.
     """
     paths = {
         "Python": sys.executable,
         "dsmoe's launch/pretrain.py": request.words("pretrain")[0],
-        "this folder": os.getcwd(),  # where DeepSpeed goes on every host
+        "this folder": os.getcwd(),  # DeepSpeed changes to it on every host
     }
     found = [f"{what} ({ssh_path(path, f'the path of {what}')})" for what, path in paths.items()]
     split = [text for text, path in zip(found, paths.values(), strict=True) if " " in path]
@@ -117,7 +117,7 @@ def _pasted_with_a_space(request: Request) -> list[str]:
 
 
 def host_problems(config: Config) -> list[Problem]:
-    """What is wrong with the hosts that a config names, for `dsmoe config check`, which finds a missing file itself."""
+    """Return the problems of a config's hosts, for `dsmoe config check`, which finds a missing file itself."""
     hostfile = None
     try:
         hostfile = config.cluster.hostfile
@@ -132,10 +132,10 @@ def host_problems(config: Config) -> list[Problem]:
 
 
 def hosts_of(config: Config) -> list[str]:
-    """The hosts that `cluster.hosts` or `cluster.hostfile` names; empty where neither is set.
+    """Return the hosts in `cluster.hosts` or `cluster.hostfile`; none if neither is set.
 
     Raises:
-        UserError: they are not `cluster.nodes` different ones, with `cluster.devices_per_node` each.
+        UserError: they are not `cluster.nodes` different hosts, with `cluster.devices_per_node` each.
     """
     cluster = config.cluster
     if cluster.hostfile is not None and cluster.hosts is not None:
@@ -144,16 +144,16 @@ def hosts_of(config: Config) -> list[str]:
 
 
 def named_hosts(config: Config) -> list[str]:
-    """The hosts of `cluster.hosts`, if it is set.
+    """Return the hosts in `cluster.hosts`; none if it is not set.
 
     Raises:
-        UserError: they are not `cluster.nodes` different ones.
+        UserError: they are not `cluster.nodes` different hosts.
     """
     cluster = config.cluster
     if cluster.hosts is None:
         return []
     try:
-        names = expand(cluster.hosts)
+        names = expand_nodelist(cluster.hosts)
     except UserError as error:
         raise UserError(f"cluster.hosts: {error}") from None
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -169,7 +169,7 @@ def named_hosts(config: Config) -> list[str]:
 
 
 def _with_nodes(config: Config, nodes: int) -> str:
-    """What sets the config to another number of nodes so that it passes the checks, or what keeps it from that."""
+    """The advice that sets the config to another number of nodes, or the reasons why it cannot have that."""
     settings, others = settings_for(config, nodes, config.cluster.devices_per_node)
     if others:
         return f"{quantity(nodes, 'node')} cannot train it as it is ({'; '.join(others)})"
@@ -177,19 +177,19 @@ def _with_nodes(config: Config, nodes: int) -> str:
 
 
 def _has_mark(name: str) -> bool:
-    """Whether a file begins with a byte order mark: DeepSpeed would take that for part of the first host's name."""
+    """Return whether a file begins with a byte order mark: DeepSpeed would take that for part of a host's name."""
     try:
         with Path(name).open("rb") as stream:
             return stream.read(len(BOM_UTF8)) == BOM_UTF8
     except (OSError, ValueError):
-        return False  # reading it says what is wrong
+        return False  # reading the file raises the error
 
 
 def _lines(name: str) -> list[str]:
-    """A hostfile's lines; they end where a file's do, and not at everything that is like the end of a line."""
+    """A hostfile's lines, which end at line breaks of files only, and not at all that `str.splitlines` knows."""
     what = f"cluster.hostfile ({name})"
     try:
-        if os.path.exists(name) and not Path(name).is_file():  # reading a pipe may wait for ever
+        if os.path.exists(name) and not Path(name).is_file():  # reading a pipe may block for ever
             raise UserError(f"{what} is not a file")
         with Path(name).open("rb") as stream:
             data = stream.read(_MOST_BYTES + 1)
@@ -226,8 +226,8 @@ def _read_hostfile(config: Config, name: str) -> list[str]:
             f"cluster.hostfile ({name}) names no host; have {quantity(nodes, 'line')} `HOST slots={devices}` in the "
             "file, or set cluster.hostfile=null"
         )
-    elif len(slots) > MOST_HOSTS:
-        problems.append(f"cluster.hostfile ({name}) has more than {MOST_HOSTS:,} hosts; is it the right file?")
+    elif len(slots) > MAX_HOSTS:
+        problems.append(f"cluster.hostfile ({name}) has more than {MAX_HOSTS:,} hosts; is it the right file?")
     elif len(slots) != nodes and not problems:
         ways = [_with_nodes(config, len(slots)), f"have {quantity(nodes, 'line')} in the file"]
         problems.append(
@@ -248,13 +248,13 @@ def _read_hostfile(config: Config, name: str) -> list[str]:
 def _placeholders(config: Config) -> list[str]:
     nodes = config.cluster.nodes
     if nodes == 1:
-        return ["localhost"]  # which needs no other name
+        return ["localhost"]
     width = max(2, len(str(nodes)))
     return [f"node{number:0{width}d}" for number in range(1, nodes + 1)]
 
 
 def _commands(request: Request, hostfile: str, first: str) -> dict[str, str]:
-    """What can be typed, by the name that the heading gives it."""
+    """The commands to type, by their names in the heading."""
     cluster = request.config.cluster
     over_ssh = request.program_over_ssh() if cluster.nodes > 1 else request.program()
     address = f"--master_addr {first} --node_rank {'0' if cluster.nodes == 1 else 'K'}"
@@ -276,9 +276,9 @@ def _hostfile(request: Request, names: list[str], commands: dict[str, str], plac
 
 
 def _environment(request: Request) -> str:
-    """What DeepSpeed exports on every host, in double quotes: the host's own PATH follows this Python's.
+    """The variables that DeepSpeed exports on every host, in double quotes: this Python's PATH before the host's.
 
-    Paths of the config are expanded on every host: the variables that they have go with it.
+    Paths of the config are expanded on every host: the variables in them are exported as well.
     """
     accelerator = "DS_ACCELERATOR=cpu\n" if request.plan.is_on_cpu else ""
     programs = environment_value(f"{sys.prefix}/bin", "the folder of this Python")

@@ -1,4 +1,4 @@
-"""What all launchers have in common: what is asked for, and what is written."""
+"""Job: the request for a run, and the files and the command that start it, for all launchers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from dsmoe.runtime.atomic_files import write_whole
 
 
 def default_folder(config: Config) -> str:
-    """Where the files of a run go unless another folder is named: two runs do not share one."""
+    """Return the folder of a run's files unless another one is named: two runs do not share one."""
     return f"launch/{config.name}"
 
 
 @dataclass(frozen=True)
 class Request:
-    """A run that is to be started: its plan, and what was typed to name it."""
+    """A run to start: its plan, and the arguments that were typed."""
 
     plan: Plan
     path: str
     """The YAML file, as it was typed."""
     overrides: tuple[str, ...] = ()
-    """`section.key=value`, as typed; part of `config` already."""
+    """`section.key=value`, as typed; `config` includes them."""
     folder: str = ""
-    """Where the files will be, as it is typed from the folder in which `dsmoe launch` is run."""
+    """The folder for the files, relative to the one in which `dsmoe launch` is run."""
 
     @property
     def config(self) -> Config:
@@ -39,14 +39,14 @@ class Request:
         return self.plan.config
 
     def program(self, name: str = "pretrain") -> str:
-        """`launch/pretrain.py` and its arguments, on a shell's command line; by its full path in other folders."""
+        """Return `launch/pretrain.py` and its arguments for a shell; by its full path in other folders."""
         return shell_command(self.words(name))
 
     def program_over_ssh(self) -> str:
-        """The same for the `deepspeed` command, which goes to other hosts by ssh.
+        """Return the same for the `deepspeed` command, which takes it to other hosts by ssh.
 
         Raises:
-            UserError: DeepSpeed would not hand it on as it is.
+            UserError: DeepSpeed would change it on the way.
         """
         script, option, path, *overrides = self.words("pretrain")
         ssh_path(script, "the path of dsmoe's launch/pretrain.py")
@@ -56,18 +56,18 @@ class Request:
         return shell_command([script, option, path, *overrides])
 
     def words(self, name: str) -> list[str]:
-        """The words of that command."""
+        """Return the words of the command of `program`."""
         script = Path(f"launch/{name}.py")
-        there = script if script.exists() else Path(__file__).parents[2] / script
-        return [str(there), "--config", path_argument(self.path), *self.overrides]
+        found = script if script.exists() else Path(__file__).parents[2] / script
+        return [str(found), "--config", path_argument(self.path), *self.overrides]
 
     def paths_of_host(self) -> dict[str, str]:
-        """The config's paths, by key, whose text has `~` or a variable: what they are on this host."""
+        """Return the config's paths with `~` or a variable, as they are on this host, by key."""
         resolved = flatten(self.config.model_dump())
         return {key: resolved[key] for key, text in self._written_paths().items() if depends_on_host(text)}
 
     def variables(self) -> list[str]:
-        """The names of the environment's variables that the config's paths and its includes have."""
+        """Return the names of the variables in the config's paths and in its includes."""
         texts = [*self._written_paths().values(), *(text for text, _ in included_files(Path(self.path)))]
         return sorted({name for text in texts for name in variables_in(text)})
 
@@ -75,33 +75,33 @@ class Request:
         return paths_as_written(read_as_written(self.path, self.overrides)[0])
 
     def path_of(self, name: str) -> str:
-        """One of the files, as the command names it."""
+        """Return the path of one of the files as a shell's word."""
         return shell_word(path_argument(str(Path(self.folder) / name)), "--out")
 
-    def written_by(self, way: str) -> str:
-        """The command that writes the files again: `way` is `--hostfile`, `--slurm` or `--docker`."""
+    def written_by(self, option: str) -> str:
+        """Return the command that writes the files again: `option` is `--hostfile`, `--slurm` or `--docker`."""
         out = [] if self.folder == default_folder(self.config) else ["--out", path_argument(self.folder)]
-        return shell_command(["dsmoe", "launch", path_argument(self.path), *self.overrides, way, *out])
+        return shell_command(["dsmoe", "launch", path_argument(self.path), *self.overrides, option, *out])
 
 
 @dataclass(frozen=True)
 class Job:
-    """Files that start a run with one launcher, and the command to type when they are there."""
+    """The files that start a run with one launcher, and the command to type once they are written."""
 
     files: Mapping[str, str]
-    """Text by file name, in one folder."""
+    """The text of each file, by its name; all in one folder."""
     command: str
-    """To be typed in the folder from which `dsmoe launch` was run."""
+    """The command, for the folder in which `dsmoe launch` was run."""
     warning: str = ""
-    """What has to be done first, if anything."""
+    """A thing to do before, if any."""
     executable: frozenset[str] = field(default=frozenset())
-    """The files that are run by their name."""
+    """The files to make executable."""
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the files, whole or not at all each; returns their paths.
+        """Write the files, each whole or not at all, and return their paths.
 
         Raises:
-            UserError: one of them is there with other text, which somebody may have put in, or cannot be written.
+            UserError: a file exists with other text, which may be somebody's, or cannot be written.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How the programs of this Python's environment are typed in the user's shell, which need not find them by name."""
+"""Programs of this Python's environment, as to type them in the user's shell, which need not find them by name."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 from dsmoe.launch.quoting import path_argument, shell_word
 
 
-def typed(name: str) -> str:
-    """A program as it is typed: by its name where the shell finds that of this environment, else by its path.
+def command_name(name: str) -> str:
+    """Return a program as to type it: its name if the shell finds the one of this environment, else its path.
 
-    So `make train`, for which nobody has activated `.venv`, ends with commands that run as they are printed.
+    So that `make train`, which needs no activated `.venv`, ends with commands that run as printed.
     """
     own = Path(sys.executable).parent / name
     if not own.exists() or _is_found(own):
         return name
-    return shell_word(path_argument(_from_here(own)), f"the path of {name}")
+    return shell_word(path_argument(_relative_path(own)), f"the path of {name}")
 
 
 def activation(name: str) -> str | None:
-    """What makes the shell find a program of this environment by its name; None where it does, or there is none."""
+    """Return the command after which the shell finds a program by name; None if it does already, or there is none."""
     own = Path(sys.executable).parent / name
     if not own.exists() or _is_found(own):
         return None
     script = own.with_name("activate")
-    folder = shell_word(_from_here(own.parent), "the path of Python")
+    folder = shell_word(_relative_path(own.parent), "the path of Python")
     return f". {folder}/activate" if script.exists() else f"PATH={folder}:$PATH"
 
 
@@ -36,8 +36,8 @@ def _is_found(own: Path) -> bool:
     return found is not None and os.path.samefile(found, own)
 
 
-def _from_here(path: Path) -> str:
-    """From the working directory where it is below that, else from the root."""
-    here = Path.cwd()
-    text = str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def _relative_path(path: Path) -> str:
+    """A path relative to the working directory if it is below that, else absolute."""
+    working = Path.cwd()
+    text = str(path.relative_to(working)) if path.is_relative_to(working) else str(path)
     return text if "/" in text else f"./{text}"

@@ -1,7 +1,7 @@
-"""Text put into other languages, one function for each: a shell, DeepSpeed's shell over ssh, YAML, compose, Slurm.
+"""Quoting: text for other languages, one function for each: a shell, DeepSpeed's shell over ssh, YAML, compose, Slurm.
 
-Whatever `dsmoe launch` writes into a file, or prints to be pasted, passes one of these: it arrives as it is, and none
-of it is taken for code. What a language cannot carry is refused, with the key that it came from.
+Everything that `dsmoe launch` writes into a file, or prints to be pasted, passes one of these: it arrives unchanged,
+and none of it is run as code. Text that a language cannot carry is refused, with the key that it came from.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from dsmoe.config.paths import literal_path
 from dsmoe.config.yaml_text import write_yaml
 
 _UNSAFE_QUOTED = re.compile(r"[$`\\%]|[^\S ]")
-"""What is not itself in a shell's double quotes, or not for pdsh; white space."""
+"""Characters that a shell's double quotes, or pdsh, do not keep; white space."""
 _UNSAFE_BARE = re.compile(rf"{_UNSAFE_QUOTED.pattern}|[|&;<>(){{}}\"']|^[~#]")
-"""The same outside of quotes. `*`, `?` and brackets stay what they are where no file is called so."""
+"""Characters that a shell, or pdsh, does not keep bare. `*`, `?` and brackets are kept if no file matches."""
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 _SLURM = re.compile(r"[A-Za-z0-9_.,:=@\[\]-]+")
 
 
 def shell_word(text: str, what: str) -> str:
-    r"""One word of a shell's command line, on one line and printable.
+    r"""Return one word of a shell's command line, on one line and printable.
 
-    What cannot be printed is escaped (`$'a\012b'`), as bash and zsh read it: a line break in a comment would end it.
+    Unprintable characters are escaped for bash and zsh (`$'a\012b'`): a line break would end a comment.
 
     Args:
-        text: the word. Bytes of a file name that are no UTF-8 are in it as Python has them (surrogates).
-        what: the key or the option that it came from.
+        text: the word. Bytes of a file name that are no UTF-8 are surrogates, as in Python.
+        what: the key or the option that it came from, for the error.
 
     Raises:
         UserError: it has a null character, which no argument of a program can have.
@@ -43,25 +43,25 @@ def shell_word(text: str, what: str) -> str:
 
 
 def shell_command(words: Iterable[str], what: str = "an argument") -> str:
-    """A command line of these words."""
+    """Return a command line of these words."""
     return " ".join(shell_word(word, what) for word in words)
 
 
 def ssh_word(text: str, what: str) -> str:
-    """One word that the `deepspeed` command gets and hands on to the shells of other hosts.
+    """Return one word that the `deepspeed` command passes on to the shells of other hosts.
 
     DeepSpeed 0.19.8 pastes it into a command for pdsh, which expands `%n`, and that into one for the hosts' shells:
-    bare, or in double quotes where it has a space, with its double quotes escaped (launcher/multinode_runner.py:88).
+    bare, or in double quotes if it has a space, with its double quotes escaped (launcher/multinode_runner.py:88).
 
     Raises:
-        UserError: a shell would not take it as it is.
+        UserError: a shell would change it.
     """
     unsafe = _UNSAFE_QUOTED if " " in text else _UNSAFE_BARE
     return _unless(unsafe, text, what, "put the value into the YAML file")
 
 
 def ssh_path(text: str, what: str) -> str:
-    """A path that DeepSpeed pastes into the shells of other hosts bare; a space in it only makes them find nothing.
+    """Return a path that DeepSpeed pastes bare into the shells of other hosts, which with a space find nothing.
 
     Raises:
         UserError: a shell would take part of it for code.
@@ -71,7 +71,7 @@ def ssh_path(text: str, what: str) -> str:
 
 
 def environment_value(text: str, what: str) -> str:
-    """A value in DeepSpeed's file of environment variables, which a shell reads in double quotes, after pdsh.
+    """Return a value for DeepSpeed's file of environment variables, which a shell reads in double quotes, after pdsh.
 
     Raises:
         UserError: it has a line break, which ends a variable in that file, or a percent sign, which is pdsh's.
@@ -81,7 +81,7 @@ def environment_value(text: str, what: str) -> str:
 
 
 def yaml_text(text: str, what: str) -> str:
-    """A string in a YAML document, in double quotes and on one line.
+    """Return a string of a YAML document, in double quotes and on one line.
 
     Raises:
         UserError: it is no Unicode text (a file name of other bytes).
@@ -94,47 +94,47 @@ def yaml_text(text: str, what: str) -> str:
 
 
 def compose_text(text: str, what: str) -> str:
-    """A string in a compose file, which replaces `$NAME` in every one, and cannot hand on a null character."""
+    """Return a string of a compose file, in which compose expands `$NAME`, and which has no null character."""
     _refuse(text, what, "\0", "a null character, which no path and no argument can have")
     return yaml_text(text.replace("$", "$$"), what)
 
 
 def slurm_option(text: str, what: str) -> str:
-    """The value of an option in an `#SBATCH` line, which ends with the line and knows quotes of its own."""
+    """Return the value of an option in an `#SBATCH` line, which has quoting rules of its own."""
     if not _SLURM.fullmatch(text):
         raise UserError(f"{what} ({text!r}) cannot be in an #SBATCH line: only letters, digits and . , : = @ [ ] _ -")
     return text
 
 
 def slurm_folder(text: str, what: str) -> str:
-    """A folder as a shell's word, in which srun's file names can be (`%j` in them is the job's number).
+    """Return a folder as a shell's word, for srun's patterns of file names (`%j` is the job's number).
 
     Raises:
-        UserError: it has a backslash, after which srun leaves all of its own signs as they are.
+        UserError: it has a backslash, after which srun expands none of its patterns.
     """
     _refuse(text, what, "\\", "a backslash, which srun's file names cannot have")
     return shell_word(path_argument(text), what)
 
 
 def host_name(text: str, what: str) -> str:
-    """A host's name as it is, which goes into commands and lists of hosts bare."""
+    """Return a host's name unchanged, for bare use in commands and lists of hosts; UserError if it is none."""
     if not _HOST.fullmatch(text):
         raise UserError(f"{what}: {text!r} is not the name of a host: letters, digits and . : @ _ - make one")
     return text
 
 
 def path_argument(path: str) -> str:
-    """A path that no program takes for an option."""
+    """Return a path that no program takes for an option."""
     return f"./{path}" if path.startswith("-") else path
 
 
 def path_override(key: str, path: str) -> str:
-    """`section.key=PATH` as a shell's word, for a message: what is typed so is the path again."""
+    """Return `section.key=PATH` as a shell's word, to type as it is."""
     return shell_word(path_assignment(key, path), key)
 
 
 def path_assignment(key: str, path: str) -> str:
-    """`section.key=PATH` as a program's argument, which is that path wherever it is read."""
+    """Return `section.key=PATH` as a program's argument, in which the path is literal."""
     value = literal_path(path)
     text = write_yaml(value).removesuffix("\n").removesuffix("\n...")
     if "\n" in text:
@@ -143,7 +143,7 @@ def path_assignment(key: str, path: str) -> str:
 
 
 def _escaped(text: str, keep: object) -> str:
-    """`text` in `$'...'`: three octal digits for each byte of what `keep` does not keep."""
+    """`text` in `$'...'`, with three octal digits for each byte of the characters that `keep` rejects."""
     assert callable(keep)
     parts = (char if char not in "'\\" and keep(char) else _octal(char) for char in text)
     return f"$'{''.join(parts)}'"

@@ -1,4 +1,4 @@
-"""A run under Slurm: the job scripts `pretrain.sbatch` and `preflight.sbatch`, in which srun starts the ranks."""
+"""Slurm: the job scripts `pretrain.sbatch` and `preflight.sbatch`, in which srun starts the ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsmoe.launch.quoting import path_argument, shell_word, slurm_folder, slurm_
 from dsmoe.plan.text import quantity
 
 SAVING_SECONDS = 300
-"""How long before the time limit the ranks are told to stop; Slurm looks every 30 seconds."""
+"""The time from the signal to the time limit; Slurm checks every 30 seconds."""
 
 _PARTITION = {"partition=gpu": "the line to change: one of those that `sinfo` lists"}
 _AGAIN = {
@@ -105,7 +105,7 @@ exit "$code"
 
 
 def job(request: Request) -> Job:
-    """Both scripts; they differ from cluster to cluster by the partition's name."""
+    """Return both scripts; the partition's name is the line to change on another cluster."""
     files = {"pretrain.sbatch": _pretrain(request), "preflight.sbatch": _preflight(request)}
     return Job(files, f"sbatch {request.path_of('pretrain.sbatch')}")
 
@@ -181,7 +181,7 @@ def _preflight(request: Request) -> str:
 
 
 def _header(request: Request, script: str, title: str, name: str, options: Mapping[str, str]) -> str:
-    """What Slurm reads: the job's name and sizes, and the options of this script."""
+    """The lines that Slurm reads: the job's name and sizes, and the options of this script."""
     cluster = request.config.cluster
     elastic = "; another number will do, by cluster.elastic" if cluster.elastic else ""
     sizes = {

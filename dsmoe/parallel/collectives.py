@@ -14,7 +14,7 @@ from deepspeed import comm
 from torch.autograd.function import once_differentiable
 
 from dsmoe.parallel.groups import ExpertGroup
-from dsmoe.runtime.watchdog import note
+from dsmoe.runtime.watchdog import record_position
 
 
 @dataclass
@@ -183,6 +183,6 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
-        note(f"{ctx.state.exchange.group.label}, backward exchange")
+        record_position(f"{ctx.state.exchange.group.label}, backward exchange")
         ctx.state.transfer = ctx.state.exchange.reversed().start(grad_ND)
         return grad_ND.new_empty(0), None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dsmoe.config.errors import UserError
 from dsmoe.engine import registry
 from dsmoe.plan.topology import AXES, Axis, Topology
-from dsmoe.runtime.consistency import check_alike
+from dsmoe.runtime.consistency import check_all_ranks_agree
 from dsmoe.runtime.processes import join_processes
 from dsmoe.runtime.world import launched_world
 
@@ -86,7 +86,7 @@ class TensorGroup:
         return self if self.sequence else TensorGroup.alone()
 
 
-def _topology_claims(topology: Topology) -> dict[str, str]:
+def _topology_fingerprint(topology: Topology) -> dict[str, str]:
     """Return a topology by the config keys that describe it, for the comparison between ranks."""
     sections = {"nodes": "cluster", "devices_per_node": "cluster"}
     return {f"{sections.get(name, 'parallel')}.{name}": str(value) for name, value in asdict(topology).items()}
@@ -103,14 +103,16 @@ class Groups:
         timeout: of every collective of these groups.
 
     Raises:
-        DifferentRanksError: a rank has another topology than rank 0; on all of them.
+        RankMismatchError: a rank has another topology than rank 0; on all of them.
         UserError: the world that was launched is not the topology's.
     """
 
     def __init__(self, topology: Topology, timeout: timedelta = timedelta(minutes=30)) -> None:
         if not dist.is_initialized():
             join_processes("cuda" if torch.cuda.is_available() else "cpu", timeout)
-        check_alike(_topology_claims(topology))  # else ranks would wait in groups that others do not make
+        check_all_ranks_agree(
+            _topology_fingerprint(topology)
+        )  # else ranks would wait in groups that others do not make
         if topology.world_size != dist.get_world_size():
             raise UserError(
                 f"cluster.nodes x cluster.devices_per_node = {topology.nodes} x {topology.devices_per_node} = "

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from dsmoe.config.errors import UserError
 from dsmoe.parallel.groups import ExpertGroup
 from dsmoe.plan.text import rank_names
-from dsmoe.runtime.heartbeat import Silence
+from dsmoe.runtime.heartbeat import HeartbeatTimer
 from dsmoe.runtime.lost_ranks import LostRanksError
-from dsmoe.runtime.waiting import while_watched
-from dsmoe.runtime.watchdog import BEAT_SECONDS, Watch, process_watch
+from dsmoe.runtime.waiting import run_watched
+from dsmoe.runtime.watchdog import HEARTBEAT_SECONDS, Watchdog, process_watchdog
 
 POLL_SECONDS = 0.005
 
@@ -49,34 +49,34 @@ def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, how: str) ->
     """
     if group.handle is None:  # not a group of torch: no rank to ask
         return
-    watch = process_watch()
+    watch = process_watchdog()
     intent = f"{group.label}, exchange of rows of {x_TD.shape[1]} x {x_TD.dtype} to {num_experts} experts, {how}"
     agreed = watch.agreed.setdefault(tuple(dist.get_process_group_ranks(group.handle)), set())
     if intent not in agreed:
         # In a thread: a store in a process that is stopped may never answer.
-        while_watched(lambda: _agree(watch, group, intent, len(x_TD), len(agreed)))
+        run_watched(lambda: _agree(watch, group, intent, len(x_TD), len(agreed)))
         agreed.add(intent)
-    watch.note(intent)
+    watch.record(intent)
 
 
-def _agree(watch: Watch, group: ExpertGroup, intent: str, num_tokens: int, number: int) -> None:
+def _agree(watch: Watchdog, group: ExpertGroup, intent: str, num_tokens: int, number: int) -> None:
     """Write this rank's intent into the store, read the others' and compare."""
     ranks = dist.get_process_group_ranks(group.handle)
     keys = {rank: f"dsmoe/agree/{'-'.join(map(str, ranks))}/{number}/{rank}" for rank in ranks}
     watch.store.set(keys[watch.rank], json.dumps([intent, num_tokens]))
-    waited, look_at_notes = Silence(BEAT_SECONDS), time.monotonic() + BEAT_SECONDS
+    waited, next_look = HeartbeatTimer(HEARTBEAT_SECONDS), time.monotonic() + HEARTBEAT_SECONDS
     intents: dict[int, tuple[str, int | None]] = {}
     while len(intents) < len(ranks):
         waiting = [rank for rank in ranks if rank not in intents]
-        if time.monotonic() > look_at_notes:
-            look_at_notes = time.monotonic() + BEAT_SECONDS
-            notes = watch.notes_of(waiting)
-            # A rank with more notes and no entry is past this point: it agreed on its shape before.
-            silent = {r: note.doing for r, note in notes.items() if note.notes > watch.notes}
+        if time.monotonic() > next_look:
+            next_look = time.monotonic() + HEARTBEAT_SECONDS
+            positions = watch.positions_of(waiting)
+            # A rank with more positions recorded and no entry is past this point: it agreed on its shape before.
+            silent = {r: position.activity for r, position in positions.items() if position.count > watch.count}
             intents.update({r: (doing, None) for r, doing in silent.items() if not watch.store.check([keys[r]])})
         written = {rank: watch.store.get(keys[rank]) for rank in waiting if watch.store.check([keys[rank]])}
         intents.update({rank: tuple(json.loads(text)) for rank, text in written.items()})
-        if waited.look() > watch.timeout.total_seconds():
+        if waited.update() > watch.timeout.total_seconds():
             come = "has" if len(waiting) == 1 else "have"
             raise LostRanksError(f"{rank_names(waiting)} {come} not come to {intent} within {waited.seconds:.0f} s")
         time.sleep(POLL_SECONDS)

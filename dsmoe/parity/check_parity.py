@@ -30,12 +30,12 @@ from dsmoe.parity.layouts import (
 from dsmoe.parity.training import TOLERANCES, Difference, Training, difference, train_few_steps
 from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity, table
-from dsmoe.runtime.failure_exit import end_stalled, ended_by
+from dsmoe.runtime.failure_exit import exit_stalled, report_failure
 from dsmoe.runtime.processes import join_processes, leave_processes, quiet_deepspeed
 from dsmoe.runtime.rendezvous import Rendezvous
 from dsmoe.runtime.spawn import run_ranks
-from dsmoe.runtime.watchdog import process_watch
-from dsmoe.train.alike import claims_of_run
+from dsmoe.runtime.watchdog import process_watchdog
+from dsmoe.train.alike import run_fingerprint
 
 LOCAL_SECONDS = 3600.0
 """After so long the local ranks of a layout are stopped."""
@@ -102,7 +102,7 @@ def check_parity(
     try:
         return DONE if _compare(path, overrides, layouts, steps, precision, full) else FAILED
     except Exception as error:
-        return ended_by(error)
+        return report_failure(error)
 
 
 def _compare(
@@ -140,11 +140,11 @@ def _under_launcher(comparison: Comparison, plans: Sequence[Plan]) -> bool:
     first = plans[0]
     # The configs of the layouts follow from the first: what else is asked for has to be the same as well.
     asked = {"--layouts": " ".join(layout.text for layout in comparison.layouts), "--steps": str(comparison.steps)}
-    claims, interface = {**claims_of_run(first.config), **asked}, first.config.cluster.interface
-    rank = join_processes(first.device_type, first.collective_timeout, interface, claims)
+    fingerprint, interface = {**run_fingerprint(first.config), **asked}, first.config.cluster.interface
+    rank = join_processes(first.device_type, first.collective_timeout, interface, fingerprint)
     quiet_deepspeed()
     if not first.is_on_cpu:
-        process_watch().end_stalls(end_stalled)
+        process_watchdog().watch_for_stalls(exit_stalled)
     if rank.is_first:
         print(comparison.introduction(), flush=True)
     rows, reference = [], None

@@ -16,10 +16,10 @@ from dsmoe.preflight.judge import Verdict
 from dsmoe.preflight.report import text, write_json
 from dsmoe.preflight.results import RankReport
 from dsmoe.preflight.stages import Preflight
-from dsmoe.runtime.failure_exit import end_stalled, ended_by
-from dsmoe.runtime.processes import join_processes, leave_processes, quiet_deepspeed, set_timeout_everywhere
-from dsmoe.runtime.start import Start, begin, preflight_program
-from dsmoe.runtime.watchdog import process_watch
+from dsmoe.runtime.failure_exit import exit_stalled, report_failure
+from dsmoe.runtime.processes import join_processes, leave_processes, quiet_deepspeed, set_group_timeouts
+from dsmoe.runtime.start import Start, begin, preflight_parser
+from dsmoe.runtime.watchdog import process_watchdog
 from dsmoe.train.run_folder import run_folder
 
 TIMEOUT_SECONDS = 60
@@ -31,7 +31,7 @@ OUTPUT = "preflight.json"
 
 def main(arguments: Sequence[str] | Start | None = None) -> int:
     """Check the cluster for what the command line, or launch/preflight.py, has read; returns the exit code."""
-    start = arguments if isinstance(arguments, Start) else begin(preflight_program(), arguments)
+    start = arguments if isinstance(arguments, Start) else begin(preflight_parser(), arguments)
     if not isinstance(arguments, Start) and (code := start.ended()) is not None:
         return code
     return check_cluster(start, getattr(start.options, "json", None))
@@ -42,7 +42,7 @@ def check_cluster(start: Start, output: Path | None) -> int:
     try:
         code = _check(start.plan, output)
     except Exception as error:
-        return ended_by(error)
+        return report_failure(error)
     leave_processes()
     return code
 
@@ -53,9 +53,9 @@ def _check(plan: Plan, output: Path | None) -> int:
     rank = join_processes(plan.device_type, timedelta(seconds=JOIN_SECONDS), config.cluster.interface)
     quiet_deepspeed()
     timeout = min(timedelta(seconds=TIMEOUT_SECONDS), plan.collective_timeout)
-    set_timeout_everywhere(timeout)
+    set_group_timeouts(timeout)
     if not plan.is_on_cpu:
-        process_watch().end_stalls(end_stalled)
+        process_watchdog().watch_for_stalls(exit_stalled)
     checks = Preflight(plan, rank, run_folder(config), timeout)
     checks.run()
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from dsmoe.preflight.results import Link
 from dsmoe.preflight.workload import Message, Product
-from dsmoe.runtime.watchdog import note
+from dsmoe.runtime.watchdog import record_position
 
 WINDOW_SECONDS = 0.5
 """Seconds for which each product and copy is repeated."""
@@ -193,7 +193,7 @@ def collective_rate(
 
 
 def _begin_round(what: str, partner: int | None, device: torch.device) -> None:
-    note(what if partner is None else f"{what} with rank {partner}")
+    record_position(what if partner is None else f"{what} with rank {partner}")
     wait_for_all(device)
 
 

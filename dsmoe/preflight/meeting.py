@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from dsmoe.preflight.results import RankReport
 from dsmoe.runtime.lost_ranks import LostRanksError
-from dsmoe.runtime.waiting import while_watched
-from dsmoe.runtime.watchdog import STORE_SECONDS, process_watch
+from dsmoe.runtime.waiting import run_watched
+from dsmoe.runtime.watchdog import STORE_SECONDS, process_watchdog
 
 Answer = dict[str, Any]
 
@@ -27,7 +27,7 @@ def meet(name: str, report: RankReport, decide: Callable[[Sequence[RankReport]],
     Raises:
         LostRanksError: ranks do not come within `timeout`.
     """
-    store, prefix = process_watch().store, f"dsmoe/preflight/{name}"
+    store, prefix = process_watchdog().store, f"dsmoe/preflight/{name}"
     keys = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]
     store.set(keys[report.rank], json.dumps(report.json()))
     if report.rank == 0:
@@ -42,7 +42,7 @@ def meet(name: str, report: RankReport, decide: Callable[[Sequence[RankReport]],
 
 def part() -> None:
     """Wait on rank 0, which may hold the store, for the others to end."""
-    store, world = process_watch().store, dist.get_world_size()
+    store, world = process_watchdog().store, dist.get_world_size()
     store.add("dsmoe/preflight/parted", 1)
     deadline = time.monotonic() + STORE_SECONDS
     if dist.get_rank() == 0:
@@ -52,7 +52,7 @@ def part() -> None:
 
 def _wait(store: dist.Store, keys: Sequence[str], timeout: timedelta) -> None:
     try:
-        while_watched(lambda: store.wait(list(keys), timeout))  # which, where rank 0 stands still, waits for ever
+        run_watched(lambda: store.wait(list(keys), timeout))  # which, where rank 0 stands still, waits for ever
     except LostRanksError:
         raise
     except RuntimeError as error:

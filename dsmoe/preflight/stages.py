@@ -34,8 +34,8 @@ from dsmoe.preflight.meeting import Answer, meet, part
 from dsmoe.preflight.rank_facts import steering, versions
 from dsmoe.preflight.results import SQUARE, Promise, RankReport
 from dsmoe.preflight.workload import Pairs, Product, group_ranks, messages, products, rounds
-from dsmoe.runtime.processes import Rank, set_timeout_everywhere
-from dsmoe.runtime.watchdog import process_watch
+from dsmoe.runtime.processes import Rank, set_group_timeouts
+from dsmoe.runtime.watchdog import process_watchdog
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BYTES_PER_PARAMETER = 12
@@ -84,7 +84,7 @@ class Preflight:
         self._measure_links()
         self._begin("the run's own messages")
         groups = Groups(self.topology, self.timeout)
-        set_timeout_everywhere(self.timeout)
+        set_group_timeouts(self.timeout)
         self._measure_messages(groups)
 
     def end(self, conclude: Callable[[Verdict, Sequence[RankReport]], int]) -> int:
@@ -118,7 +118,7 @@ class Preflight:
 
     def _begin(self, what: str) -> None:
         self._stage += 1
-        process_watch().note(what, step=self._stage)
+        process_watchdog().record(what, step=self._stage)
         if self.rank.is_first:
             print(f"{self._stage}/5 {what}", flush=True)
 

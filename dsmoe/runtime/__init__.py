@@ -1,1 +1,1 @@
-"""Process life: what the launcher says, joining and leaving, the watchdog, failure reports, files written whole."""
+"""Process life: the launcher's variables, joining and leaving, watchdog, failure reports, atomic files."""

@@ -1,7 +1,8 @@
-"""Write files that are there whole or not at all, also after a power cut, and tell files from pipes. No library.
+"""Atomic files, written whole or not at all, also after a power cut; and a check for regular files.
 
-Everything of dsmoe that replaces a file does it here. What is written next to its final name has a name of its own
-(`.config.yaml.5f3a91c2.partial`), so that neither another process nor something left over is ever in the way.
+All code of dsmoe that replaces a file does it here. A partial file has a unique name next to its final one
+(`.config.yaml.5f3a91c2.partial`), so that neither another process nor a leftover is in the way. With
+the standard library alone.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from pathlib import Path
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.partial", re.DOTALL)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
-"""What file systems answer that cannot force a folder, or a special file, onto the disk."""
+"""Errors of file systems that cannot force a folder, or a special file, onto the disk."""
 
 
 class NotAFileError(OSError):
-    """Where a file is wanted there is something else, which may keep whoever opens it waiting for ever."""
+    """Something other than a regular file at the path of one; opening it may block for ever."""
 
 
 def check_regular(path: Path) -> None:
-    """Check that a path leads to a file and not to a pipe, a socket or a device; opens nothing.
+    """Check that a path is a regular file, without opening it.
 
     Raises:
-        NotAFileError: to one of those.
-        OSError: to a folder or to nothing, or it cannot be looked at.
+        NotAFileError: it is a pipe, a socket or a device.
+        OSError: it is a folder or missing, or cannot be examined.
     """
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
@@ -39,22 +40,22 @@ def check_regular(path: Path) -> None:
 
 
 def not_a_file(error: OSError) -> str:
-    """For a message after the path: what `check_regular` has found there."""
+    """Return the part of a message after the path, for an error of `check_regular`."""
     return "is a folder, not a file" if isinstance(error, IsADirectoryError) else str(error.strerror)
 
 
 def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Replace a file, or make it: after a crash it has the old content or the new one, nothing in between.
+    """Replace or make a file: after a crash, it has the old content or the new one, nothing in between.
 
-    A link is followed, and what it points to is replaced. What is no file (`/dev/stdout`, a pipe) is written to.
+    A link is followed, and its target replaced. A special file (`/dev/stdout`, a pipe) is written to.
 
     Args:
-        path: the file; its folder is there.
-        content: all of it, text as UTF-8.
+        path: the file; its folder must exist.
+        content: the whole content, text as UTF-8.
         mode: the permissions of the new file, less the umask.
 
     Raises:
-        OSError: it cannot be written, with its name; what was there is untouched, and nothing is left beside it.
+        OSError: the file cannot be written; with its name. The old file is untouched, and no partial file is left.
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     with suppress(FileNotFoundError):
@@ -71,7 +72,7 @@ def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:
         with suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
-    except BaseException:  # a signal's
+    except BaseException:  # from a signal handler
         with suppress(OSError):
             partial.unlink()
         raise
@@ -79,10 +80,10 @@ def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:
 
 
 def write_synced(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Write a file and force it onto the disk; for files of a folder that gets its name afterwards.
+    """Write a file and force it onto the disk; for files of a folder that is published afterwards.
 
     Raises:
-        OSError: it cannot be written; with its name, which what a write raises does not have.
+        OSError: the file cannot be written; with its name, which the error of `write` lacks.
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     try:
@@ -96,7 +97,7 @@ def write_synced(path: Path, content: str | bytes, mode: int = 0o666) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Force what a file has onto the disk, whoever has written it.
+    """Force a file's content onto the disk, also if another process has written it.
 
     Raises:
         OSError: the disk fails.
@@ -109,18 +110,18 @@ def sync_file(path: Path) -> None:
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Give a folder its name, and force that onto the disk, where all that the folder has is already.
+    """Rename a folder, whose files are on the disk already, and force the new name onto the disk.
 
     Raises:
-        OSError: the name is taken, by anything but an empty folder, or cannot be given: `partial` is still there; or
-            the disk fails, and it is not.
+        OSError: the name is taken, by anything but an empty folder, or cannot be given, and `partial` still exists; or
+            the disk fails, and `partial` does not exist any more.
     """
     partial.rename(final)
     sync_folder(final.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the names in a folder onto the disk, where its file system can do that.
+    """Force the names in a folder onto the disk, if its file system can.
 
     Raises:
         OSError: the disk fails; with the folder's name.
@@ -128,7 +129,7 @@ def sync_folder(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
-        return  # one may write in a folder that one may not read
+        return  # a folder may be writable and not readable
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -139,7 +140,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `write_whole` has left there of a process that was killed; whoever calls it writes there alone."""
+    """Remove partial files of killed processes; no other process may write into the folder meanwhile."""
     with suppress(OSError):
         for entry in list(os.scandir(folder)):
             if _LEFTOVER.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):

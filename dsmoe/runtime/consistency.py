@@ -1,7 +1,7 @@
-"""What every rank must have alike: compared with rank 0's, and what differs named with its ranks.
+"""Consistency of ranks: compare each rank's fingerprint with rank 0's, and name the differing entries with their ranks.
 
-A claim is a name and its value as text, `optimizer.lr` and `0.0003`. Ranks with other claims would train another model
-without a word, or wait for each other in collectives that do not match.
+A fingerprint maps names to values as text, `optimizer.lr` to `0.0003`: settings, code and data. Ranks with different
+fingerprints would silently train another model, or wait for each other in collectives that do not match.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch.distributed as dist
 from dsmoe.config.errors import UserError
 from dsmoe.plan.text import quantity, ranks_on_hosts
 
-Claims = Mapping[str, str]
-ABSENT = "nothing"
-SHOWN_CLAIMS = 20
-SHOWN_VALUE = 120
-ASKED_RANKS = 64
-"""The most ranks that are asked for what they have instead."""
+Fingerprint = Mapping[str, str]
+NO_VALUE = "nothing"
+MAX_SHOWN_ENTRIES = 20
+MAX_SHOWN_CHARACTERS = 120
+MAX_QUERIED_RANKS = 64
+"""The most ranks that are asked for their differing entries."""
 
 
-class DifferentRanksError(UserError):
-    """Ranks that have other settings, code or data than rank 0, or cannot start; on every rank, with one text."""
+class RankMismatchError(UserError):
+    """Ranks that differ from rank 0 in settings, code or data, or cannot start; raised on every rank, with one text."""
 
     shared_by_all_ranks = True
 
@@ -36,52 +36,53 @@ class DifferentRanksError(UserError):
 
 
 @dataclass(frozen=True)
-class Deviation:
-    """What a rank has otherwise than rank 0: its value by the claim's name, or why it has nothing to compare."""
+class Mismatch:
+    """The entries of a rank that differ from rank 0's, or the error because of which it has none."""
 
     rank: int
     host: str
-    claims: Claims
+    entries: Fingerprint
     error: str | None = None
     exit_code: int = UserError.exit_code
-    """Of that error: 1 for what may be otherwise at another try, or on another host."""
+    """The exit code of that error: 1 if another try, or another host, may succeed."""
 
 
-def digest(claims: Claims) -> str:
-    """A short text that is the same for the same claims only."""
-    return hashlib.sha256(json.dumps(sorted(claims.items())).encode()).hexdigest()
+def digest(fingerprint: Fingerprint) -> str:
+    """Return the SHA-256 of a fingerprint, in hexadecimal."""
+    return hashlib.sha256(json.dumps(sorted(fingerprint.items())).encode()).hexdigest()
 
 
-def deviation(rank: int, own: Claims, first: Claims) -> Deviation:
-    """What this rank's claims say otherwise than rank 0's."""
+def find_mismatch(rank: int, own: Fingerprint, first: Fingerprint) -> Mismatch:
+    """Return this rank's entries that differ from `first`, rank 0's."""
     names = [*first, *(name for name in own if name not in first)]
-    differing = {name: own.get(name, ABSENT) for name in names if own.get(name) != first.get(name)}
-    return Deviation(rank, socket.gethostname(), differing)
+    differing = {name: own.get(name, NO_VALUE) for name in names if own.get(name) != first.get(name)}
+    return Mismatch(rank, socket.gethostname(), differing)
 
 
-def explain(first: Claims, deviations: Sequence[Deviation], num_differing: int, world_size: int) -> str:
-    """One text for people: each name with rank 0's value and the others', and whose they are.
+def explain(first: Fingerprint, mismatches: Sequence[Mismatch], num_differing: int, world_size: int) -> str:
+    """Return one text for all: each differing name with rank 0's value, the other values and their ranks.
 
     Args:
-        first: rank 0's claims.
-        deviations: of the ranks that were asked, `ASKED_RANKS` at most.
-        num_differing: how many ranks differ.
-        world_size: of how many.
+        first: rank 0's fingerprint.
+        mismatches: those of the queried ranks, `MAX_QUERIED_RANKS` at most.
+        num_differing: the number of ranks that differ.
+        world_size: the number of ranks.
     """
-    lines = [f"{_of(one)}: {one.error}" for one in deviations if one.error is not None]
+    lines = [f"{_rank_on_host(one)}: {one.error}" for one in mismatches if one.error is not None]
     heading = f"{quantity(num_differing, 'rank')} of {world_size:,} cannot start:"
-    for name in dict.fromkeys(name for one in deviations for name in one.claims):
-        values: dict[str, list[Deviation]] = {}
-        for one in deviations:
-            if name in one.claims:
-                values.setdefault(one.claims[name], []).append(one)
+    for name in dict.fromkeys(name for one in mismatches for name in one.entries):
+        values: dict[str, list[Mismatch]] = {}
+        for one in mismatches:
+            if name in one.entries:
+                values.setdefault(one.entries[name], []).append(one)
         others = "; ".join(
-            f"{_shown(value)} on {ranks_on_hosts({one.rank: one.host for one in who})}" for value, who in values.items()
+            f"{_shortened(value)} on {ranks_on_hosts({one.rank: one.host for one in with_value})}"
+            for value, with_value in values.items()
         )
-        lines.append(f"{name}: {_shown(first.get(name, ABSENT))} on rank 0; {others}")
-    if len(lines) > SHOWN_CLAIMS:
-        lines[SHOWN_CLAIMS:] = [f"and {len(lines) - SHOWN_CLAIMS} more"]
-    if any(one.claims for one in deviations):
+        lines.append(f"{name}: {_shortened(first.get(name, NO_VALUE))} on rank 0; {others}")
+    if len(lines) > MAX_SHOWN_ENTRIES:
+        lines[MAX_SHOWN_ENTRIES:] = [f"and {len(lines) - MAX_SHOWN_ENTRIES} more"]
+    if any(one.entries for one in mismatches):
         heading = (
             f"{quantity(num_differing, 'rank')} of {world_size:,} would not train what rank 0 does; give every host "
             "the same config, data, packages and dsmoe:"
@@ -89,36 +90,35 @@ def explain(first: Claims, deviations: Sequence[Deviation], num_differing: int, 
     return "\n  - ".join([heading, *lines])
 
 
-def exit_code_of_all(deviations: Sequence[Deviation]) -> int:
-    """The highest: where one rank's trouble is a person's to mend, no other try will do."""
-    return max((one.exit_code for one in deviations), default=UserError.exit_code)
+def combined_exit_code(mismatches: Sequence[Mismatch]) -> int:
+    """Return the highest exit code: if one rank's error needs a person (2), another try (1) is pointless."""
+    return max((one.exit_code for one in mismatches), default=UserError.exit_code)
 
 
-def check_alike(claims: Claims) -> None:
-    """Compare what every rank has; collective, for ranks that have joined.
+def check_all_ranks_agree(fingerprint: Fingerprint) -> None:
+    """Compare the fingerprints of all ranks; collective, after the ranks have joined.
 
     Raises:
-        DifferentRanksError: on all of them, where any rank has something else than rank 0.
+        RankMismatchError: on all ranks, if one rank's fingerprint differs from rank 0's.
     """
-    own = digest(claims)
     digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, own)
-    differing = [rank for rank, there in enumerate(digests) if there != digests[0]]
+    dist.all_gather_object(digests, digest(fingerprint))
+    differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if not differing:
         return
-    first = [dict(claims)]
+    first = [dict(fingerprint)]
     dist.broadcast_object_list(first, src=0)
-    gathered: list[Deviation | None] = [None] * len(digests)
-    asked = differing[:ASKED_RANKS]
+    gathered: list[Mismatch | None] = [None] * len(digests)
+    queried = differing[:MAX_QUERIED_RANKS]
     rank = dist.get_rank()
-    dist.all_gather_object(gathered, deviation(rank, claims, first[0]) if rank in asked else None)
-    deviations = [one for one in gathered if one is not None]
-    raise DifferentRanksError(explain(first[0], deviations, len(differing), len(digests)))
+    dist.all_gather_object(gathered, find_mismatch(rank, fingerprint, first[0]) if rank in queried else None)
+    mismatches = [one for one in gathered if one is not None]
+    raise RankMismatchError(explain(first[0], mismatches, len(differing), len(digests)))
 
 
-def _of(one: Deviation) -> str:
+def _rank_on_host(one: Mismatch) -> str:
     return f"rank {one.rank} on {one.host}"
 
 
-def _shown(value: str) -> str:
-    return value if len(value) <= SHOWN_VALUE else f"{value[:SHOWN_VALUE]}..."
+def _shortened(value: str) -> str:
+    return value if len(value) <= MAX_SHOWN_CHARACTERS else f"{value[:MAX_SHOWN_CHARACTERS]}..."

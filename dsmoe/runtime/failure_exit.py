@@ -1,7 +1,7 @@
-"""How a rank ends that has failed: its exit code, and which of all ranks says why, once for the whole run.
+"""Exit of a failed rank: its exit code, and the choice of the one rank that explains the failure.
 
-Who speaks where ranks know nothing of each other, `dsmoe.runtime.reporting_rank` says; once they have met, it is the
-one that failed first, by `Watch.speaker`.
+Once the ranks have joined, that is the first failed rank (`Watchdog.announce_failure`); before, the choice is made by
+`dsmoe.runtime.reporting_rank`.
 """
 
 from __future__ import annotations
@@ -18,93 +18,99 @@ import torch.distributed as dist
 from dsmoe.config.errors import ExplainedError, HostError, UserError, exit_code_of, located
 from dsmoe.exit_codes import FAILED
 from dsmoe.runtime.lost_ranks import LostRanksError
-from dsmoe.runtime.missing_ranks import report_at_roll
 from dsmoe.runtime.processes import DeviceError, is_shared
 from dsmoe.runtime.rendezvous import Rendezvous
-from dsmoe.runtime.reporting_rank import LINGER_SECONDS, is_first_of_host, signed, speaks_for_host
-from dsmoe.runtime.watchdog import GRACE_SECONDS, process_watch
+from dsmoe.runtime.rendezvous_barrier import report_to_rank_0
+from dsmoe.runtime.reporting_rank import LINGER_SECONDS, is_host_leader, reports_for_host, signed
+from dsmoe.runtime.watchdog import GRACE_SECONDS, process_watchdog
 
 
-def ended_by(error: Exception) -> int:
-    """Explain the error that ends this rank; returns the exit code.
+def report_failure(error: Exception) -> int:
+    """Print the error that ends this rank, once for all ranks, and return the exit code.
 
-    That is 2 for what is wrong wherever the ranks run, and 1 for what may not be so at another try or on other hosts.
+    That is 2 for an error that is the same wherever the ranks run, 1 for one that another try or host may not have.
     """
     if isinstance(error, (UserError, LostRanksError, ExplainedError)):
         text = f"error: {error}"
-    elif isinstance(error, OSError):  # where there is a run folder, the traceback is in its failures
+    elif isinstance(error, OSError):  # the traceback is in the failure reports, if there is a run folder
         text = f"error: {located(error)}"
     else:
         text = "".join(traceback.format_exception(error))
-    explain_end(error, text)
+    print_failure(error, text)
     return exit_code_of(error)
 
 
-def end_stalled(error: LostRanksError) -> None:
-    """End this process from a thread, because the main one waits for a device that waits for ever."""
-    explain_end(error, str(error))
+def exit_stalled(error: LostRanksError) -> None:
+    """Print the error and end this process; for a thread, while the main one waits for a device that never answers."""
+    print_failure(error, str(error))
     os._exit(FAILED)
 
 
-def explain_end(error: Exception, text: str) -> None:
+def print_failure(error: Exception, text: str) -> None:
     """Print why this process ends, once for the whole run.
 
-    The rank that fails first prints. The others, which then lose their connection to it, only say so: their own
-    tracebacks would bury the cause. Where what failed is a collective, because other ranks are not there, it says
-    which. Where the store has gone, with rank 0, they cannot agree, and one rank on each host prints. Whoever is not
-    the speaker lingers, because launchers end every rank as soon as one has ended.
+    The first failed rank prints. The others, which then lose their connection to it, print one line: their tracebacks
+    would bury the cause. If the failure is a collective's, because other ranks are gone, the missing ranks are named.
+    If the store has gone, with rank 0, no first failed rank can be agreed on, and one rank on each host prints. The
+    other ranks linger, because launchers end all ranks as soon as one has ended.
     """
     rank = Rendezvous.from_environment().rank or 0
     if not dist.is_initialized() or is_shared(error):
-        if dist.is_initialized() and (reports := process_watch().reports) and not isinstance(error, UserError):
-            reports.of_failure("all ranks have failed alike", error)
-        _explain_alone(rank, error, text)
+        if dist.is_initialized() and (reports := process_watchdog().reports) and not isinstance(error, UserError):
+            reports.write_failure("all ranks have failed alike", error)
+        _print_unjoined(rank, error, text)
         return
-    # A launcher that has seen another rank end asks this one to: not before it has said why.
+    # A launcher that has seen another rank end sends SIGTERM to this one, which first has to print.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    watch = process_watch()
-    speaker = watch.speaker()
+    watch = process_watchdog()
+    first_failed = watch.announce_failure()
     if watch.reports:
-        watch.reports.of_failure("it has failed" if speaker == rank else "a collective failed", error)
-    if speaker == rank or (speaker is None and speaks_for_host()):
+        watch.reports.write_failure("it has failed" if first_failed == rank else "a collective failed", error)
+    if first_failed == rank or (first_failed is None and reports_for_host()):
         why = (watch.explain(error) or text).rstrip()
-        explanation = f"[rank {rank}] {why}" if speaker == rank else signed(rank, why)
+        explanation = f"[rank {rank}] {why}" if first_failed == rank else signed(rank, why)
         print(explanation, file=sys.stderr, flush=True)
         if watch.reports:
             print(watch.reports.gather(explanation), file=sys.stderr, flush=True)
-        watch.say_explained()
-        if speaker is None:  # while this process is there, nobody else speaks for its host
+        watch.announce_explained()
+        if first_failed is None:  # while this process is alive, no other rank of its host prints
             time.sleep(LINGER_SECONDS)
         return
-    if speaker is not None:
-        print(f"[rank {rank}] stopped because rank {speaker} did", file=sys.stderr, flush=True)
+    if first_failed is not None:
+        print(f"[rank {rank}] stopped because rank {first_failed} did", file=sys.stderr, flush=True)
     watch.wait_until_explained(LINGER_SECONDS + GRACE_SECONDS)
     time.sleep(LINGER_SECONDS)
 
 
-def _explain_alone(rank: int, error: Exception, text: str) -> None:
-    """Print what ends this rank, where it knows nothing of the others: what ends all of them, once.
+def _print_unjoined(rank: int, error: Exception, text: str) -> None:
+    """Print why this rank ends before the ranks have joined, once for an error that all ranks have.
 
-    A wrong config is wrong everywhere, and rank 0 says so. What is wrong on a rank alone is told to rank 0, which waits
-    for all, and says it. Where rank 0 does not answer, the first rank of a host says what is wrong there, and one rank
-    of each what is wrong everywhere, or that rank 0 is missing. Of other errors, only a rank that is still there after
-    the launcher would have ended it for rank 0's sake has its own.
+    Who prints which error:
+        on all ranks, such as a wrong config       rank 0
+        on another rank alone                      rank 0, which waits for all ranks and is told (`report_to_rank_0`)
+        the same, and rank 0 does not answer:
+            of the host (HostError)                the leader of the host
+            of the rank (its device, a traceback)  the rank, if the launcher has not ended it by then, as it does if
+                                                   rank 0 has the same error
+            of all ranks, or rank 0 is missing     one rank of each host
     """
     if rank > 0:
         reason = text.removeprefix("error: ").rstrip()
-        if not (is_shared(error) or isinstance(error, LostRanksError)) and report_at_roll(reason, exit_code_of(error)):
+        if not (is_shared(error) or isinstance(error, LostRanksError)) and report_to_rank_0(
+            reason, exit_code_of(error)
+        ):
             return
-        first_of_host = is_first_of_host()
-        if not (isinstance(error, HostError) and first_of_host):
+        is_leader = is_host_leader()
+        if not (isinstance(error, HostError) and is_leader):
             time.sleep(LINGER_SECONDS)
-        of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
-        of_host = isinstance(error, HostError) and first_of_host
-        speaks = not (is_shared(error) or of_rank or isinstance(error, HostError)) and speaks_for_host()
-        if is_shared(error) or not (of_host or of_rank or speaks):
+        is_of_rank = isinstance(error, DeviceError) or not isinstance(error, (UserError, LostRanksError))
+        is_of_host = isinstance(error, HostError) and is_leader
+        for_host = not (is_shared(error) or is_of_rank or isinstance(error, HostError)) and reports_for_host()
+        if is_shared(error) or not (is_of_host or is_of_rank or for_host):
             return
         print(signed(rank, text.rstrip()), file=sys.stderr, flush=True)
-        if speaks:  # while this process is there, nobody else speaks for its host
+        if for_host:  # while this process is alive, no other rank of its host prints
             time.sleep(LINGER_SECONDS)
         return
     print(text.rstrip(), file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""Where every rank stands when the run fails, hangs, or is asked: `failures/<start of the run>/rank_00003.txt`.
+"""Failure reports: each rank's position and stacks, in `failures/<start of the run>/rank_00003.txt`.
 
-A rank writes its report when its own main thread fails, when the watch sees that another's has, and on SIGQUIT, which
-one rank hands on to all and which ends nothing. The rank that hangs is the one to read: its main thread is somewhere
-else than the others'. Reports are written by the watch's thread or one of their own, so that a main thread that waits
-for a device, a disk or a lock is described as well. A crash leaves the bare stacks, and so does SIGABRT, which is left
-where not even a thread can run.
+A rank writes its report when its own main thread fails, when the watchdog sees that another rank has failed, and on
+SIGQUIT, which one rank relays to all and which ends nothing. In a hang, read the rank whose main thread is elsewhere
+than the others'. Reports are written by the watchdog's thread or one of this module, so that a main thread that waits
+for a device, a disk or a lock is described as well. A crash leaves faulthandler's stacks, and so does SIGABRT, for a
+process in which no thread can run.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ import torch
 
 from dsmoe.config.errors import describe
 from dsmoe.plan.text import rank_names
-from dsmoe.runtime.heartbeat import within
-from dsmoe.runtime.watchdog import Watch
+from dsmoe.runtime.heartbeat import call_with_timeout
+from dsmoe.runtime.watchdog import Watchdog
 
 FOLDER = "failures"
 KEPT_FOLDERS = 5
 WAIT_SECONDS = 5.0
-"""How long the rank that speaks waits for the others' reports, which come within a beat of the watch."""
+"""The time in which the rank that explains the failure waits for the other reports, due within a heartbeat."""
 LAST_COLLECTIVES = 5
 DEVICE_SECONDS = 2.0
 FILE_SECONDS = 10.0
-_STANDS = "stands at: "
-_BARE = ("Fatal Python error: ", "Timeout (")
-"""How faulthandler begins to write of a crash, and of an interpreter that has stood still."""
-_BARE_THREAD = re.compile(r"^(Current thread|Thread) 0x.*\n  File \"(.+)\", line (\d+) in (.+)$", re.M)
+_POSITION_PREFIX = "stands at: "
+_FAULTHANDLER_PREFIXES = ("Fatal Python error: ", "Timeout (")
+"""The first words of faulthandler about a crash, and about an interpreter that has stood still."""
+_FAULTHANDLER_THREAD = re.compile(r"^(Current thread|Thread) 0x.*\n  File \"(.+)\", line (\d+) in (.+)$", re.M)
 _PACKAGE = str(Path(__file__).parents[1])
 _START = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d{6}", re.ASCII)
-"""The name of the folder of one start."""
+"""The name of the folder of one start of the run."""
 GIB = 2**30
 
 logger = logging.getLogger(__name__)
 
 
-def record_collectives(folder: Path) -> None:
-    """Switch torch's flight recorder on, whatever the environment has set apart; before process groups are made.
+def enable_flight_recorder(folder: Path) -> None:
+    """Switch torch's flight recorder on, except where the environment says otherwise; before process groups are made.
 
-    What NCCL's watchdog dumps at a timeout goes to `folder`: `torchfrtrace` reads it.
+    NCCL's watchdog dumps into `folder` at a timeout: `torchfrtrace` reads that.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -68,9 +68,9 @@ def record_collectives(folder: Path) -> None:
 
 
 def make_folder(failures: Path) -> Path:
-    """Make the folder of this start of the run, and remove the oldest ones and those without a report.
+    """Make the folder of this start of the run, and remove the oldest folders and those without a report.
 
-    What cannot be removed stays. Where the folder cannot be made, another is, for this host's temporary files.
+    A folder that cannot be removed stays. If the new one cannot be made, one among the host's temporary files is.
     """
     with contextlib.suppress(OSError):
         _remove_old(failures)
@@ -95,15 +95,15 @@ def _remove_old(failures: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Reports:
+class FailureReports:
     """This rank's reports of one start of the run.
 
     Args:
         folder: the same on all ranks, of storage that they share.
-        watch: what this rank notes, and by whom it hears of the others.
+        watch: this process' watchdog, which has the positions and calls back when another rank has failed.
     """
 
-    def __init__(self, folder: Path, watch: Watch) -> None:
+    def __init__(self, folder: Path, watch: Watchdog) -> None:
         self.folder = folder
         self._watch = watch
         self._file = self._open()
@@ -111,64 +111,68 @@ class Reports:
         self._has_failed = False
 
     def _open(self) -> io.FileIO:
-        """This rank's file; nowhere, if that cannot be had."""
+        """Open this rank's file, or the null device if that fails."""
         name = f"rank_{self._watch.rank:05d}.txt"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # on another host it may be for temporary files
+            self.folder.mkdir(parents=True, exist_ok=True)  # missing if it is one of another host's temporary files
             return (self.folder / name).open("ab", buffering=0)
         except OSError as error:
             logger.error("rank %d has no place for its reports: %s", self._watch.rank, describe(error))
             return Path(os.devnull).open("ab", buffering=0)
 
-    def listen(self) -> None:
-        """Write a report whenever there is cause to, from now on; called by the main thread."""
+    def install(self) -> None:
+        """Install the handlers of crashes, SIGQUIT and the watchdog; called by the main thread."""
         faulthandler.enable(self._file)
         faulthandler.unregister(signal.SIGQUIT)
-        # Python's handler does nothing; that it is there makes Python send the signal's number through the pipe.
+        # A handler that does nothing: because there is one, Python writes the signal's number into the pipe.
         signal.signal(signal.SIGQUIT, lambda *_: None)
         numbers, sending = os.pipe()
         os.set_blocking(sending, False)
         signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
-        threading.Thread(target=self._answer, args=(numbers,), daemon=True, name="dsmoe reports").start()
+        threading.Thread(target=self._report_on_sigquit, args=(numbers,), daemon=True, name="dsmoe reports").start()
         self._watch.reports = self
 
-    def of_failure(self, why: str, error: BaseException | None = None) -> None:
-        """Write a report, unless there has been one of a failure: what follows the first is its consequence."""
+    def write_failure(self, why: str, error: BaseException | None = None) -> None:
+        """Write a report of this rank's first failure; later ones are its consequences, and ignored."""
         if not self._has_failed:
             self._has_failed = True
             self.write(why, error)
 
-    def beat(self) -> None:
-        """Called now and then; if it is not for the watch's timeout, the bare stacks are written, without Python.
+    def on_heartbeat(self) -> None:
+        """Restart faulthandler's timer: without a heartbeat for the watchdog's timeout, it writes the stacks.
 
-        That is so while a library keeps Python's lock.
+        For a library that keeps Python's lock, in which no thread of Python can write a report.
         """
         faulthandler.dump_traceback_later(self._watch.timeout.total_seconds(), file=self._file)
 
     def write(self, why: str, error: BaseException | None = None) -> None:
-        """Append a report; what hinders that (a full disk, storage that hangs) must not hide why the run ends."""
+        """Append a report; a full disk, or storage that hangs, must not hide why the run ends."""
         with self._writing:
             try:
                 text = self._text(why, error)
             except Exception as problem:
                 text = f"{datetime.now():%Y-%m-%d %H:%M:%S}, because {why}; no more is known: {problem!r}\n"
-            if within(FILE_SECONDS, lambda: self._file.write(text.encode())) is None:
+            if call_with_timeout(FILE_SECONDS, lambda: self._file.write(text.encode())) is None:
                 print(f"[rank {self._watch.rank}] could not write to {self.folder}", file=sys.stderr, flush=True)
 
     def gather(self, explanation: str) -> str:
-        """Wait a moment for the other ranks' reports, and return which ranks stand together where.
+        """Wait up to `WAIT_SECONDS` for the other ranks' reports, and return a summary: ranks grouped by position.
 
-        Both go to the log of the run and to `summary.txt`, whichever rank explains its end.
+        The explanation and the summary are appended to the log of the run and to `summary.txt`.
         """
+        # Of 64 ranks in a hang, 62 stand in the same collective: the odd ones come first.
+        #   rank 5: step 7, reading data; read (dsmoe/data/stored.py:88)
+        #   rank 9: no report
+        #   ranks 0-4, 6-8, 10-63: step 7, layer 3, exchange; all_to_all_single (torch/distributed/...)
         ranks, deadline = self._watch.world_size, time.monotonic() + WAIT_SECONDS
-        while len(places := self._places()) < ranks and time.monotonic() < deadline:
+        while len(positions := self._positions()) < ranks and time.monotonic() < deadline:
             time.sleep(0.1)
-        together: dict[str, list[int]] = {}
+        by_position: dict[str, list[int]] = {}
         for rank in range(ranks):
-            together.setdefault(places.get(rank, "no report"), []).append(rank)
-        lines = [f"where each rank stood is in {self.folder} ({len(places)} of {ranks} have written):"]
-        fewest_first = sorted(together.items(), key=lambda item: len(item[1]))
-        lines += [f"  {rank_names(who)}: {place}" for place, who in fewest_first]
+            by_position.setdefault(positions.get(rank, "no report"), []).append(rank)
+        lines = [f"where each rank stood is in {self.folder} ({len(positions)} of {ranks} have written):"]
+        fewest_first = sorted(by_position.items(), key=lambda item: len(item[1]))
+        lines += [f"  {rank_names(at_position)}: {position}" for position, at_position in fewest_first]
         text = "\n".join(lines)
         for path in (self.folder / "summary.txt", self.folder.parents[1] / "train.log"):
             with (
@@ -179,7 +183,7 @@ class Reports:
         return text
 
     def close(self) -> None:
-        """At an orderly end: leave nothing where nothing was reported."""
+        """Remove the handlers, and this rank's file if it has no report; at an orderly end."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
         self._watch.reports = None
@@ -193,14 +197,15 @@ class Reports:
             if self.folder.parent.name == FOLDER:
                 self.folder.parent.rmdir()
 
-    def _answer(self, numbers: int) -> None:
-        while sent := os.read(numbers, 64):
-            if signal.SIGQUIT in sent:
+    def _report_on_sigquit(self, numbers: int) -> None:
+        """Read signals' numbers from a pipe; in a thread, since the main one may wait for a device."""
+        while received := os.read(numbers, 64):
+            if signal.SIGQUIT in received:
                 self.write("it was asked to (SIGQUIT)")
-                self._watch.ask_for_reports()
+                self._watch.request_reports()
 
     def _text(self, why: str, error: BaseException | None) -> str:
-        note, seconds = self._watch.now()
+        position, seconds = self._watch.position()
         frames = sys._current_frames()
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         main = threading.main_thread().ident
@@ -209,8 +214,8 @@ class Reports:
         lines = [
             f"=== rank {self._watch.rank} of {self._watch.world_size} on {socket.gethostname()}, process {os.getpid()}",
             f"{datetime.now():%Y-%m-%d %H:%M:%S}, because {why}",
-            f"last note:  {note.place} (number {note.notes}, {seconds:.1f} s ago)",
-            f"{_STANDS}{note.place}; {_innermost(stack)}",
+            f"last note:  {position.text} (number {position.count}, {seconds:.1f} s ago)",
+            f"{_POSITION_PREFIX}{position.text}; {_innermost(stack)}",
             *_memory(),
             *_collectives(),
         ]
@@ -218,43 +223,45 @@ class Reports:
             lines += ["", "--- the error", "".join(traceback.format_exception(error)).rstrip()]
         for thread in sorted(frames, key=lambda ident: ident != main):
             name = names.get(thread, str(thread))
-            if not name.startswith("dsmoe "):  # the watch's thread, and the one here
+            if not name.startswith("dsmoe "):  # the watchdog's threads, and those of this module
                 lines += ["", f"--- thread {name}", "".join(traceback.format_stack(frames[thread])).rstrip()]
         return "\n".join(lines) + "\n\n"
 
-    def _places(self) -> dict[int, str]:
-        """By rank, where its last report says that it stood."""
-        places = {}
+    def _positions(self) -> dict[int, str]:
+        """The position in each rank's last report, by rank."""
+        positions = {}
         with contextlib.suppress(OSError):
             for path in self.folder.glob("rank_*.txt"):
                 number = path.stem.removeprefix("rank_")
-                if number.isdecimal() and (place := _last_place(path.read_text(errors="replace", encoding="utf-8"))):
-                    places[int(number)] = place
-        return places
+                text = path.read_text(errors="replace", encoding="utf-8")
+                if number.isdecimal() and (position := _last_position(text)):
+                    positions[int(number)] = position
+        return positions
 
 
-def _last_place(text: str) -> str | None:
-    """Where the last report of a rank's file says that it stood; None where there is none."""
-    reports = re.split(rf"^(?=(?:{'|'.join(map(re.escape, (_STANDS, *_BARE)))}))", text, flags=re.M)
+def _last_position(text: str) -> str | None:
+    """The position in the last report of a rank's file; None if there is no report."""
+    beginnings = "|".join(map(re.escape, (_POSITION_PREFIX, *_FAULTHANDLER_PREFIXES)))
+    reports = re.split(rf"^(?=(?:{beginnings}))", text, flags=re.M)
     if len(reports) == 1:
         return None
     last = reports[-1]
     first_line = last.splitlines()[0]
-    if last.startswith(_STANDS):
-        return first_line.removeprefix(_STANDS)
-    # Of bare stacks, the thread that crashed is called the current one; else the main thread is the last one.
-    threads = sorted(_BARE_THREAD.findall(last), key=lambda thread: thread[0] == "Current thread")
+    if last.startswith(_POSITION_PREFIX):
+        return first_line.removeprefix(_POSITION_PREFIX)
+    # faulthandler calls the thread that crashed the current one; without a crash, the main thread is the last one.
+    threads = sorted(_FAULTHANDLER_THREAD.findall(last), key=lambda thread: thread[0] == "Current thread")
     return f"{first_line} {threads[-1][3]} ({_shown(threads[-1][1])}:{threads[-1][2]})" if threads else first_line
 
 
 def _memory() -> Iterator[str]:
-    """Of the process, and what torch's allocator has of the device."""
+    """The memory of the process, and the device memory of torch's allocator."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     yield f"memory:     {pages * resource.getpagesize() / GIB:.2f} GiB resident, {peak:.2f} at most"
     if torch.cuda.is_initialized():
         # A main thread that waits for the device may hold the allocator's lock.
-        yield f"device:     {within(DEVICE_SECONDS, _device_memory) or 'its allocator does not answer'}"
+        yield f"device:     {call_with_timeout(DEVICE_SECONDS, _device_memory) or 'its allocator does not answer'}"
 
 
 def _device_memory() -> str:
@@ -263,7 +270,7 @@ def _device_memory() -> str:
 
 
 def _collectives() -> Iterator[str]:
-    """The last ones that torch's flight recorder has, where torch has one: the last is the one that waits."""
+    """The last collectives in torch's flight recorder, where torch has one: the last is the one that waits."""
     entries = []
     for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's and NCCL's, each where torch has it
         if dump := getattr(torch._C._distributed_c10d, name, None):
@@ -281,7 +288,7 @@ def _collective(entry: Mapping[str, Any]) -> str:
 
 
 def _innermost(stack: traceback.StackSummary) -> str:
-    """The line that is being run, and the last one of dsmoe on the way to it."""
+    """The innermost line of a stack, and the innermost one in dsmoe."""
     frames = [frame for frame in stack if frame.filename != __file__]
     ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
     shown = [frames[-1]] if not ours or ours[-1] is frames[-1] else [frames[-1], ours[-1]]
@@ -289,5 +296,5 @@ def _innermost(stack: traceback.StackSummary) -> str:
 
 
 def _shown(file: str) -> str:
-    """A file's path from the folder of packages that it is in."""
+    """A file's path relative to the folder of packages."""
     return file.split("/site-packages/")[-1].removeprefix(f"{Path(_PACKAGE).parent}/")

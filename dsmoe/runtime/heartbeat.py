@@ -1,4 +1,4 @@
-"""For how long others have been silent, as far as this process has watched; and what may never come to an end."""
+"""Heartbeat timer that ignores time in which this process itself stood still, and calls with a timeout."""
 
 from __future__ import annotations
 
@@ -10,32 +10,42 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Silence:
-    """Seconds without a sign, of which only those count in which this process looked.
+class HeartbeatTimer:
+    """Seconds since the last heartbeat, counting only time in which this process was running.
 
-    The clocks of a host that was suspended, or of a process that was stopped, have gone on when it comes back, and
-    nobody could give it a sign meanwhile. So of the time between two looks no more than `most` counts.
+    The clock of a suspended host, or of a stopped process, is ahead when it resumes, and no heartbeat could arrive
+    meanwhile. So each interval between two updates counts at most `max_interval`.
 
     Args:
-        most: more than looks are apart while the process runs.
+        max_interval: seconds; longer than two updates are apart in a running process.
     """
 
-    def __init__(self, most: float) -> None:
-        self.seconds = 0.0
-        """How long it was at the last look."""
-        self._most = most
-        self._looked = time.monotonic()
+    # With max_interval = 6, updates at these times of the clock, no heartbeat:
+    #   1000.0   created            seconds = 0
+    #   1000.5   interval 0.5       seconds = 0.5
+    #   1002.5   interval 2.0       seconds = 2.5
+    #   88902.5  interval 86,400    seconds = 8.5    (the host was suspended for a day: 6 of it count)
+    #   88903.5  a heartbeat        seconds = 0
 
-    def look(self, is_sign: bool = False) -> float:
-        """Look again; returns the seconds since the last sign, 0 if this is one."""
+    def __init__(self, max_interval: float) -> None:
+        self.seconds = 0.0
+        """The value at the last update."""
+        self._max_interval = max_interval
+        self._updated = time.monotonic()
+
+    def update(self, is_beat: bool = False) -> float:
+        """Add the time since the last update, or start again from 0 at a heartbeat; returns the seconds."""
         now = time.monotonic()
-        self.seconds = 0.0 if is_sign else self.seconds + min(now - self._looked, self._most)
-        self._looked = now
+        self.seconds = 0.0 if is_beat else self.seconds + min(now - self._updated, self._max_interval)
+        self._updated = now
         return self.seconds
 
 
-def within(seconds: float, action: Callable[[], T]) -> T | None:
-    """What `action` returns, or None where it fails or takes longer: a store on a host that is cut off may never."""
+def call_with_timeout(seconds: float, action: Callable[[], T]) -> T | None:
+    """Return the result of `action`, or None where it fails or takes longer.
+
+    `action` runs in a daemon thread, which a timeout leaves running: a store on an unreachable host may never answer.
+    """
     result: list[Any] = [None]
 
     def act() -> None:

@@ -1,11 +1,11 @@
-"""Stop this rank as SIGTERM does when the launcher that started it has gone: nobody would see it train on.
+"""Exit with the launcher: stop this rank as SIGTERM does when the launcher that started it has ended.
 
-The processes that are watched, from a rank's parent upwards:
+Nobody would see such a rank train on. The processes that are watched, from a rank's parent upwards:
 
     torchrun              its agent, one on each host
-    launch.py, deepspeed  `deepspeed` on one host, which does not hand SIGTERM on
+    launch.py, deepspeed  `deepspeed` on one host, which does not forward SIGTERM
     launch.py, sshd       `deepspeed --hostfile`: sshd's session ends when the connection does, so also when pdsh is
-                          killed; and `deepspeed` itself, where that is a process of this host
+                          killed; and `deepspeed` itself, if it is a process of this host
     mpirun, slurmstepd    the daemons of MPI and Slurm, and others like them
 
 and the scripts between a launcher and its ranks (`--no_python run.sh`). Not the shell in which a launcher was typed,
@@ -27,13 +27,13 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
-from dsmoe.runtime.rendezvous import AGENTS, variables_of_agent
-from dsmoe.runtime.reporting_rank import is_first_of_host
+from dsmoe.runtime.rendezvous import AGENT_VARIABLES, agent_variables
+from dsmoe.runtime.reporting_rank import is_host_leader
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
-"""How long a launcher may have gone before it is noticed."""
+POLL_SECONDS = 1.0
+"""The time between two checks of the launchers."""
 
 _RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}
 _LAUNCH = "deepspeed.launcher.launch"
@@ -47,12 +47,12 @@ _DAEMONS = {
 
 @dataclass(frozen=True)
 class Process:
-    """One process, also after its number has been given to another.
+    """A process, told apart from a later one with the same id by its start time.
 
     Args:
-        number: its id.
-        started: when, in clock ticks since the host has started.
-        command: its arguments, the program's name first.
+        number: the process id.
+        started: the start time, in clock ticks since the host has started.
+        command: the arguments, the program's name first.
     """
 
     number: int
@@ -61,14 +61,14 @@ class Process:
 
     @property
     def program(self) -> str:
-        """What it runs: `torchrun` for `python3 -u /usr/bin/torchrun ...`, `sshd` for `sshd: root@notty`."""
+        """The name of the program: `torchrun` for `python3 -u /usr/bin/torchrun ...`, `sshd` for `sshd: root@notty`."""
         words = list(self.command) or [""]
         if Path(words[0]).name.startswith("python"):
             words = [word for word in words[1:] if not word.startswith("-")] or words
         return Path(words[0].split(":")[0]).name
 
     def has_gone(self) -> bool:
-        """Whether it has ended; nobody need have asked for its exit code yet."""
+        """Return whether the process has ended; a zombie has."""
         try:
             state, _, started = _status(self.number)
         except (FileNotFoundError, ProcessLookupError):
@@ -79,24 +79,29 @@ class Process:
 
 
 _GONE_BEFORE = Process(0, "", ("before this rank began",))
-"""A launcher of which nothing is left to see; no process has this number."""
+"""A launcher that had ended before this rank began; no process has this id."""
 
 
 def watch_launcher() -> None:
-    """Send SIGTERM to this process when what has launched it has gone; to be called as early as possible."""
+    """Send SIGTERM to this process when one of its launchers has ended; call as early as possible."""
     launchers = launchers_of(os.environ)
     if launchers:
-        threading.Thread(target=_outlive, args=(launchers,), daemon=True, name="dsmoe launcher").start()
+        threading.Thread(target=_stop_with_launcher, args=(launchers,), daemon=True, name="dsmoe launcher").start()
 
 
 def launchers_of(environment: Mapping[str, str]) -> list[Process]:
-    """The processes without which nobody looks after this rank, nearest first; none where no launcher is known.
+    """Return the launchers of this rank, from its parent upwards; none if the launcher is unknown.
 
     Args:
-        environment: the rank's.
+        environment: the rank's environment.
     """
-    variables = variables_of_agent(environment)
-    by_agent = any(name in variables for name in AGENTS)
+    # `deepspeed --num_gpus 2 train.py` from a shell, seen from a rank upwards:
+    #   run.sh              has RANK in its environment, as the rank has: a script between the agent and the rank
+    #   launch.py           the first ancestor without RANK: the agent
+    #   deepspeed           started launch.py: part of the launcher
+    #   bash                not part of it, may end with `nohup`: not watched
+    variables = agent_variables(environment)
+    by_agent = any(name in variables for name in AGENT_VARIABLES)
     try:
         _, parent, _ = _status("self")  # not os.getppid(): /proc may be another namespace's, with other numbers
     except OSError:
@@ -114,40 +119,40 @@ def launchers_of(environment: Mapping[str, str]) -> list[Process]:
             break
         launchers.append(above)
     if launchers[-1].program.startswith("sshd"):
-        launchers += _runner_here(launchers)
+        launchers += _local_runner(launchers)
     return launchers
 
 
-def _outlive(launchers: list[Process]) -> None:
-    """Wait until one of the launchers has gone, let the first rank of this host say so, and stop."""
+def _stop_with_launcher(launchers: list[Process]) -> None:
+    """Wait until a launcher has ended, log that on the leader of this host, and send SIGTERM to this process."""
     while True:
         gone = next((process for process in launchers if process.has_gone()), None)
         if gone is not None:
             break
-        time.sleep(LOOK_SECONDS)
-    if is_first_of_host():
+        time.sleep(POLL_SECONDS)
+    if is_host_leader():
         what = f"the launcher has gone ({gone.program}, process {gone.number})"
         logger.error("%s: %s; its ranks are told to stop (SIGTERM)", platform.node(), what)
     else:
-        time.sleep(2 * LOOK_SECONDS)  # all ranks stop when one does, and that one is to have said why
+        time.sleep(2 * POLL_SECONDS)  # the first rank to stop ends all of them, and the leader has to log first
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _is_init(process: Process) -> bool:
-    """Whether it is what ranks are left to when their agent has ended; both agents are Python, if one is process 1."""
+    """Return whether a process is init, which inherits the ranks of an agent that has ended; an agent is Python."""
     return process.number == 1 and not Path(process.command[0]).name.startswith("python")
 
 
 def _has_launched(above: Process, below: Process) -> bool:
-    """Whether a launcher's parent is a part of it: DeepSpeed's runner, or ssh's end on this host and its shell."""
+    """Return whether a launcher's parent belongs to it: DeepSpeed's runner, or sshd's process and its shell."""
     if below.program in _RUNNERS:
         return False
     by_ssh = above.program.startswith("sshd") or any(_LAUNCH in word for word in above.command)
     return above.program in _RUNNERS or (by_ssh and any(_LAUNCH in word for word in below.command))
 
 
-def _runner_here(launchers: list[Process]) -> list[Process]:
-    """The `deepspeed --hostfile` that has started launch.py by pdsh, if it is a process of this host."""
+def _local_runner(launchers: list[Process]) -> list[Process]:
+    """The `deepspeed --hostfile` that has started launch.py by pdsh, if it runs on this host."""
     same = ("--world_info=", "--master_addr=", "--master_port=")
     words = {word for process in launchers for word in process.command if word.startswith(same)}
     for number in [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()]:
@@ -163,7 +168,7 @@ def _runner_here(launchers: list[Process]) -> list[Process]:
 
 
 def _ancestors(number: int) -> Iterator[Process]:
-    """The process of that id, its parent and so on, as far as this process may look."""
+    """The process with this id, its parent and so on, as far as this process may read them."""
     while number > 0:  # the parent of a namespace's first process is 0
         try:
             _, parent, started = _status(number)
@@ -175,7 +180,7 @@ def _ancestors(number: int) -> Iterator[Process]:
 
 
 def _has_variables(process: Process, variables: Mapping[str, str]) -> bool:
-    """Whether a process was started with these variables, as far as this process may know."""
+    """Return whether a process was started with these variables, as far as this process may read them."""
     try:
         environment = set(Path(f"/proc/{process.number}/environ").read_bytes().split(b"\0"))
     except OSError:
@@ -184,9 +189,9 @@ def _has_variables(process: Process, variables: Mapping[str, str]) -> bool:
 
 
 def _status(number: int | str) -> tuple[str, int, str]:
-    """A process' state, its parent's id, and when it started.
+    """A process' state, its parent's id, and its start time in clock ticks.
 
-    `229 (python3 (x)) S 227 ...`: what is in brackets may be anything, the rest are numbers.
+    `229 (python3 (x)) S 227 ...`: the name in brackets may have brackets, the rest are numbers.
     """
     text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
     fields = text.rpartition(")")[2].split()

@@ -1,6 +1,6 @@
-"""The ranks of launchers that know neither torch nor DeepSpeed, by the variables of each: Open MPI, MPICH, Flux, ...
+"""Launchers that know neither torch nor DeepSpeed, and the rank by the variables of each: Open MPI, MPICH, Flux, ...
 
-They say a process' number, how many there are and its place on its host, and not where rank 0 is. Sources:
+They set a process' rank, the number of ranks and the rank on its host, and not where rank 0 is. Sources:
 
 * Open MPI: docs.open-mpi.org, "Environment variables set by mpirun" (OMPI_COMM_WORLD_*); seen with 4.1.4.
 * MPICH, Intel MPI (Hydra): src/pm/hydra/lib/pmiserv_common.h and proxy/pmip_cb.c (PMI_*, MPI_LOCALRANKID,
@@ -24,14 +24,14 @@ from dataclasses import dataclass
 
 from dsmoe.plan.text import quantity
 from dsmoe.runtime.rendezvous import is_whole_number
-from dsmoe.runtime.variables import LauncherError, how_to_start, whole_number
+from dsmoe.runtime.variables import LauncherError, start_advice, whole_number
 
-FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below 32768, where Linux begins to hand out ports
+FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below 32768, where Linux' ephemeral ports begin
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """One launcher: the names of its variables, where any of several is meant, and how it is typed."""
+    """A launcher: the names of its variables (a tuple: the first that is set), and its command."""
 
     name: str
     rank: str
@@ -39,26 +39,27 @@ class Launcher:
     local_rank: tuple[str, ...]
     local_size: tuple[str, ...]
     on_one_host: str
-    """What starts so many ranks, to be formatted with `ranks`, `nodes` and `devices`."""
+    """The command on one host, a format of `ranks`, `nodes` and `devices`."""
     on_hosts: str
+    """The command on several hosts, the same."""
     export: str
-    """How a variable is given to all ranks, to be formatted with `name` and `value`."""
+    """The option that sets a variable for all ranks, a format of `name` and `value`."""
     nodes: str = ""
-    """The variable with the number of nodes, where none has the ranks of one."""
+    """The variable with the number of nodes, for launchers without `local_size`."""
 
     def command(self, nodes: int, devices: int) -> str:
-        """The command that starts `nodes` x `devices` ranks, up to the program."""
+        """Return the command that starts `nodes` x `devices` ranks, up to the program."""
         start = self.on_one_host if nodes == 1 else f"{self.on_hosts} {self.exports()}"
         return start.format(ranks=nodes * devices, nodes=nodes, devices=devices)
 
     def exports(self) -> str:
-        """The options that tell all ranks where rank 0 is, if that is the host where they are typed."""
+        """Return the options that set MASTER_ADDR and MASTER_PORT, for rank 0 on the host on which they are typed."""
         values = {"MASTER_ADDR": "$(hostname -f)", "MASTER_PORT": "29500"}
         return " ".join(self.export.format(name=name, value=value) for name, value in values.items())
 
 
 LAUNCHERS = (
-    # Before Open MPI, whose variables it sets, too.
+    # Before Open MPI, whose variables jsrun sets, too.
     Launcher(
         name="jsrun",
         rank="JSM_NAMESPACE_RANK",
@@ -70,7 +71,7 @@ LAUNCHERS = (
         "--gpu_per_rs ALL_GPUS",
         export="-E {name}={value}",
     ),
-    # These two before MPICH, of which they set some.
+    # Flux and PALS before MPICH, of whose variables they set some.
     Launcher(
         name="flux run",
         rank="FLUX_TASK_RANK",
@@ -149,12 +150,12 @@ WITHOUT_SIZE = {
     "PMI_ID": "a launcher of PMI",
     "MPIRUN_RANK": "mpirun_rsh (of old MVAPICH)",
 }
-"""Variables with a process' number, of launchers that say no more that could be gone by."""
+"""Variables with a rank, of launchers that set no usable size."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the processes that a launcher has started."""
+    """A process of a launcher, by the launcher's own variables."""
 
     launcher: Launcher
     rank: int
@@ -167,48 +168,52 @@ _RANKS = (*(launcher.rank for launcher in LAUNCHERS), *WITHOUT_SIZE)
 _SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", *(name for launcher in LAUNCHERS for name in launcher.size))
 
 
-def first_rank_known(environment: Mapping[str, str]) -> str:
-    """This process' number by the first variable that has one, else `0`: who speaks before the ranks have met."""
-    given = [environment[name].strip() for name in ("RANK", *_RANKS) if name in environment]
+def rank_from_variables(environment: Mapping[str, str]) -> str:
+    """Return the rank by the first variable that has one, else `0`; for messages before the ranks have joined."""
+    ranks = [environment[name].strip() for name in ("RANK", *_RANKS) if name in environment]
     if "RANK" not in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        given.append(environment.get("SLURM_PROCID", "0").strip())
-    return given[0] if given and is_whole_number(given[0]) else "0"
+        ranks.append(environment.get("SLURM_PROCID", "0").strip())
+    return ranks[0] if ranks and is_whole_number(ranks[0]) else "0"
 
 
-def is_alone(environment: Mapping[str, str]) -> bool:
-    """Whether no launcher says that there are other processes."""
+def is_single_process(environment: Mapping[str, str]) -> bool:
+    """Return whether no launcher's variable says that there are other ranks."""
     sizes = [environment[name].strip() for name in _SIZES if environment.get(name)]
     has_rank = any(name in environment for name in ("RANK", *_RANKS))
     return all(size == "1" for size in sizes) if sizes else not has_rank
 
 
-def name_of_run(environment: Mapping[str, str]) -> str:
-    """What the ranks of one run on one host have in common: where they meet, or else the process that started them."""
+def run_key(environment: Mapping[str, str]) -> str:
+    """Return a text that the ranks of one run on a host share: the rendezvous, or else the launcher's process id."""
     if environment.get("MASTER_PORT"):
-        where = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-        return "/".join(environment.get(name, "") for name in where)
-    of_launchers = tuple(name for name in (*_RANKS, "SLURM_PROCID") if name in environment)
-    names = of_launchers or ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        rendezvous = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+        return "/".join(environment.get(name, "") for name in rendezvous)
+    launcher_names = tuple(name for name in (*_RANKS, "SLURM_PROCID") if name in environment)
+    names = launcher_names or ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     return f"launcher {launcher_process(environment, names)}"
 
 
 def find_task(environment: Mapping[str, str]) -> Task | None:
-    """What the launcher says that has started this process; None if none of those here has.
+    """Return the task of the launcher in `LAUNCHERS` that has started this process; None if none has.
 
-    Of launchers within launchers the one counts that has started several. Its bare PMI variables in a job of Slurm are
-    srun's own, which says the same in Slurm's.
+    Of nested launchers, the one with several ranks counts. PMI variables without a local rank in a job of Slurm are
+    srun's own, which sets Slurm's as well.
 
     Raises:
-        LauncherError: there is one, and it does not say all that it takes; or two of them say different things.
+        LauncherError: variables of a launcher are missing, or two launchers contradict each other.
     """
+    # Rank 5 of 2 nodes x 4, under Open MPI:
+    #   OMPI_COMM_WORLD_RANK=5, _SIZE=8, _LOCAL_RANK=1, _LOCAL_SIZE=4  ->  Task(mpirun, 5, 8, 1, 4)
+    # Under Flux, which has no local size: FLUX_JOB_SIZE=8 / FLUX_JOB_NNODES=2 = 4.
+    # In the job of a `srun --ntasks=1 mpirun -np 8`, PMI_RANK=0 of PMI_SIZE=1 is there too, and the 8 ranks count.
     tasks: list[Task] = []
     missing: list[str] = []
     for launcher in LAUNCHERS:
         if launcher.rank not in environment:
             continue
-        if launcher.rank == "PMI_RANK" and _is_slurms_own(environment, launcher):
+        if launcher.rank == "PMI_RANK" and _is_srun_pmi(environment, launcher):
             continue
-        absent = _absent(environment, launcher)
+        absent = _missing_variables(environment, launcher)
         if absent:
             missing.append(f"{launcher.rank} is {whole_number(environment, launcher.rank)}, and there is no {absent}")
         else:
@@ -219,26 +224,26 @@ def find_task(environment: Mapping[str, str]) -> Task | None:
     if several or tasks:
         return (several or tasks)[0]
     if missing:
-        raise LauncherError(f"{'; '.join(missing)}: this is one of several processes, or none; {how_to_start()}")
+        raise LauncherError(f"{'; '.join(missing)}: this is one of several processes, or none; {start_advice()}")
     for name, launcher_name in WITHOUT_SIZE.items():
-        if name in environment and not _is_also_slurms(environment, name):
+        if name in environment and not _is_set_by_srun(environment, name):
             raise LauncherError(
                 f"{name} is {whole_number(environment, name)}, and {launcher_name} has no variable with the number of "
-                f"ranks; {how_to_start()}; or unset {name} to train on one rank"
+                f"ranks; {start_advice()}; or unset {name} to train on one rank"
             )
     return None
 
 
-def join_task(environment: MutableMapping[str, str], task: Task) -> None:
-    """Say of a task by the names that torch and DeepSpeed know which rank it is, and where the ranks meet.
+def set_task_variables(environment: MutableMapping[str, str], task: Task) -> None:
+    """Set the variables of torch and DeepSpeed for a task: its rank and the rendezvous.
 
-    On one host they meet at the port of the launcher's process number (`launcher_port`), on several where MASTER_ADDR
-    and MASTER_PORT say, which the launcher has to hand on.
+    On one host the port follows from the launcher's process id (`launcher_port`); on several hosts the launcher has to
+    export MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        LauncherError: the tasks are laid over the hosts in a way that is not supported, or do not know where to meet.
+        LauncherError: the tasks are laid over the hosts in an unsupported way, or the rendezvous is not known.
     """
-    # First of all the rank, by which it is known who reports what is wrong.
+    # The rank first: it decides who reports an error.
     environment.update(RANK=str(task.rank), LOCAL_RANK=str(task.local_rank))
     nodes, rest = divmod(task.size, task.local_size)
     if rest or task.rank % task.local_size != task.local_rank:
@@ -269,12 +274,14 @@ def join_task(environment: MutableMapping[str, str], task: Task) -> None:
 
 
 def launcher_port(environment: Mapping[str, str], launcher: Launcher) -> int | None:
-    """A port that all ranks of one launcher on this host derive alike, and those of another one do not.
+    """Return a port that all ranks of one launcher on this host derive alike, and ranks of another launcher do not.
 
-    It follows from the number of the launcher's process: the nearest one above this process that does not have this
-    rank's variables, which a shell in between would have. In a container numbers begin anew, so that the container's
-    name space of processes shifts it. None where there is no such process to be seen.
+    It follows from the id of the launcher's process: the nearest ancestor without this rank's variables (a shell in
+    between has them). Ids start anew in a container, so the container's namespace of processes is added. None if the
+    process cannot be seen.
     """
+    # Ancestors of a rank with OMPI_COMM_WORLD_RANK=1: bash (has it, too), mpirun with id 4711 (has not), a shell.
+    # The port is 10000 + (4711 + checksum of "pid:[4026531836]") % 20000, the same for every rank of that mpirun.
     process = launcher_process(environment, (launcher.rank, *launcher.size, *launcher.local_rank))
     if process is None:
         return None
@@ -285,42 +292,42 @@ def launcher_port(environment: Mapping[str, str], launcher: Launcher) -> int | N
 
 
 def launcher_process(environment: Mapping[str, str], names: Sequence[str]) -> int | None:
-    """The id of the nearest process above this one that has not all of these variables as `environment` has them.
+    """Return the id of the nearest ancestor in which one of these variables differs from `environment`.
 
-    That is what has set them for this process. None where there is no such process to be seen.
+    That process has set them for this one. None if it cannot be seen.
     """
-    import psutil  # which takes a moment, and is for this only
+    import psutil  # slow to import, and only needed here
 
     own = [environment.get(name) for name in names]
     for process in psutil.Process().parents():
         others: Mapping[str, str] = {}
-        with suppress(psutil.Error, OSError):  # another user's is none of the ranks
+        with suppress(psutil.Error, OSError):  # another user's process is not a rank
             others = process.environ()
         if [others.get(name) for name in names] != own:
             return int(process.pid)
     return None
 
 
-def launcher_named(name: str) -> Launcher | None:
-    """The launcher of that name, if it is one of those here."""
+def find_launcher(name: str) -> Launcher | None:
+    """Return the launcher of that name in `LAUNCHERS`, or None."""
     return next((launcher for launcher in LAUNCHERS if launcher.name == name), None)
 
 
-def _is_slurms_own(environment: Mapping[str, str], launcher: Launcher) -> bool:
+def _is_srun_pmi(environment: Mapping[str, str], launcher: Launcher) -> bool:
     return "SLURM_JOB_ID" in environment and not any(
         name in environment for name in (*launcher.local_rank, *launcher.local_size)
     )
 
 
-def _is_also_slurms(environment: Mapping[str, str], name: str) -> bool:
-    """Whether srun sets a variable of `WITHOUT_SIZE`, and says the rest in Slurm's own."""
+def _is_set_by_srun(environment: Mapping[str, str], name: str) -> bool:
+    """Return whether a variable of `WITHOUT_SIZE` is set by srun, next to Slurm's own."""
     if name == "PMIX_RANK":
         return environment.get("PMIX_NAMESPACE", "").startswith("slurm.")
     return "SLURM_JOB_ID" in environment
 
 
-def _absent(environment: Mapping[str, str], launcher: Launcher) -> str:
-    """What the launcher should say of this process, and does not."""
+def _missing_variables(environment: Mapping[str, str], launcher: Launcher) -> str:
+    """The launcher's variables that are missing, as text; empty if none is."""
     if not any(name in environment for name in launcher.size):
         return " or ".join(launcher.size)
     if whole_number(environment, _first(environment, launcher.size)) == 1:
@@ -334,7 +341,7 @@ def _task(environment: Mapping[str, str], launcher: Launcher) -> Task:
     rank, size = (whole_number(environment, name) for name in names)
     if rank >= size:
         raise LauncherError(
-            f"{names[0]} is {rank} and {names[1]} is {size}: ranks are from 0 to {max(size - 1, 0)}; {how_to_start()}"
+            f"{names[0]} is {rank} and {names[1]} is {size}: ranks are from 0 to {max(size - 1, 0)}; {start_advice()}"
         )
     if size == 1:
         return Task(launcher, 0, 1, 0, 1)
@@ -354,7 +361,7 @@ def _task(environment: Mapping[str, str], launcher: Launcher) -> Task:
     if not local_rank < local_size <= size:
         raise LauncherError(
             f"{local_rank_name} is {local_rank}, {local_size_name} is {local_size} and {names[1]} is {size}, which "
-            f"cannot be; {how_to_start()}"
+            f"cannot be; {start_advice()}"
         )
     return Task(launcher, rank, size, local_rank, local_size)
 
@@ -371,11 +378,11 @@ def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str:
     return next(name for name in names if name in environment)
 
 
-def tasks_agreeing(environment: Mapping[str, str], rank: int, size: int) -> Iterator[Task]:
-    """The launchers of several ranks that say the same of this process: rank `rank` of `size`."""
+def matching_tasks(environment: Mapping[str, str], rank: int, size: int) -> Iterator[Task]:
+    """Yield the tasks, of any launcher, that agree with torch's variables: rank `rank` of `size`."""
     for launcher in LAUNCHERS:
         with suppress(LauncherError):
-            if launcher.rank in environment and not _absent(environment, launcher):
+            if launcher.rank in environment and not _missing_variables(environment, launcher):
                 task = _task(environment, launcher)
                 if (task.rank, task.size) == (rank, size):
                     yield task

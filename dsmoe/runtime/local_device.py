@@ -1,8 +1,8 @@
-"""The device that a rank drives, and whether two ranks drive the same one.
+"""Local device: the device that a rank drives, and a check that no two ranks drive the same one.
 
-A rank sees all devices of its host, and drives the one of its number there; or it sees one, which its launcher has
-given to it alone (`srun --gpus-per-task=1`, `--gpu-bind`). Two ranks that see one by mistake would wait for each other
-in NCCL, or end there with a message that names neither.
+A rank sees all devices of its host, and drives the one of its local rank; or it sees one, which its launcher has given
+to it alone (`srun --gpus-per-task=1`, `--gpu-bind`). Two ranks that see one by mistake would wait for each other in
+NCCL, or end there with a message that names neither.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHOWN_DEVICES = 8
 
 
 class DeviceError(HostError):
-    """What is wrong with the device of this rank, and may be right with the host's others."""
+    """An error of this rank's device, which the host's other devices need not have."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class Device:
     uuid: str
     host: str
     visible: str
-    """What CUDA_VISIBLE_DEVICES is for that rank."""
+    """CUDA_VISIBLE_DEVICES of that rank, for messages."""
 
 
 def device_index(local_rank: int) -> int:
-    """The number, among the devices that it sees, of the one that the host's rank number `local_rank` drives."""
+    """Return the index, among the visible devices, of the one that the rank `local_rank` of its host drives."""
     return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
-def take_device(local_rank: int) -> int:
-    """Make the device of this rank the current one; returns its number.
+def select_device(local_rank: int) -> int:
+    """Make the device of this rank the current one, and return its index.
 
     Raises:
-        DeviceError: this rank sees several, and not so many.
+        DeviceError: this rank sees no device or several, and none with that index.
     """
     visible, index = torch.cuda.device_count(), device_index(local_rank)
     if index >= visible:
@@ -60,7 +60,7 @@ def take_device(local_rank: int) -> int:
 
 
 def describe_device(index: int) -> str:
-    """A device for `shared_devices`, on one line; empty where it has no name of its own that could be compared."""
+    """Return a device for `shared_devices`, as JSON on one line; empty if torch has no UUID to compare."""
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     if uuid is None:
         return ""
@@ -68,7 +68,7 @@ def describe_device(index: int) -> str:
 
 
 def shared_devices(descriptions: Sequence[str]) -> str:
-    """What is wrong where several ranks drive one device, by the descriptions of all of them; else empty."""
+    """Return the error if several ranks drive one device, by the descriptions of all ranks; else empty."""
     ranks: dict[str, list[int]] = {}
     devices: dict[str, Device] = {}
     for rank, description in enumerate(descriptions):

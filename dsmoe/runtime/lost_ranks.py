@@ -1,4 +1,4 @@
-"""Which errors mean that other ranks are not there; told by where they were raised, and what they say."""
+"""Errors of lost ranks: dsmoe's own, and torch's, recognised by their text and the place where they were raised."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 
 class LostRanksError(RuntimeError):
-    """Ranks that this one waits for do not come."""
+    """Ranks that this one waits for are gone or missing."""
 
 
 _GLOO = re.compile(r"\[[^\]]*\bgloo/[^\]]*\]")
-"""How gloo's own errors begin: with the place in its sources."""
+"""The beginning of gloo's own errors: the line in its sources."""
 _SAYS_LOST = re.compile(
     r"Application timeout caused pair closure|Connection (closed|reset|refused)|connectFullMesh|(Read|Write) error|"
     r"Broken pipe|No route to host|unreachable|[Tt]imed out|Watchdog|aborted|ncclRemoteError|recvValue|sendBytes"
@@ -24,11 +24,11 @@ _SAYS_LOST = re.compile(
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether an error is what a collective, or the store, raises when other ranks are not there.
+def is_lost_rank_error(error: BaseException) -> bool:
+    """Return whether an error is a collective's, or the store's, that has lost other ranks.
 
-    Others say `timed out` as well: a disk, a download. So it counts where an error was raised: in torch's collectives,
-    or where one is waited for. What a collective says of its arguments is not this.
+    A disk or a download can say `timed out` as well. So the place where the error was raised counts: in torch's
+    collectives, or in the wait for one. Errors about a collective's arguments are not of lost ranks.
     """
     if isinstance(error, (LostRanksError, dist.DistNetworkError, dist.DistStoreError)):
         return True
@@ -39,13 +39,13 @@ def is_lost(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What the error says, without the place in its sources and what gloo supposes to have caused it."""
+    """Return the first line of an error, without the line in gloo's sources and gloo's guess at the cause."""
     text = re.sub(r"^\[[^\]]*\]\s*", "", str(error)).split(". This is typically")[0]
     return text.splitlines()[0].rstrip(". ") if text else type(error).__name__
 
 
 def _is_of_collective(error: BaseException) -> bool:
-    """Whether torch's C++ raised it while Python was in torch's collectives, or called `wait` (of `dist.Work`)."""
+    """Return whether torch's C++ raised the error while Python was in torch's collectives, or in `dist.Work.wait`."""
     last = error.__traceback__
     if last is None:
         return False
@@ -58,5 +58,5 @@ def _is_of_collective(error: BaseException) -> bool:
 
 
 def _is_raised_by_python(place: TracebackType) -> bool:
-    """Whether a `raise` stands there; C++ raises where Python calls it."""
+    """Return whether the error comes from a `raise` statement; C++ raises at a call."""
     return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"

@@ -1,8 +1,8 @@
-"""Which rank this process is and where the ranks meet, by the variables that torch and DeepSpeed know.
+"""Rendezvous: this process' rank and the address at which the ranks meet, by the variables of torch and DeepSpeed.
 
-All of dsmoe takes them from here. Under `srun` and the launchers of `dsmoe.runtime.launchers`, which have names of
-their own, `dsmoe.runtime.world` fills them in first, and is also what checks them: read here, what is no number is not
-set.
+Under `srun` and the launchers of `dsmoe.runtime.launchers`, which have variables of their own,
+`dsmoe.runtime.world.set_rank_variables` sets torch's first, and checks them. A variable that is no number counts here
+as not set.
 
 With the standard library alone, for `dsmoe.launch.attempts`.
 """
@@ -10,39 +10,41 @@ With the standard library alone, for `dsmoe.launch.attempts`.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MOST_DIGITS = 18
-"""A longer number is a mistake, and Python refuses to read one of thousands of digits."""
-AGENTS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""What torchrun's agent and DeepSpeed's launch.py set for their ranks; both stay until these have ended."""
+MAX_DIGITS = 18
+"""A longer number is a mistake, and Python refuses to parse one of thousands of digits."""
+AGENT_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+"""Variables that torchrun's agent and DeepSpeed's launch.py set for their ranks; both outlive their ranks."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What a rank is told of itself and of where all of them meet; None for what it is not told."""
+    """A rank's number and the address of the rendezvous, as far as set in the environment; None where not."""
 
     rank: int | None = None
     local_rank: int | None = None
-    """Its number on its host."""
+    """The number among the ranks of the host."""
     size: int | None = None
-    """How many ranks there are."""
+    """The number of ranks."""
     local_size: int | None = None
+    """The number of ranks on this host."""
     address: str | None = None
-    """Of rank 0's host."""
+    """The name or address of rank 0's host."""
     port: int | None = None
-    """There; 0 where the ranks meet in a file, or there is one alone."""
+    """The port on that host; 0 if the rendezvous is a file, or there is a single rank."""
     restart: str = "0"
-    """How often torchrun has started the ranks anew."""
+    """The number of times that torchrun has restarted the ranks."""
     is_launched: bool = False
-    """Whether this process is told a rank at all."""
-    is_first_of_host: bool = True
-    """Whether it is its host's first; also known of a task of `srun` before that is told its rank."""
+    """True if RANK is set at all."""
+    is_host_leader: bool = True
+    """True for the first rank of a host; known for a task of `srun` before its RANK is set, too."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Rendezvous:
-        """What is set now."""
+        """Read the variables as they are now."""
         local_rank = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
         return cls(
             rank=_number(environment, "RANK"),
@@ -53,23 +55,23 @@ class Rendezvous:
             port=_number(environment, "MASTER_PORT"),
             restart=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
             is_launched="RANK" in environment,
-            is_first_of_host=local_rank.strip() == "0",
+            is_host_leader=local_rank.strip() == "0",
         )
 
     @property
-    def place(self) -> str:
-        """Where the ranks meet, in a message."""
+    def endpoint(self) -> str:
+        """`address:port`, for messages."""
         return f"{self.address}:{self.port}"
 
     def complete(self) -> tuple[int, int, str, int] | None:
-        """The rank, how many there are, and where they meet, address and port; None where one of these is not told."""
+        """Return (rank, size, address, port), or None if one of them is not set."""
         if self.rank is None or self.size is None or self.address is None or self.port is None:
             return None
         return self.rank, self.size, self.address, self.port
 
     def variables(self) -> dict[str, str]:
-        """The variables that say so to torch and DeepSpeed, of a process that is started here."""
-        said = {
+        """Return the environment variables by which torch and DeepSpeed read the same."""
+        values = {
             "RANK": self.rank,
             "LOCAL_RANK": self.local_rank,
             "WORLD_SIZE": self.size,
@@ -77,25 +79,46 @@ class Rendezvous:
             "MASTER_ADDR": self.address,
             "MASTER_PORT": self.port,
         }
-        return {name: str(value) for name, value in said.items() if value is not None}
+        return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def variables_of_agent(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a rank and the scripts that start it have in their environment, and the agent that started them has not."""
-    return {name: environment[name] for name in (*AGENTS, "RANK") if name in environment}
+def agent_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that an agent has set for a rank and the scripts that start it, and does not have itself."""
+    return {name: environment[name] for name in (*AGENT_VARIABLES, "RANK") if name in environment}
 
 
 def slurm_attempt(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """The number of Slurm's job, and how often Slurm has begun it again, as they are written."""
+    """Return the number of Slurm's job and of its restarts, as texts."""
     return environment.get("SLURM_JOB_ID", "no job"), environment.get("SLURM_RESTART_COUNT", "0")
 
 
 def is_whole_number(text: str) -> bool:
-    """Whether it is a whole number from 0 on, perhaps with spaces around."""
+    """Return whether `text` is a whole number from 0 on, perhaps with spaces around."""
     digits = text.strip()
-    return digits.isascii() and digits.isdigit() and len(digits) <= MOST_DIGITS
+    return digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:
     text = environment.get(name, "")
     return int(text) if is_whole_number(text) else None
+
+
+ENDED, SILENT = "has ended: nobody answers", "is stopped or hangs: somebody listens, and does not answer,"
+CONNECT_SECONDS = 5.0
+
+
+def probe_store() -> str | None:
+    """Return the state of the process that has the store: `ENDED`, `SILENT`, or None where that cannot be known.
+
+    For a store that does not answer. In a message, ` at 10.0.0.1:29500` follows.
+    """
+    rendezvous = Rendezvous.from_environment()
+    if rendezvous.address is None or not rendezvous.port:  # the rendezvous was a file
+        return None
+    try:
+        socket.create_connection((rendezvous.address, rendezvous.port), CONNECT_SECONDS).close()
+    except ConnectionRefusedError:
+        return ENDED
+    except (OSError, ValueError):
+        return None
+    return SILENT

@@ -1,7 +1,7 @@
-"""Which process prints what several have to say: one for the whole job, one for its host, or each for itself.
+"""Reporting rank: the one process that prints a message of several, chosen before the ranks can ask each other.
 
-Where ranks cannot ask each other: they have not met, or their store has gone. Else `Watch.speaker` says which of them
-has failed first.
+That is before they have joined, and after their store has gone. In between, the first failed rank reports
+(`Watchdog.announce_failure`).
 """
 
 from __future__ import annotations
@@ -13,68 +13,70 @@ import sys
 import time
 from collections.abc import Mapping
 
-from dsmoe.runtime.launchers import first_rank_known, is_alone, name_of_run
+from dsmoe.runtime.launchers import is_single_process, rank_from_variables, run_key
 from dsmoe.runtime.rendezvous import Rendezvous
 
 LINGER_SECONDS = 5.0
-"""How long a rank that has printed for its host stays: those that come later would print the same."""
+"""The time that a rank that has printed for its host stays alive: later ranks would print the same."""
 
-_held: list[socket.socket] = []
-"""What makes this process the one that prints for its host, until it ends."""
-
-
-def speaks_for_job(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process says what all ranks have to say, as far as is known before they have met."""
-    return first_rank_known(environment) == "0"
+_bound: list[socket.socket] = []
+"""The socket by which this process prints for its host, until it ends."""
 
 
-def is_first_of_host(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process says what its host's ranks have to say, where all of them are sure to be there."""
-    return Rendezvous.from_environment(environment).is_first_of_host
+def reports_for_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process prints for all ranks: rank 0, by the launcher's variables."""
+    return rank_from_variables(environment) == "0"
 
 
-def speaks_of_jobs(rank: int) -> bool:
-    """Whether a rank says how far a job of all ranks is: rank 0, or where it does not rank 1 and each host's first."""
+def is_host_leader(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this is the first rank of its host, which prints for the host while all its ranks are alive."""
+    return Rendezvous.from_environment(environment).is_host_leader
+
+
+def logs_progress(rank: int) -> bool:
+    """Return whether a rank logs the progress of jobs: rank 0, or if it does not rank 1 and each host's leader."""
     return rank < 2 or Rendezvous.from_environment().local_rank == 0
 
 
-def speaks_for_host(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is the first rank of its run on this host that asks, since the ranks that asked before it ended.
+def reports_for_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process prints for its host: the first living rank of the run there that has called this.
 
-    An abstract Unix socket is bound, which the kernel frees when its process ends, however that is. Ranks in containers
-    with a network of their own are on hosts of their own here. Where there are no such sockets, the host's first rank
-    speaks.
+    It binds an abstract Unix socket, which the kernel frees when the process ends, however that is. A container with a
+    network of its own counts as a host. Without abstract sockets (not Linux), the host's leader prints.
     """
-    if _held:
+    # Ranks 4 to 7 share a host, and rank 0 is gone. Rank 6 is the first to call this and binds the socket: True. The
+    # others find it bound: False. Rank 6 prints and stays alive for LINGER_SECONDS, so that a rank which calls this a
+    # moment later still finds the socket bound.
+    if _bound:
         return True
     if sys.platform != "linux":
-        return is_first_of_host(environment)
-    run = f"{os.getuid()}/{name_of_run(environment)}"
+        return is_host_leader(environment)
+    run = f"{os.getuid()}/{run_key(environment)}"
     name = hashlib.sha256(run.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        bound.bind(f"\0dsmoe/speaker/{name}")
+        lock.bind(f"\0dsmoe/speaker/{name}")
     except OSError:
-        bound.close()
+        lock.close()
         return False
-    _held.append(bound)
+    _bound.append(lock)
     return True
 
 
-def print_for_host(text: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Print an error on standard error, once for all ranks of this host that print now; then wait for later ones.
+def print_once_per_host(text: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Print an error on standard error, once for all ranks of this host, and linger for `LINGER_SECONDS`.
 
-    A process of which no launcher says that there are others prints at once, and does not wait.
+    A process that is alone, by the launcher's variables, prints and does not linger.
     """
-    if is_alone(environment):
+    if is_single_process(environment):
         print(text, file=sys.stderr, flush=True)
         return
-    if speaks_for_host(environment):
-        rank = first_rank_known(environment)
+    if reports_for_host(environment):
+        rank = rank_from_variables(environment)
         print(text if rank == "0" else signed(rank, text), file=sys.stderr, flush=True)
-    time.sleep(LINGER_SECONDS)  # also where another prints: launchers end all ranks as soon as one has ended
+    time.sleep(LINGER_SECONDS)  # also if another prints: launchers end all ranks as soon as one has ended
 
 
 def signed(rank: int | str | None, text: str) -> str:
-    """What a rank says that does not speak for all of them."""
+    """Return `text` with the name of a rank that does not print for all of them."""
     return f"[rank {rank} on {socket.gethostname()}] {text}"

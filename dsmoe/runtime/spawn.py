@@ -1,8 +1,8 @@
-"""Run a function on N gloo ranks of this machine and get what each returned.
+"""Spawn: run a function on N gloo ranks of this machine and return the result of each.
 
-Rendezvous is a file, so no port is taken. The ranks are forked from a server that has imported torch and DeepSpeed
-once. If a rank fails, so does the call, with its error; if they do not end in time, all are killed. They end with the
-process that has started them, however that ends.
+The rendezvous is a file, so no port is taken. The ranks are forked from a server that has imported torch and DeepSpeed
+once. If a rank fails, the call raises its error; if the ranks do not end in time, all are killed. They end with the
+process that has started them, however it ends.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from dsmoe.runtime.processes import join_processes
 from dsmoe.runtime.rendezvous import Rendezvous
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# Besides our own, what every rank would else import by itself: DeepSpeed's optimizers bring torch's compiler (2 s).
+# Imported once instead of by every rank: dsmoe, and DeepSpeed's optimizers, which import torch's compiler (2 s).
 CONTEXT.set_forkserver_preload(["dsmoe.train.run", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 class RanksFailedError(RuntimeError):
-    """Some rank has failed, or they have not ended in time; says what each of them raised."""
+    """A rank has failed, or the ranks have not ended in time; the text has the traceback of each."""
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
-    """`[function(*arguments) on rank 0, on rank 1, ...]`, with `torch.distributed` started and one thread per rank.
+    """Return `[function(*arguments) on rank 0, on rank 1, ...]`; each rank has joined, and has one thread.
 
     Args:
-        world_size: how many ranks.
-        function: defined at the top of a module; what it returns is carried by `torch.save`.
-        arguments: picklable.
-        timeout: seconds until all are killed.
+        world_size: the number of ranks.
+        function: defined at the top level of a module; its result must be one that `torch.save` can write.
+        arguments: must be picklable.
+        timeout: seconds until all ranks are killed.
 
     Raises:
-        RanksFailedError: see there.
+        RanksFailedError: a rank has raised an error, or the timeout has passed.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -77,11 +77,11 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
         raise RanksFailedError(text or f"ranks did not end within {timeout} s")
 
 
-def _end_with_parent() -> None:
+def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)  # nobody is there who would want its results
+        os.kill(os.getpid(), signal.SIGKILL)  # nobody would read the results
 
 
 def _rank_main(
@@ -91,7 +91,7 @@ def _rank_main(
         rank=rank, local_rank=rank, size=world_size, local_size=world_size, address="127.0.0.1", port=0
     )
     os.environ.update(rendezvous.variables())
-    threading.Thread(target=_end_with_parent, daemon=True, name="dsmoe launcher").start()
+    threading.Thread(target=_die_with_parent, daemon=True, name="dsmoe launcher").start()
     torch.set_num_threads(1)
     try:
         torch.distributed.init_process_group(
@@ -103,5 +103,5 @@ def _rank_main(
         (Path(folder) / f"error_{rank}").write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(FAILED)
     torch.distributed.barrier()
-    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # gives back semaphores, tqdm's for one
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # releases semaphores, such as tqdm's
     os._exit(DONE)  # nothing is left to do, and tearing gloo down races with the other ranks

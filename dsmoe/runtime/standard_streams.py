@@ -1,4 +1,4 @@
-"""Standard streams that are always there, and whose trouble never decides what a command has done."""
+"""Standard streams that always exist, and whose errors never decide the outcome of a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def open_missing_streams() -> None:
-    """Open the null device for every standard stream that is closed (`>&-`): the next file to be opened would be it."""
+    """Open the null device for every closed standard stream (`>&-`): else the next opened file takes its descriptor."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -21,45 +21,45 @@ def open_missing_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))
 
 
-def steady_streams() -> None:
-    """The same, and let no printing fail from now on, of whichever library: for a program that prints beside its work.
+def tolerate_stream_errors() -> None:
+    """Open missing streams, and keep printing, by any library, from failing; for programs whose output is a by-product.
 
-    A terminal that is gone (SIGHUP), a full disk under a log, a reader that has ended: what is printed is lost then,
-    and nothing else. What an encoding does not have is printed as an escape.
+    If the terminal is gone (SIGHUP), the disk under a log is full, or the reader has ended, the text is lost and
+    nothing else. Characters that the encoding lacks are escaped.
     """
     open_missing_streams()
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__"):  # a test or a notebook has put its own there
+        if stream is not getattr(sys, f"__{name}__"):  # replaced by a test or a notebook
             continue
         with suppress(OSError):
             stream.flush()
-        steady = io.TextIOWrapper(
-            io.BufferedWriter(_Steady(descriptor, "w", closefd=False)),
+        tolerant = io.TextIOWrapper(
+            io.BufferedWriter(_TolerantFile(descriptor, "w", closefd=False)),
             encoding=stream.encoding,
             errors="backslashreplace",
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )
-        setattr(sys, name, steady)
-        setattr(sys, f"__{name}__", steady)
+        setattr(sys, name, tolerant)
+        setattr(sys, f"__{name}__", tolerant)
 
 
-def finish_streams() -> None:
-    """Write out what has been printed, as far as that goes."""
+def flush_streams() -> None:
+    """Flush standard output and error; text that cannot be written is lost."""
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
-        except (OSError, ValueError):  # Python tries again at its exit, and would end with 120
+        except (OSError, ValueError):  # Python flushes again at exit, and would exit with 120
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-class _Steady(io.FileIO):
-    """A file that takes everything."""
+class _TolerantFile(io.FileIO):
+    """A file whose writes never fail."""
 
     def write(self, data: Any) -> int:
-        written = None  # also what a stream that must not wait (O_NONBLOCK) has taken when it is full
+        written = None  # also the result of a full stream that must not block (O_NONBLOCK)
         with suppress(OSError):
             written = super().write(data)
         return len(data) if written is None else written

@@ -1,7 +1,7 @@
-"""Read the arguments and check the config before torch is imported, and say once for all ranks what is wrong.
+"""Start of a program: read arguments and check the config before torch is imported; print an error once for all.
 
 Importing torch and DeepSpeed takes every rank seconds, and minutes where the ranks of a host share few cores or the
-packages are on slow storage. Who mistypes a path is told before.
+packages are on slow storage. A mistyped path is reported before that.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from dsmoe.plan.devices import device_problems
 from dsmoe.plan.plan import Plan
 from dsmoe.runtime.launcher_exit import watch_launcher
 from dsmoe.runtime.rendezvous import Rendezvous
-from dsmoe.runtime.reporting_rank import LINGER_SECONDS, print_for_host, signed, speaks_for_job
-from dsmoe.runtime.standard_streams import finish_streams, steady_streams
+from dsmoe.runtime.reporting_rank import LINGER_SECONDS, print_once_per_host, reports_for_job, signed
+from dsmoe.runtime.standard_streams import flush_streams, tolerate_stream_errors
 from dsmoe.runtime.variables import LauncherError
 from dsmoe.runtime.world import (
-    check_meeting,
-    join_launcher,
+    check_rendezvous,
     launched_plan,
     launcher_has_store,
+    set_rank_variables,
     world_problems,
 )
 
-STAY_SECONDS = 3.0
-"""How long rank 0, which has said what is wrong, stays for the others to hear that; torch takes longer to import."""
+ANSWER_SECONDS = 3.0
+"""The time in which rank 0, having printed an error, answers the other ranks; importing torch takes longer."""
 
 
 class UsageError(UserError):
-    """Wrong arguments; `usage` is what argparse prints before it says so."""
+    """Wrong arguments; `usage` is the line that argparse prints before the error."""
 
     def __init__(self, message: str, usage: str = "") -> None:
         super().__init__(message)
@@ -50,14 +50,14 @@ class UsageError(UserError):
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a program of which a launcher starts many: one of them prints the help and the errors."""
+    """The argument parser of a program with many ranks: one of them prints the help and the errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError: another rank than the first may have to tell it."""
+        """Raise UsageError: the rank to print it may be another than rank 0."""
         raise UsageError(f"{self.prog}: error: {message}", self.format_usage())
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if speaks_for_job():
+        if reports_for_job():
             super()._print_message(message, file)
 
 
@@ -67,7 +67,7 @@ class Start:
 
     options: argparse.Namespace
     planned: Plan | None
-    """None where something is wrong, or where the command makes plans of its own (`begin_with`'s `check`)."""
+    """None where something is wrong, or where the command makes plans of its own (`begin_command`'s `check`)."""
     error: UserError | None = None
     launcher_error: LauncherError | None = None
     """Why the ranks cannot ask each other who says what is wrong; said with `error`, where there is both."""
@@ -94,19 +94,19 @@ class Start:
         """
         if self.launcher_error is not None:
             errors = [error for error in (self.error, self.launcher_error) if error is not None]
-            print_for_host("\n".join(map(_text, errors)))
+            print_once_per_host("\n".join(map(_text, errors)))
             return max(map(exit_code_of, errors))
         if self.error is None:
             return None
         text, code = _text(self.error), exit_code_of(self.error)
-        if speaks_for_job():
+        if reports_for_job():
             print(text, file=sys.stderr, flush=True)
-            _stay_for_others(_answer(text) + bytes([code]))
+            _serve_answer(_answer(text) + bytes([code]))
             return code
         if Rendezvous.from_environment().complete() is None:
             time.sleep(LINGER_SECONDS)
             return code
-        answer = _answer_of_rank_0()
+        answer = _ask_rank_0()
         if answer is None:
             return None
         if answer[:-1] != _answer(text):
@@ -116,11 +116,11 @@ class Start:
 
 
 def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
-    """Read the arguments, the process' own by default, and what its launcher says; load the config and check it.
+    """Read the arguments, by default those of the process, and the launcher's variables; load and check the config.
 
-    With `--help` rank 0 prints the help, and all end.
+    With `--help` rank 0 prints the help, and all ranks exit.
     """
-    steady_streams()
+    tolerate_stream_errors()
     launcher_error = _join()
     try:
         options = parser.parse_intermixed_args(arguments)
@@ -129,26 +129,26 @@ def begin(parser: Parser, arguments: Sequence[str] | None = None) -> Start:
     return _check(options, options.config, options.overrides, None, launcher_error)
 
 
-def begin_with(path: str, overrides: Sequence[str], check: Callable[[Config], object] | None = None) -> Start:
-    """The same for a command that has read its arguments, and for which nobody has begun to watch the launcher.
+def begin_command(path: str, overrides: Sequence[str], check: Callable[[Config], object] | None = None) -> Start:
+    """Do as `begin` for a command that has read its arguments itself, and does not watch its launcher yet.
 
     Args:
-        path: the config's.
-        overrides: settings over it.
-        check: what has to be right besides; raises UserError. By default, that it is a config of these ranks.
+        path: the config's path.
+        overrides: `section.key=value`, over the config.
+        check: a further check of the config, which raises UserError; by default, that it fits the started ranks.
     """
-    steady_streams()
+    tolerate_stream_errors()
     watch_launcher()
     return _check(argparse.Namespace(), path, overrides, check, _join())
 
 
-def wrong_arguments(error: UsageError) -> Start:
-    """The same for a command whose arguments cannot be read."""
+def begin_failed(error: UsageError) -> Start:
+    """Return the start of a command whose arguments are wrong."""
     return _started(argparse.Namespace(), None, error, _join())
 
 
-def program(name: str, description: str) -> Parser:
-    """The arguments that pretrain.py and preflight.py have in common."""
+def _common_parser(name: str, description: str) -> Parser:
+    """The arguments that pretrain.py and preflight.py share."""
     parser = Parser(prog=name, description=description)
     parser.add_argument("--config", required=True, help="the YAML file")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -156,33 +156,33 @@ def program(name: str, description: str) -> Parser:
     return parser
 
 
-def pretrain_program() -> Parser:
-    """The arguments of pretrain.py."""
-    return program("pretrain.py", "Pretrain a language model from one YAML file.")
+def pretrain_parser() -> Parser:
+    """Return the argument parser of pretrain.py."""
+    return _common_parser("pretrain.py", "Pretrain a language model from one YAML file.")
 
 
-def preflight_program() -> Parser:
-    """The arguments of preflight.py."""
-    parser = program("preflight.py", "Check every node and link before a long job.")
+def preflight_parser() -> Parser:
+    """Return the argument parser of preflight.py."""
+    parser = _common_parser("preflight.py", "Check every node and link before a long job.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers (in the run's folder)")
     return parser
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """End with 130 and one line, for all ranks, at Ctrl-C (SIGINT) where nothing else is done about it."""
+    """Exit with 130 and one line for all ranks at Ctrl-C (SIGINT), unless the body handles that."""
     try:
         yield
     except KeyboardInterrupt:
-        if speaks_for_job():
+        if reports_for_job():
             print("stopped by SIGINT, at once", file=sys.stderr, flush=True)
-        finish_streams()
+        flush_streams()
         os._exit(INTERRUPTED)
 
 
-def end_process(code: int) -> NoReturn:
-    """End with `code`; after a failure at once, since leaving groups whose ranks are gone can wait for a timeout."""
-    finish_streams()
+def exit_process(code: int) -> NoReturn:
+    """Exit with `code`; after a failure at once, since destroying groups whose ranks are gone can take a timeout."""
+    flush_streams()
     if code != DONE:
         os._exit(code)
     sys.exit(code)
@@ -192,25 +192,25 @@ def load_on_host(path: str, overrides: Sequence[str], *looks: ConfigCheck) -> Co
     """The config that a launcher has named to every host.
 
     Raises:
-        UserError: it is wrong, or the `looks` have found something.
-        HostError: this host, which is not rank 0's, has not the file.
+        UserError: the config is wrong, or one of the `looks` has found a problem.
+        HostError: the file does not exist on this host, which is not rank 0's.
     """
     try:
         return load_config(path, overrides, *looks)
     except UserError as error:
-        if Path(path).exists() or speaks_for_job():
+        if Path(path).exists() or reports_for_job():
             raise
         raise HostError(str(error)) from error
 
 
 def _join() -> UserError | None:
-    """Read what the launcher says; returns what is wrong with it."""
+    """Set the rank variables; returns the error in the launcher's variables, if there is one."""
     try:
-        join_launcher()
-        # Ranks that have met already, through a file, have port 0 (`run_ranks`); joining refuses it to all others.
+        set_rank_variables()
+        # Ranks whose rendezvous was a file have port 0 (`run_ranks`); joining refuses port 0 to all others.
         rendezvous = Rendezvous.from_environment()
         if rendezvous.is_launched and rendezvous.port != 0:
-            check_meeting()
+            check_rendezvous()
     except UserError as error:
         return error
     return None
@@ -223,7 +223,7 @@ def _check(
     check: Callable[[Config], object] | None,
     launcher_error: UserError | None,
 ) -> Start:
-    """Load the config; check it where it is known which ranks there are, by default that it is one of these."""
+    """Load the config, and check it if the ranks are known, by default that it fits them."""
     looks = (world_problems, device_problems) if check is None and launcher_error is None else ()
     try:
         given, plan = load_on_host(path, overrides, *looks), None
@@ -249,16 +249,16 @@ def _text(error: UserError) -> str:
 
 
 def _answer(text: str) -> bytes:
-    """What rank 0 sends to a rank that asks: that it has ended, and by which error."""
+    """Rank 0's answer to a rank that asks, without the exit code: it has ended, by the error with this text."""
     return b"dsmoe: " + hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-def _stay_for_others(answer: bytes) -> None:
-    """Tell the other ranks that it is said, at the port where all would have met; torchrun's agent is there already."""
+def _serve_answer(answer: bytes) -> None:
+    """Answer the other ranks at the port of the rendezvous, unless that is torchrun's: the error has been printed."""
     rendezvous = Rendezvous.from_environment()
     if rendezvous.size in (None, 1) or rendezvous.port is None or launcher_has_store():
         return
-    deadline = time.monotonic() + STAY_SECONDS
+    deadline = time.monotonic() + ANSWER_SECONDS
     family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
     address = ("", rendezvous.port)
     with (
@@ -272,15 +272,15 @@ def _stay_for_others(answer: bytes) -> None:
                 connection.sendall(answer)
 
 
-def _answer_of_rank_0() -> bytes | None:
-    """What rank 0 has ended by, and its exit code; None where it does not say so: it lives, or ended long ago."""
+def _ask_rank_0() -> bytes | None:
+    """Return rank 0's answer: a digest of its error, and its exit code; None if it has not ended, or ended long ago."""
     rendezvous = Rendezvous.from_environment()
     address = (rendezvous.address, rendezvous.port)
-    deadline = time.monotonic() + STAY_SECONDS
+    deadline = time.monotonic() + ANSWER_SECONDS
     while time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(address, timeout=1) as connection:
             received = b""
-            with suppress(TimeoutError):  # torch's store waits to be asked
+            with suppress(TimeoutError):  # torch's store sends nothing by itself
                 while more := connection.recv(64):
                     received += more
             return received if received.startswith(b"dsmoe: ") and len(received) == len(_answer("")) + 1 else None

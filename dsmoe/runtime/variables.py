@@ -1,4 +1,4 @@
-"""Read whole numbers and addresses from the environment; anything else in them is one clear error."""
+"""Variables of the environment as whole numbers and addresses; anything else in them is one clear error."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from collections.abc import Mapping
 from dsmoe.config.errors import UserError
 from dsmoe.runtime.rendezvous import is_whole_number
 
-WANTED = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+RANK_VARIABLES = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 
 
 class LauncherError(UserError):
-    """What the launcher says of this process cannot be, or is not all; other ranks may have no such trouble."""
+    """The launcher's variables of this process are incomplete or contradict each other; other ranks' need not."""
 
 
-def how_to_start() -> str:
-    """The end of a message that nothing can be made of the variables."""
-    return f"start the ranks with torchrun, deepspeed, srun or mpirun, or set {WANTED} for each"
+def start_advice() -> str:
+    """Return the end of a message about variables that cannot be used: how to start ranks."""
+    return f"start the ranks with torchrun, deepspeed, srun or mpirun, or set {RANK_VARIABLES} for each"
 
 
 def whole_number(environment: Mapping[str, str], name: str, advice: str = "") -> int:
-    """The whole number from 0 on that the variable `name` has.
+    """Return the variable `name` as a whole number from 0 on.
 
     Args:
-        environment: has the variable.
-        name: of the variable.
-        advice: the end of the message; by default how to start the ranks.
+        environment: must have the variable.
+        name: the variable's name.
+        advice: the end of the error's text; by default how to start the ranks.
 
     Raises:
-        LauncherError: it has another value.
+        LauncherError: the variable is no such number.
     """
     if not is_whole_number(environment[name]):
         wanted = f"{name} is {shown(environment[name])}, and is to be a whole number from 0 on"
-        raise LauncherError(f"{wanted}; {advice or how_to_start()}")
+        raise LauncherError(f"{wanted}; {advice or start_advice()}")
     return int(environment[name])
 
 
 def check_address(environment: Mapping[str, str], name: str) -> None:
-    """Check that a variable has what may be a host's name or address; whether there is such a host is not asked.
+    """Check that a variable can be a host's name or address, without resolving it.
 
     Raises:
         LauncherError: no host can have that name.
@@ -53,5 +53,5 @@ def check_address(environment: Mapping[str, str], name: str) -> None:
 
 
 def shown(value: str) -> str:
-    """A variable's value in quotes, in a message; of a long one the beginning."""
+    """Return a variable's value in quotes, for a message; of a long value the beginning."""
     return repr(value) if len(value) <= 80 else f"{value[:80]!r}... ({len(value):,} characters)"

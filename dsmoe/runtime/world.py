@@ -1,8 +1,8 @@
-"""The processes that a launcher has started, by what it says in their environment: how many, where, and who it was.
+"""World: the ranks that a launcher has started, by its variables in the environment: how many, on which nodes, by whom.
 
 `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under `srun` and the launchers
-of `dsmoe.runtime.launchers` they are filled in here. Whatever cannot be read is refused: it would become as many runs
-of one rank, in one folder. Without torch, so that whatever asks is answered at once.
+of `dsmoe.runtime.launchers` they are filled in here. Variables that cannot be read are refused: else every process
+would train alone, all in one folder. Without torch, for answers at once.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from dsmoe.plan.text import quantity
 from dsmoe.runtime.launchers import (
     FIRST_PORT,
     NUM_PORTS,
+    find_launcher,
     find_task,
-    join_task,
-    launcher_named,
-    tasks_agreeing,
+    matching_tasks,
+    set_task_variables,
 )
-from dsmoe.runtime.nodelist import expand
+from dsmoe.runtime.nodelist import expand_nodelist
 from dsmoe.runtime.rendezvous import is_whole_number
 from dsmoe.runtime.variables import (
-    WANTED,
+    RANK_VARIABLES,
     LauncherError,
     check_address,
-    how_to_start,
     shown,
+    start_advice,
     whole_number,
 )
 
 ALONE, DEEPSPEED, TORCHRUN, SRUN, OTHER = "python alone", "deepspeed", "torchrun", "srun", "the launcher"
-_PORTS_APART = 1_009  # of two attempts of a job, so that jobs of near numbers keep apart
+_PORTS_APART = 1_009  # between two attempts of a job, so that jobs with close numbers have different ports
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks that were started; node by node, each with equally many."""
+    """The ranks that were started: equally many on every node."""
 
     size: int
     devices_per_node: int | None
-    """None where the launcher does not say."""
+    """None if the launcher does not say."""
     launcher: str
 
     def shape(self, devices_per_node: int) -> tuple[int, int]:
-        """Nodes, and ranks on each. Where the launcher does not say, nodes have `devices_per_node` if that divides."""
+        """Return nodes, and ranks per node: if the launcher does not say, `devices_per_node` where it divides."""
         per_node = self.devices_per_node or (self.size if self.size % devices_per_node else devices_per_node)
         return self.size // per_node, per_node
 
     def problem(self, config: Config) -> str | None:
-        """Why these are not the ranks that the config describes, how to start those, and how to train on these.
+        """Return why the ranks are not those of the config, how to start those, and how to train on these.
 
-        None where they are. Of a config some of whose keys are wrong, what else would be wrong on these is not known.
+        None if they are. For a config with wrong keys, the settings that these ranks need are left out.
         """
         nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
         started = self.shape(devices)
@@ -80,14 +80,14 @@ class World:
         return problem
 
     def _start(self, nodes: int, devices: int) -> str:
-        """The command that starts so many ranks by the same launcher."""
+        """The command that starts so many ranks, by the same launcher."""
         if self.launcher == SRUN or (self.launcher == ALONE and "SLURM_JOB_ID" in os.environ):
             return f"srun --nodes {nodes} --ntasks-per-node {devices}"
         if self.launcher == TORCHRUN:
             return f"torchrun --nnodes {nodes} --nproc-per-node {devices}"
         if self.launcher == OTHER:
             return f"{devices} processes on each of {quantity(nodes, 'node')}"
-        launcher = launcher_named(self.launcher)
+        launcher = find_launcher(self.launcher)
         if launcher is not None:
             return launcher.command(nodes, devices)
         if nodes == 1:
@@ -120,10 +120,10 @@ def launched_plan(given: Config) -> Plan:
 
 
 def world_problems(config: Config) -> list[Problem]:
-    """What `for_this_world` would say, for `load_config`, of a config that may have keys that are wrong.
+    """Return the error of `for_this_world` as problems for `load_config`, also for a config with wrong keys.
 
     Raises:
-        LauncherError: what the launcher says cannot be, which other ranks may not have.
+        LauncherError: the launcher's variables are wrong, which other ranks' need not be.
     """
     try:
         for_this_world(config)
@@ -137,7 +137,7 @@ def world_problems(config: Config) -> list[Problem]:
 
 
 def launched_world(environment: Mapping[str, str] = os.environ) -> World:
-    """What the launcher of this process has started; a world of one without a launcher.
+    """Return the ranks that the launcher of this process has started; one rank without a launcher.
 
     Raises:
         UserError: nodes have different numbers of ranks, or variables are missing or contradict each other.
@@ -162,7 +162,7 @@ def launched_world(environment: Mapping[str, str] = os.environ) -> World:
 
 
 def _local_size_name(environment: Mapping[str, str]) -> str | None:
-    # torchrun says LOCAL_WORLD_SIZE and GROUP_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE and CROSS_SIZE.
+    # torchrun sets LOCAL_WORLD_SIZE and GROUP_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE and CROSS_SIZE.
     return next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if environment.get(name)), None)
 
 
@@ -174,27 +174,27 @@ def _launcher(environment: Mapping[str, str]) -> str:
     if _is_task_of_that_rank(environment):
         return SRUN
     if environment["RANK"].isdecimal() and environment.get("WORLD_SIZE", "").isdecimal():
-        for task in tasks_agreeing(environment, int(environment["RANK"]), int(environment["WORLD_SIZE"])):
+        for task in matching_tasks(environment, int(environment["RANK"]), int(environment["WORLD_SIZE"])):
             return task.launcher.name
     return OTHER
 
 
 def _is_task_of_that_rank(environment: Mapping[str, str]) -> bool:
-    """Whether srun's number of this process is its RANK, as `join_launcher` or a script has said."""
+    """Return whether RANK is srun's number of this process, set by `set_rank_variables` or by a script."""
     with suppress(LauncherError):
         return environment["RANK"] == environment.get("SLURM_PROCID") and _is_task(environment)
     return False
 
 
-def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Tell a process its rank by the names that torch and DeepSpeed know, where its launcher has other names.
+def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables of torch and DeepSpeed (RANK, ...), if the launcher of this process has variables of its own.
 
-    RANK counts before all others: who has set it is the innermost launcher. Then one that has started several ranks of
-    those in `dsmoe.runtime.launchers`, then `srun`; without any this process is alone, and nothing is changed.
+    RANK takes precedence: the innermost launcher has set it. Then a launcher of `dsmoe.runtime.launchers` with several
+    ranks, then `srun`. Without a launcher this process is alone, and nothing is set.
 
     Raises:
-        LauncherError: what a launcher says is not all that it takes, or cannot be.
-        UserError: hosts have different numbers of ranks, or theirs are not consecutive.
+        LauncherError: a launcher's variables are incomplete or contradict each other.
+        UserError: hosts have different numbers of ranks, or their ranks are not consecutive.
     """
     if "RANK" in environment:
         _check_ranks(environment)
@@ -204,35 +204,35 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     if task is not None and task.size > 1:
         same = (str(task.rank), str(task.size))
         if not (is_srun and same == (environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"])):
-            join_task(environment, task)
-            check_meeting(environment)
+            set_task_variables(environment, task)
+            check_rendezvous(environment)
             return
     if is_srun:
-        _join_slurm(environment)
-        check_meeting(environment)
+        _set_slurm_variables(environment)
+        check_rendezvous(environment)
     elif task is None and environment.get("WORLD_SIZE") and whole_number(environment, "WORLD_SIZE") > 1:
         raise LauncherError(
             f"WORLD_SIZE is {environment['WORLD_SIZE']}, and nothing says which of them this process is (RANK); unset "
-            f"it to train on one rank, or {how_to_start()}"
+            f"it to train on one rank, or {start_advice()}"
         )
 
 
-def agree_with_outer_launcher(local_rank: int, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let an outer mpirun say what the rank itself says: DeepSpeed's engine refuses two numbers on a host."""
+def override_outer_local_rank(local_rank: int, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set an outer mpirun's local rank to this rank's own: DeepSpeed's engine refuses two different ones."""
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
         environment["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
 
 
 def launcher_has_store(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the store in which ranks meet is in torchrun's agent on rank 0's host, and not in rank 0's process."""
+    """Return whether the store is in torchrun's agent on rank 0's host, and not in rank 0's process."""
     return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # as torch decides it
 
 
-def check_meeting(environment: Mapping[str, str] = os.environ) -> None:
-    """Check that the ranks know where they meet; one alone may take any port, which is 0.
+def check_rendezvous(environment: Mapping[str, str] = os.environ) -> None:
+    """Check MASTER_ADDR and MASTER_PORT; port 0 (any port) is for a single rank only.
 
     Raises:
-        LauncherError: they do not.
+        LauncherError: one of them is missing or cannot be.
     """
     size = whole_number(environment, "WORLD_SIZE")
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
@@ -247,22 +247,25 @@ def check_meeting(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _check_ranks(environment: MutableMapping[str, str]) -> None:
-    """Check what a launcher says by torch's names; fill in what follows from it.
+    """Check the variables of torch, and fill in those that follow from others.
 
     Raises:
-        LauncherError: it is not all that it takes, or contradicts itself.
+        LauncherError: they are incomplete or contradict each other.
     """
+    # Ranks of a host are consecutive, from a multiple of their number on. 2 hosts x 4 ranks:
+    #   host 0: RANK 0 1 2 3    host 1: RANK 4 5 6 7    LOCAL_RANK 0 1 2 3 on both: RANK % 4 == LOCAL_RANK
+    # Dealt out over the hosts (0 2 4 6, 1 3 5 7), RANK 2 has LOCAL_RANK 1, and 2 % 4 != 1: refused.
     rank = whole_number(environment, "RANK")
     if "WORLD_SIZE" not in environment:
         raise LauncherError(
-            f"RANK is {rank}, and WORLD_SIZE is not set; unset RANK to train on one rank, or {how_to_start()}"
+            f"RANK is {rank}, and WORLD_SIZE is not set; unset RANK to train on one rank, or {start_advice()}"
         )
     size = whole_number(environment, "WORLD_SIZE")
     if rank >= size:
         raise LauncherError(
-            f"RANK is {rank} and WORLD_SIZE is {size}: ranks are from 0 to {max(size - 1, 0)}; {how_to_start()}"
+            f"RANK is {rank} and WORLD_SIZE is {size}: ranks are from 0 to {max(size - 1, 0)}; {start_advice()}"
         )
-    for task in tasks_agreeing(environment, rank, size):
+    for task in matching_tasks(environment, rank, size):
         environment.setdefault("LOCAL_RANK", str(task.local_rank))
         if _local_size_name(environment) is None:
             environment["LOCAL_WORLD_SIZE"] = str(task.local_size)
@@ -275,7 +278,7 @@ def _check_ranks(environment: MutableMapping[str, str]) -> None:
     if "LOCAL_RANK" not in environment:
         raise LauncherError(
             f"RANK is {rank} of {size}, and LOCAL_RANK, the number of this process on its host, is not set (0, where a "
-            f"host has one rank); a launcher sets {WANTED}"
+            f"host has one rank); a launcher sets {RANK_VARIABLES}"
         )
     local_rank = whole_number(environment, "LOCAL_RANK")
     name = _local_size_name(environment)
@@ -284,25 +287,25 @@ def _check_ranks(environment: MutableMapping[str, str]) -> None:
     local = whole_number(environment, name)
     if not local_rank < local <= size:
         raise LauncherError(
-            f"LOCAL_RANK is {local_rank}, {name} is {local} and WORLD_SIZE is {size}, which cannot be; {how_to_start()}"
+            f"LOCAL_RANK is {local_rank}, {name} is {local} and WORLD_SIZE is {size}, which cannot be; {start_advice()}"
         )
     if size % local == 0 and rank % local != local_rank:
         raise LauncherError(
             f"RANK is {rank}, LOCAL_RANK is {local_rank} and {name} is {local}: the ranks of a host are to have "
-            f"consecutive numbers, from a multiple of {local} on; {how_to_start()}"
+            f"consecutive numbers, from a multiple of {local} on; {start_advice()}"
         )
 
 
-def _join_slurm(environment: MutableMapping[str, str]) -> None:
-    """Tell a task of `srun` its rank. MASTER_ADDR and MASTER_PORT stay where they are set.
+def _set_slurm_variables(environment: MutableMapping[str, str]) -> None:
+    """Set the variables of torch and DeepSpeed for a task of `srun`; MASTER_ADDR and MASTER_PORT are kept if set.
 
     Raises:
-        UserError: nodes have different numbers of tasks, or those of a node do not have consecutive numbers.
+        UserError: nodes have different numbers of tasks, or a node's tasks are not consecutive.
     """
-    # First of all the rank, by which it is known who reports what is wrong.
+    # The rank first: it decides who reports an error.
     environment.update(RANK=environment["SLURM_PROCID"], LOCAL_RANK=environment["SLURM_LOCALID"])
     per_node = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
-    tasks, first = _tasks_here(environment), whole_number(environment, "SLURM_NODEID") * per_node
+    tasks, first = _tasks_of_node(environment), whole_number(environment, "SLURM_NODEID") * per_node
     if len(tasks) != per_node or tasks != list(range(first, first + per_node)):
         raise UserError(
             f"srun started tasks {shown(environment['SLURM_GTIDS'])} (SLURM_GTIDS) on node "
@@ -312,10 +315,10 @@ def _join_slurm(environment: MutableMapping[str, str]) -> None:
     environment.update(WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"], LOCAL_WORLD_SIZE=str(per_node))
     if "MASTER_ADDR" not in environment:
         try:
-            environment["MASTER_ADDR"] = expand(environment["SLURM_STEP_NODELIST"])[0]
+            environment["MASTER_ADDR"] = expand_nodelist(environment["SLURM_STEP_NODELIST"])[0]
         except UserError as error:
             raise LauncherError(f"SLURM_STEP_NODELIST: {error}; set MASTER_ADDR, the host of rank 0") from None
-    # Another port for each attempt: that another program has one is no reason for all of them to fail.
+    # Another port for each attempt: one that another program has taken must not fail all of them.
     attempt = whole_number(environment, "SLURM_JOB_ID")
     if environment.get("SLURM_RESTART_COUNT"):
         advice = "unset it, which is the same as 0, or set MASTER_PORT"
@@ -323,7 +326,7 @@ def _join_slurm(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("MASTER_PORT", str(FIRST_PORT + attempt % NUM_PORTS))
 
 
-_HAND_ON = f"hand all of Slurm's variables on to the program, or set {WANTED} for each task"
+_HAND_ON = f"hand all of Slurm's variables on to the program, or set {RANK_VARIABLES} for each task"
 _OF_A_TASK = (
     *("SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID"),
     *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"),
@@ -331,13 +334,13 @@ _OF_A_TASK = (
 
 
 def _is_task(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of several tasks of a step, and no job's shell.
+    """Return whether this process is one of several tasks of a step, and not a job's shell.
 
     A job that is submitted by a step's task inherits that step's variables, but its script is alone on its node, by
     SLURM_GTIDS, which Slurm sets for every process.
 
     Raises:
-        LauncherError: it is one, and Slurm's variables are not all there, as in a container that has some of them.
+        LauncherError: it is a task, and some of Slurm's variables are missing, as in a container that gets only some.
     """
     if "SLURM_PROCID" not in environment:
         return False
@@ -346,7 +349,7 @@ def _is_task(environment: Mapping[str, str]) -> bool:
     if size == 1 or (size is None and rank == 0):
         return False
     has_layout = size is not None and {"SLURM_GTIDS", "SLURM_STEP_TASKS_PER_NODE"} <= environment.keys()
-    if has_layout and len(_tasks_here(environment)) not in _counts(environment["SLURM_STEP_TASKS_PER_NODE"]):
+    if has_layout and len(_tasks_of_node(environment)) not in _counts(environment["SLURM_STEP_TASKS_PER_NODE"]):
         return False
     absent = [name for name in ("SLURM_GTIDS", *_OF_A_TASK) if not environment.get(name)]
     if absent:
@@ -363,8 +366,8 @@ def _is_task(environment: Mapping[str, str]) -> bool:
     return True
 
 
-def _tasks_here(environment: Mapping[str, str]) -> list[int]:
-    """The numbers of this node's tasks."""
+def _tasks_of_node(environment: Mapping[str, str]) -> list[int]:
+    """The numbers of the tasks of this node."""
     numbers = environment["SLURM_GTIDS"].split(",")
     if not all(map(is_whole_number, numbers)):
         raise LauncherError(f"SLURM_GTIDS is {shown(environment['SLURM_GTIDS'])}, and is to be like 0,1; {_HAND_ON}")
@@ -382,7 +385,7 @@ def _tasks_per_node(text: str) -> int:
 
 
 def _counts(text: str) -> set[int]:
-    """Read `4(x2),1`, four on each of two nodes and one on the last: 4 and 1."""
+    """The different numbers of tasks per node: {4, 1} for `4(x2),1`, four on each of two nodes and one on the last."""
     parts = [re.fullmatch(r"([0-9]{1,9})(\(x[0-9]{1,9}\))?", part) for part in text.split(",")]
     if not all(parts):
         raise LauncherError(f"SLURM_STEP_TASKS_PER_NODE is {shown(text)}, and is to be like 4(x2),1; {_HAND_ON}")

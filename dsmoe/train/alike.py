@@ -20,11 +20,11 @@ PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow")
 """Packages of which another version may compute, read or exchange something else."""
 
 
-def claims_of_run(config: Config) -> dict[str, str]:
+def run_fingerprint(config: Config) -> dict[str, str]:
     """The resolved config key by key, what the tokenizer is, and what runs it.
 
     Nodes may have files and folders in places of their own, so no path is among them. What is there is: the text in
-    `claims_of_data`. The run folder is compared by a file in it (`check_shared`), and the checkpoint to begin with is
+    `data_fingerprint`. The run folder is compared by a file in it (`check_shared`), and the checkpoint to begin with is
     the one that rank 0 names.
     """
     packages = {name: _version(name) for name in PACKAGES}
@@ -35,7 +35,7 @@ def claims_of_run(config: Config) -> dict[str, str]:
     return {**settings, **tokenizer, "python": platform.python_version(), **packages, **source}
 
 
-def claims_of_data(sources: Sequence[PreparedSource]) -> dict[str, str]:
+def data_fingerprint(sources: Sequence[PreparedSource]) -> dict[str, str]:
     """Token counts and checksum of each source: nodes may have caches or corpora of their own."""
     return {
         f"data.sources {source.name}": f"{source.train_tokens:,} training and {source.validation_tokens:,} held-out "

@@ -11,7 +11,7 @@ from dsmoe.checkpoint.folder import all_checkpoints
 from dsmoe.checkpoint.manifest import DamagedError, UnreadableError
 from dsmoe.config.errors import UserError
 from dsmoe.plan.text import shown
-from dsmoe.runtime.processes import on_first_rank
+from dsmoe.runtime.processes import run_on_rank_0
 from dsmoe.train.run_folder import Beginning, free_name, set_later_aside
 from dsmoe.train.trainer import Trainer
 
@@ -37,7 +37,7 @@ def begin(trainer: Trainer, beginning: Beginning) -> bool:
             last, last_tried = error, checkpoint
             continue
         logger.info("continuing from %s", checkpoint)
-        for path in on_first_rank(lambda: set_later_aside(trainer.checkpoints.folder, trainer.step_index, damaged)):
+        for path in run_on_rank_0(lambda: set_later_aside(trainer.checkpoints.folder, trainer.step_index, damaged)):
             logger.warning("set aside: %s", path)
         return True
     if last is not None and last_tried.parent.absolute() != trainer.checkpoints.folder.absolute():
@@ -69,5 +69,5 @@ def _refuse(key: str, checkpoint: Path, error: DamagedError) -> NoReturn:
         which = f" ({key}={earlier[-1]})" if earlier else ", or one of another run"
         raise UserError(f"{key}: {error}; name an earlier checkpoint{which}")
 
-    on_first_rank(refuse)
+    run_on_rank_0(refuse)
     raise error  # not reached: every rank has raised the refusal

@@ -13,7 +13,7 @@ from torch import nn
 from dsmoe.data import PreparedSource, ValidationLoader, bigram_nats
 from dsmoe.metrics.definitions import EVAL_BITS_PER_BYTE, EVAL_LOSS, EVAL_SOURCE_BITS_PER_BYTE, EVAL_SOURCE_LOSS
 from dsmoe.runtime.progress import Job
-from dsmoe.runtime.watchdog import note
+from dsmoe.runtime.watchdog import record_position
 from dsmoe.train.phases import Phase
 
 
@@ -53,7 +53,7 @@ def evaluate(
             job.at(part.source.name)
             for tokens, weight in part.loader:
                 # A dense model has nothing else to note, and the watch ends what stands still.
-                note(Phase.EVALUATION.value)
+                record_position(Phase.EVALUATION.value)
                 losses_BS = model(tokens.to(device))
                 row[0] += (losses_BS.double().sum(dim=1) * weight.to(device)).sum()
                 row[1] += weight.to(device).sum() * losses_BS.shape[1]

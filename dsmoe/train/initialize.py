@@ -16,9 +16,9 @@ from dsmoe.engine.deepspeed_config import accepted_by_deepspeed
 from dsmoe.engine.make_engine import make_engine
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.plan import Plan
-from dsmoe.runtime.consistency import check_alike
-from dsmoe.runtime.processes import on_first_of_hosts, on_first_rank
-from dsmoe.train.alike import claims_of_data, claims_of_run
+from dsmoe.runtime.consistency import check_all_ranks_agree
+from dsmoe.runtime.processes import run_on_host_leaders, run_on_rank_0
+from dsmoe.train.alike import data_fingerprint, run_fingerprint
 
 
 def initialize(
@@ -41,9 +41,9 @@ def initialize(
 
     Raises:
         UserError: the config, the data or the model are wrong.
-        DifferentRanksError: ranks have other settings, code or data than rank 0.
+        RankMismatchError: ranks have other settings, code or data than rank 0.
     """
-    check_alike(claims_of_run(config))  # first: a rank with another tokenizer would make a cache of its own
+    check_all_ranks_agree(run_fingerprint(config))  # first: a rank with another tokenizer would make a cache of its own
     plan = Plan.from_config(config)
     settings = accepted_by_deepspeed(plan)  # before data that take hours are prepared
     sources = prepare_data(config) if sources is None else sources
@@ -61,10 +61,10 @@ def prepare_data(config: Config) -> list[PreparedSource]:
 
     Raises:
         UserError: the data are wrong.
-        DifferentRanksError: ranks have other data than rank 0.
+        RankMismatchError: ranks have other data than rank 0.
     """
-    on_first_rank(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data")
-    on_first_of_hosts(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data of each host")
+    run_on_rank_0(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data")
+    run_on_host_leaders(lambda: len(prepare(config, VERIFIED_AT_START)), "preparing the data of each host")
     sources = prepare(config, check=0)
-    check_alike(claims_of_data(sources))
+    check_all_ranks_agree(data_fingerprint(sources))
     return sources

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from dsmoe.runtime.watchdog import SAVING, process_watch
+from dsmoe.runtime.watchdog import SAVING, process_watchdog
 
 
 class Phase(StrEnum):
@@ -29,5 +29,5 @@ def phase(what: Phase, step: int | None = None) -> Iterator[None]:
     Failure reports name the phase that began last: also for an error that leaves the block, and for what fails
     before the next phase. All ranks go through the same phases in the same order.
     """
-    process_watch().note(what.value, step)
+    process_watchdog().record(what.value, step)
     yield

@@ -21,20 +21,20 @@ from dsmoe.metrics.sinks import Sink
 from dsmoe.parallel import Groups
 from dsmoe.plan.elastic import adjustments
 from dsmoe.plan.plan import Plan
-from dsmoe.runtime.failure_exit import end_stalled, ended_by
+from dsmoe.runtime.failure_exit import exit_stalled, report_failure
 from dsmoe.runtime.failure_reports import FOLDER as FAILURES
-from dsmoe.runtime.failure_reports import Reports, make_folder, record_collectives
+from dsmoe.runtime.failure_reports import FailureReports, enable_flight_recorder, make_folder
 from dsmoe.runtime.processes import (
     Rank,
     join_processes,
     leave_processes,
-    on_every_rank,
-    on_first_rank,
     quiet_deepspeed,
+    run_on_all_ranks,
+    run_on_rank_0,
 )
-from dsmoe.runtime.start import Start, begin, pretrain_program
-from dsmoe.runtime.watchdog import process_watch
-from dsmoe.train.alike import claims_of_run
+from dsmoe.runtime.start import Start, begin, pretrain_parser
+from dsmoe.runtime.watchdog import process_watchdog
+from dsmoe.train.alike import run_fingerprint
 from dsmoe.train.beginning import begin as begin_training
 from dsmoe.train.environment import of_this_rank, write_environment
 from dsmoe.train.evaluate import evaluate_bigram_model
@@ -53,7 +53,7 @@ SAVE_SECONDS = 60.0
 
 def main(arguments: Sequence[str] | Start | None = None) -> int:
     """Train what the command line describes, or what launch/pretrain.py has read of it; returns the exit code."""
-    start = arguments if isinstance(arguments, Start) else begin(pretrain_program(), arguments)
+    start = arguments if isinstance(arguments, Start) else begin(pretrain_parser(), arguments)
     if not isinstance(arguments, Start) and (code := start.ended()) is not None:
         return code
     # Until there are reports, the stacks go to standard error, and the run goes on.
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | Start | None = None) -> int:
     try:
         finished = pretrain(start.plan)
     except Exception as error:
-        return ended_by(error)
+        return report_failure(error)
     leave_processes()
     return DONE if finished else STOPPED
 
@@ -69,17 +69,17 @@ def main(arguments: Sequence[str] | Start | None = None) -> int:
 def pretrain(plan: Plan) -> bool:
     """Train by `plan` on the ranks that the launcher started; False if a signal has ended it before the last step."""
     folder = run_folder(plan.config)
-    record_collectives(folder / FAILURES)
+    enable_flight_recorder(folder / FAILURES)
     rank = _join(plan)
     groups = Groups(plan.topology, plan.collective_timeout)
     settings = accepted_by_deepspeed(plan)  # before data that take hours are prepared
-    on_first_rank(lambda: claim_run_folder(plan), f"looking at {folder}")
+    run_on_rank_0(lambda: claim_run_folder(plan), f"looking at {folder}")
     sources = prepare_data(plan.config)
     is_new = not os.path.lexists(folder / "config.yaml")
-    beginning, token = on_first_rank(lambda: make_run_folder(plan, sources), f"looking at {folder}")
-    on_every_rank(lambda: check_shared(folder, token), f"looking at {folder}")
-    reports = Reports(on_first_rank(lambda: make_folder(folder / FAILURES)), process_watch())
-    reports.listen()
+    beginning, token = run_on_rank_0(lambda: make_run_folder(plan, sources), f"looking at {folder}")
+    run_on_all_ranks(lambda: check_shared(folder, token), f"looking at {folder}")
+    reports = FailureReports(run_on_rank_0(lambda: make_folder(folder / FAILURES)), process_watchdog())
+    reports.install()
     _introduce(plan, rank, folder, settings)
     try:
         trainer = make_trainer(plan, groups, rank, folder / "checkpoints", sources, settings)
@@ -89,7 +89,7 @@ def pretrain(plan: Plan) -> bool:
             forget_run(folder)
         raise
     if rank.device.type == "cuda":
-        process_watch().end_stalls(end_stalled)
+        process_watchdog().watch_for_stalls(exit_stalled)
     trainer.sinks = open_sinks(plan.config, folder, trainer.step_index if resumed else -1) if rank.is_first else []
     finished = _train(trainer, folder)
     _close(trainer.sinks)
@@ -100,7 +100,7 @@ def pretrain(plan: Plan) -> bool:
 def _join(plan: Plan) -> Rank:
     """Join the other ranks of the run, which must have been given the same config."""
     rank = join_processes(
-        plan.device_type, plan.collective_timeout, plan.config.cluster.interface, claims_of_run(plan.given)
+        plan.device_type, plan.collective_timeout, plan.config.cluster.interface, run_fingerprint(plan.given)
     )
     quiet_deepspeed()
     log_to_console(rank)
@@ -109,7 +109,7 @@ def _join(plan: Plan) -> Rank:
 
 def _introduce(plan: Plan, rank: Rank, folder: Path, settings: dict[str, object]) -> None:
     """Log what the run is, and record where it was made."""
-    ranks = on_every_rank(of_this_rank)
+    ranks = run_on_all_ranks(of_this_rank)
     if not rank.is_first:
         return
     log_to_file(folder)
@@ -133,7 +133,7 @@ def _train(trainer: Trainer, folder: Path) -> bool:
 def _train_and_summarise(trainer: Trainer, folder: Path) -> bool:
     """Evaluate, train, and say what was learnt; False if a signal has ended it before."""
     plan, data = trainer.plan, trainer.data
-    bigram = on_first_rank(
+    bigram = run_on_rank_0(
         lambda: optional("bigram model", lambda: evaluate_bigram_model(data.held_out, plan.config.model.vocab_size)),
         "counting the pairs of tokens of a bigram model",
     )

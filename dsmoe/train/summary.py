@@ -13,7 +13,7 @@ from typing import Any
 from dsmoe.checkpoint.folder import candidates
 from dsmoe.config.schema import Config
 from dsmoe.launch.job import Request
-from dsmoe.launch.programs import typed
+from dsmoe.launch.programs import command_name
 from dsmoe.launch.quoting import path_argument, shell_word
 from dsmoe.metrics.definitions import EVAL_BITS_PER_BYTE, EVAL_HELD_OUT, EVAL_SOURCE_BITS_PER_BYTE
 from dsmoe.plan.plan import Plan
@@ -108,16 +108,16 @@ def _next_steps(folder: Path, plan: Plan) -> list[str]:
     program = Request(plan, str(file), (longer,)).program()
     accelerator = os.environ.get("DS_ACCELERATOR")  # without it DeepSpeed takes what it finds
     setting = f"DS_ACCELERATOR={shell_word(accelerator, 'DS_ACCELERATOR')} " if accelerator else ""
-    onward = f"{setting}{typed('deepspeed')} --num_gpus {config.cluster.devices_per_node} {program}"
+    onward = f"{setting}{command_name('deepspeed')} --num_gpus {config.cluster.devices_per_node} {program}"
     path = shell_word(path_argument(str(file)), "runs_dir")
     if config.cluster.nodes > 1:
         way = "--slurm" if launched_world().launcher == SRUN else "--hostfile"
-        onward = f"{typed('dsmoe')} launch {path} {longer} {way}"
+        onward = f"{command_name('dsmoe')} launch {path} {longer} {way}"
     jump = rate_when_longer(plan, 2 * plan.batch.steps)
     events = shell_word(path_argument(str(folder / "tensorboard")), "runs_dir")
     commands = {
-        f"{typed('tensorboard')} --logdir {events}": "loss, load balance, dropped tokens, throughput",
-        f"{typed('dsmoe')} config show {path}": "every setting of this run",
+        f"{command_name('tensorboard')} --logdir {events}": "loss, load balance, dropped tokens, throughput",
+        f"{command_name('dsmoe')} config show {path}": "every setting of this run",
         onward: f"train on from here: {jump}, and the start says what to write instead"
         if jump
         else "train on from here",

@@ -29,7 +29,7 @@ from dsmoe.moe import begin_step, hold_drop_rate, update_routers
 from dsmoe.parallel.groups import Groups
 from dsmoe.plan.plan import Plan
 from dsmoe.plan.text import quantity
-from dsmoe.runtime.processes import Rank, on_first_rank
+from dsmoe.runtime.processes import Rank, run_on_rank_0
 from dsmoe.train.changed import changed_held_out, changed_order, changed_rate
 from dsmoe.train.evaluate import evaluate
 from dsmoe.train.phases import Phase, phase
@@ -100,7 +100,7 @@ class Trainer:
             UserError: it would read other text than that run, and `data.changed_order` does not accept it.
         """
         self._count_skips()  # of the state that is left
-        for change in on_first_rank(lambda: self._changes(checkpoint)):
+        for change in run_on_rank_0(lambda: self._changes(checkpoint)):
             logger.warning("%s", change)
         facts, self._begun_with = self.checkpoints.load(checkpoint), checkpoint
         self.step_index = self._looked_at = self._begun_at = facts.step
@@ -290,7 +290,7 @@ class Trainer:
             saved = all_checkpoints(self.checkpoints.folder)
             return set_aside(path for path in saved if step_of(path) >= max(last_taken, self._begun_at + 1))
 
-        for path in on_first_rank(rename):
+        for path in run_on_rank_0(rename):
             logger.warning("set aside, because every step after it was skipped: %s", path)
 
     def _end_diverged(self, what: str) -> NoReturn:

@@ -24,7 +24,7 @@ from dsmoe.config.schema import Config
 from dsmoe.runtime import progress, watchdog
 from dsmoe.runtime.lost_ranks import LostRanksError
 from dsmoe.runtime.spawn import run_ranks
-from dsmoe.runtime.watchdog import Watch, process_watch
+from dsmoe.runtime.watchdog import Watchdog, process_watchdog
 from tests.helpers.checkpoint_runs import folder_of, layout_config, logged_from_now
 from tests.helpers.ports import free_port
 from tests.helpers.small_runs import make_trainer
@@ -36,9 +36,14 @@ HOST = os.uname().nodename
 
 def shorten_minutes(log_seconds: float = 30.0) -> None:
     """Let rank 0 have `log_seconds` more than a minute to speak, before others do: a busy machine is no silent rank."""
-    watchdog.BEAT_SECONDS = 0.1
-    progress.GRACE_SECONDS, progress.WORD_SECONDS, progress.LOOK_SECONDS, progress.GONE_SECONDS = 0.5, 0.6, 0.1, 6.0
-    progress.LOG_SECONDS = log_seconds
+    watchdog.HEARTBEAT_SECONDS = 0.1
+    progress.GRACE_SECONDS, progress.LOG_INTERVAL_SECONDS, progress.POLL_SECONDS, progress.LOST_SECONDS = (
+        0.5,
+        0.6,
+        0.1,
+        6.0,
+    )
+    progress.LOG_TIMEOUT_SECONDS = log_seconds
 
 
 def lines_of(logged: list[str]) -> list[str]:
@@ -148,7 +153,7 @@ def test_a_load_that_hangs_is_said_with_the_rank_and_the_file(what: str, doing: 
     assert any(all(part in line for part in wanted) for line in first), first
 
 
-def freeze_between_beats(now: Watch, reading: threading.Lock, kind: str = "save") -> None:
+def freeze_between_beats(now: Watchdog, reading: threading.Lock, kind: str = "save") -> None:
     """Stop this process, but not while one of its threads has the lock of the store, which is a file here."""
     publish = now._publish
 
@@ -170,13 +175,13 @@ def wake(process: int) -> None:
 
 def lock_reading() -> threading.Lock:
     """A lock that this process has while it reads the store."""
-    read, reading = progress._Looking._read, threading.Lock()
+    read, reading = progress._ProgressMonitor._read, threading.Lock()
 
     def read_alone(*arguments: Any) -> Any:
         with reading:
             return read(*arguments)
 
-    progress._Looking._read = read_alone  # type: ignore[method-assign]
+    progress._ProgressMonitor._read = read_alone  # type: ignore[method-assign]
     return reading
 
 
@@ -190,7 +195,7 @@ def freeze_while_saving(config: Config, frozen_rank: int) -> dict[str, Any]:
 
     def freeze(*arguments: Any) -> str:
         if trainer.rank.rank == frozen_rank:
-            freeze_between_beats(process_watch(), reading)
+            freeze_between_beats(process_watchdog(), reading)
         return write(*arguments)
 
     safetensors._write = freeze
@@ -234,7 +239,7 @@ def freeze_while_loading(config: Config, frozen_rank: int) -> dict[str, Any]:
     def freeze(*arguments: Any) -> Any:
         if trainer.rank.rank == frozen_rank and threading.current_thread().name == "dsmoe waiting":
             dcp.read_tensor = read
-            freeze_between_beats(process_watch(), reading, "load")
+            freeze_between_beats(process_watchdog(), reading, "load")
         return read(*arguments)
 
     dcp.read_tensor = freeze
@@ -263,10 +268,10 @@ import os, signal, sys, time
 from dsmoe.checkpoint import safetensors
 from dsmoe.runtime import progress, watchdog
 from dsmoe.train import run
-watchdog.BEAT_SECONDS = 0.1
+watchdog.HEARTBEAT_SECONDS = 0.1
 watchdog.STORE_SECONDS = progress.STORE_SECONDS = 2.0
-progress.GRACE_SECONDS, progress.WORD_SECONDS, progress.LOOK_SECONDS = 0.5, 1.0, 0.2
-progress.GONE_SECONDS, progress.LOG_SECONDS = 8.0, 1.0
+progress.GRACE_SECONDS, progress.LOG_INTERVAL_SECONDS, progress.POLL_SECONDS = 0.5, 1.0, 0.2
+progress.LOST_SECONDS, progress.LOG_TIMEOUT_SECONDS = 8.0, 1.0
 write = safetensors._write
 def freeze(*arguments):
     if os.environ["RANK"] == sys.argv.pop():

@@ -16,13 +16,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, rea
 PREFLIGHT = REPOSITORY / "launch" / "preflight.py"
 OTHER_TORCH = """
 import os
-from dsmoe.runtime.start import end_process
+from dsmoe.runtime.start import exit_process
 from dsmoe.preflight import check_nodes, stages
 
 truth = stages.versions
 if os.environ["RANK"] == "2":
     stages.versions = lambda *where: {**truth(*where), "torch": "2.9.0"}
-end_process(check_nodes.main())
+exit_process(check_nodes.main())
 """
 
 

@@ -215,7 +215,7 @@ def observed(config: Config, checkpoint: Path, key: str) -> str:
     def start_notes(**changed: Any) -> tuple[str, ...]:
         return check_run_folder(Plan.from_config(config.model_copy(update=changed))).notes
 
-    def begin_with(**keys: str) -> dict[str, Any]:
+    def begin_command(**keys: str) -> dict[str, Any]:
         return {"name": "another", "checkpoint": config.checkpoint.model_copy(update=keys)}
 
     with suppress(UserError):
@@ -223,10 +223,10 @@ def observed(config: Config, checkpoint: Path, key: str) -> str:
         assert is_path(key, value_at(config.model_dump(), key)) or names(notes, "the run was last started", key)
         return "free"
     with suppress(UserError):
-        assert names(start_notes(**begin_with(resume=str(checkpoint))), f"{checkpoint} was saved", key)
+        assert names(start_notes(**begin_command(resume=str(checkpoint))), f"{checkpoint} was saved", key)
         return "math"
     with suppress(UserError):
-        start_notes(**begin_with(weights_from=str(checkpoint)))
+        start_notes(**begin_command(weights_from=str(checkpoint)))
         return "step"
     return "tensor"
 

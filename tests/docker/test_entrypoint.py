@@ -1,4 +1,4 @@
-"""The image's entry point: which ranks it starts, what reaches them, and with which code it ends."""
+"""The image's entry point: the ranks that it starts, the signals that reach them, and its exit code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from dsmoe.config import UserError, dump_config
+from dsmoe.runtime.container import rank_environments
 from tests.helpers.small_runs import small_config
 
 REPOSITORY = Path(__file__).parents[2]
 ENTRYPOINT = REPOSITORY / "docker" / "entrypoint.py"
-environments = runpy.run_path(str(ENTRYPOINT))["environments"]
 
 # Says who it is, then waits for a signal, unless an override tells it to end otherwise.
 PROGRAM = """
@@ -96,13 +96,13 @@ def test_all_devices_of_a_machine_alone(image: Path) -> None:
 @pytest.mark.parametrize("node", [{"NODE_RANK": "2"}, {"JOB_COMPLETION_INDEX": "2"}])
 def test_one_node_of_several(node: dict[str, str], tmp_path: Path) -> None:
     config = small_config(tmp_path, ranks=2, cluster={"nodes": 4})
-    first, second = environments(config, {**node, "MASTER_ADDR": "node0"})
+    first, second = rank_environments(config, {**node, "MASTER_ADDR": "node0"})
     assert (first["RANK"], first["LOCAL_RANK"]) == ("4", "0")
     assert (second["RANK"], second["LOCAL_RANK"]) == ("5", "1")
     assert first["WORLD_SIZE"] == "8"
     assert (first["MASTER_ADDR"], first["MASTER_PORT"]) == ("node0", "29500")
     elastic = small_config(tmp_path, ranks=2, cluster={"nodes": 4, "elastic": True})
-    assert environments(elastic, {**node, "MASTER_ADDR": "node0", "NNODES": "3"})[0]["WORLD_SIZE"] == "6"
+    assert rank_environments(elastic, {**node, "MASTER_ADDR": "node0", "NNODES": "3"})[0]["WORLD_SIZE"] == "6"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_one_node_of_several(node: dict[str, str], tmp_path: Path) -> None:
 )
 def test_a_node_that_is_not_told_which(environment: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        environments(small_config(tmp_path, cluster={"nodes": 2}), environment)
+        rank_environments(small_config(tmp_path, cluster={"nodes": 2}), environment)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What docker/ holds: hadolint finds nothing, the compose file is the rendered one, the manifest fits its schema."""
+"""The files of docker/: hadolint finds nothing, the compose file is the rendered one, the manifest fits its schema."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dsmoe.config import UserError, load_config
 from dsmoe.launch.docker import job
 from dsmoe.launch.job import Job, Request
 from dsmoe.plan.plan import Plan
+from dsmoe.runtime.container import rank_environments
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
@@ -154,7 +155,7 @@ def test_the_kubernetes_manifest_is_of_its_config_and_of_the_image() -> None:
     )
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {config.runs_dir, config.data.cache_dir, "/dev/shm"} <= mounted
-    ranks = environments()(config, {**variables(container), "JOB_COMPLETION_INDEX": "7"})
+    ranks = rank_environments(config, {**variables(container), "JOB_COMPLETION_INDEX": "7"})
     assert [rank["RANK"] for rank in ranks] == [str(rank) for rank in range(56, 64)]
     assert ranks[0]["MASTER_ADDR"] == f"{name}-0.{service['metadata']['name']}"
     codes = {
@@ -164,10 +165,6 @@ def test_the_kubernetes_manifest_is_of_its_config_and_of_the_image() -> None:
     }
     entry = runpy.run_path(str(DOCKER / "entrypoint.py"))
     assert codes == {"FailJob": [entry["USER_ERROR"]], "Ignore": [entry["STOPPED"]]}
-
-
-def environments() -> Any:
-    return runpy.run_path(str(DOCKER / "entrypoint.py"))["environments"]
 
 
 def variables(container: dict[str, Any]) -> dict[str, str]:

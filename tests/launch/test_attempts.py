@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe.launch import attempts
-from dsmoe.launch.attempts import MOST_FAILURES, steps_taken, worth_another
+from dsmoe.launch.attempts import MOST_FAILURES, should_requeue, steps_taken
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ def train_to(folder: Path, step: int, skipped: int = 0, every: int = 10) -> None
 
 
 def fail(folder: Path, job: str = "1") -> bool:
-    return worth_another(folder, 1, job)[0]
+    return should_requeue(folder, 1, job)[0]
 
 
 STOPS = [75, 128 + 10, 128 + 15]
@@ -33,7 +33,7 @@ STOPS = [75, 128 + 10, 128 + 15]
 @pytest.mark.parametrize("code", [0, 2])
 def test_what_ends_the_job_is_not_counted(code: int, tmp_path: Path) -> None:
     for _ in range(2 * MOST_FAILURES):
-        assert not worth_another(tmp_path, code, "1")[0]
+        assert not should_requeue(tmp_path, code, "1")[0]
     assert fail(tmp_path)
 
 
@@ -41,7 +41,7 @@ def test_what_ends_the_job_is_not_counted(code: int, tmp_path: Path) -> None:
 def test_being_told_to_stop_is_no_failure_while_checkpoints_follow_each_other(code: int, tmp_path: Path) -> None:
     for step in range(2 * MOST_FAILURES):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
-        assert worth_another(tmp_path, code, "1")[0]
+        assert should_requeue(tmp_path, code, "1")[0]
     assert fail(tmp_path)
 
 
@@ -49,7 +49,7 @@ def test_being_told_to_stop_is_no_failure_while_checkpoints_follow_each_other(co
 def test_being_told_to_stop_before_there_is_a_step_to_save_has_an_end(code: int, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)  # of an earlier job
     (tmp_path / "checkpoints" / "step_00000020.partial").mkdir()
-    answers = [worth_another(tmp_path, code, "1") for _ in range(1 + MOST_FAILURES)]
+    answers = [should_requeue(tmp_path, code, "1") for _ in range(1 + MOST_FAILURES)]
     assert [again for again, _ in answers] == [True, True, True, False]
     assert "before they had a step to save, and none is made again. Give it more time (--time)" in answers[-1][1]
 
@@ -57,7 +57,7 @@ def test_being_told_to_stop_before_there_is_a_step_to_save_has_an_end(code: int,
 @pytest.mark.parametrize("code", [1, 127, 134, 137])
 def test_three_failures_at_one_step_are_the_end(code: int, tmp_path: Path) -> None:
     train_to(tmp_path, 100)
-    answers = [worth_another(tmp_path, code, "1") for _ in range(MOST_FAILURES)]
+    answers = [should_requeue(tmp_path, code, "1") for _ in range(MOST_FAILURES)]
     assert [again for again, _ in answers] == [True, True, False]
     assert f"exit code {code}: failure 3 of 3 (steps done: 100)" in answers[-1][1]
 
@@ -83,7 +83,7 @@ def test_being_told_to_stop_in_between_is_no_progress(tmp_path: Path) -> None:
     answers = []
     for _ in range(MOST_FAILURES):
         answers.append(fail(tmp_path))
-        worth_another(tmp_path, 75, "1")
+        should_requeue(tmp_path, 75, "1")
     assert answers == [True, True, False]
 
 

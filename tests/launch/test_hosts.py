@@ -146,11 +146,11 @@ def test_names_with_spaces_are_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_hostfile_that_is_there_is_used(tmp_path: Path) -> None:
-    there = tmp_path / "hosts"
-    there.write_text("# ours\n\n" + "".join(f"gpu{number} slots=8 # rack 1\n" for number in range(8)), encoding="utf-8")
-    written = job(f"cluster.hostfile={there}")
+    path = tmp_path / "hosts"
+    path.write_text("# ours\n\n" + "".join(f"gpu{number} slots=8 # rack 1\n" for number in range(8)), encoding="utf-8")
+    written = job(f"cluster.hostfile={path}")
     assert set(written.files) == {"deepspeed_env"}
-    assert f"deepspeed --hostfile {there} launch/pretrain.py" in written.command
+    assert f"deepspeed --hostfile {path} launch/pretrain.py" in written.command
     assert "placeholders" not in written.warning
 
 

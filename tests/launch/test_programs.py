@@ -1,4 +1,4 @@
-"""What is printed to be typed runs in the user's shell, whether that finds this environment's programs or not."""
+"""Printed commands run in the user's shell, whether it finds this environment's programs or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from dsmoe import cli
 from dsmoe.config import load_config
-from dsmoe.launch.programs import activation, typed
+from dsmoe.launch.programs import activation, command_name
 from dsmoe.plan.plan import Plan
 from dsmoe.train.summary import summary
 
@@ -39,21 +39,21 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_program_is_typed_as_the_shell_finds_it(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert typed("dsmoe") == ".venv/bin/dsmoe"
-    assert typed("nothing") == "nothing"
+    assert command_name("dsmoe") == ".venv/bin/dsmoe"
+    assert command_name("nothing") == "nothing"
     monkeypatch.setenv("PATH", f"{environment}:/usr/bin:/bin")
-    assert typed("dsmoe") == "dsmoe"
+    assert command_name("dsmoe") == "dsmoe"
     assert activation("dsmoe") is None
     other = script(environment.parents[1] / "other/dsmoe").parent
     monkeypatch.setenv("PATH", f"{other}:{environment}:/bin")
-    assert typed("dsmoe") == ".venv/bin/dsmoe"
+    assert command_name("dsmoe") == ".venv/bin/dsmoe"
     monkeypatch.chdir(environment)
-    assert typed("dsmoe") == "./dsmoe"
+    assert command_name("dsmoe") == "./dsmoe"
     monkeypatch.chdir("/usr")
-    assert typed("dsmoe") == f"{environment}/dsmoe"
-    there = script(environment.parents[1] / "a folder's/bin/dsmoe").parent
-    monkeypatch.setattr(sys, "executable", str(there / "python"))
-    assert shlex.split(typed("dsmoe")) == [f"{there}/dsmoe"]
+    assert command_name("dsmoe") == f"{environment}/dsmoe"
+    folder = script(environment.parents[1] / "a folder's/bin/dsmoe").parent
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    assert shlex.split(command_name("dsmoe")) == [f"{folder}/dsmoe"]
 
 
 def test_what_makes_the_shell_find_them(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ FRAGMENTS = [*HOSTILE, "a", "b", "/", ".", "=", ":", " ", "\n", "$", "touch ran"
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, with stubs of all commands that write down what they are given."""
     (tmp_path / "bin").mkdir()
     work = tmp_path / "work"
@@ -87,23 +87,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def bash(here: Path, script: str) -> list[list[str]]:
+def bash(root: Path, script: str) -> list[list[str]]:
     """Run a script, and return the commands that it started; nothing else may have come of it."""
-    (here / "seen").write_bytes(b"")
-    before = names(here / "work")
+    (root / "seen").write_bytes(b"")
+    before = names(root / "work")
     environment = {
-        "PATH": f"{here / 'bin'}:/usr/bin:/bin",
-        "SEEN": str(here / "seen"),
+        "PATH": f"{root / 'bin'}:/usr/bin:/bin",
+        "SEEN": str(root / "seen"),
         "HOME": "/nowhere",
         **{"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"},
     }
     done = subprocess.run(
-        ["bash", "-c", script], cwd=here / "work", env=environment, capture_output=True, timeout=60, check=False
+        ["bash", "-c", script], cwd=root / "work", env=environment, capture_output=True, timeout=60, check=False
     )
     assert b"syntax error" not in done.stderr, done.stderr
     assert b"command not found" not in done.stderr, done.stderr
-    assert all(name.startswith("runs") for name in names(here / "work") - before), done.stderr
-    calls = (here / "seen").read_bytes().decode("utf-8", "surrogateescape").split("\0\0")
+    assert all(name.startswith("runs") for name in names(root / "work") - before), done.stderr
+    calls = (root / "seen").read_bytes().decode("utf-8", "surrogateescape").split("\0\0")
     return [call.split("\0") for call in calls if call]
 
 
@@ -121,17 +121,17 @@ def job(way: str, path: str, overrides: Sequence[str] = (), out: str = "out", **
     return WAYS[way].job(Request(Plan.from_config(config), path, tuple(overrides), out))
 
 
-def check(way: str, written: Job, here: Path, path: str, overrides: Sequence[str], out: str = "out") -> None:
+def check(way: str, written: Job, root: Path, path: str, overrides: Sequence[str], out: str = "out") -> None:
     """Read or run everything that was written; the program must get `path` and `overrides` as they were typed."""
     path = f"./{path}" if path.startswith("-") else path
     program = ["--config", path, *overrides]
     if way == "docker":
-        check_compose(written, here, [path, *overrides])
+        check_compose(written, root, [path, *overrides])
     elif way == "slurm":
         for text in written.files.values():
             check_options(text)
         script = "".join(f"(\n{text}\n)\n" for text in (*written.files.values(), written.command))
-        *calls, last = bash(here, script)
+        *calls, last = bash(root, script)
         assert [call[call.index("--config") :] for call in calls if "--config" in call] == [program, program]
         assert last == ["sbatch", in_folder(out, "pretrain.sbatch")]
     else:
@@ -142,7 +142,7 @@ def check(way: str, written: Job, here: Path, path: str, overrides: Sequence[str
         ]
         commands += [line[1:].strip() for line in lines if line.startswith("#     DS_ENV_FILE=")]
         assert len(commands) >= 3
-        calls = bash(here, "\n".join([written.command, *commands]))
+        calls = bash(root, "\n".join([written.command, *commands]))
         assert len(calls) == 1 + len(commands)
         for call in calls:
             assert call[-len(program) :] == program
@@ -157,7 +157,7 @@ def in_folder(out: str, name: str) -> str:
 
 
 def check_remote(call: list[str], program: list[str]) -> None:
-    """What DeepSpeed makes of the words for pdsh, and what a host's shell makes of that."""
+    """Check the words that DeepSpeed gives to pdsh, and that a host's shell then reads."""
     script = call.index("--config") - 1
     words = PDSHRunner.parse_user_args(SimpleNamespace(args=SimpleNamespace(user_args=call[script + 1 :])))  # type: ignore[arg-type]
     assert not any("%" in word for word in words)
@@ -184,7 +184,7 @@ def check_options(text: str) -> None:
     }
 
 
-def check_compose(written: Job, here: Path, arguments: list[str]) -> None:
+def check_compose(written: Job, root: Path, arguments: list[str]) -> None:
     text = written.files["compose.yaml"]
     tree = yaml.safe_load(text)
     assert set(tree) == {"name", "x-node", "services", "networks", "volumes"} - ({"networks", "volumes"} - set(tree))
@@ -193,7 +193,7 @@ def check_compose(written: Job, here: Path, arguments: list[str]) -> None:
     assert command[len(arguments) + 1 :][:2] == ["runs_dir=/runs", "data.cache_dir=/cache"]
     for volume in tree["x-node"]["volumes"]:
         assert len(interpolated(volume).split(":")) <= 3
-    (call,) = bash(here, f"{written.command} </dev/null")
+    (call,) = bash(root, f"{written.command} </dev/null")
     assert call[:2] == ["docker", "compose"]
 
 
@@ -203,14 +203,14 @@ def interpolated(text: str) -> str:
     return text.replace("$$", "$")
 
 
-def refused_or(way: str, here: Path, path: str, overrides: Sequence[str], out: str = "out", **sections: Any) -> bool:
-    """Whether it was refused, in one message and with nothing written."""
+def refused_or(way: str, root: Path, path: str, overrides: Sequence[str], out: str = "out", **sections: Any) -> bool:
+    """Return whether it was refused, in one message and with nothing written."""
     try:
         written = job(way, path, overrides, out, **sections)
     except UserError as error:
         message = str(error)
     else:
-        check(way, written, here, path, overrides, out)
+        check(way, written, root, path, overrides, out)
         return False
     assert "optimizer" not in message  # the rest of the config is right
     return True
@@ -218,47 +218,47 @@ def refused_or(way: str, here: Path, path: str, overrides: Sequence[str], out: s
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("text", HOSTILE)
-def test_text_in_the_configs_path(way: str, text: str, here: Path) -> None:
+def test_text_in_the_configs_path(way: str, text: str, root: Path) -> None:
     if "/" in text or "\0" in text:
         pytest.skip("no name of a file")
-    refused = refused_or(way, here, f"{text}.yaml", ["cluster.nodes=2"])
+    refused = refused_or(way, root, f"{text}.yaml", ["cluster.nodes=2"])
     assert not (refused and way in ("slurm", "docker"))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("text", HOSTILE)
-def test_text_in_an_override(way: str, text: str, here: Path) -> None:
+def test_text_in_an_override(way: str, text: str, root: Path) -> None:
     """In YAML's single quotes, which have no escapes: the text is in the override as it is."""
     keys = ("data.tokenizer", "data.sources.0.text_field", "checkpoint.resume")
     quoted = text.replace("'", "''")
-    refused_or(way, here, "run.yaml", [f"{keys[HOSTILE.index(text) % len(keys)]}='x{quoted}'"])
+    refused_or(way, root, "run.yaml", [f"{keys[HOSTILE.index(text) % len(keys)]}='x{quoted}'"])
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("text", HOSTILE)
-def test_text_in_a_value_and_in_the_folder(way: str, text: str, here: Path) -> None:
+def test_text_in_a_value_and_in_the_folder(way: str, text: str, root: Path) -> None:
     absolute = f"/{text}/x"
     sections = {
         "runs_dir": f"runs/{text}" if not text.startswith("-") else f"runs{text}",
         "data": {"tokenizer": absolute, "cache_dir": text, "sources": [{"name": "a", "path": absolute}]},
         "checkpoint": {"weights_from": absolute},
     }
-    refused = refused_or(way, here, "run.yaml", [], **sections)
+    refused = refused_or(way, root, "run.yaml", [], **sections)
     # A null character is in no path; a colon separates compose's, and .. leads out of what containers see.
     if refused:
         assert "\0" in text or (way, ":" in text) == ("docker", True) or (way, "\\" in text) == ("slurm", True)
     if "\0" not in text and text not in ("", "-"):
-        assert not refused_or(way, here, "run.yaml", [], out=text.strip() or "out")
+        assert not refused_or(way, root, "run.yaml", [], out=text.strip() or "out")
 
 
-def test_the_run_folder_of_a_job_script_is_the_configs(here: Path) -> None:
+def test_the_run_folder_of_a_job_script_is_the_configs(root: Path) -> None:
     for text in HOSTILE:
         if "\0" in text or "\\" in text:
             continue
         written = job("slurm", "run.yaml", runs_dir=text)
         runs_dir = load_config("run.yaml").runs_dir
         calls = bash(
-            here, 'mkdir() { printf \'%s\\0\' mkdir "$@" >> "$SEEN"; exit; }\n' + written.files["pretrain.sbatch"]
+            root, 'mkdir() { printf \'%s\\0\' mkdir "$@" >> "$SEEN"; exit; }\n' + written.files["pretrain.sbatch"]
         )
         (call,) = [call for call in calls if call[0] == "mkdir"]
         made = call[-1] if call[-1] else call[-2]
@@ -268,29 +268,29 @@ def test_the_run_folder_of_a_job_script_is_the_configs(here: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["$(touch ran)", "a;touch", "`id`", "a'b", 'a"b', "a\\b", "é", "a%n", "-oProxyCommand=x"]
 )
-def test_a_hostfiles_host_that_is_no_name_is_refused_with_its_line(name: str, here: Path) -> None:
+def test_a_hostfiles_host_that_is_no_name_is_refused_with_its_line(name: str, root: Path) -> None:
     Path("hosts").write_text(f"# ours\nnode01 slots=4\n{name} slots=4\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"hosts:3"):
         job("hostfile", "run.yaml", ["cluster.hostfile=hosts"])
 
 
-def test_a_byte_order_mark_is_not_part_of_the_first_hosts_name(here: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_hosts_name(root: Path) -> None:
     """Neither here nor for DeepSpeed, which does not know such marks: it gets a hostfile without."""
     Path("hosts").write_text("\ufeffgpu1 slots=4\r\ngpu2 slots=4\r\n", encoding="utf-8")
     written = job("hostfile", "run.yaml", ["cluster.hostfile=hosts"])
     assert runner._parse_hostfile(written.files["hostfile"].split("\n")) == {"gpu1": 4, "gpu2": 4}
-    (call,) = bash(here, written.command)
+    (call,) = bash(root, written.command)
     assert call[call.index("--hostfile") + 1] == "out/hostfile"
     assert "PLACEHOLDERS" not in written.files["hostfile"]
 
 
-def test_a_hostfile_of_any_name_is_used(here: Path) -> None:
+def test_a_hostfile_of_any_name_is_used(root: Path) -> None:
     for text in HOSTILE:
         if "\0" in text or "/" in text:
             continue
         Path(text).write_text("node01 slots=4\nnode02 slots=4\n", encoding="utf-8")
         written = job("hostfile", "run.yaml", cluster={"hostfile": literal_path(text)})
-        (call,) = bash(here, written.command)
+        (call,) = bash(root, written.command)
         used = call[call.index("--hostfile") + 1]
         assert Path(used) == Path(text)
         assert not used.startswith("-")
@@ -298,23 +298,23 @@ def test_a_hostfile_of_any_name_is_used(here: Path) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_the_folder_of_this_python_reaches_the_hosts(text: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_this_python_reaches_the_hosts(text: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.prefix", f"/opt/{text}/venv")
     try:
         written = job("hostfile", "run.yaml")
     except UserError as error:
         message = str(error)
     else:
-        check_environment(written.files["deepspeed_env"], f"/opt/{text}/venv/bin:/bin", here)
+        check_environment(written.files["deepspeed_env"], f"/opt/{text}/venv/bin:/bin", root)
         return
     assert "the folder of this Python" in message
     assert re.search("[%\0\r\n]", text)
 
 
-def check_environment(text: str, path: str, here: Path) -> None:
-    (here / "env").write_text(text, encoding="utf-8")
+def check_environment(text: str, path: str, root: Path) -> None:
+    (root / "env").write_text(text, encoding="utf-8")
     held = SimpleNamespace(exports={})
-    for line in (here / "env").open(encoding="utf-8"):
+    for line in (root / "env").open(encoding="utf-8"):
         MultiNodeRunner.add_export(held, *line.split("=", maxsplit=1))  # type: ignore[arg-type]
     exports = "".join(f"export {key}={value}; " for key, value in held.exports.items())
     done = subprocess.run(
@@ -333,7 +333,7 @@ def in_a_container(written: Job, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("is_override", [True, False])
 def test_a_path_of_this_hosts_user_and_variables_is_the_same_in_a_container(
-    is_override: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+    is_override: bool, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("CORPORA", "/big/a $x 'b'")
@@ -360,27 +360,27 @@ def test_a_path_of_this_hosts_user_and_variables_is_the_same_in_a_container(
 
 @pytest.mark.parametrize("text", ["~/base.yaml", "$HOME/base.yaml"])
 def test_an_include_of_this_hosts_user_is_refused_for_containers(
-    text: str, here: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(here))
-    (here / "base.yaml").write_text(VALID, encoding="utf-8")
+    monkeypatch.setenv("HOME", str(root))
+    (root / "base.yaml").write_text(VALID, encoding="utf-8")
     Path("run.yaml").write_text(f"include: {text}\n", encoding="utf-8")
     request = Request(Plan.from_config(load_config("run.yaml")), "run.yaml", (), "out")
-    with pytest.raises(UserError, match=re.escape(f"include ({text}) is {here}/base.yaml here")):
+    with pytest.raises(UserError, match=re.escape(f"include ({text}) is {root}/base.yaml here")):
         docker.job(request)
     assert hosts.job(request).files
 
 
-def test_variables_of_paths_go_to_the_hosts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_paths_go_to_the_hosts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's ssh takes none of this shell's; HOME and the like are each host's own."""
     monkeypatch.setenv("CORPORA", '/big/a "$x" `y`')
     monkeypatch.setenv("SOME", "base")
     data = {"sources": [{"name": "a", "path": "$CORPORA/${HOME}/$NOT_SET/x.txt"}], "cache_dir": "${CORPORA}/cache"}
     Path("base.yaml").write_text(VALID, encoding="utf-8")
     written = job("hostfile", "run.yaml", data=data, include="$SOME.yaml")
-    (here / "env").write_text(written.files["deepspeed_env"], encoding="utf-8")
+    (root / "env").write_text(written.files["deepspeed_env"], encoding="utf-8")
     held = SimpleNamespace(exports={})
-    for line in (here / "env").open(encoding="utf-8"):
+    for line in (root / "env").open(encoding="utf-8"):
         MultiNodeRunner.add_export(held, *line.split("=", maxsplit=1))  # type: ignore[arg-type]
     assert {key.strip() for key in held.exports} - {"DS_ACCELERATOR"} == {"PATH", "CORPORA", "SOME"}
     exports = "".join(f"export {key}={value}; " for key, value in held.exports.items())
@@ -458,7 +458,7 @@ def test_any_text_is_one_word_of_a_shell_and_one_string_of_yaml(count: int) -> N
 
 
 @pytest.mark.parametrize("count", [25, pytest.param(1_500, marks=pytest.mark.fuzz)])
-def test_fuzz_launch_text(count: int, here: Path) -> None:
+def test_fuzz_launch_text(count: int, root: Path) -> None:
     """Any text in any place: refused with one message, or right. A traceback, or a command that runs, fails it."""
     draw = random.Random(13)
     outcomes = {"tried": 0, "refused": 0}
@@ -468,13 +468,13 @@ def test_fuzz_launch_text(count: int, here: Path) -> None:
         name = re.sub("[/\0]", "_", text)[:60]
         outcomes["tried"] += 1
         if place == "path":
-            outcomes["refused"] += refused_or(way, here, f"{name}.yaml", [])
+            outcomes["refused"] += refused_or(way, root, f"{name}.yaml", [])
         elif place == "override":
-            outcomes["refused"] += refused_or(way, here, "run.yaml", [f"data.tokenizer={text}"])
+            outcomes["refused"] += refused_or(way, root, "run.yaml", [f"data.tokenizer={text}"])
         elif place == "out":
-            outcomes["refused"] += refused_or(way, here, "run.yaml", [], out=f"o{name}")
+            outcomes["refused"] += refused_or(way, root, "run.yaml", [], out=f"o{name}")
         elif "\udcff" not in text:
             data = {"tokenizer": f"/{text}", "sources": [{"name": "a", "path": f"/{text}"}]}
-            outcomes["refused"] += refused_or(way, here, "run.yaml", [], runs_dir=f"runs/{text}", data=data)
+            outcomes["refused"] += refused_or(way, root, "run.yaml", [], runs_dir=f"runs/{text}", data=data)
     print(outcomes)
     assert 0 < outcomes["refused"] < outcomes["tried"]

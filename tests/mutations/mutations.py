@@ -17,7 +17,7 @@ LAYOUT = "tests/train/test_layouts.py::test_every_routing_is_the_same_on_every_l
 TENSOR_LAYOUT = LAYOUT.replace("ep=2,zero=0-selective", "tp=2,sp=true,ep=4,zero=2,dp=2-full")
 
 SUMS = "tests/engine/test_gradient_sums.py::"
-CLAIMS = "tests/runtime/test_consistency.py::test_what_differs_is_named_with_both_values_and_the_ranks"
+CONSISTENCY = "tests/runtime/test_consistency.py::test_what_differs_is_named_with_both_values_and_the_ranks"
 OWN_PROGRAM = "tests/train/test_alike.py::test_another_"
 GUARD = "tests/engine/test_update_guard.py::"
 NOTHING_CHANGES = f"{GUARD}test_a_step_that_is_not_finite_on_one_rank_changes_nothing"
@@ -396,30 +396,30 @@ MUTATIONS = [
     # What is compared, sealed or looked at before the work.
     Mutation(
         "ranks with other settings are let in",
-        "dsmoe/runtime/missing_ranks.py",
-        old="if there != digests[0]]\n    asked",
-        new="if there == _ERROR]\n    asked",
-        caught_by=CLAIMS,
+        "dsmoe/runtime/rendezvous_barrier.py",
+        old="if other != digests[0]]\n    queried",
+        new="if other == _ERROR]\n    queried",
+        caught_by=CONSISTENCY,
     ),
     Mutation(
         "ranks that have joined are not compared",
         "dsmoe/runtime/consistency.py",
-        old="differing = [rank for rank, there in enumerate(digests) if there != digests[0]]",
-        new="differing = [rank for rank, there in enumerate(digests) if not there]",
+        old="differing = [rank for rank, other in enumerate(digests) if other != digests[0]]",
+        new="differing = [rank for rank, other in enumerate(digests) if not other]",
         caught_by="tests/runtime/test_consistency.py::test_ranks_that_have_joined_compare_as_well",
     ),
     Mutation(
         "the settings of a program's ranks are not compared",
         "dsmoe/train/initialize.py",
-        old="    check_alike(claims_of_run(config))",
-        new="    claims_of_run(config)",
+        old="    check_all_ranks_agree(run_fingerprint(config))",
+        new="    run_fingerprint(config)",
         caught_by=f"{OWN_PROGRAM}config_on_one_rank_of_a_program[rate]",
     ),
     Mutation(
         "the data of a program's ranks are not compared",
         "dsmoe/train/initialize.py",
-        old="    check_alike(claims_of_data(sources))",
-        new="    claims_of_data(sources)",
+        old="    check_all_ranks_agree(data_fingerprint(sources))",
+        new="    data_fingerprint(sources)",
         caught_by=f"{OWN_PROGRAM}corpus_or_tokenizer_on_one_rank_of_a_program",
     ),
     Mutation(

@@ -8,9 +8,9 @@ WAITING = "tests/runtime/test_waiting.py::"
 JOBS = "tests/runtime/test_progress.py::"
 WATCH = "tests/runtime/test_watchdog.py::"
 LOST = "tests/runtime/test_lost_ranks.py::"
-ROLL = "tests/runtime/test_missing_ranks.py::"
+BARRIER = "tests/runtime/test_rendezvous_barrier.py::"
 AGREEMENT = "tests/parallel/test_shape_check.py::"
-CLAIMS = "tests/runtime/test_consistency.py::"
+CONSISTENCY = "tests/runtime/test_consistency.py::"
 DEVICES = "tests/runtime/test_local_device.py::"
 ALIKE = "tests/train/test_alike.py::"
 
@@ -50,13 +50,13 @@ MUTATIONS = [
         "a rank that waits outlives SIGTERM",
         "dsmoe/runtime/waiting.py",
         old="                os.kill(os.getpid(), signal.SIGTERM)\n",
-        new="                asked.clear()\n",
+        new="                sigterm.clear()\n",
         caught_by=f"{WAITING}test_a_signal_ends_a_rank_that_waits",
     ),
     Mutation(
         "a collective waits on for a rank that is gone from its job",
         "dsmoe/runtime/waiting.py",
-        old="            if job is not None and job.lost:\n                raise job.lost\n",
+        old="            if job is not None and job.lost_error:\n                raise job.lost_error\n",
         new="",
         caught_by=f"{WAITING}test_a_collective_that_would_wait_for_hours_is_left_when_a_rank_is_gone[rank 1 is silent]",
         shown_by=WAITS,
@@ -72,64 +72,64 @@ MUTATIONS = [
     Mutation(
         "a rank that is gone from a job is said, and the others wait on",
         "dsmoe/runtime/progress.py",
-        old="                self._job.lost = LostRanksError(lost)\n",
+        old="                self._job.lost_error = LostRanksError(lost)\n",
         new="",
-        caught_by=f"{JOBS}test_a_rank_without_beats_is_named_and_ends_the_job[2]",
+        caught_by=f"{JOBS}test_a_rank_without_a_heartbeat_is_named_and_ends_the_job[2]",
     ),
     Mutation(
         "a run ends for a lost rank before that is in the log",
         "dsmoe/runtime/progress.py",
         old="                self._log(lost)  # before the main thread ends the run for it\n"
-        "                self._job.lost = LostRanksError(lost)\n",
-        new="                self._job.lost = LostRanksError(lost)\n                self._log(lost)\n",
+        "                self._job.lost_error = LostRanksError(lost)\n",
+        new="                self._job.lost_error = LostRanksError(lost)\n                self._log(lost)\n",
         caught_by=f"{JOBS}test_a_rank_that_is_lost_is_in_the_log_before_the_run_ends_for_it",
     ),
     Mutation(
         "a rank that has not begun a job is gone from it",
         "dsmoe/runtime/progress.py",
         old="[1] in (WORKING, WAITING)",
-        new="[1] in (WORKING, WAITING, AWAY)",
+        new="[1] in (WORKING, WAITING, ABSENT)",
         caught_by=f"{JOBS}test_a_rank_that_is_only_silent_before_it_begins_ends_nothing",
     ),
     Mutation(
         "a rank that has done its part and left is said to be silent",
         "dsmoe/runtime/progress.py",
-        old="for r, seconds in found.items() if _account(self._notes[r], self._job)[1] != OVER}",
+        old="for r, seconds in found.items() if _progress(self._positions[r], self._job)[1] != DONE}",
         new="for r, seconds in found.items()}",
         caught_by=f"{JOBS}test_a_rank_that_has_done_its_part_may_be_silent",
     ),
     Mutation(
         "a process that stood still blames those that it did not hear",
         "dsmoe/runtime/progress.py",
-        old="min(self._looked - since, self._most)",
-        new="self._looked - since",
+        old="min(self._polled - before, self._max_interval)",
+        new="self._polled - before",
         caught_by=f"{JOBS}test_a_process_that_stood_still_itself_blames_nobody",
     ),
     Mutation(
         "a process that stood still itself ends a load",
         "dsmoe/runtime/progress.py",
-        old="            self._missed = None\n        elif self._missed is None:",
-        new="            pass\n        elif self._missed is None:",
-        caught_by=f"{JOBS}test_a_rank_that_does_not_look_on_learns_of_rank_0_unless_it_stood_still_itself",
+        old="            self._rank_0_missing_since = None\n        elif self._rank_0_missing_since is None:",
+        new="            pass\n        elif self._rank_0_missing_since is None:",
+        caught_by=f"{JOBS}test_a_rank_that_monitors_nothing_learns_of_rank_0_unless_it_stood_still_itself",
     ),
     Mutation(
-        "every host speaks beside rank 0",
+        "every host logs beside rank 0",
         "dsmoe/runtime/progress.py",
         old="if time.monotonic() - self._line_at > patience and time",
         new="if patience and time",
         caught_by=f"{JOBS}test_rank_0_says_every_minute_who_has_done_what",
     ),
     Mutation(
-        "a line at every look",
+        "a line at every poll",
         "dsmoe/runtime/progress.py",
-        old="        self._next_line = now + WORD_SECONDS\n",
-        new="        self._next_line = now + LOOK_SECONDS\n",
+        old="        self._next_line = now + LOG_INTERVAL_SECONDS\n",
+        new="        self._next_line = now + POLL_SECONDS\n",
         caught_by=f"{JOBS}test_a_line_a_minute",
     ),
     Mutation(
         "the store of thousands of ranks is asked during every save",
         "dsmoe/runtime/progress.py",
-        old="self._begun < WORD_SECONDS / 2:",
+        old="self._begun < LOG_INTERVAL_SECONDS / 2:",
         new="self._begun < 0:",
         caught_by=f"{JOBS}test_nothing_is_said_or_read_of_a_short_job",
     ),
@@ -140,13 +140,13 @@ MUTATIONS = [
         new='(2**30, "GB")',
         caught_by=f"{JOBS}test_a_number_of_batches_and_of_bytes_is_written_for_people",
     ),
-    # The watch.
+    # The watchdog.
     Mutation(
-        "a failed rank that waits for the speaker is taken for gone",
+        "a failed rank that waits for the first one is taken for gone",
         "dsmoe/runtime/watchdog.py",
-        old="if not note.failed and note.beat",
-        new="if note.beat",
-        caught_by=f"{WATCH}test_a_failed_rank_that_waits_for_the_speaker_is_not_gone",
+        old="if not position.failed and position.heartbeat",
+        new="if position.heartbeat",
+        caught_by=f"{WATCH}test_a_failed_rank_that_waits_for_the_first_one_is_not_gone",
     ),
     Mutation(
         "those who have come furthest are missing",
@@ -158,36 +158,37 @@ MUTATIONS = [
     Mutation(
         "every rank that fails is the first",
         "dsmoe/runtime/watchdog.py",
-        old='int(self.store.compare_set(FAILED, "", str(self.rank)).decode())',
-        new="self.store.set(FAILED, str(self.rank)) or self.rank",
-        caught_by=f"{WATCH}test_the_first_to_fail_speaks_and_the_others_know_it",
+        old='int(self.store.compare_set(FIRST_FAILED_KEY, "", str(self.rank)).decode())',
+        new="self.store.set(FIRST_FAILED_KEY, str(self.rank)) or self.rank",
+        caught_by=f"{WATCH}test_the_first_failed_rank_is_agreed_on",
     ),
     Mutation(
         "a long save is a stall",
         "dsmoe/runtime/watchdog.py",
-        old=" or step == 0 or doing == SAVING)",
+        old=" or step == 0 or activity == SAVING)",
         new=" or step == 0)",
         caught_by=f"{WATCH}test_a_stall_is_noticed_within_a_step_only",
     ),
     Mutation(
         "a long preparation is a stall",
         "dsmoe/runtime/watchdog.py",
-        old=" or step == 0 or doing == SAVING)",
-        new=" or doing == SAVING)",
+        old=" or step == 0 or activity == SAVING)",
+        new=" or activity == SAVING)",
         caught_by=f"{WATCH}test_a_stall_is_noticed_within_a_step_only",
     ),
     Mutation(
         "a rank whose store fails once gives no sign of life any more",
         "dsmoe/runtime/watchdog.py",
-        old="                    with suppress(Exception):\n                        self._beats = self.store.clone()\n",
+        old="                    with suppress(Exception):\n"
+        "                        self._heartbeat_store = self.store.clone()\n",
         new="                    return\n",
-        caught_by=f"{WATCH}test_beats_go_on_after_one_that_failed",
+        caught_by=f"{WATCH}test_heartbeats_go_on_after_one_that_failed",
     ),
     Mutation(
         "a rank 0 that is silent is never given up",
         "dsmoe/runtime/watchdog.py",
-        old="self._first_silence.look(beat != self._first_beat)",
-        new="self._first_silence.look(beat >= self._first_beat)",
+        old="self._rank_0_timer.update(heartbeat != self._rank_0_heartbeat)",
+        new="self._rank_0_timer.update(heartbeat >= self._rank_0_heartbeat)",
         caught_by=f"{WATCH}test_a_silent_rank_0_is_given_up_after_the_timeout",
     ),
     Mutation(
@@ -200,31 +201,31 @@ MUTATIONS = [
     Mutation(
         "what a rank did last is not published",
         "dsmoe/runtime/watchdog.py",
-        old="        if not self._thread.is_alive():\n            within(STORE_SECONDS, self._publish)\n",
+        old="        if not self._thread.is_alive():\n            call_with_timeout(STORE_SECONDS, self._publish)\n",
         new="",
-        caught_by=f"{WATCH}test_the_last_note_of_a_rank_is_known",
+        caught_by=f"{WATCH}test_the_last_position_of_a_rank_is_known",
     ),
-    # Who speaks.
+    # The reporting rank.
     Mutation(
-        "every rank speaks for its host",
+        "every rank reports for its host",
         "dsmoe/runtime/reporting_rank.py",
-        old="        bound.close()\n        return False\n",
-        new="        bound.close()\n        return True\n",
-        caught_by=f"{WAITING}test_who_speaks_for_a_host_is_one",
+        old="        lock.close()\n        return False\n",
+        new="        lock.close()\n        return True\n",
+        caught_by=f"{WAITING}test_one_rank_reports_for_a_host",
     ),
     Mutation(
-        "who speaks for a host does so only once",
+        "the rank that reports for a host does so only once",
         "dsmoe/runtime/reporting_rank.py",
-        old="    if _held:\n        return True\n",
+        old="    if _bound:\n        return True\n",
         new="",
-        caught_by=f"{WAITING}test_who_speaks_for_a_host_is_one",
+        caught_by=f"{WAITING}test_one_rank_reports_for_a_host",
     ),
     Mutation(
-        "two runs on a host have one speaker",
+        "two runs on a host have one reporting rank",
         "dsmoe/runtime/launchers.py",
         old='("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")',
         new='("MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT")',
-        caught_by=f"{WAITING}test_runs_and_attempts_have_speakers_of_their_own[MASTER_PORT]",
+        caught_by=f"{WAITING}test_runs_and_attempts_have_reporting_ranks_of_their_own[MASTER_PORT]",
     ),
     # Which errors mean that ranks are gone.
     Mutation(
@@ -255,38 +256,38 @@ MUTATIONS = [
         new="str(error)",
         caught_by=f"{LOST}test_what_gloo_raises_is_and_keeps_its_own_line",
     ),
-    # The roll.
+    # The rendezvous barrier.
     Mutation(
         "every rank says that it waits for rank 0",
-        "dsmoe/runtime/missing_ranks.py",
-        old="    says = is_first_of_host()\n",
-        new="    says = True\n",
-        caught_by=f"{ROLL}test_a_rank_0_that_is_not_there_is_missed_by_each_host",
+        "dsmoe/runtime/rendezvous_barrier.py",
+        old="    prints = is_host_leader()\n",
+        new="    prints = True\n",
+        caught_by=f"{BARRIER}test_a_rank_0_that_is_not_there_is_missed_by_each_host",
     ),
     Mutation(
         "a missing rank's place on its node is taken for the node",
-        "dsmoe/runtime/missing_ranks.py",
-        old="{place // devices_per_node}",
-        new="{place % devices_per_node}",
-        caught_by=f"{ROLL}test_those_who_do_not_come_are_named",
+        "dsmoe/runtime/rendezvous_barrier.py",
+        old="{rank // devices_per_node}",
+        new="{rank % devices_per_node}",
+        caught_by=f"{BARRIER}test_those_who_do_not_come_are_named",
     ),
     Mutation(
         "ranks that torchrun has started again find those of the attempt before",
-        "dsmoe/runtime/missing_ranks.py",
+        "dsmoe/runtime/rendezvous_barrier.py",
         old="{Rendezvous.from_environment().restart}",
         new="0",
-        caught_by=f"{ROLL}test_those_of_an_earlier_attempt_have_not_come",
+        caught_by=f"{BARRIER}test_those_of_an_earlier_attempt_have_not_come",
     ),
     Mutation(
         "what cannot start on one host is never tried again",
-        "dsmoe/runtime/missing_ranks.py",
+        "dsmoe/runtime/rendezvous_barrier.py",
         old="{}, error, exit_code)",
         new="{}, error)",
-        caught_by=f"{CLAIMS}test_a_rank_that_cannot_start_is_spoken_for[1]",
+        caught_by=f"{CONSISTENCY}test_rank_0_reports_for_a_rank_that_cannot_start[1]",
     ),
     Mutation(
         "two ranks drive one device",
-        "dsmoe/runtime/missing_ranks.py",
+        "dsmoe/runtime/rendezvous_barrier.py",
         old="        shared = shared_devices(devices)\n",
         new='        shared = shared_devices(devices[:1]) or ""\n',
         caught_by=f"{DEVICES}test_ranks_compare_their_devices_before_they_join[one is shared]",
@@ -297,14 +298,14 @@ MUTATIONS = [
         "dsmoe/runtime/consistency.py",
         old="return max((one.exit_code",
         new="return min((one.exit_code",
-        caught_by=f"{CLAIMS}test_where_one_of_them_is_a_persons_to_mend_no_other_try_will_do",
+        caught_by=f"{CONSISTENCY}test_where_one_of_them_is_a_persons_to_mend_no_other_try_will_do",
     ),
     Mutation(
         "what a rank has and rank 0 has not is not named",
         "dsmoe/runtime/consistency.py",
         old="names = [*first, *(name for name in own if name not in first)]",
         new="names = [*first]",
-        caught_by=f"{CLAIMS}test_what_differs_is_named_with_both_values_and_the_ranks",
+        caught_by=f"{CONSISTENCY}test_what_differs_is_named_with_both_values_and_the_ranks",
     ),
     Mutation(
         "the code is compared by the names of its files",
@@ -325,7 +326,7 @@ MUTATIONS = [
         "dsmoe/train/alike.py",
         old="{name: _version(name) for name in PACKAGES}",
         new="{name: PACKAGES[0] for name in PACKAGES}",
-        caught_by=f"{ALIKE}test_no_path_is_claimed_and_all_else_is",
+        caught_by=f"{ALIKE}test_no_path_is_in_the_fingerprint_and_all_else_is",
     ),
     Mutation(
         "ranks exchange what they have different ideas of",

@@ -18,7 +18,7 @@ MUTATIONS = [
     Mutation(
         "rank 0 ends before the others have its answer",
         "dsmoe/runtime/start.py",
-        old="            _stay_for_others(_answer(text) + bytes([code]))\n",
+        old="            _serve_answer(_answer(text) + bytes([code]))\n",
         new="",
         caught_by=f"{START}test_what_all_ranks_have_wrong_is_said_once_without_torch["
         "torch's names-command0-the following arguments are required: --config]",
@@ -40,8 +40,8 @@ MUTATIONS = [
     Mutation(
         "a wrong file on a host is taken for one that is not there",
         "dsmoe/runtime/start.py",
-        old="        if Path(path).exists() or speaks_for_job():\n",
-        new="        if speaks_for_job():\n",
+        old="        if Path(path).exists() or reports_for_job():\n",
+        new="        if reports_for_job():\n",
         caught_by=f"{START}test_a_file_that_is_wrong_is_for_a_person_and_one_that_is_missing_perhaps_of_this_host",
     ),
     Mutation(
@@ -90,7 +90,7 @@ MUTATIONS = [
     Mutation(
         "every rank of a host says that the launcher has gone",
         "dsmoe/runtime/launcher_exit.py",
-        old="if is_first_of_host():",
+        old="if is_host_leader():",
         new="if True:",
         caught_by=f"{ANCESTRY}test_one_rank_of_a_host_says_so_and_sigterm_ends_those_that_do_not_train_yet",
     ),

@@ -14,7 +14,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from dsmoe.config.errors import UserError
 from dsmoe.parallel import ExpertGroup, Groups
 from dsmoe.plan import Topology
-from dsmoe.runtime.processes import set_timeout_everywhere
+from dsmoe.runtime.processes import set_group_timeouts
 from dsmoe.runtime.spawn import run_ranks
 
 # By expert degree: the ranks of each rank's expert and expert-data group, for 4 ranks.
@@ -147,7 +147,7 @@ def timeouts() -> tuple[dict[str, float], dict[str, float]]:
         return {name: g._get_backend(cpu).options._timeout.total_seconds() for name, g in everything.items()}
 
     before = read()
-    set_timeout_everywhere(timedelta(seconds=77))
+    set_group_timeouts(timedelta(seconds=77))
     return before, read()
 
 
@@ -161,12 +161,12 @@ def test_timeout_reaches_every_group() -> None:
 def wait_in_vain() -> float:
     """Seconds until rank 0 gives up on a rank 1 that never comes."""
     groups = Groups(Topology(1, 2, expert=2))
-    set_timeout_everywhere(timedelta(seconds=1))
+    set_group_timeouts(timedelta(seconds=1))
     begun = time.monotonic()
     if dist.get_rank() == 0:
         with pytest.raises(RuntimeError, match=r"(?i)time"):
             dist.all_reduce(torch.ones(1), group=groups.handle("expert"))
-    set_timeout_everywhere(timedelta(seconds=60))
+    set_group_timeouts(timedelta(seconds=60))
     return time.monotonic() - begun
 
 

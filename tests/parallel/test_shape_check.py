@@ -12,7 +12,7 @@ from dsmoe.parallel import Groups
 from dsmoe.parallel.shape_check import DisagreementError, agree
 from dsmoe.plan import Topology
 from dsmoe.runtime.spawn import run_ranks
-from dsmoe.runtime.watchdog import process_watch
+from dsmoe.runtime.watchdog import process_watchdog
 
 
 def exchange_of(ranks: int, layer: str = "1") -> object:
@@ -25,12 +25,12 @@ def agree_on_the_same() -> int:
         for layer in ("layer 1", "layer 2"):
             agree(replace(group, label=layer), torch.zeros(tokens, 8), 6, "not padded")
             agree(replace(group, label=layer), torch.zeros(tokens, 8), 6, "padded, 4 rows each")
-    asked = process_watch().store
-    process_watch().store = None  # what has been agreed on needs nobody
+    asked = process_watchdog().store
+    process_watchdog().store = None  # what has been agreed on needs nobody
     for _ in range(1000):
         agree(replace(group, label="layer 2"), torch.zeros(1, 8), 6, "not padded")
-    process_watch().store = asked
-    return len(process_watch().agreed[0, 1, 2])
+    process_watchdog().store = asked
+    return len(process_watchdog().agreed[0, 1, 2])
 
 
 def test_ranks_that_agree_are_asked_once_per_shape() -> None:

@@ -21,7 +21,7 @@ from dsmoe.preflight.measure import copy_rate, link_rates, memory_gib, product_r
 from dsmoe.preflight.results import Link
 from dsmoe.preflight.workload import Product, messages
 from dsmoe.runtime.spawn import RanksFailedError, run_ranks
-from dsmoe.runtime.start import begin_with
+from dsmoe.runtime.start import begin_command
 from tests.helpers.small_runs import small_config
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def check(path: Path, overrides: list[str] | None = None) -> int:
     with (path.parent / f"stderr_{dist.get_rank()}").open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     check_nodes.leave_processes = lambda: None  # run_ranks does
-    return check_nodes.check_cluster(begin_with(str(path), overrides or []), None)
+    return check_nodes.check_cluster(begin_command(str(path), overrides or []), None)
 
 
 def stderr(folder: Path) -> str:

@@ -17,7 +17,7 @@ from dsmoe.config.schema import Config
 from dsmoe.plan.devices import device_problems
 from dsmoe.plan.topology import Topology
 from dsmoe.runtime import world as worlds
-from dsmoe.runtime.start import begin, pretrain_program
+from dsmoe.runtime.start import begin, pretrain_parser
 from dsmoe.runtime.world import World, world_problems
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
@@ -25,7 +25,7 @@ ADVICE = re.compile(r"train on what was started with ([\w.]+=[^\s,]+(?: [\w.]+=[
 
 
 def problems(monkeypatch: pytest.MonkeyPatch, world: World, *overrides: str) -> list[str]:
-    """What a start by `world` says, line by line."""
+    """The errors of a start by `world`, line by line."""
     monkeypatch.setattr(worlds, "launched_world", lambda: world)
     try:
         load_config(TINY, overrides, world_problems, device_problems)
@@ -46,7 +46,7 @@ def test_config_layout_batch_device_and_world_are_wrong_and_all_is_said(
         "cluster.device=h1000": "cluster.device ('h1000') is not a known device",
         "cluster.nodes=2": "python alone started 1 x 1 = 1 rank, but cluster.nodes x cluster.devices_per_node is 2 x 2",
     }
-    start = begin(pretrain_program(), ["--config", str(TINY), *wrong])
+    start = begin(pretrain_parser(), ["--config", str(TINY), *wrong])
     assert start.ended() == 2
     said = capsys.readouterr().err
     for message in wrong.values():
@@ -57,7 +57,7 @@ def test_config_layout_batch_device_and_world_are_wrong_and_all_is_said(
         "(1 * 8 * 256 = 2048); nearest: 4096 or 6144 ("
     )
     assert left in said
-    start = begin(pretrain_program(), ["--config", str(TINY), "cluster.nodes=2", "optimizer.lrr=1"])
+    start = begin(pretrain_parser(), ["--config", str(TINY), "cluster.nodes=2", "optimizer.lrr=1"])
     assert start.ended() == 2  # what is said of a config with a key that nobody knows
     said = capsys.readouterr().err
     assert "optimizer.lrr: unknown key" in said
@@ -104,7 +104,7 @@ def is_valid(overrides: list[str], choice: list[str]) -> bool:
 
 
 def any_choice(overrides: list[str], nodes: int, devices: int) -> bool:
-    """Whether any degree and micro-batch would do on these devices: all are tried."""
+    """Return whether any degree and micro-batch is valid on these devices, by trying all."""
     given: list[Config] = []
 
     def look(config: Config) -> list[Problem]:
@@ -114,12 +114,12 @@ def any_choice(overrides: list[str], nodes: int, devices: int) -> bool:
     with suppress(ConfigError):
         load_config(TINY, overrides, look)
     (config,) = given
-    here = config.cluster.model_copy(update={"nodes": nodes, "devices_per_node": devices})
+    case = config.cluster.model_copy(update={"nodes": nodes, "devices_per_node": devices})
     for expert in range(1, 9):
         parallel = config.parallel.model_copy(update={"expert": expert, "all_to_all": "flat"})
         for size in range(1, config.train.micro_batch_size + 1):
             train = config.train.model_copy(update={"micro_batch_size": size})
-            choice = config.model_copy(update={"cluster": here, "parallel": parallel, "train": train})
+            choice = config.model_copy(update={"cluster": case, "parallel": parallel, "train": train})
             if all(key == "optimizer.min_lr" for key, _ in cross_field_problems(choice)):
                 return True
     return False
@@ -132,7 +132,7 @@ def run_draws(monkeypatch: pytest.MonkeyPatch, rounds: int, seed: int) -> Counte
         overrides, local = draw(choose), choose.choice([1, 2, 3, 4, 8])
         world = World(local * choose.choice([1, 1, 2, 3]), local, "torchrun")
         said = problems(monkeypatch, world, *overrides)
-        here = f"round {number}: {world} {overrides}: {said}"
+        case = f"round {number}: {world} {overrides}: {said}"
         of_world = [problem for problem in said if "torchrun started" in problem]
         nodes = world.size // local
         on_world = [f"cluster.nodes={nodes}", f"cluster.devices_per_node={local}"]
@@ -142,24 +142,24 @@ def run_draws(monkeypatch: pytest.MonkeyPatch, rounds: int, seed: int) -> Counte
         (problem,) = of_world
         advice = ADVICE.search(problem)
         if advice is None:
-            assert "What was started cannot train this config: " in problem, here
-            assert not any_choice(overrides, nodes, local), here
+            assert "What was started cannot train this config: " in problem, case
+            assert not any_choice(overrides, nodes, local), case
             settings = re.search(r"it takes ([\w.]+=[^\s,]+(?: [\w.]+=[^\s,]+)*), and", problem)
             batch = re.search(r"train.batch_tokens \(.*; nearest: (\d+)", problem)
-            assert settings is not None, here
+            assert settings is not None, case
             if batch is not None and "to change as well: train.batch_tokens" in problem:
-                assert is_valid(overrides, [*settings[1].split(), f"train.batch_tokens={batch[1]}"]), here
+                assert is_valid(overrides, [*settings[1].split(), f"train.batch_tokens={batch[1]}"]), case
                 counts["another batch advised"] += 1
             counts["nothing can be advised"] += 1
             continue
         settings = advice[1].split()
-        assert settings[:2] == on_world, here
-        assert is_valid(overrides, settings), here
-        assert not [p for p in problems(monkeypatch, world, *overrides, *settings) if "started" in p], here
+        assert settings[:2] == on_world, case
+        assert is_valid(overrides, settings), case
+        assert not [p for p in problems(monkeypatch, world, *overrides, *settings) if "started" in p], case
         counts["advised"] += 1
         if advice[2]:
             after = problems(monkeypatch, world, *overrides, "cluster.elastic=true")
-            assert not [p for p in after if "min_lr" not in p], here
+            assert not [p for p in after if "min_lr" not in p], case
             counts["elastic advised"] += 1
         if "optimizer.min_lr=1" not in overrides:
             Topology.from_config(load_config(TINY, [*overrides, *settings]))

@@ -28,7 +28,7 @@ from tests.helpers.sources import sources
 
 
 class Killed(BaseException):
-    """Nothing of the process runs any more."""
+    """Stands for SIGKILL: nothing of the process runs any more."""
 
 
 def names(folder: Path) -> list[str]:

@@ -14,9 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from dsmoe.runtime import watchdog as module
-from dsmoe.runtime.failure_reports import KEPT_FOLDERS, Reports, make_folder
+from dsmoe.runtime.failure_reports import KEPT_FOLDERS, FailureReports, make_folder
 from dsmoe.runtime.spawn import CONTEXT, run_ranks
-from dsmoe.runtime.watchdog import Watch
+from dsmoe.runtime.watchdog import Watchdog
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -30,19 +30,19 @@ def of_rank(folder: Path, rank: int) -> str:
     return (folder / f"rank_{rank:05d}.txt").read_text(encoding="utf-8")
 
 
-def two_ranks_in_one_process(folder: Path) -> list[Reports]:
-    module.BEAT_SECONDS = 0.02  # type: ignore[misc]
+def two_ranks_in_one_process(folder: Path) -> list[FailureReports]:
+    module.HEARTBEAT_SECONDS = 0.02  # type: ignore[misc]
     store = dist.HashStore()
-    both = [Reports(folder, Watch(store, rank, 2)) for rank in range(2)]
+    both = [FailureReports(folder, Watchdog(store, rank, 2)) for rank in range(2)]
     for rank, reports in enumerate(both):
         reports._watch.reports = reports
-        reports._watch.note(f"layer {rank}, exchange", step=7)
+        reports._watch.record(f"layer {rank}, exchange", step=7)
     return both
 
 
 def ask(folder: Path) -> None:
     first, _ = two_ranks_in_one_process(folder)
-    first.listen()
+    first.install()
     os.kill(os.getpid(), signal.SIGQUIT)
     wait_until(lambda: "another rank was asked" in of_rank(folder, 1))
     asked = of_rank(folder, 0)
@@ -63,13 +63,13 @@ def test_a_rank_that_is_asked_reports_and_hands_it_on(tmp_path: Path) -> None:
 
 def fail(folder: Path) -> str:
     first, second = two_ranks_in_one_process(folder)
-    assert second._watch.speaker() == 1
+    assert second._watch.announce_failure() == 1
     try:
         raise RuntimeError("the disk is on fire")
     except RuntimeError as error:
-        second.of_failure("it has failed", error)
+        second.write_failure("it has failed", error)
     wait_until(lambda: "rank 1 has failed" in of_rank(folder, 0))
-    first.of_failure("a collective failed")
+    first.write_failure("a collective failed")
     assert of_rank(folder, 0).count("===") == 1, "what follows a failure is not another"
     assert "RuntimeError: the disk is on fire" in of_rank(folder, 1)
     return second.gather("[rank 1] the disk is on fire")
@@ -86,12 +86,12 @@ def test_when_one_rank_fails_all_report(tmp_path: Path) -> None:
 
 
 def stand_together(folder: Path) -> str:
-    module.BEAT_SECONDS = 0.02  # type: ignore[misc]
+    module.HEARTBEAT_SECONDS = 0.02  # type: ignore[misc]
     store = dist.HashStore()
     for rank in (0, 1, 2, 4, 5):
-        reports = Reports(folder, Watch(store, rank, 6))
-        reports._watch.note("layer 1, exchange" if rank != 4 else "reading data", step=3)
-        reports.of_failure("a collective failed")
+        reports = FailureReports(folder, Watchdog(store, rank, 6))
+        reports._watch.record("layer 1, exchange" if rank != 4 else "reading data", step=3)
+        reports.write_failure("a collective failed")
     return reports.gather("gone")
 
 
@@ -105,7 +105,7 @@ def test_the_odd_rank_comes_first_and_who_is_silent_is_counted(tmp_path: Path) -
 
 
 def crash(folder: Path) -> None:
-    Reports(folder, Watch(dist.HashStore(), 0, 1)).listen()
+    FailureReports(folder, Watchdog(dist.HashStore(), 0, 1)).install()
     ctypes.string_at(0)
 
 
@@ -119,10 +119,10 @@ def test_a_crash_leaves_the_stacks(tmp_path: Path) -> None:
 
 
 def keep_the_lock(folder: Path) -> None:
-    module.BEAT_SECONDS = 0.02  # type: ignore[misc]
-    reports = Reports(folder, Watch(dist.HashStore(), 0, 1))
+    module.HEARTBEAT_SECONDS = 0.02  # type: ignore[misc]
+    reports = FailureReports(folder, Watchdog(dist.HashStore(), 0, 1))
     reports._watch.timeout = timedelta(seconds=0.5)
-    reports.listen()
+    reports.install()
     time.sleep(0.2)
     ctypes.PyDLL(None).sleep(3)  # PyDLL: without letting go of Python's lock
     assert "Timeout (0:00:00.5" in of_rank(folder, 0)
@@ -135,8 +135,8 @@ def test_a_library_that_keeps_pythons_lock_is_seen(tmp_path: Path) -> None:
 
 def fail_beside(folder: Path, bare: str) -> str:
     (folder / "rank_00000.txt").write_text(bare, encoding="utf-8")
-    other = Reports(folder, Watch(dist.HashStore(), 1, 2))
-    other.of_failure("a collective failed")
+    other = FailureReports(folder, Watchdog(dist.HashStore(), 1, 2))
+    other.write_failure("a collective failed")
     return other.gather("gone")
 
 
@@ -173,8 +173,8 @@ def test_a_report_after_bare_stacks_is_the_one_that_counts(tmp_path: Path) -> No
 
 def fill_the_disk(folder: Path) -> None:
     (folder / "rank_00000.txt").symlink_to("/dev/full")
-    reports = Reports(folder, Watch(dist.HashStore(), 0, 1))
-    reports.of_failure("it has failed")
+    reports = FailureReports(folder, Watchdog(dist.HashStore(), 0, 1))
+    reports.write_failure("it has failed")
     (folder / "rank_00000.txt").unlink()  # reading /dev/full never ends
 
 
@@ -184,9 +184,9 @@ def test_a_full_disk_does_not_hide_the_failure(tmp_path: Path) -> None:
 
 def end_well(failures: Path) -> None:
     folder = make_folder(failures)
-    both = [Reports(folder, Watch(dist.HashStore(), rank, 2)) for rank in range(2)]
+    both = [FailureReports(folder, Watchdog(dist.HashStore(), rank, 2)) for rank in range(2)]
     for reports in both:
-        reports.listen()
+        reports.install()
         reports.close()
 
 

@@ -1,4 +1,4 @@
-"""What was silent while this process looked, and not while it stood still itself."""
+"""The heartbeat timer counts only time in which this process was running."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from dsmoe.runtime import heartbeat as module
 from dsmoe.runtime import watchdog as watches
-from dsmoe.runtime.heartbeat import Silence
+from dsmoe.runtime.heartbeat import HeartbeatTimer
 from dsmoe.runtime.lost_ranks import LostRanksError
-from dsmoe.runtime.watchdog import Watch
+from dsmoe.runtime.watchdog import Watchdog
 
 
 class Clock:
@@ -31,57 +31,57 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def watch(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+def watch(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watchdog]:
     """Rank 1, which sees nothing of rank 0."""
     monkeypatch.setattr(watches, "GRACE_SECONDS", 6.0)
-    watch = Watch(dist.HashStore(), 1, 2)
+    watch = Watchdog(dist.HashStore(), 1, 2)
     watch.timeout = timedelta(seconds=60)
     yield watch
     watch.stop()
 
 
-def test_only_the_time_between_looks_that_a_running_process_makes_counts(clock: Clock) -> None:
-    silence = Silence(6.0)
+def test_only_time_in_which_the_process_was_running_counts(clock: Clock) -> None:
+    silence = HeartbeatTimer(6.0)
     for seconds, counted in ((0.5, 0.5), (2.0, 2.5), (86_400.0, 8.5), (1.0, 9.5)):
         clock.now += seconds
-        assert silence.look() == pytest.approx(counted)
-    assert silence.look(is_sign=True) == 0.0
+        assert silence.update() == pytest.approx(counted)
+    assert silence.update(is_beat=True) == 0.0
     clock.now += 1.0
-    assert silence.look() == pytest.approx(1.0)
+    assert silence.update() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("asked_before", [0, 3])
 def test_a_rank_on_a_host_that_was_suspended_does_not_accuse_rank_0(
-    asked_before: int, watch: Watch, clock: Clock
+    asked_before: int, watch: Watchdog, clock: Clock
 ) -> None:
     for _ in range(asked_before):
         clock.now += 0.5
-        assert not watch.has_lost_first()
+        assert not watch.has_lost_rank_0()
     for _ in range(3):  # asked before the watch's thread has looked again
         clock.now += 7200.0
-        assert not watch.has_lost_first()
+        assert not watch.has_lost_rank_0()
         watch.check_others()
 
 
 def test_a_rank_0_that_is_silent_while_it_is_watched_is_given_up_with_the_silence_that_was_measured(
-    watch: Watch, clock: Clock
+    watch: Watchdog, clock: Clock
 ) -> None:
     looks = 0
-    while not watch.has_lost_first():
+    while not watch.has_lost_rank_0():
         looks += 1
         clock.now += 0.5
-    limit = 60 + 2 * watches.BEAT_SECONDS
+    limit = 60 + 2 * watches.HEARTBEAT_SECONDS
     assert looks == pytest.approx(2 * limit + 1, abs=1)
     clock.now += 5.0
     with pytest.raises(LostRanksError, match=r"^rank 0 has given no sign of life for (69|70) s$"):
         watch.check_others()
 
 
-def test_a_beat_ends_the_silence(watch: Watch, clock: Clock) -> None:
+def test_a_heartbeat_resets_the_timer(watch: Watchdog, clock: Clock) -> None:
     for _ in range(110):
         clock.now += 0.5
-        assert not watch.has_lost_first()
-    watch._first = watches.Note("host0", beat=7)
+        assert not watch.has_lost_rank_0()
+    watch._rank_0 = watches.Position("host0", heartbeat=7)
     for _ in range(110):
         clock.now += 0.5
-        assert not watch.has_lost_first()
+        assert not watch.has_lost_rank_0()

@@ -1,4 +1,4 @@
-"""Which processes a rank cannot be without, in real chains of small processes, and what it does when one has gone."""
+"""The launchers of a rank are found in real chains of small processes, and the rank stops when one has ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 
 from dsmoe.runtime import launcher_exit
 from dsmoe.runtime.launcher_exit import Process
-from dsmoe.runtime.rendezvous import AGENTS
+from dsmoe.runtime.rendezvous import AGENT_VARIABLES
 from tests.helpers.ports import free_port
 from tests.helpers.waiting import until
 from tests.train.test_run import write_config
@@ -36,7 +36,7 @@ subprocess.run(command, env={**os.environ, **variables, "CHAIN": json.dumps(rest
 RANK = """
 import json, os, signal, sys, time
 from dsmoe.runtime import launcher_exit
-launcher_exit.LOOK_SECONDS = 0.02
+launcher_exit.POLL_SECONDS = 0.02
 if "TELLS" in os.environ:
     def told(*_):
         print("told", flush=True)
@@ -131,7 +131,9 @@ class Chain:
             _write(folder / "deepspeed" / f"{name}.py", "" if name.endswith("__init__") else LINK)
         links: list[tuple[list[str], dict[str, str]]] = [(command, {}) for command in commands]
         links.append(([*PYTHON, "-c", RANK], variables))
-        known = {name: value for name, value in os.environ.items() if name not in {*AGENTS, "RANK", "LOCAL_RANK"}}
+        known = {
+            name: value for name, value in os.environ.items() if name not in {*AGENT_VARIABLES, "RANK", "LOCAL_RANK"}
+        }
         environment = {
             **known,
             "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
@@ -147,7 +149,7 @@ class Chain:
         self.launchers: list[tuple[str, int]] = json.loads(self.first.stdout.readline())
 
     def end(self) -> tuple[str, str]:
-        """What the rank has said on its two streams, when all of them have ended."""
+        """The rank's standard output and error, once all processes have ended."""
         return self.first.communicate(timeout=60)
 
     def __enter__(self) -> Chain:

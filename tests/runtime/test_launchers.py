@@ -1,4 +1,4 @@
-"""What launchers that know no torch say in the environment, and that nothing becomes as many runs of one rank."""
+"""Launchers that know no torch: their variables become ranks, or are refused, and never as many runs of one rank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dsmoe.runtime.launchers import LAUNCHERS, launcher_port
-from dsmoe.runtime.reporting_rank import speaks_for_job
+from dsmoe.runtime.reporting_rank import reports_for_job
 from dsmoe.runtime.variables import LauncherError
-from dsmoe.runtime.world import World, check_meeting, join_launcher, launched_world
+from dsmoe.runtime.world import World, check_rendezvous, launched_world, set_rank_variables
 from tests.helpers.side_by_side import run_side_by_side
 from tests.runtime.test_world import ALLOCATION, BATCH, TORCHRUN, config, refusal, step
 
@@ -38,7 +38,7 @@ def mpich(rank: int, size: int = 8, local: int = 4) -> dict[str, str]:
 
 
 def others(rank: int, size: int = 8, local: int = 4) -> dict[str, dict[str, str]]:
-    """By the launcher's name, what its documentation says."""
+    """The variables of each launcher by its name, from its documentation."""
     r, s, lr, ls = (str(value) for value in (rank, size, rank % local, local))
     mvapich = {"MV2_COMM_WORLD_RANK": r, "MV2_COMM_WORLD_SIZE": s, "MV2_COMM_WORLD_LOCAL_RANK": lr}
     jsrun = {"JSM_NAMESPACE_RANK": r, "JSM_NAMESPACE_SIZE": s, "JSM_NAMESPACE_LOCAL_RANK": lr}
@@ -74,12 +74,12 @@ def others(rank: int, size: int = 8, local: int = 4) -> dict[str, dict[str, str]
 def test_every_process_of_a_launcher_is_a_rank(name: str) -> None:
     for rank in range(8):
         environment = {**others(rank)[name], **WHERE}
-        assert speaks_for_job(environment) == (rank == 0)
-        join_launcher(environment)
+        assert reports_for_job(environment) == (rank == 0)
+        set_rank_variables(environment)
         told = {"RANK": str(rank), "WORLD_SIZE": "8", "LOCAL_RANK": str(rank % 4), "LOCAL_WORLD_SIZE": "4", **WHERE}
         assert {key: environment[key] for key in told} == told
-        join_launcher(environment)  # which is the same as once
-        check_meeting(environment)
+        set_rank_variables(environment)  # which is the same as once
+        check_rendezvous(environment)
         assert launched_world(environment) == World(8, 4, name)
 
 
@@ -88,10 +88,10 @@ def test_on_one_host_the_ranks_meet_without_being_told_where(name: str) -> None:
     ports = set()
     for rank in range(4):
         environment = others(rank, size=4)[name]
-        join_launcher(environment)
+        set_rank_variables(environment)
         assert environment["MASTER_ADDR"] == "127.0.0.1"
         ports.add(environment["MASTER_PORT"])
-        check_meeting(environment)
+        check_rendezvous(environment)
     assert len(ports) == 1
 
 
@@ -99,7 +99,7 @@ def test_on_one_host_the_ranks_meet_without_being_told_where(name: str) -> None:
 def test_one_process_is_one_rank(name: str) -> None:
     environment = others(0, size=1, local=1)[name]
     before = dict(environment)
-    join_launcher(environment)
+    set_rank_variables(environment)
     assert environment == before
     assert launched_world(environment) == World(1, 1, name)
 
@@ -110,10 +110,10 @@ def test_on_several_hosts_the_launcher_is_to_say_where_with_its_own_words(name: 
     for given in ({}, {"MASTER_ADDR": "node1"}):
         environment = {**others(5)[name], **given}
         with pytest.raises(LauncherError, match=r"on 2 hosts, and .*MASTER_PORT must say where rank 0 is") as error:
-            join_launcher(environment)
+            set_rank_variables(environment)
         assert launcher.exports() in str(error.value)
         assert "MASTER_ADDR=$(hostname -f)" in str(error.value).replace("MASTER_ADDR $", "MASTER_ADDR=$")
-        assert environment["RANK"] == "5", "by which it is known who speaks"
+        assert environment["RANK"] == "5", "by which the reporting rank is chosen"
 
 
 def test_open_mpis_words() -> None:
@@ -192,10 +192,10 @@ READ = [
 @pytest.mark.parametrize(("where", "environment", "world"), READ, ids=[case[0] for case in READ])
 def test_launchers_in_launchers(where: str, environment: dict[str, str], world: World) -> None:
     given = dict(environment)
-    join_launcher(given)
+    set_rank_variables(given)
     assert launched_world(given) == world, where
     if world.size > 1:
-        check_meeting(given)
+        check_rendezvous(given)
         assert given["LOCAL_RANK"].isdigit()
 
 
@@ -281,8 +281,8 @@ REFUSED = [
 def test_what_cannot_be_read_is_refused(where: str, environment: dict[str, str], message: str) -> None:
     given = dict(environment)
     with pytest.raises(LauncherError, match=message):  # noqa: PT012  # either of both is the first that is asked
-        join_launcher(given)
-        check_meeting(given)
+        set_rank_variables(given)
+        check_rendezvous(given)
 
 
 PORT = """
@@ -294,8 +294,8 @@ LAUNCH = """
 import os, subprocess, sys
 for rank in range(2):
     shell = ["sh", "-c", '"$0" "$1"; true', sys.executable, sys.argv[1]] if rank else [sys.executable, sys.argv[1]]
-    mine = {"PMI_RANK": str(rank), "PMI_SIZE": "2", "MPI_LOCALRANKID": str(rank), "MPI_LOCALNRANKS": "2"}
-    subprocess.run(shell, env={**os.environ, **mine}, check=True)
+    variables = {"PMI_RANK": str(rank), "PMI_SIZE": "2", "MPI_LOCALRANKID": str(rank), "MPI_LOCALNRANKS": "2"}
+    subprocess.run(shell, env={**os.environ, **variables}, check=True)
 """
 
 
@@ -319,7 +319,7 @@ def test_a_launcher_that_is_not_seen_leaves_the_port_to_the_user(monkeypatch: py
     monkeypatch.setattr("psutil.Process.parents", lambda _: [])
     assert launcher_port(openmpi(1, 2, 2), LAUNCHERS[3]) is None
     with pytest.raises(LauncherError, match=r"add -x MASTER_ADDR=\$\(hostname -f\) -x MASTER_PORT=29500"):
-        join_launcher(openmpi(1, 2, 2))
+        set_rank_variables(openmpi(1, 2, 2))
 
 
 RANK = """

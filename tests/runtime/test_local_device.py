@@ -1,4 +1,4 @@
-"""Which device a rank drives, where its launcher shows it all of the host's or one; and two ranks on one device."""
+"""The device that a rank drives, of all that its launcher shows it or of one; and two ranks on one device."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from dsmoe.engine import make_engine
 from dsmoe.runtime import processes
-from dsmoe.runtime.consistency import DifferentRanksError
-from dsmoe.runtime.local_device import Device, DeviceError, describe_device, device_index, shared_devices, take_device
-from dsmoe.runtime.missing_ranks import call_roll
+from dsmoe.runtime.consistency import RankMismatchError
+from dsmoe.runtime.local_device import Device, DeviceError, describe_device, device_index, select_device, shared_devices
+from dsmoe.runtime.rendezvous_barrier import rendezvous_barrier
 from dsmoe.runtime.spawn import CONTEXT
 from tests.helpers.ports import free_port
 
 
 class FakeCuda:
-    """What torch says of CUDA devices, for a rank that sees those of `uuids`."""
+    """torch's functions of CUDA devices, for a rank that sees those of `uuids`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, uuids: list[str | None]) -> None:
         self.current: list[int] = []
@@ -42,7 +42,7 @@ def test_a_rank_drives_the_device_of_its_number_or_the_only_one_that_it_sees(
     local_rank: int, visible: int, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = FakeCuda(monkeypatch, [f"GPU-{number}" for number in range(visible)])
-    assert (device_index(local_rank), take_device(local_rank)) == (index, index)
+    assert (device_index(local_rank), select_device(local_rank)) == (index, index)
     assert cuda.current == [index]
 
 
@@ -57,17 +57,26 @@ def test_a_rank_that_sees_some_devices_and_not_its_own_is_told_of_both_ways(
         rf"rank 3 is to drive device {local_rank} of this host and sees 2 \(CUDA_VISIBLE_DEVICES=0,1\); .* --gpus-per-"
     )
     with pytest.raises(DeviceError, match=message):
-        take_device(local_rank)
+        select_device(local_rank)
 
 
-def of(uuid: str, host: str = "node1", visible: str = "CUDA_VISIBLE_DEVICES=0") -> str:
+def json_of(uuid: str, host: str = "node1", visible: str = "CUDA_VISIBLE_DEVICES=0") -> str:
     return json.dumps({"uuid": uuid, "host": host, "visible": visible})
 
 
 def test_two_ranks_on_one_device_are_named_with_it() -> None:
-    assert shared_devices([of("GPU-a"), of("GPU-b"), of("MIG-a"), of("MIG-b")]) == ""
+    assert shared_devices([json_of("GPU-a"), json_of("GPU-b"), json_of("MIG-a"), json_of("MIG-b")]) == ""
     assert shared_devices(["", "", ""]) == "", "on the CPU, and where a device has no name"
-    text = shared_devices([of("GPU-a"), of("GPU-b"), of("GPU-a"), of("GPU-c", "node2"), of("GPU-c", "node2"), ""])
+    text = shared_devices(
+        [
+            json_of("GPU-a"),
+            json_of("GPU-b"),
+            json_of("GPU-a"),
+            json_of("GPU-c", "node2"),
+            json_of("GPU-c", "node2"),
+            "",
+        ]
+    )
     assert text.startswith(
         "ranks 0, 2 drive one device, GPU-a of node1 (CUDA_VISIBLE_DEVICES=0); "
         "ranks 3-4 drive one device, GPU-c of node2 (CUDA_VISIBLE_DEVICES=0). Every rank needs a device of its own"
@@ -76,7 +85,10 @@ def test_two_ranks_on_one_device_are_named_with_it() -> None:
 
 def test_one_device_has_one_name_whatever_shows_it() -> None:
     text = shared_devices(
-        [of("GPU-a", visible="CUDA_VISIBLE_DEVICES=0"), of("GPU-a", visible="CUDA_VISIBLE_DEVICES=GPU-a")]
+        [
+            json_of("GPU-a", visible="CUDA_VISIBLE_DEVICES=0"),
+            json_of("GPU-a", visible="CUDA_VISIBLE_DEVICES=GPU-a"),
+        ]
     )
     assert text.startswith("ranks 0-1 drive one device, GPU-a of node1 (CUDA_VISIBLE_DEVICES=0). Every rank")
 
@@ -94,9 +106,9 @@ def come(rank: int, port: str, uuids: list[str], folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(uuids)), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     try:
-        call_roll(2, timedelta(seconds=30), {"train.seed": "0"}, of(uuids[rank]))
+        rendezvous_barrier(2, timedelta(seconds=30), {"train.seed": "0"}, json_of(uuids[rank]))
         result = "joined"
-    except DifferentRanksError as error:
+    except RankMismatchError as error:
         result = f"{error.exit_code} {error}"
     (folder / str(rank)).write_text(result, encoding="utf-8")
     while rank == 0 and len(list(folder.iterdir())) < len(uuids):  # it has the store
@@ -134,7 +146,9 @@ def test_joining_binds_the_group_to_the_device_that_the_rank_drives(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")  # of the mpirun that has started torchrun
     monkeypatch.setattr(processes, "_choose_accelerator", lambda _: None)
-    monkeypatch.setattr(processes, "call_roll", lambda *given: calls.append(("roll", json.loads(given[3])["uuid"])))
+    monkeypatch.setattr(
+        processes, "rendezvous_barrier", lambda *given: calls.append(("roll", json.loads(given[3])["uuid"]))
+    )
     monkeypatch.setattr(comm, "is_initialized", lambda: False)
     monkeypatch.setattr(comm, "init_distributed", lambda **_: calls.append(("deepspeed", None)))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)

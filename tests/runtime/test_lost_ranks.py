@@ -1,4 +1,4 @@
-"""Which errors mean that other ranks are gone: decided by where they were raised, not by a word in their text."""
+"""Errors of lost ranks are recognised by where they were raised, not by a word in their text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dsmoe.runtime.lost_ranks import LostRanksError, first_line, is_lost
-from dsmoe.runtime.processes import set_timeout_everywhere
+from dsmoe.runtime.lost_ranks import LostRanksError, first_line, is_lost_rank_error
+from dsmoe.runtime.processes import set_group_timeouts
 from dsmoe.runtime.spawn import run_ranks
 
 
@@ -40,8 +40,8 @@ def raising(error: Exception) -> Callable[[], None]:
     ],
 )
 def test_the_same_words_from_elsewhere_are_not(text: str) -> None:
-    assert not is_lost(caught(raising(RuntimeError(text))))
-    assert not is_lost(RuntimeError(text))
+    assert not is_lost_rank_error(caught(raising(RuntimeError(text))))
+    assert not is_lost_rank_error(RuntimeError(text))
 
 
 class Download:
@@ -54,18 +54,18 @@ def patiently_wait() -> None:
 
 
 def test_neither_are_other_things_that_are_waited_for() -> None:
-    assert not is_lost(caught(lambda: Download().wait()))
-    assert not is_lost(caught(patiently_wait))
+    assert not is_lost_rank_error(caught(lambda: Download().wait()))
+    assert not is_lost_rank_error(caught(patiently_wait))
 
 
 def test_the_errors_of_a_store_and_our_own_are() -> None:
     store = dist.HashStore()
-    assert is_lost(caught(lambda: store.wait(["a"], timedelta(seconds=0.1))))
-    assert is_lost(LostRanksError("x"))
+    assert is_lost_rank_error(caught(lambda: store.wait(["a"], timedelta(seconds=0.1))))
+    assert is_lost_rank_error(LostRanksError("x"))
 
 
 def lose_a_rank() -> list[tuple[bool, str]]:
-    """By rank 0, what each collective raises once rank 1 has come too late for one."""
+    """On rank 0, the errors of collectives after rank 1 has been too late for one."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))  # its own: the others of the test go on
     dist.barrier(group)  # they have met in it
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
@@ -79,7 +79,7 @@ def lose_a_rank() -> list[tuple[bool, str]]:
             lambda: dist.all_gather_object([None, None], 1, group=group),
         ):
             error = caught(action)
-            found.append((is_lost(error), first_line(error)))
+            found.append((is_lost_rank_error(error), first_line(error)))
     else:
         time.sleep(3)
     dist.barrier()
@@ -96,9 +96,9 @@ def test_what_gloo_raises_is_and_keeps_its_own_line() -> None:
 
 
 def give_wrong_arguments() -> bool:
-    set_timeout_everywhere(timedelta(seconds=20))
+    set_group_timeouts(timedelta(seconds=20))
     error = caught(lambda: dist.all_to_all_single(torch.ones(2), torch.ones(2), [1, 2], [1, 1]))
-    return is_lost(error)
+    return is_lost_rank_error(error)
 
 
 def test_what_a_collective_says_of_its_arguments_is_not() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsmoe.config.errors import UserError
-from dsmoe.runtime.nodelist import expand
+from dsmoe.runtime.nodelist import expand_nodelist
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from dsmoe.runtime.nodelist import expand
     ],
 )
 def test_a_list_becomes_its_names(text: str, names: list[str]) -> None:
-    assert expand(text) == names
+    assert expand_nodelist(text) == names
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_a_list_becomes_its_names(text: str, names: list[str]) -> None:
 )
 def test_what_is_no_list_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="not a list of hosts"):
-        expand(text)
+        expand_nodelist(text)
 
 
 @pytest.mark.parametrize("text", ["n[1-99999999]", "n[1-1000]r[1-1000]"])
 def test_a_mistyped_number_is_refused_at_once(text: str) -> None:
     with pytest.raises(UserError, match="more than 100,000 hosts"):
-        expand(text)
+        expand_nodelist(text)

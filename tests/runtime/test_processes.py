@@ -1,4 +1,4 @@
-"""Joining the processes of a run, and letting the first rank speak for all."""
+"""Joining the processes of a run, and running work on some of them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from dsmoe.runtime.processes import (
     is_shared,
     join_processes,
     leave_processes,
-    on_every_rank,
-    on_first_rank,
-    set_timeout_everywhere,
+    run_on_all_ranks,
+    run_on_rank_0,
+    set_group_timeouts,
 )
 from dsmoe.runtime.spawn import CONTEXT, run_ranks
 
@@ -102,10 +102,10 @@ def ask_first_rank(folder: Path) -> tuple[object, str, str]:
     def fail() -> None:
         raise UserError("train.steps is missing")
 
-    value = on_first_rank(act)
+    value = run_on_rank_0(act)
     seen = (folder / "calls").read_text(encoding="utf-8")
     with pytest.raises(UserError) as error:
-        on_first_rank(fail)
+        run_on_rank_0(fail)
     return value, seen, str(error.value)
 
 
@@ -117,8 +117,8 @@ def test_result_and_error_of_the_first_rank_reach_every_rank(tmp_path: Path) -> 
 
 
 def wait_longer_than_a_collective_may() -> str:
-    set_timeout_everywhere(timedelta(seconds=2))
-    return on_first_rank(lambda: time.sleep(4) or "done")
+    set_group_timeouts(timedelta(seconds=2))
+    return run_on_rank_0(lambda: time.sleep(4) or "done")
 
 
 def test_the_others_wait_for_the_first_rank_without_a_timeout() -> None:
@@ -131,9 +131,9 @@ def fail_on_one_rank() -> str:
             raise UserError("no room on rank 1")
 
     with pytest.raises(UserError, match="no room on rank 1") as caught:
-        on_every_rank(act)
+        run_on_all_ranks(act)
     assert is_shared(caught.value)
-    return str(on_every_rank(dist.get_rank))
+    return str(run_on_all_ranks(dist.get_rank))
 
 
 def test_one_ranks_error_is_everybodys() -> None:
@@ -146,7 +146,7 @@ def meet_a_full_disk(error: Exception) -> tuple[str, str]:
             write_whole(Path("/none/such/file"), "") if isinstance(error, OSError) else raise_it(error)
 
     with pytest.raises(type(error)) as caught:
-        on_every_rank(act)
+        run_on_all_ranks(act)
     raised = caught.value
     text = located(raised) if isinstance(raised, OSError) else str(raised)
     return text, "".join(traceback.format_exception(raised))

@@ -1,4 +1,4 @@
-"""What launchers say in the environment is read in one place, and is the same whoever asks for it."""
+"""Launchers' variables are read in runtime/ alone, and are the same for every reader."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ import torch.distributed.run as torchrun
 
 from dsmoe.runtime.launchers import LAUNCHERS, WITHOUT_SIZE
 from dsmoe.runtime.rendezvous import Rendezvous, slurm_attempt
-from dsmoe.runtime.world import agree_with_outer_launcher
+from dsmoe.runtime.world import override_outer_local_rank
 from tests.helpers.sources import REPOSITORY, sources
 
-READERS = ("rendezvous.py", "world.py", "launchers.py")
-"""In dsmoe/launch: by the names that torch knows, by Slurm's, and by those of launchers that know neither."""
+READERS = ("rendezvous.py", "world.py", "launchers.py", "container.py")
+"""In dsmoe/runtime: torch's variables, Slurm's, those of launchers that know neither, and those of a container."""
 TORCHS = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NODE_RANK"),
-    *("MASTER_ADDR", "MASTER_PORT"),
+    *("MASTER_ADDR", "MASTER_PORT", "NNODES", "JOB_COMPLETION_INDEX"),
 }
-PREFIXES = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "CROSS_", "GROUP_", "ROLE_")
+PREFIXES = (
+    *("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "CROSS_", "GROUP_", "ROLE_", "MASTER_", "MPI_", "MV2_"),
+    *("FLUX_", "PALS_", "JSM_", "HOROVOD_", "ALPS_", "MPIRUN_"),
+)
 OF_LAUNCHERS = {
     name
     for each in LAUNCHERS
@@ -33,7 +36,7 @@ OF_LAUNCHERS = {
 
 
 def is_of_launcher(name: object) -> bool:
-    """Whether a launcher says something by a variable of that name."""
+    """Return whether a launcher sets a variable of that name."""
     return isinstance(name, str) and (name in TORCHS or name in OF_LAUNCHERS or name.startswith(PREFIXES))
 
 
@@ -47,8 +50,8 @@ def names_in(text: str) -> Iterator[str]:
 
 
 def test_no_other_module_has_the_names_of_launchers_variables() -> None:
-    found = {name: [*names_in(text)] for name, text in sources("dsmoe", "launch").items()}
-    readers = {f"dsmoe/launch/{name}" for name in READERS}
+    found = {name: [*names_in(text)] for name, text in sources("dsmoe", "launch", "docker").items()}
+    readers = {f"dsmoe/runtime/{name}" for name in READERS}
     assert {name for name, names in found.items() if names} == readers
 
 
@@ -68,7 +71,7 @@ def test_however_they_are_looked_up(text: str) -> None:
 
 
 def test_what_is_said_is_read_and_said_again() -> None:
-    said = Rendezvous(5, 1, 8, 4, "node07", 29500, is_launched=True, is_first_of_host=False)
+    said = Rendezvous(5, 1, 8, 4, "node07", 29500, is_launched=True, is_host_leader=False)
     variables = said.variables()
     assert variables == {
         **{"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
@@ -76,7 +79,7 @@ def test_what_is_said_is_read_and_said_again() -> None:
     }
     assert Rendezvous.from_environment(variables) == said
     assert said.complete() == (5, 8, "node07", 29500)
-    assert said.place == "node07:29500"
+    assert said.endpoint == "node07:29500"
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
@@ -106,7 +109,7 @@ def test_what_is_no_number_is_not_set() -> None:
     ],
 )
 def test_the_first_of_a_host_is_known_under_srun_as_well(environment: dict[str, str], is_first: bool) -> None:
-    assert Rendezvous.from_environment(environment).is_first_of_host is is_first
+    assert Rendezvous.from_environment(environment).is_host_leader is is_first
 
 
 def test_it_is_read_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +122,12 @@ def test_it_is_read_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_torchrun_sets_is_read(tmp_path: Path) -> None:
     script = tmp_path / "say.py"
     script.write_text(
+        "import os\n"
         "from dsmoe.runtime.rendezvous import Rendezvous\n"
-        "here = Rendezvous.from_environment()\n"
-        "assert here.complete()[2:] == (here.address, here.port) and here.port > 0\n"
-        "print(here.rank, here.local_rank, here.size, here.local_size, here.restart, flush=True)\n",
+        "own = Rendezvous.from_environment()\n"
+        "assert own.complete()[2:] == (own.address, own.port) and own.port > 0\n"
+        "line = f'{own.rank} {own.local_rank} {own.size} {own.local_size} {own.restart}\\n'\n"
+        "os.write(1, line.encode())\n",  # in one piece: both ranks write to one pipe
         encoding="utf-8",
     )
     command = [sys.executable, "-m", torchrun.__name__, "--standalone", "--nproc-per-node", "2", str(script)]
@@ -132,10 +137,10 @@ def test_what_torchrun_sets_is_read(tmp_path: Path) -> None:
 
 def test_an_outer_mpirun_is_made_to_agree() -> None:
     environment = {"OMPI_COMM_WORLD_LOCAL_RANK": "7", "LOCAL_RANK": "1"}
-    agree_with_outer_launcher(1, environment)
+    override_outer_local_rank(1, environment)
     assert environment["OMPI_COMM_WORLD_LOCAL_RANK"] == "1"
     alone: dict[str, str] = {}
-    agree_with_outer_launcher(1, alone)
+    override_outer_local_rank(1, alone)
     assert alone == {}
 
 

@@ -12,8 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
-from dsmoe.runtime.standard_streams import finish_streams, steady_streams
-steady_streams()
+from dsmoe.runtime.standard_streams import flush_streams, tolerate_stream_errors
+tolerate_stream_errors()
 with open("precious", "w") as file:
     if "a library" in sys.argv:
         os.write(1, b"to the console")
@@ -22,7 +22,7 @@ with open("precious", "w") as file:
         print("to the console \N{BEACH WITH UMBRELLA}", flush=flush)
         print("to the console", flush=flush, file=sys.stderr)
     file.write("kept")
-finish_streams()
+flush_streams()
 """
 
 
@@ -58,7 +58,7 @@ def test_streams_decide_nothing(how: str, unbuffered: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("into", ["", "| cat", ">file && cat file"])
 def test_what_is_printed_is_there_when_a_process_ends_at_once(into: str, tmp_path: Path) -> None:
     names = "from dsmoe.runtime.standard_streams import *"
-    text = f"import os, sys; {names}; steady_streams(); print('last'); finish_streams(); os._exit(0)"
+    text = f"import os, sys; {names}; tolerate_stream_errors(); print('last'); flush_streams(); os._exit(0)"
     (tmp_path / "program.py").write_text(text, encoding="utf-8")
     assert shell(tmp_path, f"python program.py {into}").stdout == "last\n"
 

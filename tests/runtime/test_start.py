@@ -1,4 +1,4 @@
-"""What is wrong with the command line or the config is said once for all ranks, and before torch is imported."""
+"""Errors of the command line and the config are printed once for all ranks, and before torch is imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsmoe import cli
 from dsmoe.cli import preparation_commands
 from dsmoe.config.errors import HostError, UserError
 from dsmoe.runtime import reporting_rank, start
-from dsmoe.runtime.start import Start, begin_with, load_on_host
+from dsmoe.runtime.start import Start, begin_command, load_on_host
 from tests.helpers.ports import free_port
 from tests.helpers.recipes import VALID
 from tests.helpers.side_by_side import run_side_by_side
@@ -128,7 +128,7 @@ def test_help_is_printed_once_without_torch(launched: str, command: tuple[str, .
 
 
 def test_what_is_right_goes_on_to_torch(folder: Path) -> None:
-    """Without which the decoy could not be seen."""
+    """Else the decoy could not be seen."""
     right = ("cluster.nodes=1", f"cluster.devices_per_node={RANKS}", "parallel.expert=1", "train.batch_tokens=6144")
     codes, _, err = outcomes(folder, "srun", PRETRAIN, "--config", "config.yaml", "parallel.tensor=1", *right)
     assert codes == [99] * RANKS, err
@@ -179,10 +179,10 @@ def test_both_errors_are_said_in_order(
     monkeypatch.chdir(tmp_path)
     slept: list[float] = []
     monkeypatch.setattr(reporting_rank.time, "sleep", slept.append)
-    monkeypatch.setattr(reporting_rank, "speaks_for_host", lambda _: True)
+    monkeypatch.setattr(reporting_rank, "reports_for_host", lambda _: True)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert begin_with("confg.yaml", []).ended() == 2
+    assert begin_command("confg.yaml", []).ended() == 2
     said = capsys.readouterr().err
     assert printed.format(host=platform.node()) in said
     assert len(said) < 1000
@@ -196,7 +196,7 @@ def test_every_command_of_several_ranks_watches_its_launcher(
     monkeypatch.chdir(tmp_path)
     watched: list[bool] = []
     monkeypatch.setattr(start, "watch_launcher", lambda: watched.append(True))
-    monkeypatch.setattr(preparation_commands, "end_process", lambda code: None)
+    monkeypatch.setattr(preparation_commands, "exit_process", lambda code: None)
     cli.main(arguments)
     assert watched == [True]
 
@@ -274,14 +274,14 @@ def test_a_rank_with_an_error_asks_whether_rank_0_has_it(
     with listening(word) as port:
         for name, value in {**torchs(1), "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
-        begun = begin_with("confg.yaml", [])
+        begun = begin_command("confg.yaml", [])
         assert begun.ended() == ended
     assert capsys.readouterr().err == said.format(host=platform.node())
     with pytest.raises(UserError, match="no such file"):
         _ = begun.plan
 
 
-def test_a_rank_that_is_told_nowhere_leaves_the_word_to_rank_0(
+def test_a_rank_without_a_rendezvous_leaves_the_report_to_rank_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slept: list[float] = []

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from docker.entrypoint import environments
 from dsmoe.config import Config
 from dsmoe.config.errors import UserError
 from dsmoe.config.schema import Cluster
 from dsmoe.launch import attempts
-from dsmoe.runtime.launchers import LAUNCHERS, WITHOUT_SIZE, first_rank_known
+from dsmoe.runtime.container import rank_environments
+from dsmoe.runtime.launchers import LAUNCHERS, WITHOUT_SIZE, rank_from_variables
 from dsmoe.runtime.rendezvous import is_whole_number
-from dsmoe.runtime.reporting_rank import speaks_for_host, speaks_for_job
+from dsmoe.runtime.reporting_rank import reports_for_host, reports_for_job
 from dsmoe.runtime.variables import LauncherError, check_address, whole_number
-from dsmoe.runtime.world import check_meeting, join_launcher, launched_world
+from dsmoe.runtime.world import check_rendezvous, launched_world, set_rank_variables
 from tests.runtime.test_launchers import others
 from tests.runtime.test_world import DEEPSPEED, TORCHRUN, step
 
@@ -37,16 +37,16 @@ NEITHER = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "SLURM_STEP_ID", "PMIX_NAMESPACE
 
 
 def read(environment: Mapping[str, str]) -> None:
-    """Everything that is read of it before the ranks meet."""
+    """Read all variables that are read before the ranks join."""
     given = dict(environment)
-    join_launcher(given)
+    set_rank_variables(given)
     world = launched_world(given)
     if world.size > 1:
-        check_meeting(given)
+        check_rendezvous(given)
 
 
 def read_in_container(environment: Mapping[str, str]) -> None:
-    environments(TWO_NODES, environment)
+    rank_environments(TWO_NODES, environment)
 
 
 TWO_NODES = Config.model_construct(cluster=Cluster(nodes=2, devices_per_node=2, device="cpu"))
@@ -100,7 +100,7 @@ def test_garbage_is_refused_by_name(
 
 
 def fuzz(count: int) -> tuple[int, int]:
-    """How many environments are refused, and how many are read; anything else is an error."""
+    """Return the number of environments refused, and read; anything else is an error."""
     choose = random.Random(7)
     refused = taken = 0
     pieces = [
@@ -130,8 +130,8 @@ def fuzz(count: int) -> tuple[int, int]:
         changed = {**environment, name: value}
         if choose.random() < 0.3:
             changed.pop(choose.choice(list(changed)))
-        speaks_for_job(changed)
-        assert is_whole_number(first_rank_known(changed))
+        reports_for_job(changed)
+        assert is_whole_number(rank_from_variables(changed))
         try:
             look(changed)
         except UserError as error:
@@ -186,7 +186,7 @@ def test_whether_a_job_is_queued_again_needs_no_right_variables(
 
 
 @pytest.mark.parametrize("value", ["abc", "\udcff", "x" * 5000])
-def test_who_speaks_is_known_whatever_the_variables_say(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmoe.runtime.reporting_rank._held", [])
+def test_the_reporting_rank_is_known_whatever_the_variables_are(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmoe.runtime.reporting_rank._bound", [])
     monkeypatch.setenv("RANK", value)
-    assert speaks_for_host(os.environ)
+    assert reports_for_host(os.environ)

@@ -1,4 +1,4 @@
-"""Waiting for other ranks' work: without a limit while they live, and with a word of what they do."""
+"""Waits for other ranks' work have no timeout while those are alive, and their progress is logged."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from dsmoe.plan import Topology
 from dsmoe.preflight import meeting
 from dsmoe.runtime import progress, waiting, watchdog
 from dsmoe.runtime.lost_ranks import LostRanksError
-from dsmoe.runtime.processes import on_every_rank, on_first_of_hosts, on_first_rank, set_timeout_everywhere
+from dsmoe.runtime.processes import run_on_all_ranks, run_on_host_leaders, run_on_rank_0, set_group_timeouts
 from dsmoe.runtime.progress import Job
 from dsmoe.runtime.spawn import RanksFailedError, run_ranks
-from dsmoe.runtime.waiting import while_watched
-from dsmoe.runtime.watchdog import process_watch
+from dsmoe.runtime.waiting import run_watched
+from dsmoe.runtime.watchdog import process_watchdog
 from tests.helpers.waiting import until
 
 
@@ -42,10 +42,10 @@ def on_two_hosts(folder: Path) -> str:
     package.addHandler(said)  # as a run has its console
     package.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     before = package.level, list(package.handlers), said.level
-    set_timeout_everywhere(timedelta(seconds=4))
-    process_watch().timeout = timedelta(seconds=60)  # it lives, and its beats say so
-    progress.WORD_SECONDS, progress.LOOK_SECONDS = 1.0, 0.2  # type: ignore[misc]
-    watchdog.BEAT_SECONDS = 0.2  # type: ignore[misc]
+    set_group_timeouts(timedelta(seconds=4))
+    process_watchdog().timeout = timedelta(seconds=60)  # it lives, and its beats say so
+    progress.LOG_INTERVAL_SECONDS, progress.POLL_SECONDS = 1.0, 0.2  # type: ignore[misc]
+    watchdog.HEARTBEAT_SECONDS = 0.2  # type: ignore[misc]
 
     def work() -> None:
         (folder / f"worked {rank}").touch()
@@ -59,11 +59,11 @@ def on_two_hosts(folder: Path) -> str:
                 time.sleep(0.2)
             (folder / "done").touch()
 
-    on_first_of_hosts(work, "preparing the data of each host")
+    run_on_host_leaders(work, "preparing the data of each host")
     assert (folder / "done").exists()
     dist.barrier()
     assert (package.level, list(package.handlers), said.level) == before
-    return process_watch().now()[0].doing
+    return process_watchdog().position()[0].activity
 
 
 def test_a_slow_host_is_waited_for_and_seen(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def fail_on_one_host() -> str:
             raise UserError("data.cache_dir: cannot use /scratch: No space left on device")
 
     with pytest.raises(UserError) as error:
-        on_first_of_hosts(work, "preparing")
+        run_on_host_leaders(work, "preparing")
     return str(error.value)
 
 
@@ -95,14 +95,14 @@ def test_what_fails_on_one_host_is_raised_on_all() -> None:
 
 
 def hear_of_a_failure() -> str:
-    watchdog.BEAT_SECONDS = 0.1  # type: ignore[misc]
+    watchdog.HEARTBEAT_SECONDS = 0.1  # type: ignore[misc]
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 1:
-        assert process_watch().speaker() == 1
+        assert process_watchdog().announce_failure() == 1
         store.wait(["0 has heard", "2 has heard"], timedelta(seconds=30))
         return ""
     with pytest.raises(LostRanksError) as error:
-        on_every_rank(lambda: None)
+        run_on_all_ranks(lambda: None)
     store.set(f"{dist.get_rank()} has heard", "")
     return str(error.value)
 
@@ -112,8 +112,8 @@ def test_nobody_waits_for_a_rank_that_has_failed() -> None:
 
 
 def give_up_a_silent_one() -> str:
-    watchdog.BEAT_SECONDS = 0.1  # type: ignore[misc]
-    progress.WORD_SECONDS, progress.LOOK_SECONDS, progress.GONE_SECONDS = 1.0, 0.2, 1.0  # type: ignore[misc]
+    watchdog.HEARTBEAT_SECONDS = 0.1  # type: ignore[misc]
+    progress.LOG_INTERVAL_SECONDS, progress.POLL_SECONDS, progress.LOST_SECONDS = 1.0, 0.2, 1.0  # type: ignore[misc]
     progress.GRACE_SECONDS = 0.5  # type: ignore[misc]
     rank = dist.get_rank()
 
@@ -121,17 +121,17 @@ def give_up_a_silent_one() -> str:
 
     def work() -> None:
         if rank == 1:
-            process_watch().stop()  # no more beats, as of a process that is stopped
+            process_watchdog().stop()  # no more beats, as of a process that is stopped
             store.wait(["given up"], timedelta(seconds=60))
             raise SystemExit  # rank 0 is in no collective any more
 
     os.environ["LOCAL_RANK"] = "0"
     if rank == 1:
         with suppress(SystemExit):
-            on_first_of_hosts(work, "preparing")
+            run_on_host_leaders(work, "preparing")
         return ""
     with pytest.raises(LostRanksError) as error:
-        on_first_of_hosts(work, "preparing")
+        run_on_host_leaders(work, "preparing")
     store.set("given up", "")
     return str(error.value)
 
@@ -143,20 +143,20 @@ def test_a_silent_rank_is_given_up() -> None:
 
 def wait_in_vain(what: str) -> tuple[str, float]:
     """Rank 0 fails, or is silent, or rank 1 is, while rank 1 or 0 waits in what would last for hours."""
-    watchdog.BEAT_SECONDS = 0.1  # type: ignore[misc]
-    progress.WORD_SECONDS, progress.LOOK_SECONDS, progress.GONE_SECONDS = 1.0, 0.2, 1.0  # type: ignore[misc]
+    watchdog.HEARTBEAT_SECONDS = 0.1  # type: ignore[misc]
+    progress.LOG_INTERVAL_SECONDS, progress.POLL_SECONDS, progress.LOST_SECONDS = 1.0, 0.2, 1.0  # type: ignore[misc]
     progress.GRACE_SECONDS = 0.5  # type: ignore[misc]
-    rank, own = dist.get_rank(), process_watch()
+    rank, own = dist.get_rank(), process_watchdog()
     own.timeout = timedelta(seconds=2)
-    with Job("long", "a long job", ends_with_rank=True) as job:
+    with Job("long", "a long job", fails_on_lost_rank=True) as job:
         time.sleep(0.5)
         if rank == (1 if what == "rank 1 is silent" else 0):
-            own.stop() if "silent" in what else own.speaker()
+            own.stop() if "silent" in what else own.announce_failure()
             time.sleep(10)
             return "", 0.0
         begun = time.monotonic()
         with pytest.raises(LostRanksError) as error:
-            while_watched(lambda: time.sleep(7200), job if what == "rank 1 is silent" else None)
+            run_watched(lambda: time.sleep(7200), job if what == "rank 1 is silent" else None)
         return str(error.value), time.monotonic() - begun
 
 
@@ -176,9 +176,9 @@ def test_a_collective_that_would_wait_for_hours_is_left_when_a_rank_is_gone(what
 
 
 def meet_at_a_store_that_hangs(what: str) -> str:
-    """As one does in a process that is stopped."""
-    watchdog.BEAT_SECONDS = 0.1  # type: ignore[misc]
-    own = process_watch()
+    """Wait at a store as in a stopped process."""
+    watchdog.HEARTBEAT_SECONDS = 0.1  # type: ignore[misc]
+    own = process_watchdog()
     own.timeout = timedelta(seconds=2)
     group = replace(Groups(Topology(1, 2, expert=2)).expert_group(), label="layer 1")
     time.sleep(1)
@@ -207,15 +207,15 @@ def test_a_store_that_never_answers_is_not_waited_for(what: str) -> None:
     assert re.fullmatch(r"rank 0 has given no sign of life for \d+ s", text)
 
 
-def speakers(environments: list[dict[str, str]]) -> list[tuple[bool, bool]]:
-    """What processes of these environments hear that ask twice; all of them live until all have asked."""
+def reporters(environments: list[dict[str, str]]) -> list[tuple[bool, bool]]:
+    """The answers of `reports_for_host` to these processes, twice each; all live until all have asked."""
     context = multiprocessing.get_context("fork")
     answers, together = context.SimpleQueue(), context.Barrier(len(environments))
 
     def ask(environment: dict[str, str]) -> None:
-        from dsmoe.runtime.reporting_rank import speaks_for_host
+        from dsmoe.runtime.reporting_rank import reports_for_host
 
-        answers.put((speaks_for_host(environment), speaks_for_host(environment)))
+        answers.put((reports_for_host(environment), reports_for_host(environment)))
         together.wait(120)
 
     processes = [context.Process(target=ask, args=(environment,)) for environment in environments]
@@ -227,18 +227,18 @@ def speakers(environments: list[dict[str, str]]) -> list[tuple[bool, bool]]:
     return sorted(answers.get() for _ in processes)
 
 
-def test_who_speaks_for_a_host_is_one() -> None:
-    assert speakers([{"MASTER_PORT": f"no port {os.getpid()}"}] * 4) == [(False, False)] * 3 + [(True, True)]
+def test_one_rank_reports_for_a_host() -> None:
+    assert reporters([{"MASTER_PORT": f"no port {os.getpid()}"}] * 4) == [(False, False)] * 3 + [(True, True)]
 
 
 @pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"])
-def test_runs_and_attempts_have_speakers_of_their_own(name: str) -> None:
+def test_runs_and_attempts_have_reporting_ranks_of_their_own(name: str) -> None:
     run = {"MASTER_PORT": f"no port {os.getpid()}", "MASTER_ADDR": "here", "TORCHELASTIC_RESTART_COUNT": "0"}
-    assert speakers([run, run, {**run, name: "another"}]) == [(False, False)] + [(True, True)] * 2
+    assert reporters([run, run, {**run, name: "another"}]) == [(False, False)] + [(True, True)] * 2
 
 
 def catches(process: int, number: signal.Signals) -> bool:
-    """Whether the process does something of its own when it gets that signal."""
+    """Return whether the process has a handler of that signal."""
     (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text(encoding="utf-8"), re.M)
     return bool(int(mask, 16) >> (number - 1) & 1)
 
@@ -259,7 +259,7 @@ def end_while_waiting(folder: Path) -> None:
         (folder / "ended").touch()
         time.sleep(60)
 
-    on_first_rank(work)
+    run_on_rank_0(work)
 
 
 def test_a_signal_ends_a_rank_that_waits(tmp_path: Path) -> None:

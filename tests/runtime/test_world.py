@@ -1,4 +1,4 @@
-"""What launchers say in the environment, and what that makes of this process."""
+"""The ranks that launchers have started, by their variables, and the variables that are set for this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from dsmoe.config import Config, load_config
 from dsmoe.config.errors import UserError
-from dsmoe.runtime.world import World, join_launcher, launched_world, launcher_has_store
+from dsmoe.runtime.world import World, launched_world, launcher_has_store, set_rank_variables
 from tests.helpers.side_by_side import run_side_by_side
 
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_SIZE": "2", "CROSS_RANK": "1"}
@@ -54,9 +54,9 @@ def step(rank: int, nodes: int = 2, per_node: int = 2) -> dict[str, str]:
 
 
 def joined(environment: dict[str, str]) -> dict[str, str]:
-    """What `join_launcher` adds or changes."""
+    """The variables that `set_rank_variables` adds or changes."""
     after = dict(environment)
-    join_launcher(after)
+    set_rank_variables(after)
     return {name: value for name, value in after.items() if environment.get(name) != value}
 
 
@@ -65,15 +65,15 @@ def test_every_task_of_srun_is_a_rank() -> None:
     for rank in range(4):
         assert joined(step(rank)) == {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), **common}
         environment = step(rank)
-        join_launcher(environment)
-        join_launcher(environment)  # which is the same as once
+        set_rank_variables(environment)
+        set_rank_variables(environment)  # which is the same as once
         assert launched_world(environment) == World(4, 2, "srun")
 
 
 def test_one_task_per_node_and_all_tasks_on_one() -> None:
     assert joined(step(1, nodes=2, per_node=1))["LOCAL_WORLD_SIZE"] == "1"
     alone = step(3, nodes=1, per_node=4)
-    join_launcher(alone)
+    set_rank_variables(alone)
     assert launched_world(alone) == World(4, 4, "srun")
 
 
@@ -106,17 +106,17 @@ def test_nothing_else_in_a_job_is_taken_for_a_rank(where: str, environment: dict
 
 @pytest.mark.parametrize("rank", range(4))
 def test_tasks_in_another_order_are_refused_by_every_rank(rank: int) -> None:
-    here = {"SLURM_NODEID": str(rank % 2), "SLURM_LOCALID": str(rank // 2), "SLURM_GTIDS": f"{rank % 2},{rank % 2 + 2}"}
-    environment = {**step(rank), **here}
+    own = {"SLURM_NODEID": str(rank % 2), "SLURM_LOCALID": str(rank // 2), "SLURM_GTIDS": f"{rank % 2},{rank % 2 + 2}"}
+    environment = {**step(rank), **own}
     with pytest.raises(UserError, match="--distribution=block"):
-        join_launcher(environment)
+        set_rank_variables(environment)
     assert environment["RANK"] == str(rank)  # so that one of them says it
 
 
 def test_nodes_with_unequal_numbers_of_tasks_are_refused() -> None:
     uneven = {**step(0), "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_STEP_NUM_TASKS": "3"}
     with pytest.raises(UserError, match=r"\(2,1\); give it --ntasks-per-node"):
-        join_launcher(uneven)
+        set_rank_variables(uneven)
     with pytest.raises(UserError, match="deepspeed started 3 ranks on 2 nodes, 2 of them on this one"):
         launched_world({**DEEPSPEED, "WORLD_SIZE": "3", "LOCAL_SIZE": "2"})
 
@@ -216,7 +216,7 @@ def test_tasks_join_each_other(tmp_path: Path) -> None:
     """Two processes with no more than Slurm's variables, on the interface that the config names."""
     kept = {"PATH", "PYTHONPATH", "HOME", "DS_ACCELERATOR"}
     base = {name: value for name, value in os.environ.items() if name in kept}
-    here = {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
-    environments = [{**base, **step(rank, nodes=1), **here} for rank in range(2)]
+    own = {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    environments = [{**base, **step(rank, nodes=1), **own} for rank in range(2)]
     codes, texts = run_side_by_side([[sys.executable, "-c", RANK]] * 2, environments, tmp_path)
     assert codes == [0, 0], texts

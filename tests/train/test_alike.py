@@ -23,10 +23,10 @@ from dsmoe.interop.export_tokenizer import byte_tokenizer_json
 from dsmoe.model import build_model
 from dsmoe.parallel import Groups
 from dsmoe.plan import Topology
-from dsmoe.runtime.consistency import SHOWN_CLAIMS, deviation, digest, explain
+from dsmoe.runtime.consistency import MAX_SHOWN_ENTRIES, digest, explain, find_mismatch
 from dsmoe.runtime.spawn import CONTEXT, run_ranks
 from dsmoe.train import alike
-from dsmoe.train.alike import claims_of_data, claims_of_run
+from dsmoe.train.alike import data_fingerprint, run_fingerprint
 from tests.helpers.ports import free_port
 from tests.helpers.small_runs import small_config
 from tests.train.test_run import Outcome, write_config
@@ -100,9 +100,9 @@ def without_host(said: str) -> str:
 @pytest.mark.parametrize("override", OTHERS)
 def test_every_key_is_compared(override: str, tmp_path: Path) -> None:
     _, path = write_two_ranks(tmp_path)
-    first, other = claims_of_run(load_config(path)), claims_of_run(load_config(path, [override]))
+    first, other = run_fingerprint(load_config(path)), run_fingerprint(load_config(path, [override]))
     assert digest(first) != digest(other)
-    said = without_host(explain(first, [deviation(1, other, first)], 1, 2))
+    said = without_host(explain(first, [find_mismatch(1, other, first)], 1, 2))
     assert said.splitlines()[1:] == [f"  - {OTHERS[override]}"]
 
 
@@ -117,7 +117,7 @@ def assert_refused(outcomes: list[Outcome], folder: Path) -> None:
 
 def test_another_config_on_one_rank(tmp_path: Path) -> None:
     given = write_two_ranks(tmp_path)
-    overrides = list(OTHERS)[:SHOWN_CLAIMS]
+    overrides = list(OTHERS)[:MAX_SHOWN_ENTRIES]
     outcomes = two_ranks([tmp_path] * 2, given, [*given, *overrides])
     assert_refused(outcomes, tmp_path)
     said = without_host(outcomes[0].err)
@@ -206,7 +206,7 @@ def test_another_config_on_one_rank_of_a_program(
     config = small_config(tmp_path, ranks=2, expert=2)
     first, second = run_ranks(2, own_program, [config, changed(config, section, **{key: value})], [])
     assert first == second
-    assert first.startswith("DifferentRanksError: 1 rank of 2 would not train what rank 0 does")
+    assert first.startswith("RankMismatchError: 1 rank of 2 would not train what rank 0 does")
     assert said in first
 
 
@@ -230,15 +230,15 @@ def test_another_corpus_or_tokenizer_on_one_rank_of_a_program(tmp_path: Path) ->
     assert "data.sources sums: " in said
 
 
-def test_no_path_is_claimed_and_all_else_is(tmp_path: Path) -> None:
+def test_no_path_is_in_the_fingerprint_and_all_else_is(tmp_path: Path) -> None:
     paths = {"runs_dir": "a", "cluster": {"hostfile": "b"}, "checkpoint": {"resume": "c", "weights_from": "d"}}
-    claims = claims_of_run(small_config(tmp_path, **paths))  # type: ignore[arg-type]
+    fingerprint = run_fingerprint(small_config(tmp_path, **paths))  # type: ignore[arg-type]
     left_out = {"runs_dir", "cluster.hostfile", "checkpoint.resume", "checkpoint.weights_from", "data.cache_dir"}
-    assert not (left_out | {"data.sources.0.path"}) & claims.keys()
-    claims = claims_of_run(small_config(tmp_path))
-    assert claims["checkpoint.resume"] == '"auto"'
-    assert claims["data.tokenizer"] == '"bytes"'
-    assert (claims["torch"], claims["python"]) == (metadata.version("torch"), platform.python_version())
+    assert not (left_out | {"data.sources.0.path"}) & fingerprint.keys()
+    fingerprint = run_fingerprint(small_config(tmp_path))
+    assert fingerprint["checkpoint.resume"] == '"auto"'
+    assert fingerprint["data.tokenizer"] == '"bytes"'
+    assert (fingerprint["torch"], fingerprint["python"]) == (metadata.version("torch"), platform.python_version())
 
 
 def test_the_code_is_compared_by_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +257,6 @@ def test_the_code_is_compared_by_its_contents(tmp_path: Path, monkeypatch: pytes
 def test_text_of_the_same_size_is_told_apart() -> None:
     sizes = {"name": "web", "train_tokens": 900, "validation_tokens": 100}
     sources = [SimpleNamespace(**sizes, checksum=checksum) for checksum in ("0a", "0b")]
-    first, other = (claims_of_data([source]) for source in sources)  # type: ignore[list-item]
+    first, other = (data_fingerprint([source]) for source in sources)  # type: ignore[list-item]
     assert first.keys() == other.keys()
     assert digest(first) != digest(other)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dsmoe.config.schema import Config
 from dsmoe.runtime.spawn import run_ranks
-from dsmoe.runtime.watchdog import Watch, process_watch
+from dsmoe.runtime.watchdog import Watchdog, process_watchdog
 from dsmoe.train.phases import Phase, phase
 from tests.helpers.small_runs import make_trainer, small_config
 
@@ -17,13 +17,13 @@ from tests.helpers.small_runs import make_trainer, small_config
 def phases_of_a_step(config: Config) -> list[tuple[int, str]]:
     """The notes of two steps, a log point and an evaluation; those of the MoE layer's exchanges left out."""
     trainer, noted = make_trainer(config), []
-    note = Watch.note
+    note = Watchdog.note
 
-    def recorded(watch: Watch, doing: str, step: int | None = None) -> None:
+    def recorded(watch: Watchdog, doing: str, step: int | None = None) -> None:
         note(watch, doing, step)
-        noted.append((watch.now()[0].step, doing))
+        noted.append((watch.position()[0].step, doing))
 
-    Watch.note = recorded  # type: ignore[method-assign]  # this process is the test's own
+    Watchdog.note = recorded  # type: ignore[method-assign]  # this process is the test's own
     trainer.step()
     trainer.log(trainer.step())
     trainer.evaluate()
@@ -45,10 +45,10 @@ def test_a_step_goes_through_its_phases_for_every_micro_batch(tmp_path: Path) ->
 def fail_in_a_phase() -> tuple[str, str]:
     with pytest.raises(ValueError, match="no such"), phase(Phase.FORWARD, 7):
         raise ValueError("no such file")
-    failed_in = process_watch().now()[0].place
+    failed_in = process_watchdog().position()[0].text
     with phase(Phase.METRICS):
         dist.barrier()
-    return failed_in, process_watch().now()[0].place
+    return failed_in, process_watchdog().position()[0].text
 
 
 def test_an_error_is_reported_in_the_phase_that_it_left() -> None:

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dsmoe.config import UserError, dump_config, load_config
 from dsmoe.runtime import failure_exit
 from dsmoe.runtime.atomic_files import write_whole
-from dsmoe.runtime.failure_exit import ended_by, explain_end
+from dsmoe.runtime.failure_exit import print_failure, report_failure
 from dsmoe.runtime.processes import DeviceError, HostError
 from dsmoe.runtime.spawn import CONTEXT
 from tests.helpers.forked import Outcome, start_on_ranks
@@ -404,7 +404,7 @@ def test_who_explains_what_ends_a_rank_that_knows_no_other(
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    explain_end(error, "bad")
+    print_failure(error, "bad")
     assert capsys.readouterr().err == printed.format(host=platform.node())
     assert len(slept) == after
 
@@ -412,7 +412,7 @@ def test_who_explains_what_ends_a_rank_that_knows_no_other(
 def test_an_error_of_the_system_before_there_are_reports_says_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(OSError, match="No such file") as error:
         write_whole(Path("/none/such"), "")
-    assert ended_by(error.value) == 2
+    assert report_failure(error.value) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: /none/\S+: No such file or directory \(dsmoe/durable\.py:\d+\)\n", said)
 
@@ -422,11 +422,11 @@ def test_the_traceback_of_an_error_that_all_ranks_have_is_in_the_reports(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Exception] = []
-    reports = SimpleNamespace(of_failure=lambda _, error: written.append(error))
+    reports = SimpleNamespace(write_failure=lambda _, error: written.append(error))
     monkeypatch.setattr(failure_exit.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(failure_exit, "process_watch", lambda: SimpleNamespace(reports=reports))
+    monkeypatch.setattr(failure_exit, "process_watchdog", lambda: SimpleNamespace(reports=reports))
     error.shared_by_all_ranks = True  # type: ignore[attr-defined]
-    ended_by(error)
+    report_failure(error)
     assert written == [error]
 
 

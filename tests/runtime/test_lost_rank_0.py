@@ -1,4 +1,4 @@
-"""Rank 0 dies or freezes, and with it the store in which ranks agree who speaks: one rank of each host says so."""
+"""Rank 0 dies or freezes, and with it the store that knows the first failed rank: one rank of each host reports."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.train.test_run import pretrain, write_config
 WORLD = 3
 
 
-def _in_roll(strike: Callable[[], None]) -> None:
-    from dsmoe.runtime import missing_ranks
+def _at_rendezvous(strike: Callable[[], None]) -> None:
+    from dsmoe.runtime import rendezvous_barrier
 
     def await_all(*_: object) -> None:
         time.sleep(1)  # the others have come
         strike()
 
-    missing_ranks._await_all = await_all  # type: ignore[assignment]
+    rendezvous_barrier._await_all = await_all  # type: ignore[assignment]
 
 
 def _tokenising(strike: Callable[[], None]) -> None:
@@ -79,7 +79,7 @@ def _loading(strike: Callable[[], None]) -> None:
 
 
 PHASES = {
-    "in the roll": _in_roll,
+    "at the rendezvous": _at_rendezvous,
     "tokenising": _tokenising,
     "in a step": _in_a_step,
     "saving": _saving,
@@ -93,13 +93,18 @@ def _rank(folder: Path, rank: int, port: str, phase: str, number: int) -> None:
     os.chdir(folder)
     os.dup2(os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
     os.dup2(1, 2)
-    from dsmoe.runtime import failure_exit, missing_ranks, progress, watchdog
+    from dsmoe.runtime import failure_exit, progress, rendezvous_barrier, watchdog
     from dsmoe.train import run
 
-    watchdog.BEAT_SECONDS = 0.3  # type: ignore[misc]
-    watchdog.STORE_SECONDS = missing_ranks.STORE_SECONDS = progress.STORE_SECONDS = 2.0  # type: ignore[misc]
+    watchdog.HEARTBEAT_SECONDS = 0.3  # type: ignore[misc]
+    watchdog.STORE_SECONDS = rendezvous_barrier.STORE_SECONDS = progress.STORE_SECONDS = 2.0  # type: ignore[misc]
     watchdog.GRACE_SECONDS = failure_exit.GRACE_SECONDS = progress.GRACE_SECONDS = 1.0  # type: ignore[misc]
-    progress.WORD_SECONDS, progress.LOOK_SECONDS, progress.GONE_SECONDS, progress.LOG_SECONDS = 4.0, 0.3, 6.0, 2.0  # type: ignore[misc]
+    progress.LOG_INTERVAL_SECONDS, progress.POLL_SECONDS, progress.LOST_SECONDS, progress.LOG_TIMEOUT_SECONDS = (
+        4.0,
+        0.3,
+        6.0,
+        2.0,
+    )  # type: ignore[misc]
     failure_exit.LINGER_SECONDS = 8.0  # type: ignore[misc]
     if rank == 0:
         PHASES[phase](lambda: os.kill(os.getpid(), number))
@@ -111,8 +116,8 @@ def _rank(folder: Path, rank: int, port: str, phase: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("phase", "number"),
     [
-        ("in the roll", signal.SIGSTOP),
-        ("in the roll", signal.SIGKILL),
+        ("at the rendezvous", signal.SIGSTOP),
+        ("at the rendezvous", signal.SIGKILL),
         ("tokenising", signal.SIGSTOP),
         ("tokenising", signal.SIGKILL),
         ("in a step", signal.SIGKILL),
@@ -147,5 +152,5 @@ def test_one_of_the_others_says_so(phase: str, number: int, tmp_path: Path) -> N
     assert len(about) == 1, said
     assert "rank 0" in about[0]
     assert ("has ended: nobody answers" if number == signal.SIGKILL else "is stopped or hangs") in about[0]
-    if phase != "in the roll":
+    if phase != "at the rendezvous":
         assert re.search(r"last heard of rank 0, \d+ s ago: \w", about[0])

@@ -1,4 +1,4 @@
-"""Ranks that come, ranks that do not, and a rank 0 that is not there."""
+"""Ranks arrive at the rendezvous, or are named as missing; also if rank 0 is missing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dsmoe.runtime import heartbeat, missing_ranks
-from dsmoe.runtime.consistency import DifferentRanksError
+from dsmoe.runtime import heartbeat, rendezvous_barrier
+from dsmoe.runtime.consistency import RankMismatchError
 from dsmoe.runtime.lost_ranks import LostRanksError
 from dsmoe.runtime.processes import HostError, join_processes, leave_processes
 from dsmoe.runtime.spawn import CONTEXT
@@ -26,33 +26,33 @@ def come(rank: int, port: int, seconds: float, folder: Path, others: list[int]) 
 
     The time of rank 0 begins when the others that come at all are there.
     """
-    await_all = missing_ranks._await_all
+    await_all = rendezvous_barrier._await_all
 
     def await_those_that_do_not_come(store: dist.Store, keys: list[str], *rest: Any) -> None:
         store.wait([keys[other] for other in others], timedelta(seconds=100))
         await_all(store, keys, *rest)
 
-    missing_ranks._await_all = await_those_that_do_not_come
-    reach = missing_ranks._reach
+    rendezvous_barrier._await_all = await_those_that_do_not_come
+    reach = rendezvous_barrier._reach
     if 0 in others:
-        missing_ranks._reach = lambda address, port, _: reach(address, port, timedelta(seconds=100))
+        rendezvous_barrier._reach = lambda address, port, _: reach(address, port, timedelta(seconds=100))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % 2), WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    missing_ranks.WORD_SECONDS = 0.3
+    rendezvous_barrier.NOTICE_SECONDS = 0.3
     os.dup2(os.open(folder / f"{rank}.out", os.O_CREAT | os.O_WRONLY), 1)
     try:
         join_processes("cpu", timedelta(seconds=seconds))
         dist.barrier()
         result = f"rank {dist.get_rank()} has joined"
         leave_processes()
-    except (LostRanksError, HostError, DifferentRanksError) as error:
+    except (LostRanksError, HostError, RankMismatchError) as error:
         result = f"{type(error).__name__}: {error}"
     sys.stdout.flush()
     (folder / f"{rank}.result").write_text(result, encoding="utf-8")
 
 
 def results_of(ranks: list[int], seconds: float, folder: Path, port: int = 0) -> tuple[list[str], list[str]]:
-    """By rank, what came of it, and what it said."""
+    """The outcome of each rank, and its output."""
     port = port or int(free_port())
     processes = [CONTEXT.Process(target=come, args=(rank, port, seconds, folder, ranks)) for rank in ranks]
     for process in processes:
@@ -73,21 +73,21 @@ def test_all_who_come_join(tmp_path: Path) -> None:
 
 
 def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
-    (result, heard), (said, _) = results_of([0, 1], 1.5, tmp_path)
+    (result, other), (said, _) = results_of([0, 1], 1.5, tmp_path)
     missing = "2 of 4 ranks (ranks 2-3 on node 1, from 0)"
     assert result.startswith(f"LostRanksError: {missing} have not come within 2 s to 127.0.0.1:")
-    assert heard == result.replace("LostRanksError", "DifferentRanksError"), "the others end as rank 0 does, in silence"
+    assert other == result.replace("LostRanksError", "RankMismatchError"), "the others end as rank 0 does, in silence"
     assert set(said.splitlines()) == {f"waiting for {missing}"}
 
 
-def test_words_are_said_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notices_come_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: now.__setitem__(0, now[0] + 1))
-    for module in (missing_ranks, heartbeat):
+    for module in (rendezvous_barrier, heartbeat):
         monkeypatch.setattr(module, "time", clock)
-    assert [now[0] for speaks in missing_ranks._moments(timedelta(seconds=300)) if speaks] == [21, 61, 141]
-    assert len(list(missing_ranks._moments(timedelta(seconds=-1)))) == 0
-    assert list(missing_ranks._moments(timedelta(0))) == [False], "one look at least"
+    assert [now[0] for is_due in rendezvous_barrier._attempts(timedelta(seconds=300)) if is_due] == [21, 61, 141]
+    assert len(list(rendezvous_barrier._attempts(timedelta(seconds=-1)))) == 0
+    assert list(rendezvous_barrier._attempts(timedelta(0))) == [False], "one look at least"
 
 
 @pytest.mark.parametrize("world", ["1", "2"])
@@ -96,9 +96,9 @@ def test_rank_0_whose_host_does_not_know_its_address_says_so(world: str, monkeyp
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", free_port())
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(missing_ranks, "WORD_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous_barrier, "NOTICE_SECONDS", 0.0)
     with pytest.raises(LostRanksError, match=r"has rank 0, and no\.such\.host\.invalid \(MASTER_ADDR\) is not known"):
-        missing_ranks.call_roll(None, timedelta(seconds=0.3), {})
+        rendezvous_barrier.rendezvous_barrier(None, timedelta(seconds=0.3), {})
 
 
 def come_again(rank: int, attempt: int, store_port: int, folder: Path) -> None:
@@ -107,7 +107,7 @@ def come_again(rank: int, attempt: int, store_port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store_port))
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(attempt))
     try:
-        missing_ranks.call_roll(2, timedelta(seconds=1 if attempt else 100), {"train.seed": "0"})
+        rendezvous_barrier.rendezvous_barrier(2, timedelta(seconds=1 if attempt else 100), {"train.seed": "0"})
         result = "all have come"
     except LostRanksError as error:
         result = str(error)
