@@ -145,7 +145,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def interface_bytes() -> int:
-    """What this host has sent by its cable; the ninth number of its line."""
+    """Bytes that this host has sent by its cable; the ninth number of its line."""
     (line,) = [
         line
         for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()

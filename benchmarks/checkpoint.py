@@ -217,7 +217,7 @@ def my_files(folder: Path) -> list[Path]:
 
 
 def forget_cached(folder: Path) -> None:
-    """Let the system drop what it keeps in memory of files that are on the disk."""
+    """Drop from the page cache what it keeps of files that are on the disk."""
     for path in my_files(folder):
         with path.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

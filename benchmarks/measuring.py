@@ -1,4 +1,4 @@
-"""What all benchmarks need: a clock, a deadline, the circumstances, and figures that are kept as soon as they exist."""
+"""Tools of all benchmarks: a clock, a deadline, the circumstances, and figures that are kept as soon as they exist."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--lo
 
 
 def seconds(action: Callable[[], object], device: str) -> float:
-    """How long it takes, with the device's queue empty before and after."""
+    """Measure the seconds of an action, with the device's queue empty before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()
@@ -51,7 +51,7 @@ class Deadline:
         return float("inf") if self._end is None else max(self._end - time.monotonic(), 0.0)
 
     def passed(self) -> bool:
-        """Whether it is over."""
+        """Return whether the time is over."""
         return self.left() == 0.0
 
 
@@ -114,7 +114,7 @@ def hardware(device: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its type where it says nothing."""
+    """Return the first line of an error, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

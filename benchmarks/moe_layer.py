@@ -75,7 +75,7 @@ class Setting:
 
 @dataclass
 class Times:
-    """What was measured of a peer; seconds per round."""
+    """Measurements of a peer; seconds per round."""
 
     saved_bytes: int
     peak_bytes: int | None
@@ -273,7 +273,7 @@ def _is_of(row: Row, setting: Setting, kind: str = "layer") -> bool:
 
 
 def _row_of(rows: Rows, setting: Setting, peer: str) -> Row | None:
-    """What is known of a peer already."""
+    """Return the figures of a peer so far."""
     return next((row for row in rows.rows if _is_of(row, setting) and row["peer"] == peer), None)
 
 

@@ -133,7 +133,7 @@ class LigerGrouped(nn.Module):
 
 
 def _is_tried(config: Any) -> bool:
-    """Whether Liger's autotuner measures this configuration of a product, or of the sum over choices."""
+    """Return whether Liger's autotuner measures this configuration of a product, or of the sum over choices."""
     tile = config.kwargs
     if "BLOCK_H" in tile:
         return (tile["BLOCK_H"], tile["BLOCK_K"]) == (128, 4)

@@ -160,7 +160,7 @@ def measure(run: Run, threads: int, rows: Rows) -> None:
 
 
 def _verdict(left_out: dict[str, str]) -> dict[str, Any]:
-    """Whether all of dsmoe's contenders were measured; None where there was no time for some."""
+    """Return whether all of dsmoe's contenders were measured; None where there was no time for some."""
     ours = {name: why for name, why in left_out.items() if name.startswith("dsmoe")}
     failed = [f"{name}: {why}" for name, why in ours.items() if why != NO_TIME]
     if failed:
@@ -185,19 +185,19 @@ def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dic
     keys = {f"dsmoe {capacity}": f"dsmoe {layout} {capacity}" for capacity in CAPACITIES}
     keys |= {f"deepspeed {capacity}": f"deepspeed {expert} {capacity}" for capacity in CAPACITIES}
     keys["transformers"] = "transformers"
-    of = {name: measured[key] for name, key in keys.items() if key in measured}
+    figures = {name: measured[key] for name, key in keys.items() if key in measured}
     row: dict[str, Any] = {
-        "tokens_per_second": {name: run.tokens / statistics.median(m["seconds"]) for name, m in of.items()},
+        "tokens_per_second": {name: run.tokens / statistics.median(m["seconds"]) for name, m in figures.items()},
         "speed_over": {},
-        "loss": {name: m["loss"] for name, m in of.items()},
+        "loss": {name: m["loss"] for name, m in figures.items()},
     }
     for peer, ours in OPPONENTS.items():
-        if peer in of and ours in of:
-            times = zip(of[peer]["seconds"], of[ours]["seconds"], strict=True)
+        if peer in figures and ours in figures:
+            times = zip(figures[peer]["seconds"], figures[ours]["seconds"], strict=True)
             row["speed_over"][peer] = statistics.median(theirs / own for theirs, own in times)
     facts = resolve_device(run.device)
     if run.device != "cpu":
-        row["peak_gib"] = {name: m["peak_bytes"] / GIB for name, m in of.items()}
+        row["peak_gib"] = {name: m["peak_bytes"] / GIB for name, m in figures.items()}
     if facts is not None and facts.peak_tflops is not None:
         config = make_config(run, {}, None, Path())
         flops = flops_per_token(config, count_parameters(config), SHAPES[run.shape]["length"])
@@ -208,7 +208,7 @@ def summarise(run: Run, layout: str, measured: dict[str, dict[str, Any]]) -> dic
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """How often as fast as each opponent dsmoe is, and the share of the peak rate where that is known, as Markdown."""
+    """Speed of dsmoe over each opponent, and the share of the peak rate where that is known, as Markdown."""
     shares = {key: heading for key, heading in MFU.items() if any(key in row for row in rows)}
     headings = ["ranks", "layout", "dtype", *(f"over {opponent}" for opponent in OPPONENTS), "dsmoe, tokens/s"]
     headings += shares.values()
@@ -264,7 +264,7 @@ def report(entrants: Entrants, taken: dict[str, list[float]], tokens: torch.Tens
 
 
 def step_seconds(entrants: Entrants, name: str, tokens: torch.Tensor) -> float:
-    """How long a step of this rank takes, from when all ranks are ready."""
+    """Measure the seconds of a step of this rank, from when all ranks are ready."""
     contender = entrants.contenders[name]
     contender.activate()
     gc.collect()
@@ -274,7 +274,7 @@ def step_seconds(entrants: Entrants, name: str, tokens: torch.Tensor) -> float:
 
 
 def figures_of(entrants: Entrants, name: str, taken: list[float], tokens: torch.Tensor | None) -> dict[str, Any]:
-    """What `summarise` needs of a contender: the slowest rank's times, the largest memory, and the loss of `tokens`."""
+    """Figures of a contender for `summarise`: the slowest rank's times, the largest memory, the loss of `tokens`."""
     contender, rank = entrants.contenders[name], entrants.rank
     contender.activate()
     worst = torch.tensor([*taken, contender.peak_bytes], dtype=torch.float64, device=rank.device)
@@ -290,7 +290,7 @@ def figures_of(entrants: Entrants, name: str, taken: list[float], tokens: torch.
 
 
 def out_of_time(run: Run, rank: Rank) -> bool:
-    """Whether the time is over by any rank's clock; collective, so that all of them stop after the same round."""
+    """Return whether the time is over by any rank's clock; collective, so that all ranks stop after the same round."""
     over = run.until is not None and time.time() > run.until
     anywhere = torch.tensor(float(over), device=rank.device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
@@ -306,7 +306,7 @@ class Entrants:
         self.left_out: dict[str, str] = {}
 
     def attempt(self, name: str, action: Callable[[], Result]) -> Result | None:
-        """What `action` returns; None where it fails and the contender is out, with its memory free.
+        """Return what `action` returns; None where it fails and the contender is out, with its memory free.
 
         With several ranks only a package that is missing, which it is on all of them, is no reason to fail.
         """

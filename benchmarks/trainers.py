@@ -52,7 +52,7 @@ class Contender:
         return tokens.chunk(count)[number]
 
     def activate(self) -> None:
-        """Let DeepSpeed see this contender's tensor group, or that it has none.
+        """Show DeepSpeed this contender's tensor group, or that it has none.
 
         It keeps that of the engine made last in a global variable, where its MoE layer and ZeRO look in every step.
         """
@@ -154,7 +154,7 @@ def transformers_contender(config: Config, rank: Rank) -> Contender:
 
 
 def _transformers_name(name: str) -> str:
-    """What a parameter of `dsmoe.model.Transformer` is called in `Qwen3MoeForCausalLM`."""
+    """Return the name in `Qwen3MoeForCausalLM` of a parameter of `dsmoe.model.Transformer`."""
     for ours, theirs in (
         ("ffn.deepspeed_moe.gate.wg.", "mlp.gate."),
         ("ffn.deepspeed_moe.experts.gate_up", "mlp.experts.gate_up_proj"),
@@ -197,7 +197,7 @@ def _in_engine(
 
 @dataclass(frozen=True)
 class _OneMicroBatch:
-    """What a `Trainer` needs of its loader."""
+    """The part of a loader that a `Trainer` needs."""
 
     tokens: torch.Tensor
 

@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured in one set of processes."""
+    """The measurements of one set of processes."""
 
     ranks: int
     dtype: str

@@ -1,4 +1,4 @@
-"""What holds for every file of the package: it is short, as are its functions and the lists of what they take."""
+"""Rules for every file of the package: sizes, names, and how docstrings open."""
 
 from __future__ import annotations
 
@@ -128,3 +128,77 @@ def test_kernels_import_nothing_of_the_package() -> None:
                 modules = [f"{node.module}.{alias.name}" for alias in node.names]
             for module in modules:
                 assert not re.match(r"dsmoe\b(?!\.kernels\b)", module), f"{name}:{node.lineno} imports {module}"
+
+
+LOOKED_FOR_BY_NAME = {
+    "dsmoe/engine/parameter_groups.py": "a step of `make_engine` that DeepSpeed users know by this name",
+    "dsmoe/interop/architectures/deepseek.py": "an architecture",
+    "dsmoe/interop/architectures/dense.py": "an architecture",
+    "dsmoe/interop/architectures/mixtral.py": "an architecture",
+    "dsmoe/kernels/bag_sum.py": "a kernel",
+    "dsmoe/metrics/console.py": "the line that a person watches",
+    "dsmoe/model/init.py": "initial weights",
+}
+"""Small modules with one importer, and what a reader looks for in each."""
+
+
+def importers() -> dict[str, set[str]]:
+    """The files that import each module of the package, by the module's file."""
+    texts = sources("dsmoe", "launch", "docker")
+    found: dict[str, set[str]] = {file: set() for file in texts if file.startswith("dsmoe/")}
+    for file, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                module = f"{name.replace('.', '/')}.py"
+                if module in found:
+                    found[module].add(file)
+    return found
+
+
+def test_a_small_module_with_one_importer_is_one_that_people_look_for() -> None:
+    texts = sources("dsmoe")
+    small = {file for file, text in texts.items() if len(text.splitlines()) < 60 and not file.endswith("__.py")}
+    assert {file for file in small if len(importers()[file]) == 1} == LOOKED_FOR_BY_NAME.keys()
+
+
+def test_no_two_files_have_one_name() -> None:
+    """A traceback and a search show the name alone; packages that are tables of files mirror others' names."""
+    tables = ("dsmoe/config/sections/", "dsmoe/interop/architectures/")
+    names = [
+        file.rpartition("/")[2]
+        for file in sources("dsmoe")
+        if not file.endswith("__.py") and not file.startswith(tables)
+    ]
+    assert not sorted({name for name in names if names.count(name) > 1})
+
+
+UNTELLING = {"here", "there", "of", "mine"}
+
+
+def test_names_say_what_they_hold() -> None:
+    found = []
+    for file, text in sources(*FOLDERS).items():
+        for node in ast.walk(ast.parse(text)):
+            name = getattr(node, "arg", None) or getattr(node, "name", None) or getattr(node, "id", None)
+            if name in UNTELLING:
+                found.append(f"{file}:{getattr(node, 'lineno', '?')} {name}")
+    assert not found
+
+
+OPENINGS = {"What", "Which", "Whether", "How", "Let", "That", "Where", "Who"}
+
+
+def test_docstrings_open_with_what_they_name_or_do() -> None:
+    found = []
+    for file, text in sources(*FOLDERS).items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | Function):
+                docstring = ast.get_docstring(node) or ""
+                if docstring.split(maxsplit=1)[:1] and docstring.split(maxsplit=1)[0].strip(",:;") in OPENINGS:
+                    found.append(f"{file}: {docstring.splitlines()[0]}")
+    assert not found

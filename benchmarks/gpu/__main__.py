@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
                 end = supervise(
                     stage.command(machine, rows, limit), results.logs / f"{stage.name}.log", limit, environment, ROOT
                 )
-                results.add(Outcome.of(stage.name, end, *read_rows(rows), limit))
+                results.add(Outcome.judge(stage.name, end, *read_rows(rows), limit))
             print(f"{stage.name}: {results.outcomes[-1].sentence()}", flush=True)
             if end.word == "interrupted":
                 break

@@ -112,15 +112,15 @@ def limits(config: Config, device: str, known_as: str | None, deadline: Deadline
     facts = KNOWN_DEVICES.get(known_as) if known_as else None
     rates, sums = _again(partial(product_rate, square, where, dtype), deadline)
     yield _limit(f"compute, square product {square.shape}", used.compute, rates, "TFLOP/s")
-    yield _limit("checksum of equal products", 1 - CHECKSUM_TOLERANCE, sums, "mean size", of=max(sums))
+    yield _limit("checksum of equal products", 1 - CHECKSUM_TOLERANCE, sums, "mean size", whole=max(sums))
     if facts is not None and facts.peak_tflops:
         for name, limit in (("a note", MET_TFLOPS), ("far off", FAR_TFLOPS)):
-            yield _limit(f"peak rate, {name} below", limit, rates, "TFLOP/s", of=facts.peak_tflops)
+            yield _limit(f"peak rate, {name} below", limit, rates, "TFLOP/s", whole=facts.peak_tflops)
     total, free = memory_gib(where)
     if facts is not None and facts.memory_gib:
-        yield _limit("memory, total", MEMORY_SHARE, [total], "GiB", of=facts.memory_gib)
+        yield _limit("memory, total", MEMORY_SHARE, [total], "GiB", whole=facts.memory_gib)
     if on_cuda:
-        yield _limit("memory, free beside one context", FREE_SHARE, [free], "GiB", of=total)
+        yield _limit("memory, free beside one context", FREE_SHARE, [free], "GiB", whole=total)
     copies, _ = _again(lambda: (copy_rate(where, (256 if on_cuda else 64) * 2**20), 0.0), deadline)
     yield _limit("compute, memory copy", used.compute, copies, "GB/s")
     with tempfile.TemporaryDirectory() as folder:
@@ -145,10 +145,10 @@ def _again(measure: Callable[[], tuple[float, float]], deadline: Deadline) -> tu
     return list(rates), list(sums)
 
 
-def _limit(name: str, limit: float, measured: list[float], unit: str, of: float | None = None) -> Row:
-    """The smallest of the numbers as a share of `of`, or of their upper median, beside the least share allowed."""
+def _limit(name: str, limit: float, measured: list[float], unit: str, whole: float | None = None) -> Row:
+    """The smallest of the numbers as a share of `whole`, or of their upper median, beside the least share allowed."""
     median = statistics.median_high(measured)
-    share = min(measured) / (of or median)
+    share = min(measured) / (whole or median)
     figures = {"limit": limit, "worst_share": share, "margin": share / limit}
     return {"kind": "limit", "what": name, **figures, "median": median, "unit": unit, "repeats": len(measured)}
 

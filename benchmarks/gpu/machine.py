@@ -1,4 +1,4 @@
-"""What this machine is, as JSON on standard output: `python -m benchmarks.gpu.machine DEVICE ARGUMENT ...`.
+"""Facts of this machine, as JSON on standard output: `python -m benchmarks.gpu.machine DEVICE ARGUMENT ...`.
 
 A process of its own, because a process that asks a CUDA device for its name takes half a gibibyte of its memory.
 """

@@ -172,7 +172,7 @@ def measured(config: Config, rank: Rank) -> Row:
 
 
 class Reading:
-    """What the allocator says now, in GiB; on a CPU, what the process has resident, and nothing else."""
+    """Memory now by the allocator, in GiB; on a CPU the resident size of the process, and nothing else."""
 
     def __init__(self, allocated: float, reserved: float | None, outside: float | None) -> None:
         self.allocated, self.reserved, self.outside = allocated, reserved, outside

@@ -1,4 +1,4 @@
-"""What the stages came to: read from their files, written as one JSON and one Markdown file after every stage."""
+"""Results of the stages: read from their files, written as one JSON and one Markdown file after every stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEFT_OUT_KINDS, LEFT_OUT_KEYS = ("tune",), ("kind", "settings")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage went.
+    """The outcome of a stage.
 
     Attributes:
         word: `done`, `failed`, `out of time`, `killed`, `interrupted` or `not begun`.
@@ -37,7 +37,7 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
 
     @classmethod
-    def of(cls, stage: str, end: End, rows: list[Row], unreadable: int, limit_seconds: float) -> Outcome:
+    def judge(cls, stage: str, end: End, rows: list[Row], unreadable: int, limit_seconds: float) -> Outcome:
         """Judge a stage by how its program ended and by what it wrote.
 
         A check is a row with `passed`: True, False, or None where there was no time for it.
@@ -59,12 +59,12 @@ class Outcome:
 
     @property
     def is_done(self) -> bool:
-        """Whether it did all that it is for."""
+        """Return whether the stage did all that it is for."""
         return self.word == "done"
 
     @property
     def summary(self) -> str:
-        """What it has: `9 of 9 checks passed, 12 figures, 1 left out`."""
+        """Sum up the stage: `9 of 9 checks passed, 12 figures, 1 left out`."""
         verdicts = [row["passed"] for row in self.rows if "passed" in row]
         left_out = sum("error" in row for row in self.rows)
         figures = len(self.rows) - len(verdicts) - left_out

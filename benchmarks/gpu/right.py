@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def checks_at_once(cores: int, ranks: int) -> int:
-    """As many as have cores of their own; of several ranks two at most, since they share the devices as well."""
+    """Number of checks at once, each with cores of its own; two at most of several ranks, which share the devices."""
     return max(1, min(cores // (CORES_PER_RANK * ranks), 8 if ranks == 1 else 2))
 
 
@@ -97,7 +97,7 @@ class Check:
 
 
 def all_checks(bench: Bench) -> list[Check]:
-    """What is checked; what takes longest comes first, so that little is left over at the end."""
+    """The checks; the longest come first, so that little is left over at the end."""
     ranks, tiny = bench.ranks, bench.tiny
     precisions, tests = (("bf16",), TINY_TESTS) if tiny else (("bf16", "fp32"), TESTS)
     kills = [("bf16", 1, 1)] if tiny else [("bf16", 1, ranks), ("fp32", 2, ranks), ("bf16", 0, ranks)]

@@ -16,7 +16,7 @@ START_SECONDS = {"cuda": 25.0, "cpu": 8.0}
 
 @dataclass(frozen=True)
 class Machine:
-    """What the stages are run on.
+    """The machine that the stages run on.
 
     Attributes:
         device: `cuda` or `cpu`.
@@ -40,7 +40,7 @@ class Stage:
     seconds: float
 
     def command(self, machine: Machine, rows: Path, allowed_seconds: float) -> list[str]:
-        """What to start; the program begins nothing new when its seconds are over."""
+        """Return the command to start; the program begins nothing new when its seconds are over."""
         left = max(allowed_seconds - START_SECONDS[machine.device], 1.0)
         common = ["--rows", str(rows), "--seconds", f"{left:.0f}"]
         return [sys.executable, "-m", self.program, *self._options(machine), *common]
@@ -79,7 +79,7 @@ STAGES = (
 
 
 def time_limit(stage: Stage, later: list[Stage], left_seconds: float) -> float:
-    """How long a stage may take of what is left: its fair share, or half of it all where the stage wants so much.
+    """Return a stage's part of the time left: its fair share, or half of it all where the stage wants so much.
 
     What a stage leaves goes to those after it, and the last one has the rest.
     """

@@ -38,7 +38,7 @@ _OF_A_LAUNCHER = re.compile(r"ChildFailedError|CalledProcessError")
 
 @dataclass(frozen=True)
 class End:
-    """How a program ended.
+    """The end of a program.
 
     Attributes:
         why: None where it ended by itself with exit code 0; else one sentence.

@@ -72,7 +72,7 @@ LONG = ("model.head_dim=64", "model.max_sequence_length=512", "train.sequence_le
 
 @dataclass(frozen=True)
 class Bench:
-    """Where runs are made, and on what.
+    """The place of the runs, and their devices.
 
     Attributes:
         folder: for configs, corpora and run folders.
@@ -133,7 +133,7 @@ class Run:
         return self.bench.folder / "runs" / self.name
 
     def command(self, launcher: str = "torchrun") -> list[str]:
-        """What starts `launch/pretrain.py`; `python` alone is one rank."""
+        """Return the command that starts `launch/pretrain.py`; `python` alone is one rank."""
         arguments = [
             *("--config", str(self.bench.config), f"name={self.name}", f"cluster.devices_per_node={self.ranks}"),
             f"cluster.device={'cpu' if self.device == 'cpu' else 'null'}",
@@ -174,7 +174,7 @@ class Run:
 
 
 def launch(launcher: str, ranks: int) -> list[str]:
-    """What starts `ranks` processes of a program on this host: `torchrun`, `deepspeed`, or `python` for one."""
+    """Return the command for `ranks` processes of a program here: `torchrun`, `deepspeed`, or `python` for one."""
     if launcher == "deepspeed":
         visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device][:ranks]
         # With --num_gpus it would take the first devices, whichever are visible.
@@ -353,7 +353,7 @@ def _start_and_kill(run: Run) -> int | None:
 
 
 def _difference(one: Run, two: Run) -> str | None:
-    """What differs first between two runs of the same steps: a loss, or a file of the last checkpoint."""
+    """Return the first difference between two runs of the same steps: a loss, or a file of the last checkpoint."""
     first, second = one.losses(), two.losses()
     for step in sorted(first.keys() | second.keys()):
         if first.get(step) != second.get(step):
@@ -369,7 +369,7 @@ def _difference(one: Run, two: Run) -> str | None:
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What a checkpoint has in its files, box by box; not torch's own random states, from which nothing is drawn."""
+    """Tensors in the files of a checkpoint, box by box; not torch's own random states, from which nothing is drawn."""
     manifest = verify(checkpoint)
     return {
         f"{key} {chunk.start}": read_tensor(checkpoint / chunk.file, tensor.dtype, chunk.shape, chunk.offset)

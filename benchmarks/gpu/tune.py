@@ -216,7 +216,7 @@ def adopt(rows: Iterable[Row], table_path: Path = blocks.TABLE) -> list[str]:
 
 @contextmanager
 def sizes_set(kernel: str, sizes: Sizes) -> Iterator[None]:
-    """Let the kernel use these sizes."""
+    """Set the kernel's sizes."""
     before, SIZES[kernel] = SIZES[kernel], sizes
     try:
         yield
@@ -225,7 +225,7 @@ def sizes_set(kernel: str, sizes: Sizes) -> Iterator[None]:
 
 
 def microseconds(run: Callable[[], object], device: str) -> float:
-    """How long it takes: on a GPU the median of launches that find the L2 cache empty."""
+    """Measure a launch in microseconds: on a GPU the median of launches that find the L2 cache empty."""
     if device == "cpu":
         return 1e6 * seconds(run, device)
     from triton.testing import do_bench

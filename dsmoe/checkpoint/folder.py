@@ -132,7 +132,7 @@ class _Counted(FileIO):
     on_piece: Callable[[int], None]
 
     def readinto(self, buffer: Any) -> int:
-        """As of any file."""
+        """Read into `buffer` and report the bytes."""
         count = super().readinto(buffer)
         self.on_piece(count)
         return count
@@ -246,7 +246,7 @@ class Found:
     passed_over: dict[Path, str] = field(default_factory=dict)
     """The others, and what is wrong with each."""
     unreadable: dict[Path, UnreadableError] = field(default_factory=dict)
-    """Of the others, those that cannot be read now and may be whole."""
+    """Those of the others that cannot be read now and may be whole."""
 
     @property
     def damaged(self) -> list[Path]:

@@ -18,7 +18,7 @@ LARGEST = 1 << 63
 """Bound of sizes, numbers of elements and offsets; a product of unbounded ones would take for ever."""
 MOST_DIMENSIONS = 32
 _LONGEST_HEADER = 100_000_000
-"""As in the safetensors library: a longer one is no header."""
+"""The limit of the safetensors library: a longer one is no header."""
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,12 @@ class Facts:
     schedule_step: int
     """Position in the learning-rate schedule, which a skipped step does not advance."""
     validation_loss: float | None
-    """Of an evaluation after this very step."""
+    """Held-out loss of an evaluation after this very step."""
     optimizer: str
     config: dict[str, Any]
-    """The run's, resolved."""
+    """The run's config, resolved."""
     layout: dict[str, Any]
-    """Of the ranks that wrote it. Any other reads it; random states are those of ranks of this one."""
+    """Layout of the ranks that wrote it. Any other reads it; random states are those of ranks of this one."""
     versions: dict[str, str]
     corpora: dict[str, list[int]] = field(default_factory=dict)
     """By source, the numbers of tokens and of bytes of its training text."""
@@ -106,7 +106,7 @@ class StoredTensor:
     """A global tensor: the chunks tile it."""
 
     dtype: str
-    """As in safetensors files: `F32`, `BF16`, `U8`."""
+    """Type as in safetensors files: `F32`, `BF16`, `U8`."""
     shape: tuple[int, ...]
     chunks: tuple[StoredChunk, ...]
 

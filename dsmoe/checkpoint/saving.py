@@ -60,7 +60,7 @@ class MissedSaves:
     last: str = "the beginning"
     """The state that a run would resume from after a crash."""
     since: float = field(default_factory=time.time)
-    """When that state was saved; Unix time."""
+    """Unix time at which that state was saved."""
     failed: int = 0
     put_off: int = 0
     """Saves put off because steps were skipped."""
@@ -134,7 +134,7 @@ class Saver:
         self.buffer = HostBuffer(on_gpu)
         self.misses = MissedSaves()
         self.failure: SaveError | LostRanksError | None = None
-        """Of the last save."""
+        """Failure of the last save."""
         self._thread: threading.Thread | None = None
         self._job: Job | None = None
 

@@ -45,10 +45,10 @@ class Chunk:
     key: str
     """Kind and name of the global tensor: `exp_avg/blocks.1.ffn.up.weight`."""
     shape: tuple[int, ...]
-    """Of the global tensor."""
+    """Shape of the global tensor."""
     box: Box
     values: torch.Tensor
-    """Of the box's shape."""
+    """The box's elements, of its shape."""
 
     @classmethod
     def whole(cls, key: str, tensor: torch.Tensor) -> Chunk:

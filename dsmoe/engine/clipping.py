@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsmoe.engine import registry
+from dsmoe.engine import deepspeed_registry
 from dsmoe.engine.optimizer_state import inner_optimizer
 from dsmoe.engine.update_guard import UpdateGuard
 from dsmoe.parallel.groups import Groups
@@ -43,7 +43,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: f
         kind.extend(p.grad for p in group["params"] if p.grad is not None)
     gradients = [*whole, *split, *chain(*experts.values())]
     square = _square_norm(whole, gradients[0].device)
-    of_experts = [(parts, registry.expert_group(name)) for name, parts in experts.items()]
+    of_experts = [(parts, deepspeed_registry.expert_group(name)) for name, parts in experts.items()]
     for parts, handle in ((split, groups.handle("tensor")), *of_experts):
         part = _square_norm(parts, square.device)
         dist.all_reduce(part, group=handle)

@@ -34,7 +34,7 @@ class Match:
     key: str | None
     """dsmoe's tensor, as in a checkpoint's manifest; None where its model has none, and Hugging Face's must be zero."""
     shape: tuple[int, ...]
-    """Of dsmoe's tensor."""
+    """Shape of dsmoe's tensor."""
     box: Box
     """Within dsmoe's tensor."""
 

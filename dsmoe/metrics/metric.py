@@ -19,7 +19,7 @@ class Combine(Enum):
 
 @dataclass(frozen=True)
 class Reduction:
-    """How a metric is reduced over each axis; None where every part has the same number, or where there is one part."""
+    """The reduction of a metric over each axis; None where every part has the same number, or there is one part."""
 
     steps: Combine | None = None
     """Over the optimizer steps since the line before."""
@@ -56,7 +56,7 @@ class Metric:
     source: str = ""
     """Paper or convention of the formula, in Markdown."""
     in_every_layer: bool = False
-    """Whether each MoE layer's own value is written as well, see `in_layer`."""
+    """True where each MoE layer's own value is written as well, see `in_layer`."""
 
     @property
     def group(self) -> str:

@@ -15,7 +15,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import nn
 
 from dsmoe.config import schema
-from dsmoe.engine import registry
+from dsmoe.engine import deepspeed_registry
 from dsmoe.moe.balance import Balance, count_experts
 from dsmoe.moe.capacity import Capacity, spread_over_slices
 from dsmoe.moe.deepspeed_arguments import DeepSpeedArguments, Sections, check_kind, check_switches, to_sections
@@ -119,7 +119,7 @@ class MoE(DeepSpeedMoE):
         # Not DeepSpeed's own __init__: it would build its gate and deep-copied experts only to throw them away.
         nn.Module.__init__(self)
         check_sizes(hidden_size=hidden_size, num_experts=num_experts, ep_size=ep_size, k=k)
-        check_switches(enable_expert_tensor_parallelism and registry.has_model_parallel_unit(), use_tutel)
+        check_switches(enable_expert_tensor_parallelism and deepspeed_registry.has_model_parallel_unit(), use_tutel)
         given = DeepSpeedArguments(
             capacity_factor=capacity_factor,
             eval_capacity_factor=eval_capacity_factor,
@@ -249,8 +249,8 @@ class MoE(DeepSpeedMoE):
         # expert-data group.
         if self._dispatches and self.ep_size > 1:
             return
-        if not registry.has_expert_group(self.expert_group_name):
-            registry.create_expert_groups(self.ep_size, use_data_before_expert_parallel_)
+        if not deepspeed_registry.has_expert_group(self.expert_group_name):
+            deepspeed_registry.create_expert_groups(self.ep_size, use_data_before_expert_parallel_)
         if self.ep_size > 1:
             self.set_expert_group(ExpertGroup.registered(self.expert_group_name))
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe.config.errors import UserError
-from dsmoe.engine import registry
+from dsmoe.engine import deepspeed_registry
 from dsmoe.plan.topology import AXES, Axis, Topology
 from dsmoe.runtime.consistency import check_all_ranks_agree
 from dsmoe.runtime.processes import join_processes
@@ -53,7 +53,7 @@ class ExpertGroup:
     @classmethod
     def registered(cls, name: str) -> ExpertGroup:
         """Return the expert group that DeepSpeed knows under `name` (`ep_size_N`)."""
-        handle = registry.expert_group(name)
+        handle = deepspeed_registry.expert_group(name)
         ranks = dist.get_process_group_ranks(handle)
         world = launched_world()
         per_node = world.devices_per_node or world.size
@@ -190,12 +190,12 @@ class Groups:
         """Register these groups with DeepSpeed, instead of those of an earlier topology of this process."""
         topology = self.topology
 
-        def member(axis: Axis) -> registry.RegisteredGroup:
-            return registry.RegisteredGroup(self.handle(axis), topology.group_of(axis, self.rank))
+        def member(axis: Axis) -> deepspeed_registry.RegisteredGroup:
+            return deepspeed_registry.RegisteredGroup(self.handle(axis), topology.group_of(axis, self.rank))
 
         # Without tensor parallelism the data group is the whole world.
         world = self.handle("data") if topology.tensor == 1 else None
-        registry.register_groups(
+        deepspeed_registry.register_groups(
             self.expert_group_name,
             expert=member("exchange"),
             expert_data=member("expert_data"),

@@ -125,9 +125,9 @@ class ShardedTensor:
     """A rank's tensor as boxes of a global tensor, the one that the whole model has."""
 
     name: str
-    """Of the global tensor: the same on every layout."""
+    """Name of the global tensor: the same on every layout."""
     shape: tuple[int, ...]
-    """Of the global tensor."""
+    """Shape of the global tensor."""
     boxes: tuple[tuple[Box, Box], ...]
     """Pairs: a box of the rank's tensor, and the box of the global tensor with the same elements."""
 

@@ -6,17 +6,22 @@ The stages are this process' steps in `dsmoe.runtime.watchdog`: whoever hangs or
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from dsmoe.config.dump import dump_config
+from dsmoe.config.schema import Config
 from dsmoe.parallel import Groups
 from dsmoe.plan import Plan
 from dsmoe.preflight.judge import ON_DEVICES, ON_HOSTS, Verdict, Workload, judge
@@ -31,12 +36,14 @@ from dsmoe.preflight.measure import (
     write_rate,
 )
 from dsmoe.preflight.meeting import Answer, meet, part
-from dsmoe.preflight.rank_facts import steering, versions
 from dsmoe.preflight.results import SQUARE, Promise, RankReport
 from dsmoe.preflight.workload import Pairs, Product, group_ranks, messages, products, rounds
 from dsmoe.runtime.processes import Rank, set_group_timeouts
 from dsmoe.runtime.watchdog import process_watchdog
+from dsmoe.train.environment import worth_recording
 
+_STEERING = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_DEVICE_", "OMP_NUM_THREADS", "UCX_", "FI_")
+_DRIVER = Path("/proc/driver/nvidia/version")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BYTES_PER_PARAMETER = 12
 """Bytes of a parameter in a checkpoint: fp32 weights and two moments."""
@@ -234,3 +241,34 @@ def _file(token: str, node: int) -> str:
 
 def _bytes(size: int) -> str:
     return f"{size / 2**20:,.3g} MiB" if size >= 2**20 else f"{size / 2**10:,.3g} KiB"
+
+
+def versions(config: Config, device: torch.device) -> dict[str, str]:
+    """Return what must be the same on all ranks: packages, the device's model and driver, and the config's text."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {package: _version_of(package) for package in ("deepspeed", "dsmoe")}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["CUDA"] = torch.version.cuda or torch.version.hip or "none"
+        found["driver"] = _driver()
+    text = dump_config(config)
+    return {**found, "config": f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"}
+
+
+def steering(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change how the ranks talk to each other."""
+    return {key: value for key, value in worth_recording(environment).items() if key.startswith(_STEERING)}
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    """The kernel driver's version, which containers share with their host."""
+    found = re.search(r"\s(\d+\.\d+[.\d]*)\s", _DRIVER.read_text(encoding="utf-8")) if _DRIVER.exists() else None
+    return found.group(1) if found else "unknown"

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Start:
-    """What the command line says: the options and the plan of a run, or what is wrong with them."""
+    """The command line of a rank: the options and the plan of a run, or what is wrong with them."""
 
     options: argparse.Namespace
     planned: Plan | None

@@ -291,10 +291,10 @@ def test_wrong_input_is_one_clear_error(
 def test_outcomes_say_what_is_missing() -> None:
     done = End("done", None, 3.0)
     rows = [{"check": "a", "passed": True}, {"check": "b", "passed": None}, {"value": 1}, {"error": "out of memory"}]
-    outcome = Outcome.of("right", done, rows, 0, 10.0)
+    outcome = Outcome.judge("right", done, rows, 0, 10.0)
     assert (outcome.word, outcome.why) == ("out of time", "no time for 1 of 2 checks")
     assert outcome.summary == "1 of 2 checks passed, 1 figure, 1 left out"
-    assert Outcome.of("layer", done, [{"value": 1}], 0, 10.0).is_done
+    assert Outcome.judge("layer", done, [{"value": 1}], 0, 10.0).is_done
 
 
 def test_rows_of_a_file_that_was_never_made(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ MUTATIONS = [
     Mutation(
         "without ZeRO the norm forgets the other slices of the experts",
         "dsmoe/engine/clipping.py",
-        old="(parts, registry.expert_group(name))",
+        old="(parts, deepspeed_registry.expert_group(name))",
         new='(parts, groups.handle("expert"))',
         caught_by=f"{NORM}[2]",
     ),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe.preflight.rank_facts import steering
+from dsmoe.preflight.stages import steering
 from dsmoe.train.environment import of_this_rank, worth_recording, write_environment
 
 

@@ -65,7 +65,7 @@ def expert_group(name: str) -> dist.ProcessGroup:
 
 
 def create_expert_groups(ep_size: int, data_before_expert: bool) -> None:
-    """Let DeepSpeed make and register the expert and expert-data groups of `ep_size`; collective.
+    """Make and register, by DeepSpeed, the expert and expert-data groups of `ep_size`; collective.
 
     Args:
         ep_size: ranks of an expert group.
