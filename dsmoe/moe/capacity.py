@@ -43,6 +43,7 @@ class DropPolicy:
 
 
 def _by_weight(routing: Routing, _: torch.Tensor | None) -> torch.Tensor:
+    # Only sorted by, which has no gradient.
     return routing.weights_TK.detach().reshape(-1)
 
 
@@ -149,6 +150,7 @@ class DropRateController(nn.Module):
 
     def get_extra_state(self) -> torch.Tensor:
         """Return the state that `state_dict` saves: a CPU tensor, since a buffer would move to the device."""
+        # float64 holds a Python float exactly, so that a resumed run has the same factor, and the same capacities.
         return torch.tensor(self.factor, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -188,6 +190,7 @@ class Capacity(nn.Module):
     @property
     def factor(self) -> float | None:
         """The factor in training."""
+        # The controller moves; `options.factor` is only where it began.
         if self.controller is not None:
             return self.controller.factor
         return None if self._factor is None else float(self._factor)
@@ -254,9 +257,15 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
     if factor is None:
         return None
     wanted = math.ceil(num_tokens * top_k / num_experts * factor)
+    # At least 1 even without tokens: a padded exchange of no places would have no chunk.
     return min(max(minimum, wanted), max(num_tokens, 1))
 
 
+# With ranks, C = 2: four assignments of experts 1 0 1 1 with weights .2 .9 .5 .2.
+#   by_rank_A  1 2 0 3        by falling weight; of equals, 0 before 3
+#   expert_A   0 | 1 1 1      sorted by expert, stably
+#   order_A    1 | 2 0 3      in terms of the unsorted assignments
+#   place_A    0 | 0 1 2      assignment 3 is dropped
 def limit(
     routing: Routing,
     assigned_E: torch.Tensor,
@@ -286,6 +295,7 @@ def limit(
         by_rank_A = rank_A.argsort(descending=True, stable=True)
         order_A, expert_A, place_A = _by_expert(flat_A[by_rank_A], assigned_E)
         order_A = by_rank_A[order_A]
+    # Masked assignments have expert E.
     kept_A = expert_A < num_experts
     kept_E = assigned_E
     if capacity is not None:
@@ -300,6 +310,7 @@ def limit(
 def _by_expert(expert_A: torch.Tensor, assigned_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a stable order by expert, and in that order the expert and the place within it."""
     if on_gpu(expert_A):
+        # The kernel counts once more rather than take `assigned_E`: the scan needs counts per block.
         from dsmoe.kernels.permute import sort_by_expert
 
         return sort_by_expert(expert_A, assigned_E.numel())[1:]
@@ -333,8 +344,10 @@ def spread_over_slices(assignments: Assignments, num_slices: int, num_local_expe
 
     return dataclasses.replace(
         assignments,
+        # token * K + k becomes token * K * slices + k * slices + slice: still token-major.
         order_A=(assignments.order_A[:, None] * num_slices + slices).flatten(),
         expert_A=number_AR.flatten().clamp(max=num_experts),  # masked ones have no expert in any slice
+        # Every slice has the assignments of the whole expert, and so the same places and drops.
         place_A=assignments.place_A.repeat_interleave(num_slices),
         kept_A=assignments.kept_A.repeat_interleave(num_slices),
         assigned_E=each(assignments.assigned_E),
@@ -349,10 +362,13 @@ def renormalize(weights_TK: torch.Tensor, assignments: Assignments) -> torch.Ten
     w'_k = w_k * sum_j w_j / sum_(j kept) w_j. With normalised weights, that is w_k over the sum of the kept, times
     `scale`; without, a token that loses nothing keeps its weights. A token that loses all its choices has weights 0.
     """
+    # From sorted back to token-major order.
     kept_A = torch.empty_like(assignments.kept_A).scatter_(0, assignments.order_A, assignments.kept_A)
     kept_TK = torch.where(kept_A.view_as(weights_TK), weights_TK, 0.0)
     kept_T1 = kept_TK.sum(dim=1, keepdim=True)
+    # The number of kept choices modulo K is 0 for none and for all of them.
     # Exactly 1 where nothing was dropped or nothing kept: no rounding, and no division by zero in the gradient.
     partly_T1 = (kept_A.view_as(weights_TK).sum(dim=1, keepdim=True) % weights_TK.shape[1] != 0) & (kept_T1 > 0)
     whole_T1 = weights_TK.sum(dim=1, keepdim=True)
+    # The inner `where` is for the gradient: the branch not taken has one too, and 0 times infinity in it is NaN.
     return kept_TK * torch.where(partly_T1, whole_T1 / torch.where(partly_T1, kept_T1, 1.0), 1.0)

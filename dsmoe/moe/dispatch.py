@@ -112,6 +112,7 @@ class LocalDispatch:
     def dispatch(self, x_TD: torch.Tensor, weights_TK: torch.Tensor, assignments: Assignments) -> list[PendingChunk]:
         """See `Dispatch.dispatch`; U = T, and N = A, or E * C where that is less. One chunk: nothing travels."""
         ends_L = assignments.kept_E.cumsum(0)
+        # Static: how many are kept is known on the device alone, but never more than assignments or places.
         num_rows = assignments.order_A.numel()
         if assignments.capacity is not None:
             num_rows = min(num_rows, assignments.capacity * assignments.kept_E.numel())
@@ -140,9 +141,11 @@ class MultiRankDispatch:
             output_UD, route = experts(dispatched), dispatched.route
             assert route is not None
             if dispatched.node_route is not None:
+                # Waits: the sum over the ranks of the node is what travels on.
                 output_UD = dispatched.node_route.take_back(output_UD)
             # Without waiting: the experts go on with the next chunk while these results travel.
             returning.append((start_all_to_all(output_UD, route.exchange.reversed()), route.sent))
+        # `sent` maps the rows of all chunks, so a token's results are summed at once, whatever the number of chunks.
         return sum_rows(_join([flight.wait() for flight, _ in returning]), returning[0][1])
 
 
@@ -158,11 +161,13 @@ class PaddedDispatch(MultiRankDispatch):
         assert assignments.capacity is not None, "PaddedDispatch needs a capacity"
         capacity = assignments.slots
         num_experts, ranks = assignments.assigned_E.numel(), self.group.size
+        # Agreed on as well: a rank that asks for the largest C beside one that knows it would wait for ever.
         slots = "as the fullest rank needs" if capacity is None else f"{capacity} rows each"
         agree(
             self.group, x_TD, num_experts, f"top {assignments.num_choices}, padded, {slots}{in_chunks(self.num_chunks)}"
         )
         if capacity is None:
+            # A collective, and the one host read of this dispatch.
             capacity = largest_of(assignments.capacity, self.group, x_TD.device)
         elif capacity < assignments.capacity:
             raise ValueError(
@@ -170,7 +175,9 @@ class PaddedDispatch(MultiRankDispatch):
                 f"and not for {assignments.capacity}; raise max_tokens"
             )
         num_chunks = min(self.num_chunks, capacity)  # no chunk without a place
+        # Differences of x * C // X, so that they sum to C; `_slots` has the same borders.
         sizes = [capacity * (chunk + 1) // num_chunks - capacity * chunk // num_chunks for chunk in range(num_chunks)]
+        # Equal parts for all ranks, whatever the chunk: one exchange describes them all.
         route = ReturnRoute(_slots(assignments, capacity, num_chunks), Exchange(self.group, self.traffic))
         rows = [num_experts * size for size in sizes]
         flights = _send(x_TD, weights_TK, route.sent, [route.exchange] * num_chunks, rows)
@@ -196,6 +203,7 @@ class VariableDispatch(MultiRankDispatch):
             # Sorted by (chunk, expert), so that the rows of a chunk follow one another and can leave by themselves.
             experts_TK = by_chunk(assignments.kept_experts(), num_experts, num_chunks)
             assignments = Assignments.all_kept(experts_TK, num_chunks * num_experts, assignments.complete)
+        # E stands for (chunk, rank, local expert) from here on: X * R * L entries.
         sent_E = assignments.kept_E
         sent_XRL = sent_E.view(num_chunks, ranks, -1)
         # [R, X, L] on the wire: the exchange cuts the first dimension, and every rank gets all chunks' counts at once.
@@ -206,9 +214,11 @@ class VariableDispatch(MultiRankDispatch):
         sizes = [sum(send_R) for send_R in send_XR]
         sent = RowMap.from_assignments(assignments, sent_E.cumsum(0) - sent_E, sum(sizes))
         exchanges = [Exchange(self.group, self.traffic, *counts) for counts in zip(send_XR, receive_XR, strict=True)]
+        # All chunks leave before anything waits; `PendingChunk`s wait in the same order on every rank.
         flights = _send(x_TD, weights_TK, sent, exchanges, sizes)
         chunks = []
         for flight, exchange, counts_RL, receive_R in zip(flights, exchanges, received_XRL, receive_XR, strict=True):
+            # As received, rows stand by (rank, expert); a grouped product wants each expert's rows in one run.
             row_map, ends_L = _regroup(counts_RL, sum(receive_R)), counts_RL.sum(0).cumsum(0).int()
             chunks.append(_pending(flight, row_map, ends_L, ReturnRoute(sent, exchange)))
         return chunks
@@ -226,6 +236,7 @@ def join_dense(
         mask_T: bool; the output is zero where it is False.
     """
     joined_TD = y_TD + dense_TD if mix_T2 is None else y_TD * mix_T2[:, :1] + dense_TD * mix_T2[:, 1:]
+    # After the sum: the dense path may have biases, and then an output for a token of zeros too.
     return joined_TD if mask_T is None else joined_TD * mask_T[:, None]
 
 
@@ -252,6 +263,7 @@ def _send(
     x_TD: torch.Tensor, weights_TK: torch.Tensor, sent: RowMap, exchanges: Sequence[Exchange], sizes: Sequence[int]
 ) -> list[Flight]:
     """Send the chunks of rows and their weights; the second exchange is D times smaller."""
+    # Apart, since weights stay fp32 where rows are bf16.
     rows, weights = cut(gather_rows(x_TD, sent), sizes), cut(gather_weights(weights_TK, sent)[:, None], sizes)
     return [
         (start_all_to_all(rows_ND, exchange), start_all_to_all(weights_N1, exchange))
@@ -260,25 +272,24 @@ def _send(
 
 
 def _pending(flight: Flight, row_map: RowMap, ends_L: torch.Tensor, route: ReturnRoute) -> PendingChunk:
+    # A function of its own: a lambda in the loop of the caller would find the variables of the last chunk.
     rows, weights = flight
     return lambda: Dispatched(rows.wait(), weights.wait(), row_map, ends_L, route)
 
 
+# E = 2, C = 3, two chunks. Chunk x has the places from x * 3 // 2 on: place 0, and places 1 and 2.
+#   buffer    chunk 0   chunk 1
+#   rows      0   1     2   3   4   5
+#   expert    0   1     0   0   1   1
+#   place     0   0     1   2   1   2
 def _slots(assignments: Assignments, capacity: int, num_chunks: int) -> RowMap:
-    """Return the row of each assignment in the buffers [E, places of the chunk] of all chunks, one behind the other.
-
-    Example: E = 2, C = 3, two chunks. Chunk x has the places from x * 3 // 2 on: place 0, and places 1 and 2.
-
-        buffer    chunk 0   chunk 1
-        rows      0   1     2   3   4   5
-        expert    0   1     0   0   1   1
-        place     0   0     1   2   1   2
-    """
+    """Return the row of each assignment in the buffers [E, places of the chunk] of all chunks, one behind the other."""
     num_experts, place_A = assignments.assigned_E.numel(), assignments.place_A
     # The last x whose first place, x * C // X, is at most `place`: x * C < (place + 1) * X.
     chunk_A = ((place_A + 1) * num_chunks - 1) // capacity
     first_A = chunk_A * capacity // num_chunks
     size_A = (chunk_A + 1) * capacity // num_chunks - first_A
+    # Of a dropped or masked assignment this is nonsense, possibly another's row: replaced below.
     row_A = first_A * num_experts + assignments.expert_A * size_A + place_A - first_A
     num_rows = num_experts * capacity
     row_A = torch.where(assignments.kept_A, row_A, num_rows)  # N is no row
@@ -287,6 +298,7 @@ def _slots(assignments: Assignments, capacity: int, num_chunks: int) -> RowMap:
 
 def _by_local_expert(ranks: int, per_rank: int, size: int, device: torch.device) -> tuple[RowMap, torch.Tensor]:
     """Return the order from [R, L, places], as rows are received, to [L, R, places], and the end of each expert's."""
+    # Full buffers, zeros included: the order depends on sizes alone, and no count is exchanged.
     place_N = torch.arange(ranks * per_rank * size, device=device)
     order_N = place_N.view(ranks, per_rank, size).transpose(0, 1).flatten()
     inverse_N = place_N.view(per_rank, ranks, size).transpose(0, 1).flatten()
@@ -294,22 +306,21 @@ def _by_local_expert(ranks: int, per_rank: int, size: int, device: torch.device)
     return RowMap.permutation(order_N, inverse_N), ends_L
 
 
+# Two ranks send rows for two experts: a0 a1 a1 from rank a, b0 b0 b1 from rank b.
+#   counts_RL  [[1, 2], [2, 1]]
+#   first_RL   [[0, 1], [3, 5]]         where each block begins as received
+#   target     [[0, 3], [1, 5]]         where it begins by expert: a0 b0 b0 a1 a1 b1
+#   shift_N    [0, 2, 2, -2, -2, 0]     of each received row
+#   inverse_N  [0, 3, 4, 1, 2, 5]       its row by expert
 def _regroup(counts_RL: torch.Tensor, num_rows: int) -> RowMap:
-    """Return the order from rows sorted by (source rank, expert) to (expert, source rank), without sorting.
-
-    Example: two ranks send rows for two experts: a0 a1 a1 from rank a, b0 b0 b1 from rank b.
-
-        counts_RL  [[1, 2], [2, 1]]
-        first_RL   [[0, 1], [3, 5]]         where each block begins as received
-        target     [[0, 3], [1, 5]]         where it begins by expert: a0 b0 b0 a1 a1 b1
-        shift_N    [0, 2, 2, -2, -2, 0]     of each received row
-        inverse_N  [0, 3, 4, 1, 2, 5]       its row by expert
-    """
+    """Return the order from rows sorted by (source rank, expert) to (expert, source rank), without sorting."""
     counts_LR = counts_RL.t()
     first_RL = counts_RL.flatten().cumsum(0).view_as(counts_RL) - counts_RL
     target_LR = counts_LR.flatten().cumsum(0).view_as(counts_LR) - counts_LR
+    # `output_size` is on the host already; without it torch would read the sum of the counts.
     # Each block of rows moves as a whole.
     shift_N = (target_LR.t() - first_RL).flatten().repeat_interleave(counts_RL.flatten(), output_size=num_rows)
     place_N = torch.arange(num_rows, device=counts_RL.device)
     inverse_N = place_N + shift_N
+    # The inverse by a scatter to distinct places: no sort.
     return RowMap.permutation(torch.empty_like(place_N).scatter_(0, inverse_N, place_N), inverse_N)

@@ -51,6 +51,7 @@ def choose_dispatch(group: ExpertGroup, padded: bool, num_chunks: int) -> Dispat
     """Return the exchange for `group`; `padded`: a capacity is set and static shapes are wanted."""
     if group.size == 1:
         return LocalDispatch()
+    # First, whatever `padded` says: in two levels nothing is padded.
     if group.levels is not None:
         return HierarchicalDispatch(group, num_chunks)
     return PaddedDispatch(group, num_chunks) if padded else VariableDispatch(group, num_chunks)
@@ -68,7 +69,9 @@ class HierarchicalDispatch(MultiRankDispatch):
         num_chunks, num_nodes = self.num_chunks, self.group.levels[0].size
         num_experts, experts_TK = assignments.assigned_E.numel(), assignments.kept_experts()
         rank_experts = num_experts // self.group.size
+        # Before the first collective: ranks that differ in these would wait for each other, or read wrong bytes.
         agree(self.group, x_TD, num_experts, f"top {assignments.num_choices}, in two levels{in_chunks(num_chunks)}")
+        # A dropped choice has expert E, and so rank E // L = R, which is none.
         hops = self._plan(experts_TK // rank_experts)
         across = [hop for hop, _ in hops]
         # The experts of one chunk and node follow each other, so chunk and node together are the destination.
@@ -76,6 +79,7 @@ class HierarchicalDispatch(MultiRankDispatch):
         packed = _pack(own_TK, num_chunks * num_experts, num_experts // num_nodes, across)
         flights = _send(x_TD, weights_TK, packed, across)
         return [
+            # One map of rows for all chunks: `combine` joins their results in this order, and sums each token once.
             _Relay(flight, inside, ReturnRoute(packed.rows, outside.rows), assignments.num_choices, rank_experts)
             for flight, (outside, inside) in zip(flights, hops, strict=True)
         ]
@@ -88,12 +92,15 @@ class HierarchicalDispatch(MultiRankDispatch):
         announced_XYW = _count(rank_TK, self.num_chunks, across.size, places)
         # All ranks of a node get the same counts: each learns what the others will relay to it.
         announced_YPXW = announced_XYW.transpose(0, 1)[:, None].expand(-1, places, -1, -1)
+        # Of equal size for every pair of ranks, so that this exchange needs no counts of its own.
         received = exchange_counts(announced_YPXW.flatten(), self.group).view(across.size, places, self.num_chunks, -1)
         # Of the ranks that send to this one across nodes: those of its place.
         received_XYW = received[:, place].transpose(0, 1)
         # What each rank of this node will have to relay: the sum of what its place receives from all nodes.
         received_XPW = received.sum(0).transpose(0, 1)
         rows, choices = slice(1, 1 + places), slice(1 + places, None)
+        # As `_Hop.from_counts` cuts them: rows sent and received, choices sent and received. A node's rows are counted
+        # by themselves, since several of its ranks may need a row; a choice goes to one rank, so choices add up.
         outside_XY = [
             announced_XYW[..., 0],
             received_XYW[..., 0],
@@ -156,6 +163,7 @@ class _Flight:
     def wait(self, num_choices: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Wait for rows [U, D] and their weights and experts [U, K]; the receiver has `num_experts` experts."""
         rows_UD, weights_M, code_M = self.rows.wait(), self.weights.wait()[:, 0], self.codes.wait()[:, 0]
+        # The experts of a row differ: it has no more choices for this receiver than the receiver has experts.
         return rows_UD, *_unpack(code_M, weights_M, len(rows_UD), min(num_choices, num_experts), num_experts)
 
 
@@ -178,30 +186,36 @@ class _Relay:
     rank_experts: int
 
     def __call__(self) -> Dispatched:
+        # Experts of this node, numbered from 0: codes carry the number within the receiver alone.
         node_experts = self.rank_experts * self.inside.rows.group.size
         rows_UD, weights_UK, experts_UK = self.flight.wait(self.num_choices, node_experts)
         packed = _pack(experts_UK, node_experts, self.rank_experts, [self.inside])
+        # Collectives match by their order, and all ranks call the chunks in the same order.
         (flight,) = _send(rows_UD, weights_UK, packed, [self.inside])
         rows_UD, weights_UK, experts_UK = flight.wait(self.num_choices, self.rank_experts)
+        # Drops were decided by the source rank: whatever has come is kept.
         local = Assignments.all_kept(experts_UK, self.rank_experts)
         ends_L = local.kept_E.cumsum(0)
         row_map = RowMap.from_assignments(local, ends_L - local.kept_E, sum(self.inside.choices.receive_counts or ()))
+        # The results of a row are summed on the relaying rank, so that one row per token and node goes back.
         node_route = ReturnRoute(packed.rows, self.inside.rows)
         return Dispatched(rows_UD, weights_UK, row_map, ends_L.int(), self.route, node_route)
 
 
+# Tokens 0 and 1 choose the ranks [[0, 1], [1, 1]] of two nodes of two ranks, in one chunk. W = 1 + 2 + 2:
+#   node 0    2 rows; 1 of them for rank 0, 2 for rank 1; 1 choice for rank 0, 3 for rank 1    [2, 1, 2, 1, 3]
+#   node 1    nothing                                                                          [0, 0, 0, 0, 0]
 def _count(rank_TK: torch.Tensor, num_chunks: int, num_nodes: int, places: int) -> torch.Tensor:
-    """Count the rows and choices that this rank has for each node and each of its ranks: [X, Y, W].
-
-    Example: tokens 0 and 1 choose ranks [[0, 1], [1, 1]] of two nodes of two ranks. Node 0 gets 2 rows, of which rank 0
-    gets 1 and rank 1 gets 2, with 1 and 3 choices: [[[2, 1, 2, 1, 3], [0, 0, 0, 0, 0]]].
-    """
+    """Count the rows and choices that this rank has for each node and each of its ranks: [X, Y, W]."""
     num_ranks = num_nodes * places
+    # A column more, for dropped choices (rank R), that is cut off: a mask would read their number on the host.
     visits_TR = torch.zeros(len(rank_TK), num_ranks + 1, dtype=torch.int32, device=rank_TK.device)
     # 1 however many of a token's choices go to the rank: that is one row.
     visits_TYP = visits_TR.scatter_(1, rank_TK, 1)[:, :num_ranks].view(-1, num_nodes, places)
+    # A node gets the row if any of its ranks does.
     visits_TYW = torch.cat([visits_TYP.amax(-1, keepdim=True), visits_TYP], dim=-1)
     chunk_T = chunk_of_tokens(len(rank_TK), num_chunks, rank_TK.device)
+    # Integers: the order of the additions, which a GPU does not fix, changes nothing.
     rows_XYW = visits_TYW.new_zeros(num_chunks, *visits_TYW.shape[1:]).index_add_(0, chunk_T, visits_TYW)
     choices_A = count_experts(by_chunk(rank_TK, num_ranks, num_chunks), num_chunks * num_ranks)
     choices_XYP = choices_A.view(num_chunks, num_nodes, places)
@@ -217,18 +231,23 @@ def _pack(experts_UK: torch.Tensor, num_experts: int, experts_each: int, hops: l
         experts_each: experts of a destination, which follow one another.
         hops: a hop for each chunk; the destinations of chunk x come before those of x + 1.
     """
+    # Numbers on the host since the plan was read: every size below is static.
     num_rows, num_choices = map(sum, _sent(hops))
+    # Sorted as in one level, with destinations for experts; choices without a destination come last.
     to = Assignments.all_kept(experts_UK // experts_each, num_experts // experts_each)
     source_A = to.order_A // to.num_choices
     # A source row's choices for one destination stand together: the first of them brings the row.
     first_A = to.kept_A.clone()
     first_A[1:] &= (source_A[1:] != source_A[:-1]) | (to.expert_A[1:] != to.expert_A[:-1])
+    # N is no row: one choice alone holds the row, so that the row's result is added once on the return route.
     row_A = torch.where(first_A, first_A.cumsum(0) - 1, num_rows)
+    # The choices that travel: all but those without a destination.
     order_M = to.order_A[:num_choices]
     code_M = experts_UK.flatten()[order_M] % experts_each * 2 + first_A[:num_choices]
     return _Packed(
         RowMap.from_rows(to.order_A, row_A, to.num_choices, num_rows, complete=False),
         RowMap.from_assignments(to, to.kept_E.cumsum(0) - to.kept_E, num_choices),
+        # Half the bytes of int64.
         code_M.int(),
     )
 
@@ -241,6 +260,7 @@ def _sent(hops: list[_Hop]) -> tuple[list[int], list[int]]:
 def _send(source_UD: torch.Tensor, weights_UK: torch.Tensor, packed: _Packed, hops: list[_Hop]) -> list[_Flight]:
     """Send each chunk's rows, weights and codes, without waiting."""
     num_rows, num_choices = _sent(hops)
+    # Rows, weights and codes apart, since their dtypes differ; codes are integers and have no gradient.
     rows = cut(gather_rows(source_UD, packed.rows), num_rows)
     weights = cut(gather_weights(weights_UK, packed.choices)[:, None], num_choices)
     codes = cut(packed.code_M[:, None], num_choices)
@@ -252,22 +272,21 @@ def _send(source_UD: torch.Tensor, weights_UK: torch.Tensor, packed: _Packed, ho
     ]
 
 
+# code_M = [1, 2, 1, 3], two choices per row, two experts:
+#   first_M   [1, 0, 1, 1]      a new row begins
+#   begin_M   [0, 0, 2, 3]      where the choice's row begins
+#   slot_M    [0, 1, 2, 4]      row * 2 + place within the row
+#   experts   [[0, 1], [0, none], [1, none]]
 def _unpack(
     code_M: torch.Tensor, weights_M: torch.Tensor, num_rows: int, num_choices: int, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weights and the chosen experts of each row, [U, K]; `num_experts` is none.
-
-    Example: code_M = [1, 2, 1, 3] for two choices per row.
-
-        first_M   [1, 0, 1, 1]      a new row begins
-        begin_M   [0, 0, 2, 3]      where the choice's row begins
-        slot_M    [0, 1, 2, 4]      row * 2 + place within the row
-        experts   [[0, 1], [0, none], [1, none]]
-    """
+    """Return the weights and the chosen experts of each row, [U, K]; `num_experts` is none."""
     first_M = code_M % 2
     place_M = torch.arange(len(code_M), device=code_M.device)
+    # The largest begin so far: that of the choice's own row.
     begin_M = (place_M * first_M).cummax(0).values
     slot_M = (first_M.cumsum(0) - 1) * num_choices + place_M - begin_M
+    # To distinct slots, so nothing depends on the order. Slots without a choice keep no expert and weight 0.
     experts_A = slot_M.new_full((num_rows * num_choices,), num_experts).scatter_(0, slot_M, code_M.long() // 2)
     weights_A = weights_M.new_zeros(num_rows * num_choices).scatter(0, slot_M, weights_M)
     return weights_A.view(-1, num_choices), experts_A.view(-1, num_choices)

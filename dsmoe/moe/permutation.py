@@ -84,6 +84,7 @@ class RowMap:
     def sources(self) -> torch.Tensor:
         """Return the source row of each row [N]; any valid one for a row without a choice."""
         num_sources, num_choices = self.row_UK.shape
+        # A row without a choice has U * K, and so the source U, one past the last.
         return (self.assignment_N // num_choices).clamp(max=max(num_sources - 1, 0))
 
     def gather(self, source_UD: torch.Tensor) -> torch.Tensor:
@@ -98,6 +99,7 @@ class RowMap:
         rows_ND = source_UD.index_select(0, self.sources())
         if self.complete:
             return rows_ND
+        # Not by a product: an infinite source row times 0 would be NaN.
         return torch.where((self.assignment_N < self.row_UK.numel())[:, None], rows_ND, 0.0)
 
     def sum(self, rows_ND: torch.Tensor) -> torch.Tensor:
@@ -110,8 +112,10 @@ class RowMap:
         if num_sources == 0 or rows_ND.shape[0] == 0:
             return rows_ND.new_zeros((num_sources, rows_ND.shape[1]))
         if self.bags is not None:
+            # The last bag, which is cut off, takes what fills up the list: its length is static.
             rows_N, firsts = self.bags
             return F.embedding_bag(rows_N, rows_ND, firsts, mode="sum")[:num_sources]
+        # float64 on a GPU, which has no bags: gradients are checked in it.
         if not self.complete:  # row N, no row, is a row of zeros
             rows_ND = torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
         if num_choices == 1:  # a copy: nothing to add
@@ -122,12 +126,14 @@ class RowMap:
         """[U, K] -> [N]; zero for a row without a choice."""
         flat = weights_UK.reshape(-1)
         if not self.complete:
+            # A zero at U * K, which rows without a choice point to.
             flat = torch.cat([flat, flat.new_zeros(1)])
         return flat.index_select(0, self.assignment_N)
 
     def sum_weights(self, weights_N: torch.Tensor) -> torch.Tensor:
         """[N] -> [U, K]; zero for a choice without a row. The transpose of `gather_weights`."""
         if not self.complete:
+            # A zero at N, which choices without a row point to.
             weights_N = torch.cat([weights_N, weights_N.new_zeros(1)])
         return weights_N.index_select(0, self.row_UK.reshape(-1)).view(self.row_UK.shape)
 
@@ -136,9 +142,11 @@ def _bags(row_UK: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tens
     """Return `RowMap.bags`, in static shapes: compacting by a mask would read its size on the host."""
     row_A = row_UK.flatten()
     present_A = row_A < num_rows
+    # The place of a present choice among all present ones, plus 1.
     end_A = present_A.cumsum(0)
     place_A = torch.where(present_A, end_A - 1, num_rows)  # choices without a row go behind the end, and are cut off
     rows_N = row_A.new_zeros(num_rows + 1).scatter_(0, place_A, row_A)[:num_rows]
+    # A source's bag ends with its last choice, and begins where the one before it ends.
     end_U = end_A.view(row_UK.shape)[:, -1]
     return rows_N, torch.cat([end_U.new_zeros(1), end_U])
 
@@ -158,6 +166,8 @@ def gather_weights(weights_UK: torch.Tensor, row_map: RowMap) -> torch.Tensor:
     return _GatherWeights.apply(weights_UK, row_map)
 
 
+# Functions of their own: autograd would form the gradient of a gather by adding atomically on a GPU, in another order
+# each time. They keep the integers of the map for the backward pass, and neither rows nor weights.
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source_UD: torch.Tensor, row_map: RowMap) -> torch.Tensor:

@@ -93,8 +93,10 @@ class Draws:
         so repeats itself.
         """
         if not training:
+            # `full` is a launch with the number as its argument; `tensor` would be a copy, for which the host waits.
             return torch.full((), _seed(seed, "evaluation"), device=x_TD.device)
         place, going_backward = self._place(), _GoingBackward.current()
+        # Tensors made in inference mode could not be overwritten by a pass outside of it.
         with torch.inference_mode(False), torch.no_grad():
             print_4 = _fingerprint(x_TD)
             match = None
@@ -103,6 +105,7 @@ class Draws:
                 with _disable_current_modes():
                     match = self._match(print_4, going_backward)
             if match is None:
+                # On the device, because the number of a repeated pass is only known there.
                 number = torch.full((), self.count, device=x_TD.device)
                 self._note(print_4, *place, number, -1)
                 self.count += 1
@@ -114,6 +117,7 @@ class Draws:
 
     def key(self, seed: int, number: torch.Tensor) -> torch.Tensor:
         """Return the key of pass `number` of this step."""
+        # SplitMix64 at position `number` of the sequence that begins at the step's seed.
         return _mix(number * _GOLDEN + _seed(seed, self.step))
 
     def _place(self) -> tuple[int, int]:
@@ -121,9 +125,11 @@ class Draws:
 
         A checkpoint of torch's is known by the pair of hooks that it sets for saved tensors: each sets its own.
         """
+        # Sequence numbers grow with every node of this thread's graph, so they order passes, checkpoints and nodes.
         now, hooks = torch.autograd._get_sequence_nr(), torch._C._autograd._top_saved_tensors_default_hooks(True)
         if hooks is None:
             return now, now
+        # Weak, since the hook holds the checkpoint's inputs; and not by `id`, which a later hook may have again.
         if self._hook is None or self._hook() is not hooks[0]:
             self._hook, self._hooked_at = weakref.ref(hooks[0]), now
         return now, self._hooked_at
@@ -134,7 +140,9 @@ class Draws:
             return None
         noted = slice(min(self._noted, self._capacity))
         place_N, start_N, number_N, repeated_for_N = self._facts_4N[:, noted]
+        # NaN counts as far: where the tokens have NaN, all passes are equally near, and the graph decides.
         distance_N = (self._prints_N4[noted] - print_4).abs().amax(1).nan_to_num(nan=torch.inf)
+        # All that are as near as the nearest: passes over the same tokens have equal fingerprints.
         nearest_N = distance_N == distance_N.min()
         # Of passes over the same tokens, the candidates are those of the checkpoint that is repeated. A reentrant
         # checkpoint has a node, made before its passes: the passes after it. Other checkpoints have none, and the node
@@ -144,10 +152,12 @@ class Draws:
         else:
             start_N = torch.where(nearest_N & (start_N <= now.node), start_N, -1)
             candidate_N = nearest_N & (start_N == start_N.max())
+        # Where the graph rules out all of them, the order of the passes alone decides.
         candidate_N = torch.where(candidate_N.any(), candidate_N, nearest_N)
         # A checkpoint may hold several passes over the same tokens; they are repeated in their order, so the turn is
         # the number of those that were repeated already for this node.
         turn = (nearest_N & (repeated_for_N == now.code)).sum().clamp(max=candidate_N.sum() - 1)
+        # The candidate number `turn`, as an index on the device: reading it would make the host wait.
         match = (candidate_N & (candidate_N.cumsum(0) - 1 == turn)).int().argmax()[None]
         return self._prints_N4.index_select(0, match)[0], number_N.index_select(0, match)[0]
 
@@ -196,6 +206,7 @@ class _GoingBackward:
     @property
     def code(self) -> int:
         """Task and node in one number, 23 and 40 bits."""
+        # 63 bits, so that no code is negative: -1 means a first pass.
         return self.task % 2**23 * 2**40 + self.node % 2**40
 
 
@@ -212,9 +223,12 @@ def uniform(key: torch.Tensor | None, shape: Sequence[int], device: torch.device
         high half      0xE220A839 >> 9 = 7409748     (7409748 + 0.5) / 2^23 = 0.883311
     """
     if key is None:
+        # torch draws 0 as well, whose logarithm Gumbel noise takes.
         return torch.rand(shape, device=device).clamp_(min=2**-25)
     count = math.prod(shape)
+    # From 1 on: SplitMix64 steps before it mixes.
     words = _mix(torch.arange(1, (count + 1) // 2 + 1, device=device) * _GOLDEN + key)
+    # The mask removes the signs that the shift brings in. 23 bits and the half are the 24 that fp32 has.
     bits = (words.view(torch.int32)[:count] >> 9) & 0x7FFFFF
     return ((bits.float() + 0.5) * 2**-23).view(shape)
 
@@ -238,6 +252,7 @@ def _fingerprint(x_TD: torch.Tensor) -> torch.Tensor:
     num_tokens, width = x_TD.shape
     key = torch.zeros((), dtype=torch.int64, device=x_TD.device)
     with torch.autocast(x_TD.device.type, enabled=False):
+        # A product of two weights per entry, one by token and one by column: T + D random numbers and not T * D.
         tokens_4T = uniform(key, (4, num_tokens), x_TD.device) - 0.5
         width_4D = uniform(key + 1, (4, width), x_TD.device) - 0.5
         return ((tokens_4T @ x_TD.detach().float()) * width_4D).sum(1)
