@@ -63,6 +63,7 @@ class Balance(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Balance:
         """Move with the model, but stay fp32: bf16 would swallow steps of 0.001 from a bias of 0.5 on."""
+        # The values from before: a cast to bf16 and back has lost digits.
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
@@ -84,6 +85,7 @@ class Balance(nn.Module):
         else:
             share_E = self.load_share
             if share_E is None:  # scope micro_batch: counted now, over the ranks of the micro-batch
+                # No gradient: counts of choices are integers. The loss pulls on P alone.
                 counts_E = assigned_E if group.size == 1 else all_reduce(assigned_E, group)
                 share_E = counts_E / counts_E.sum().clamp(min=1)
             balance = load_balancing_loss(routing, share_E, group)
@@ -107,6 +109,7 @@ class Balance(nn.Module):
         """
         # By multiplication and `where`: `applied` is on the device, and the host does not wait for it.
         if self.bias is not None:
+            # The sign: a step of the same size, whatever the number of tokens.
             change_E = self.options.bias_update_rate * (counts_E.mean() - counts_E).sign().to(self.bias.dtype)
             self.bias += change_E if applied is None else change_E * applied
         if self.load_share is not None:
@@ -148,19 +151,23 @@ def sequence_balancing_loss(routing: Routing, num_sequences: int, group: TensorG
     """
     group = group or TensorGroup.alone()
     num_tokens, num_experts = routing.probabilities_TE.shape
+    # T tokens are B sequences of S, one after the other.
     shape = (num_sequences, num_tokens // max(num_sequences, 1), -1)
     probabilities_BSE = routing.probabilities_TE.view(*shape[:2], num_experts)
     used_BS = probabilities_BSE.new_ones(shape[:2])
     if routing.mask_T is not None:
         used_BS = routing.mask_T.view(shape[:2]).to(used_BS.dtype)
+    # Each rank has S / ranks tokens of every sequence: lengths, scores and counts are sums over the ranks.
     length_B = reduce_from_tensor_parallel_region(used_BS.sum(dim=1), group)
     total_BE = reduce_from_tensor_parallel_region((probabilities_BSE * used_BS[..., None]).sum(dim=1), group)
     mean_BE = total_BE / length_B.clamp(min=1)[:, None]
     chosen = routing.experts_TK.view(num_sequences, shape[1] * routing.experts_TK.shape[1])
+    # A column more for masked choices (expert E), as in `count_experts`.
     counts_BE = torch.zeros(num_sequences, num_experts + 1, dtype=mean_BE.dtype, device=mean_BE.device)
     counts_BE = counts_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=mean_BE.dtype))[:, :num_experts]
     counts_BE = reduce_from_tensor_parallel_region(counts_BE, group)
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+    # Fully masked sequences have P = 0 and add nothing to the sum; they must not count in the mean either.
     num_used = (length_B > 0).sum().clamp(min=1)
     return num_experts * (share_BE * mean_BE).sum() / num_used
 
@@ -194,6 +201,8 @@ def attach_loss(values: torch.Tensor, loss: torch.Tensor, scale: float) -> torch
     return _AttachLoss.apply(values, loss, scale)
 
 
+# backward: the values' gradient passes unchanged, and the loss gets `scale`, as if `scale * loss` were a term of the
+# model's own loss. No tensor is kept but a 1 of the loss's dtype and device.
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:

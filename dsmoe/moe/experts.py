@@ -33,6 +33,7 @@ def mark_expert_parameters(module: nn.Module, group_name: str) -> None:
     """
     for parameter in module.parameters():
         mark_split(parameter)
+        # The attributes by which DeepSpeed knows an expert parameter (0.19.8, moe/utils.py:27) and its process group.
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = group_name  # type: ignore[attr-defined]
 
@@ -72,6 +73,7 @@ class StackedExperts(nn.Module):
         self.recompute = recompute
         self.num_slices = num_slices
         width, parts = ffn_size // num_slices, self.activation.shape.input_matrices
+        # Not drawn here: an expert is drawn by its global id, which only the layer can know.
         self.gate_up = nn.Parameter(torch.empty(num_local_experts, parts * width, hidden_size))
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden_size, width))
 
@@ -79,6 +81,7 @@ class StackedExperts(nn.Module):
         """The weighted sum of the chosen experts' outputs for each source row, [U, D]."""
         source_UD = dispatched.source_UD
         dtype = _dtype_of_products(source_UD)
+        # Cast outside of the autograd function, so that autograd casts the weights' gradients back.
         return expert_ffn(
             source_UD.to(dtype),
             dispatched.weights_UK,
@@ -98,6 +101,8 @@ class StackedExperts(nn.Module):
             normal_from(seed_of(seed, "gate_up", first_expert + local), self.gate_up[local], std, gate_up)
             normal_from(seed_of(seed, "down", first_expert + local), self.down[local], down_std, down)
 
+    # `gate_up` of one expert, I = 4 in two slices: rows 0-3 are the gate's, rows 4-7 the others. Slice 1 is the rows
+    # 2, 3, 6, 7, so that it has gate and up of the same inner columns, and the columns 2, 3 of `down`.
     def shards(self, slice_index: int) -> tuple[Shard, Shard]:
         """Return slice number `slice_index` of each expert's `gate_up` [Z, D] and `down` [D, I]."""
         parts = self.activation.shape.input_matrices
@@ -144,10 +149,12 @@ class ModuleExperts(nn.Module):
         counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]
         outputs = []
         for expert, rows in zip(self.deepspeed_experts, rows_ND[: ends[-1]].split(counts), strict=True):
+            # Also without rows, so that its weights have a gradient, of zeros, on every rank.
             output = expert(rows)
             outputs.append(output[0] if isinstance(output, tuple) else output)
         outputs.append(torch.zeros_like(rows_ND[ends[-1] :]))  # rows behind the last expert's end
         weight_N1 = gather_weights(dispatched.weights_UK, row_map)[:, None]
+        # fp32 weights times bf16 outputs are fp32: rounded once, before the sum.
         out_ND = torch.cat(outputs)
         return sum_rows((out_ND * weight_N1).to(out_ND.dtype), row_map)
 
@@ -164,6 +171,7 @@ class ModuleExperts(nn.Module):
             # In a fork of torch's generators, since `reset_parameters` draws from them.
             devices = {p.device for p in expert.parameters() if p.device.type == "cuda"}
             with torch.random.fork_rng(devices=devices):
+                # A seed of its own for each expert: its numbers do not depend on the experts that the rank drew before.
                 torch.manual_seed(seed_of(seed, first_expert + local))
                 for module in expert.modules():
                     reset = getattr(module, "reset_parameters", None)
@@ -191,6 +199,7 @@ class ExpertDraw:
 
     def place(self, num_local_experts: int) -> tuple[int, int]:
         """Return the global id of the rank's first expert and the number of its slice."""
+        # Neighbours have the slices of the same experts, as `spread_over_slices` numbers them.
         expert_rank, slice_index = divmod(self.rank, self.expert_tensor)
         return expert_rank * num_local_experts, slice_index
 
@@ -212,6 +221,7 @@ class ExpertDraw:
             return self
         # Weights that were loaded or trained must not be overwritten: they are untouched if they equal their draw.
         if not self.copies:
+            # Exact: a draw from the same seed has the same bits.
             fresh = copy.deepcopy(experts)
             self.fill(fresh)
             if not all(map(torch.equal, fresh.parameters(), experts.parameters())):

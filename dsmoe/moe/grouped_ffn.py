@@ -82,7 +82,9 @@ class _Grouped(torch.autograd.Function):
         rows: ExpertRows,
     ) -> torch.Tensor:
         row_map = rows.row_map
+        # Rows behind the last end are undefined from here on: no choice has one of them, so no sum reads them.
         z_NZ = F.grouped_mm(row_map.gather(source_UD), up_LZD.transpose(-2, -1), offs=rows.ends_L)
+        # The weight enters before `down`, which is linear: its outputs are weighted already.
         hidden_NI = rows.activation.weighted(z_NZ, row_map.gather_weights(weights_UK), rows.ends_L)
         out_ND = F.grouped_mm(hidden_NI, down_LDI.transpose(-2, -1), offs=rows.ends_L)
         # The source rows, of which the gathered ones are K copies; neither the activation nor any output.
@@ -100,15 +102,19 @@ class _Grouped(torch.autograd.Function):
         if z_NZ is None:
             z_NZ = F.grouped_mm(row_map.gather(source_UD), up_LZD.transpose(-2, -1), offs=ends_L)
         weight_N = row_map.gather_weights(weights_UK)
+        # Each choice's output is added with factor 1, so its gradient is that of the source row.
         grad_ND = row_map.gather(grad_UD)
         grad_hidden_NI = F.grouped_mm(grad_ND, down_LDI, offs=ends_L)
         # In one pass over z: its gradient, and the weighted activation again, which down's gradient needs.
         hidden_NI, grad_z_NZ, grad_weight_N = rows.activation.weighted_backward(grad_hidden_NI, z_NZ, weight_N, ends_L)
         grad_up_LZD = grad_down_LDI = None
         if ctx.needs_input_grad[3]:
+            # Of two operands without L `offs` cuts the dimension that is summed over: a matrix per expert.
             grad_down_LDI = F.grouped_mm(grad_ND.t(), hidden_NI, offs=ends_L)
         if ctx.needs_input_grad[2]:
+            # Gathered where it is needed, so that the rows are alive during this product alone.
             grad_up_LZD = F.grouped_mm(grad_z_NZ.t(), row_map.gather(source_UD), offs=ends_L)
+        # The transpose of the gather: the gradients of a source row's choices are added up.
         grad_source_UD = row_map.sum(F.grouped_mm(grad_z_NZ, up_LZD, offs=ends_L))
         grad_weights_UK = row_map.sum_weights(grad_weight_N.to(weights_UK.dtype))
         return grad_source_UD, grad_weights_UK, grad_up_LZD, grad_down_LDI, None
@@ -128,15 +134,18 @@ class _Looped(torch.autograd.Function):
         most = max(len(span) for span in spans)
         # A z that is not kept stands in the same buffer for every expert.
         z_NZ = source_UD.new_empty(most if rows.recompute else row_map.num_rows, up_LZD.shape[1])
+        # A scratch buffer, since the sum at the end is new memory: nothing of this one outlives the call.
         out_ND = _scratch(source_UD, row_map.num_rows, source_UD.shape[1])
         # One expert's gathered rows at a time, in a buffer that stays in the cache from one expert to the next.
         rows_JD = source_UD.new_empty(most, source_UD.shape[1])
         source_N = row_map.sources()
+        # In the rows' dtype, for the multiplication in place below.
         weight_N1 = row_map.gather_weights(weights_UK)[:, None].to(source_UD.dtype)
         for expert, span in enumerate(spans):
             if not span:
                 continue
             gathered, part = rows_JD[: len(span)], slice(span.start, span.stop)
+            # A span is a range of N; without `recompute` the z of all spans are kept, one behind the other.
             z = z_NZ[: len(span)] if rows.recompute else z_NZ[part]
             torch.index_select(source_UD, 0, source_N[part], out=gathered)
             torch.mm(gathered, up_LZD[expert].t(), out=z)
@@ -155,6 +164,7 @@ class _Looped(torch.autograd.Function):
         rows_JD, grad_rows_JD = (source_UD.new_empty(most, source_UD.shape[1]) for _ in range(2))
         z_JZ, grad_z_JZ = (source_UD.new_empty(most, width) for _ in range(2))
         grad_hidden_JI = source_UD.new_empty(most, down_LDI.shape[2])
+        # May be the forward pass's buffer, whose results were summed into new memory.
         grad_source_ND = _scratch(source_UD, row_map.num_rows, source_UD.shape[1])
         # Weights that are frozen cost nothing.
         grad_up_LZD = torch.empty_like(up_LZD) if ctx.needs_input_grad[2] else None
@@ -175,6 +185,7 @@ class _Looped(torch.autograd.Function):
             torch.index_select(source_UD, 0, source_N[part], out=gathered)
             torch.index_select(grad_UD, 0, source_N[part], out=grad_rows)
             z = torch.mm(gathered, up_LZD[expert].t(), out=z_JZ[:count]) if z_NZ is None else z_NZ[part]
+            # `grad_rows` is unweighted: the weight is a part of `hidden`, and `activation.backward` has its gradient.
             grad_hidden = torch.mm(grad_rows, down_LDI[expert], out=grad_hidden_JI[:count])
             hidden, grad_weight_N[part] = ctx.rows.activation.backward(grad_hidden, z, weight_N1[part], grad_z)
             if grad_down_LDI is not None:
@@ -197,7 +208,9 @@ def _scratch(like: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
     if type(like) is not torch.Tensor:  # traced: a kept buffer would leak out of the trace
         return like.new_empty(num_rows, width)
     size, buffer = num_rows * width, getattr(_kept, "buffer", None)
+    # It only grows: after the first steps no call asks the system for memory.
     if buffer is None or buffer.dtype != like.dtype or buffer.numel() < size:
+        # A tensor of inference mode could not be written to by a later training pass.
         with torch.inference_mode(False):
             buffer = _kept.buffer = torch.empty(size, dtype=like.dtype)
     return buffer[:size].view(num_rows, width)

@@ -206,6 +206,7 @@ class MoE(DeepSpeedMoE):
         weights = {"router": self.router.weight}
         if self.use_residual:
             weights |= {f"coefficient.{name}": p for name, p in self.coefficient.named_parameters()}
+        # torch's own distribution of `nn.Linear`: uniform within 1 / sqrt(D).
         for name, weight in weights.items():
             uniform_from(seed_of(self._draw.seed, name), weight, self.router.weight.shape[1] ** -0.5)
 
@@ -281,6 +282,7 @@ class MoE(DeepSpeedMoE):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x_TD, mask_T = self._tokens(hidden_states, used_token)
         key = self._begin_pass(x_TD)
+        # The capacity is for routers whose experts choose: they take C tokens each.
         routing = self.router(x_TD, mask_T, self.balance.bias, key, self.limit.capacity_for(len(x_TD)))
         assigned_E = count_experts(routing.experts_TK, self.num_experts)
         # Before anything is dropped: the losses judge the router's wishes, not the capacity.
@@ -309,11 +311,13 @@ class MoE(DeepSpeedMoE):
         if self.training and first:
             self.statistics.count(routing, assignments, losses)
         output = y_TD.view(hidden_states.shape)
+        # With a coefficient the loss flows through the weights already: added by the caller, it would count twice.
         l_aux = losses.balance.detach() if self.balance.options.aux_loss else losses.balance
         if first:
             self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts = l_aux, assigned_E
         return output, l_aux, assigned_E
 
+    # Whole passes are left to the interpreter: traced in pieces, a pass would break its graph at every exchange.
     _forward_uncompiled = torch.compiler.disable(_forward)
 
     def _tokens(
@@ -333,6 +337,7 @@ class MoE(DeepSpeedMoE):
                 f"{tuple(x_TD.shape[:1])}"
             )
         mask_T = used_token.reshape(-1).bool()
+        # Not by a product: padding may hold NaN, and NaN times 0 is NaN.
         return torch.where(mask_T[:, None], x_TD, 0.0), mask_T
 
     def begin_step(self, step: int) -> None:
@@ -360,6 +365,7 @@ class MoE(DeepSpeedMoE):
                 f"this MoE layer has ep_size {self.ep_size} and no expert group yet: pass the model to "
                 f"deepspeed.initialize or dsmoe.initialize first, or call set_expert_group"
             )
+        # By pass: training may have a capacity where evaluation has none, and the other way round.
         return self._dispatches[capacity is not None and self.pad]
 
     def _mix(self, x_TD: torch.Tensor) -> torch.Tensor:

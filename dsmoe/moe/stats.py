@@ -83,17 +83,22 @@ class RoutingStatistics(nn.Module):
         weights_A = routing.weights_TK.reshape(-1)
         # Masked assignments (expert E) are neither kept nor dropped.
         dropped_A = (assignments.expert_A < self.num_experts) & ~assignments.kept_A
+        # Dropless: a row for every assignment, so that no place is empty.
         slots = assignments.assigned_E.sum()
         num_tokens = routing.mask_T.sum() if routing.mask_T is not None else slots.new_full((), len(routing.weights_TK))
         if assignments.capacity is not None:
             slots = slots.new_full((), assignments.capacity * self.num_experts)
         scalars = [
+            # Masked choices have weight 0.
             weights_A.sum(),
+            # The weights are token-major, and the flags sorted by expert.
             (weights_A[assignments.order_A] * dropped_A).sum(),
             losses.balance,
             losses.z,
+            # The mean over unmasked tokens times their number is a sum, which micro-batches and ranks can add up.
             mean_over_tokens(routing.logits_TE.square().mean(dim=-1), routing.mask_T) * num_tokens,
             num_tokens,
+            # Counts micro-batches, by which the summed losses are divided.
             torch.ones_like(losses.balance),
             slots,
         ]

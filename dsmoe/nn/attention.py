@@ -32,6 +32,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim(model)
         all_kv_heads = num_kv_heads(model)
         self.num_heads = model.num_heads // group.size
+        # Fewer key/value heads than ranks: every rank has one, the same as some neighbours.
         self.num_kv_heads = max(1, all_kv_heads // group.size)
         self.q_proj = ColumnParallelLinear(model.hidden_size, model.num_heads * self.head_dim, group)
         self.k_proj = _key_value(model.hidden_size, all_kv_heads, self.head_dim, group)
@@ -48,10 +49,12 @@ class Attention(nn.Module):
         k_BSGF = self.k_norm(self.k_proj(x_BSD).view(batch, length, self.num_kv_heads, self.head_dim))
         v_BSGF = self.v_proj(x_BSD).view(batch, length, self.num_kv_heads, self.head_dim)
         out_BHSF = F.scaled_dot_product_attention(
+            # Rotated before the transpose, while the angles [S, 1, F] broadcast over the heads.
             rotate(q_BSHF, rotary).transpose(1, 2),
             rotate(k_BSGF, rotary).transpose(1, 2),
             v_BSGF.transpose(1, 2),
             is_causal=True,
+            # Without it keys and values would have to be repeated in memory for each query head.
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(out_BHSF.transpose(1, 2).reshape(batch, length, -1))
@@ -86,6 +89,7 @@ class Rotary(nn.Module):
         """Return the (cosines, sines) of positions 0..length-1, each [S, 1, F] fp32."""
         positions = torch.arange(length, device=self.inverse_frequency.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inverse_frequency.float())
+        # Feature i and i + F / 2 are a pair, and turn by the same angle.
         angles = torch.cat([angles, angles], dim=-1)[:, None, :]
         return angles.cos(), angles.sin()
 

@@ -74,11 +74,13 @@ class SharedColumnParallelLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, slices: int, group: TensorGroup) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.group = group
+        # Two slices on four ranks: ranks 0 and 1 have slice 0, ranks 2 and 3 slice 1.
         height, index = _part(out_features, slices), group.rank * slices // group.size
         self.rows = slice(index * height, (index + 1) * height)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out / slices]."""
+        # Outside of the slice a rank's gradient is 0, so that the sum over the ranks is the gradient of all of W.
         return F.linear(input, copy_weight_to_tensor_parallel_region(self.weight, self.group)[self.rows])
 
 
@@ -96,12 +98,14 @@ class VocabParallelEmbedding(nn.Embedding):
         """[B, S] -> [B, S, D], or this rank's slice of S (see `mappings.leave_tensor_parallel_region`)."""
         if self.group.size == 1:
             return super().forward(input)
+        # One rank has the row and the others add 0, so that the sum is exact in any dtype.
         local, is_local = local_ids(input, self.num_embeddings, self.group)
         return leave_tensor_parallel_region(torch.where(is_local[..., None], super().forward(local), 0.0), self.group)
 
 
 def local_ids(ids: torch.Tensor, num_local: int, group: TensorGroup) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each id's row in this rank's slice of the vocabulary, any row for an id of another slice, and its mask."""
+    # Clamped and masked, not selected: the number of this rank's ids is on the device alone.
     local = ids - group.rank * num_local
     return local.clamp(0, num_local - 1), (local >= 0) & (local < num_local)
 

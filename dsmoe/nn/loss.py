@@ -66,9 +66,11 @@ class _TokenLosses(torch.autograd.Function):
             for rows, block_OV in _blocks(chunk, logits_JV):
                 wide_OV = block_OV.to(parts_N2.dtype)
                 parts_N2[rows, 0] = wide_OV.logsumexp(dim=-1)
+                # One rank has the target, the others add 0.
                 parts_N2[rows, 1] = wide_OV.gather(1, local_N[rows, None])[:, 0].where(is_local_N[rows], 0.0)
         lse_N, target_N = parts_N2.unbind(1)
         if group.size > 1:
+            # Not the exponentials: a logsumexp of logsumexps does not overflow.
             parts_RN2 = all_gather(parts_N2, group).unflatten(0, (group.size, -1))
             lse_N, target_N = parts_RN2[..., 0].logsumexp(dim=0), parts_RN2[..., 1].sum(dim=0)
         ctx.save_for_backward(hidden_ND, head_VD, targets_N, lse_N)
@@ -81,9 +83,11 @@ class _TokenLosses(torch.autograd.Function):
         hidden_ND, head_VD, targets_N, lse_N = ctx.saved_tensors
         local_N, is_local_N = local_ids(targets_N, len(head_VD), ctx.group)
         grad_hidden_ND = torch.empty_like(hidden_ND)
+        # In fp32 at least, or every chunk would round the sum.
         grad_head_VD = torch.zeros_like(head_VD, dtype=lse_N.dtype)
         # Overwritten below: a second backward pass (`retain_graph`) makes them anew.
         logits_JV, ctx.last_logits_JV = ctx.last_logits_JV, None
+        # The last chunk first: its logits are there, and need not be computed again.
         for chunk in reversed(_chunks(hidden_ND, head_VD)):
             if logits_JV is None:
                 logits_JV = F.linear(hidden_ND[chunk], head_VD)

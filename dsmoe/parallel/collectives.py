@@ -32,6 +32,7 @@ class Traffic:
 
     def add(self, group: ExpertGroup, rows_ND: torch.Tensor, counts: Sequence[int] | None) -> None:
         """Count an exchange of `rows_ND` that sends rank r of `group` `counts[r]` rows (None: equal parts)."""
+        # By row, because `rows_ND` has those of this rank as well, which do not travel.
         row_bytes = rows_ND.nbytes / max(len(rows_ND), 1)
         for peer, near in enumerate(group.same_node):
             if peer == group.rank:
@@ -61,7 +62,9 @@ class Exchange:
 
     def start(self, rows_ND: torch.Tensor) -> Transfer:
         """Send the rows without waiting, and without a gradient; on CUDA on a stream of NCCL's own."""
+        # Held by `Transfer`: the memory of a copy that nobody holds could be used again while it is read.
         sent = rows_ND.contiguous()
+        # From counts on the host: nothing is read from the device.
         num_received = rows_ND.shape[0] if self.receive_counts is None else sum(self.receive_counts)
         received = rows_ND.new_empty((num_received, *rows_ND.shape[1:]))
         work = comm.all_to_all_single(
@@ -97,6 +100,7 @@ class Transfer:
 
 def exchange_counts(counts_E: torch.Tensor, group: ExpertGroup) -> torch.Tensor:
     """Exchange the numbers of rows: [R * L] to send, by (rank, local expert) -> [R * L] to receive."""
+    # Not asynchronous: callers read the result next.
     received = torch.empty_like(counts_E)
     comm.all_to_all_single(received, counts_E.contiguous(), group=group.handle)
     return received
@@ -122,6 +126,10 @@ def all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     return start_all_to_all(rows_ND, exchange).wait()
 
 
+# A forward pass, and its backward pass in reverse order:
+#   _Start.forward     rows leave            _Wait.backward     gradients leave, by the reversed exchange
+#   dense path         while they travel     dense path         its gradients while those travel
+#   _Wait.forward      rows are there        _Start.backward    gradients are there
 def start_all_to_all(rows_ND: torch.Tensor, exchange: Exchange) -> InFlight:
     """Start an `all_to_all`: work between this call and `wait` is done while the rows travel.
 
@@ -141,6 +149,7 @@ class _ExchangeState:
 
     def receive(self) -> torch.Tensor:
         assert self.transfer is not None, "wait only once, and after the start"
+        # Emptied, so that the backward pass can put its own transfer there, and the sent rows are freed.
         received, self.transfer = self.transfer.wait(), None
         return received
 
@@ -183,6 +192,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # Backward exchanges have no `agree`: here the watchdog learns where the rank is.
         record_position(f"{ctx.state.exchange.group.label}, backward exchange")
         ctx.state.transfer = ctx.state.exchange.reversed().start(grad_ND)
         return grad_ND.new_empty(0), None

@@ -56,6 +56,7 @@ class ExpertGroup:
         handle = deepspeed_registry.expert_group(name)
         ranks = dist.get_process_group_ranks(handle)
         world = launched_world()
+        # One node if the launcher does not say: nothing but the sorting of traffic depends on it.
         per_node = world.devices_per_node or world.size
         node = dist.get_rank() // per_node
         return cls(
@@ -123,6 +124,7 @@ class Groups:
         self.rank = dist.get_rank()
         # Where experts are whole, the expert groups are the exchange groups: one communicator serves both.
         made: list[Axis] = [axis for axis in AXES if axis != "expert" or topology.expert_tensor > 1]
+        # In the order of AXES on every rank: torch makes groups one after the other, with all ranks.
         self._handles = {axis: _own_group(topology.groups(axis), self.rank, timeout, axis) for axis in made}
         self._handles.setdefault("expert", self._handles["exchange"])
         self._levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
@@ -134,6 +136,7 @@ class Groups:
             self._levels = across, inside
         elif topology.all_to_all == "hierarchical":
             _LOGGER.info("parallel.all_to_all: hierarchical is flat here: no copy of the experts is on several nodes")
+        # Now, since DeepSpeed makes groups of its own where it finds none.
         self.register_with_deepspeed()
 
     def handle(self, axis: Axis) -> dist.ProcessGroup:
@@ -169,6 +172,7 @@ class Groups:
         if self._levels is None:
             return None
 
+        # Only sorts traffic: across nodes everyone but the rank itself is far, inside a node everyone is near.
         def level(handle: dist.ProcessGroup, near: bool) -> ExpertGroup:
             size, rank = dist.get_world_size(handle), dist.get_group_rank(handle, self.rank)
             return ExpertGroup(handle, size, rank, tuple(near or place == rank for place in range(size)), label)
@@ -245,6 +249,7 @@ def _own_group(groups: Sequence[Sequence[int]], rank: int, timeout: timedelta, n
     The flight recorder shows the groups by `name`.
     """
     own = None
+    # Also those that this rank is not in: `new_group` is collective over the world.
     for ranks in groups:
         handle = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
         if rank in ranks:

@@ -76,6 +76,7 @@ def gather_from_tensor_parallel_region(x: torch.Tensor, group: TensorGroup) -> t
     """[..., S, V / ranks], each rank's own features of all tokens -> [..., S, V] on every rank."""
     if group.size == 1:
         return x
+    # The collectives cut the last dimension but one, and features are the last.
     return _cross(x.transpose(-2, -1), group, all_gather, own_slice).transpose(-2, -1)
 
 
@@ -105,6 +106,7 @@ def reduce_scatter_to_sequence_parallel_region(terms: torch.Tensor, group: Tenso
 
 def all_reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """Return the sum of every rank's `x`; without a gradient, as all below."""
+    # A copy, since torch reduces in place, and others may hold `x`.
     total = x.contiguous().clone()
     dist.all_reduce(total, group=group.handle)
     return total
@@ -112,6 +114,8 @@ def all_reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
 
 def all_gather(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """[..., S / ranks, D] of every rank -> [..., S, D]."""
+    # Two ranks, x of [B, S / 2, D]. torch puts whole ranks one behind the other, [2 B, S / 2, D], but the slices of one
+    # batch entry belong together: [2, B, S / 2, D] -> [B, 2, S / 2, D] -> [B, S, D].
     slices = x.new_empty(group.size * x.shape[0], *x.shape[1:])
     _all_gather(slices, x.contiguous(), group=group.handle)
     return slices.unflatten(0, (group.size, -1)).movedim(0, -3).flatten(-3, -2)
@@ -119,6 +123,7 @@ def all_gather(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
 
 def reduce_scatter(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """[..., S, D] -> this rank's [..., S / ranks, D] of the sum."""
+    # The reverse: what goes to one rank has to be one run of memory, so ranks become the first dimension.
     slices = x.unflatten(-2, (group.size, -1)).movedim(-3, 0).contiguous()
     total = torch.empty_like(slices[0])
     _reduce_scatter(total, slices.flatten(0, 1), group=group.handle)
@@ -142,6 +147,7 @@ def _cross(x: torch.Tensor, group: TensorGroup, collective: Collective, transpos
     return x if group.size == 1 else _Crossing.apply(x, group, collective, transposed)
 
 
+# Crossings are linear: no tensor is kept for the backward pass.
 class _Crossing(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -62,6 +62,7 @@ def agree(group: ExpertGroup, x_TD: torch.Tensor, num_experts: int, how: str) ->
 def _agree(watch: Watchdog, group: ExpertGroup, intent: str, num_tokens: int, number: int) -> None:
     """Write this rank's intent into the store, read the others' and compare."""
     ranks = dist.get_process_group_ranks(group.handle)
+    # `number` counts what the group has agreed on, so the keys of one agreement are the same on all its ranks.
     keys = {rank: f"dsmoe/agree/{'-'.join(map(str, ranks))}/{number}/{rank}" for rank in ranks}
     watch.store.set(keys[watch.rank], json.dumps([intent, num_tokens]))
     waited, next_look = HeartbeatTimer(HEARTBEAT_SECONDS), time.monotonic() + HEARTBEAT_SECONDS
@@ -70,6 +71,7 @@ def _agree(watch: Watchdog, group: ExpertGroup, intent: str, num_tokens: int, nu
         waiting = [rank for rank in ranks if rank not in intents]
         if time.monotonic() > next_look:
             next_look = time.monotonic() + HEARTBEAT_SECONDS
+            # Positions before entries: a rank writes its entry before it goes on, so the entry cannot be missed.
             positions = watch.positions_of(waiting)
             # A rank with more positions recorded and no entry is past this point: it agreed on its shape before.
             silent = {r: position.activity for r, position in positions.items() if position.count > watch.count}

@@ -34,6 +34,8 @@ class Shard:
         """Return the shape of the whole tensor, from the shape of the rank's slice."""
         return [size * self.count if dim == self.dim else size for dim, size in enumerate(local)]
 
+    # Gate and up of 4 rows each, 8 rows together, in two slices: [8, D] -> [2, 4, D] -> two of [2, 2, D]. Slice 1 has
+    # the rows 2, 3 of either part, rows 2, 3, 6, 7 of the whole. All of them are views: `put` writes into `whole`.
     def _slices(self, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return whole.unflatten(self.dim, (self.parts, -1)).chunk(self.count, dim=self.dim + 1)
 
@@ -100,6 +102,7 @@ def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bo
     if start >= stop:
         return
     if len(shape) <= 1:
+        # Also a scalar, whose one element is the box without dimensions.
         yield Box((start,) * len(shape), (stop - start,) * len(shape))
         return
     row = math.prod(shape[1:])
@@ -107,6 +110,7 @@ def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bo
     if first > last:  # the range begins and ends within one row
         yield from _boxes_in_row(shape, start // row, start, stop)
         return
+    # Nothing on either side where the range begins or ends with a row.
     yield from _boxes_in_row(shape, first - 1, start, first * row)
     if first < last:
         yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
