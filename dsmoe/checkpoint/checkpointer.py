@@ -81,6 +81,7 @@ class Checkpointer:
         make_group = partial(dist.new_group, backend="gloo", timeout=PATIENCE, group_desc="checkpoints")
         with Job("sharing", "agreeing which rank saves what", fails_on_lost_rank=True) as job:
             self._group = run_watched(make_group, job)
+            # Once: which rank writes what follows from the layout, which a run does not change.
             self._owned = run_watched(lambda: owned_boxes(self._state.boxes(), self._group), job)
         self._saver = Saver(folder, config.checkpoint, self._group, engine.device.type == "cuda")
         self._saved_step: int | None = None
@@ -91,6 +92,7 @@ class Checkpointer:
 
     def reserve(self) -> None:
         """Take the host memory that saving needs, so that the first save keeps training no longer than the others."""
+        # One percent for what `bytes_to_save` leaves out: random states, buffers, counts, alignment.
         self._saver.buffer.reserve(int(1.01 * self._state.bytes_to_save(self._owned)))
 
     def save(self, step: int, tokens: int, validation_loss: float | None = None, *, tidies: bool = True) -> Path:
@@ -111,6 +113,7 @@ class Checkpointer:
         engine, final = self._engine, self.folder / checkpoint_name(step)
         if step == self._saved_step and self._saver.failure is None:
             return final
+        # The copies in host memory are overwritten next; the thread must be done with them.
         self._saver.wait_or_raise()
         self._saved_step = step
         facts = Facts(
@@ -203,12 +206,14 @@ class Checkpointer:
         if facts.layout == self._layout:
             random = {name: torch.empty_like(x) for name, x in rng_states(engine.device).items()}
             chunks += rng_chunks(random)
+        # Chunks are views of the engine's tensors: past its own checks, `_read` changes the engine.
         self._read(checkpoint, manifest, chunks, (MODEL, *MOMENTS, STEP, BUFFER))
         finish()
         self._state.set_buffers(buffers)
         if random:
             set_rng_states(random)
         else:
+            # Seeds the GPU's generator too. By rank, or all of them would draw the same.
             torch.manual_seed(seed_of(self._config.train.seed, "resume", facts.step, dist.get_rank()))
         engine.global_steps = facts.step
         engine.skipped_steps = facts.skipped_steps
@@ -217,6 +222,7 @@ class Checkpointer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch misses an optimizer step before this one
             engine.lr_scheduler.step()
+        # It is on the disk already: a save of this very step has nothing to do.
         if checkpoint.parent.absolute() == self.folder.absolute():
             self._saved_step = facts.step
         self._saver.misses.saved(facts.step)
@@ -247,6 +253,7 @@ class Checkpointer:
     def _chunks(self) -> list[Chunk]:
         """Return what this rank writes."""
         chunks = [*self._state.to_save(self._owned), *rng_chunks(rng_states(self._engine.device))]
+        # The same on every rank, and no element may be written twice.
         if dist.get_rank() == 0:
             chunks += [Chunk.whole(f"{BUFFER}/{name}", x) for name, x in self._state.buffers().items()]
         return chunks
@@ -266,6 +273,7 @@ class Checkpointer:
                 check_surely(checkpoint, manifest, names, Reading(job.at, job.add))
                 job.waits("all verified")
 
+            # By one rank, which tells the others: they must not judge two states of the folder.
             manifest = run_on_rank_0(look, job)
             run_on_all_ranks(check, job)
             return manifest
@@ -274,6 +282,7 @@ class Checkpointer:
         """Fill the chunks. Every tensor of `kinds` must be wanted by some rank, and every wanted tensor be stored."""
         with Job("load", f"loading {checkpoint.name}", fails_on_lost_rank=True) as job:
             own = {chunk.key: chunk.shape for chunk in chunks}
+            # Of all ranks together: each wants its own experts only, and all must be there.
             wanted = {key: shape for shapes in run_on_all_ranks(lambda: own, job) for key, shape in shapes.items()}
             refuse(checkpoint, "another model", tensor_rows(manifest, wanted, kinds))
 
@@ -290,6 +299,7 @@ class Checkpointer:
             load = partial(torch_dcp.load, storage_reader=reader, planner=planner, process_group=self._group)
             run_watched(lambda: load(by_key(chunks)), job)
             bad = bad_state(chunks, self._engine.device)
+            # On every rank, so that all raise: one alone would leave the others in their next collective.
             first = next((what for what in run_on_all_ranks(lambda: bad, job) if what), None)
         if first is not None:
             raise NotFiniteError(f"{checkpoint} has {first}")

@@ -65,11 +65,17 @@ def by_key(chunks: Iterable[Chunk]) -> Chunks:
     return found
 
 
+# A save in torch's phases; between two of them every rank waits for all, and a failure of one becomes that of all:
+#   every rank     create_local_plan, prepare_local_plan      its chunks as items
+#   coordinator    create_global_plan, prepare_global_plan    tiling checked, folder made, its name in the plans
+#   every rank     finish_plan, write_data                    its files, forced onto the disk
+#   coordinator    finish                                     the manifest, then the folder's name
 class ChunkSavePlanner(SavePlanner):
     """Plan to write every chunk given: no two ranks may be given the same element."""
 
     def set_up_planner(self, state_dict: Chunks, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Take the chunks."""
+        # The first element names a chunk: no other has it.
         self._chunks = {(chunk.key, chunk.box.start): chunk for chunks in state_dict.values() for chunk in chunks}
 
     def create_local_plan(self) -> SavePlan:
@@ -78,6 +84,7 @@ class ChunkSavePlanner(SavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """The plans as they are, and the tensors that their items make up."""
+        # On the coordinator alone: only there are the plans of all ranks together.
         tensors: dict[str, TensorStorageMetadata] = {}
         for plan in all_plans:
             for item in plan.items:
@@ -117,6 +124,7 @@ class ChunkLoadPlanner(LoadPlanner):
     #   storage index 1, storage offsets (0, 0), lengths (1, 4), destination offsets (1, 0)    row 3
     def create_local_plan(self) -> LoadPlan:
         """One item per overlap of a stored box with a chunk's."""
+        # A rank reads what it wants, whoever wrote it: the layouts need not be the same.
         items: list[ReadItem] = []
         for key, chunks in self._chunks.items():
             stored = self._stored[key]
@@ -138,6 +146,7 @@ class ChunkLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         """The view that an item's elements are to be written to."""
+        # `index` counts the chunks of the tensor in the order of `wanted`, which is that of the state dict.
         index = read_item.dest_index
         assert index.index is not None
         values = self._chunks[index.fqn][index.index].values
@@ -178,6 +187,7 @@ class FolderWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Remove what earlier saves have left, make the folder to write in, and tell every rank its name."""
+        # On the coordinator alone, before any rank writes.
         folder = self.final.parent
         self._account.at("removing what earlier saves have left")
         remove_leftovers(folder)
@@ -187,6 +197,7 @@ class FolderWriter(StorageWriter):
         self._partial.mkdir()
         sync_folder(folder.parent)  # the first save makes the folder of all
         self._account.waits("waiting to write")
+        # The other ranks cannot guess the name: it differs where a leftover could not be removed.
         return [replace(plan, storage_data=self._partial.name) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -195,9 +206,11 @@ class FolderWriter(StorageWriter):
         results: list[WriteResult] = []
         self._account.expect(sum(map(_bytes, plan.items)))
         for number, items in enumerate(_files(plan.items)):
+            # By rank: no two processes ever write to one file.
             name = f"rank_{dist.get_rank():05d}_{number:03d}.safetensors"
             self._account.at(name)
             tensors = [_lazy_tensor(item, planner) for item in items]
+            # On the disk when this returns: the coordinator writes the manifest when all ranks have come so far.
             file, offsets = write_tensors(self._partial / name, tensors, None, self._account.add)
             for item, tensor, offset in zip(items, tensors, offsets, strict=True):
                 assert item.index.offset is not None
@@ -212,6 +225,7 @@ class FolderWriter(StorageWriter):
         """Write the manifest, then give the folder its name."""
         # A crash is harmless at any line: files and manifest are on the disk before the folder gets its name, and the
         # folder that it replaces is removed after that.
+        # Where the elements are: only the rank that wrote them knows its files and offsets.
         written = {(r.index.fqn, r.index.offset): r.storage_data for rank in results for r in rank}
         tensors = {}
         for key, tensor in metadata.state_dict_metadata.items():
@@ -222,8 +236,10 @@ class FolderWriter(StorageWriter):
         self._account.expect(0)
         self._account.at(f"writing {MANIFEST}")
         write_synced(self._partial / MANIFEST, Manifest(self._facts, files, tensors).text())
+        # The files' names too: forcing a file onto the disk does not force the folder that names it.
         sync_folder(self._partial)
         self._account.at(f"renaming {self._partial.name}")
+        # Aside first, because a rename does not replace a folder that has files.
         replaced = self._make_way() if os.path.lexists(self.final) else None
         publish_folder(self._partial, self.final)
         if replaced is not None:
@@ -235,6 +251,7 @@ class FolderWriter(StorageWriter):
         """Move aside what has the name already, and return its new path; take another name if that may not be."""
         try:
             if not is_others(self.final):
+                # Not removed yet: that takes time, in which this step would have no checkpoint at all.
                 return self.final.rename(hidden_name(self.final, "replaced"))
             why = "no save of dsmoe's has made it"
         except OSError as error:
@@ -246,6 +263,7 @@ class FolderWriter(StorageWriter):
 
     def discard(self) -> None:
         """Remove what a failed save has written."""
+        # Equal until a name was chosen: then what is there is not of this save.
         if self._partial != self.final:
             discard(self._partial)
 
@@ -277,6 +295,7 @@ class FolderReader(StorageReader):
             key: TensorStorageMetadata(
                 TensorProperties(DTYPES[tensor.dtype]),
                 torch.Size(tensor.shape),
+                # In the manifest's order: a read item names its box by its number in this list.
                 [_box_metadata(chunk.start, chunk.shape) for chunk in tensor.chunks],
             )
             for key, tensor in self._manifest.tensors.items()
@@ -307,6 +326,7 @@ class FolderReader(StorageReader):
             if chunk.file != file:
                 file = chunk.file
                 self._account.at(file)
+            # A memory map, so that of a large stored box only the pages of the wanted part are read.
             stored = read_tensor(self._checkpoint / chunk.file, tensor.dtype, chunk.shape, chunk.offset)
             for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 stored = stored.narrow(dim, start, length)
@@ -342,6 +362,7 @@ def _files(items: list[WriteItem]) -> list[list[WriteItem]]:
     files: list[list[WriteItem]] = []
     size = FILE_BYTES  # the first item begins a file
     for item in sorted(items, key=lambda item: -_element_bytes(item)):
+        # An item is never cut: a file ends with the item that brings it to the size.
         if size >= FILE_BYTES:
             files.append([])
             size = 0

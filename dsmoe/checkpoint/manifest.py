@@ -149,6 +149,7 @@ class Manifest:
             content = json.loads(text)
             if content.get("format") != FORMAT:
                 raise DamagedError(f"{path} is of another format: {content.get('format')!r}, not {FORMAT!r}")
+            # Before anything is made of the contents: what is wrong after this was written so.
             if not has_valid_checksum(text, content, _TABLES):
                 raise ValueError
             if content.keys() != {"format", "facts", "files", "tensors", "sha256"}:
@@ -158,6 +159,7 @@ class Manifest:
                 {name: _file(name, file) for name, file in content["files"].items()},
                 {key: _tensor(key, entry) for key, entry in content["tensors"].items()},
             )
+            # Now that files and tensors are both of their types, they can be compared.
             manifest._check()
         except (FileNotFoundError, NotADirectoryError):
             raise DamagedError(f"{checkpoint} is not a whole checkpoint: {path} is missing") from None
@@ -189,6 +191,7 @@ class Manifest:
             for chunk in tensor.chunks:
                 if chunk.file not in self.files:
                     raise ContradictionError(f"{key} is in {chunk.file!r}, which is none of its files")
+                # Python integers: no product overflows, however wrong the numbers are.
                 end = chunk.offset + math.prod(chunk.shape) * BYTES[tensor.dtype]
                 if end > self.files[chunk.file].bytes:
                     raise ContradictionError(f"{key} ends behind the end of {chunk.file}")
@@ -233,7 +236,9 @@ def tiles(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, 
         for known, first, part in zip(sums, start, size, strict=True):
             for end in (first, first + part):
                 if end not in known:
+                    # Below the prime, and drawn anew at each call: no file can be made to fit them.
                     known[end] = randbits(126)
+            # Modulo a prime, where a product is 0 only if a factor is.
             product = product * (known[first + part] - known[first]) % _PRIME
         return product
 
@@ -284,6 +289,7 @@ def _contradictions(facts: Facts) -> Iterator[str]:
 def _is_deeper(value: object, most: int) -> bool:
     """Return whether there are more than `most` levels of mappings and lists; without recursion."""
     level = [value]
+    # Level by level: recursion would need the stack that deep nesting exhausts.
     for _ in range(most + 1):
         level = [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]
         if not level:

@@ -78,6 +78,7 @@ def write_tensors(
     header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     begins, end = [], 0
     for tensor in tensors:
+        # Offsets in the header are relative to the data; the header's own length is known when it is complete.
         begins.append(end)
         end += tensor.bytes
         header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begins[-1], end]}
@@ -98,6 +99,7 @@ def _write(path: Path, start: bytes, tensors: Sequence[LazyTensor], on_written: 
     with path.open("wb") as stream:
         stream.write(start)
         for tensor in tensors:
+            # Contiguous, since the bytes are hashed and written from the tensor's own memory.
             made = tensor.make().to(tensor.dtype).contiguous()
             assert tuple(made.shape) == tensor.shape, f"{tensor.name}: {tuple(made.shape)}, not {tensor.shape}"
             data = memoryview(made.view(-1).view(torch.uint8).numpy().data)
@@ -106,6 +108,7 @@ def _write(path: Path, start: bytes, tensors: Sequence[LazyTensor], on_written: 
                 stream.write(chunk)
                 on_written(len(chunk))
         stream.flush()
+        # Or a power cut after the folder's rename would leave a checkpoint's name with missing contents.
         os.fsync(stream.fileno())
     return checksum.hexdigest()
 

@@ -110,6 +110,7 @@ class HostBuffer:
         copies = []
         for chunk, begin, size in zip(chunks, begins, sizes, strict=True):
             copied = self._bytes[begin : begin + size].view(chunk.values.dtype).view(chunk.values.shape)
+            # All copies are queued, and waited for once, below.
             copied.copy_(chunk.values, non_blocking=True)
             copies.append(replace(chunk, values=copied))
         if self._on_gpu:
@@ -117,6 +118,9 @@ class HostBuffer:
         return copies
 
 
+# Two threads, of which one is in `torch.distributed` of its own group while the other trains:
+#   training    save: wait for the last one, copy, start    steps                       next save: wait, copy, start
+#   save                                                    plan, write, rename, tidy   begins with new copies
 class Saver:
     """One save at a time, written by a thread with the other ranks; the copies are kept for another attempt.
 
@@ -140,6 +144,7 @@ class Saver:
 
     def save(self, facts: Facts, chunks: Sequence[Chunk], tidies: bool) -> None:
         """Copy this rank's chunks and begin to write the copies; with `tidies`, then remove old checkpoints."""
+        # Training changes the state as soon as this returns: the thread and any further attempt see the copies alone.
         self._facts, self._copies, self._tidies = facts, self.buffer.copy(chunks), tidies
         self._start()
 
@@ -189,6 +194,7 @@ class Saver:
         while isinstance(self.failure, SaveError) and self.failure.is_of_disk:
             with Job("last save", "trying the last save again", fails_on_lost_rank=True) as job:
                 left = worth - (time.monotonic() - begun)
+                # The rank with the least time left decides: one that stopped alone would leave the others in the save.
                 if self._any_rank(left < pause, job):
                     break
                 if dist.get_rank() == 0:
@@ -219,6 +225,7 @@ class Saver:
     def _start(self) -> None:
         """Start a thread that writes the copies; without `checkpoint.asynchronous`, wait for the thread."""
         final = self.folder / checkpoint_name(self._facts.step)
+        # Made by the thread that calls, which asks it about lost ranks while the other one writes.
         self._job = Job("save", f"saving {final.name}", fails_on_lost_rank=True)
         writer = FolderWriter(final, self._facts, self._job)
         # A daemon: storage that hangs must not keep the process from ending.
@@ -243,6 +250,7 @@ class Saver:
         begun, self.failure = time.perf_counter(), None
         try:
             chunks = by_key(self._copies)
+            # Collective, on the group of saves alone: training's collectives go on beside it.
             torch_dcp.save(chunks, storage_writer=writer, planner=ChunkSavePlanner(), process_group=self._group)
         except torch_dcp.CheckpointException as error:  # on every rank alike
             if dist.get_rank() == 0:
@@ -256,6 +264,7 @@ class Saver:
             if dist.get_rank() == 0:
                 logger.error("%s%s", self.failure, self.misses.warning())
             return False
+        # Only now: until every rank has written, a crash would resume from the checkpoint before.
         self.misses.saved(self._facts.step)
         if dist.get_rank() == 0:
             logger.info("saved %s in %.1f s", writer.final, time.perf_counter() - begun)

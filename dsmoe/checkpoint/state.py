@@ -77,17 +77,20 @@ def chunks_of_range(
         values: by kind (`model`, `exp_avg`), the values of the range; flat, of equal size. Chunks are views of them.
     """
     numel, begin = next(iter(values.values())).numel(), 0
+    # Cut twice: into boxes, then where the rank's tensor has side by side what is apart in the global one (gate, up).
     for box in boxes_of_range(shape, start, start + numel):
         for local_box, global_box in sharded.boxes:
             common = box.overlap(local_box)
             if common is None:
                 continue
+            # `common` is in the rank's tensor: the same elements in the global tensor, and within `box`.
             target, inner = common.relative_to(local_box).shifted(global_box.start), common.relative_to(box)
             yield [
                 Chunk(
                     f"{kind}/{sharded.name}",
                     sharded.shape,
                     target,
+                    # A box is one run of `flat`, so this is a view: a load writes through it into master and moments.
                     inner.view(flat.narrow(0, begin, box.size).view(box.shape)),
                 )
                 for kind, flat in values.items()
@@ -106,6 +109,7 @@ class EngineState:
     def __init__(self, engine: DeepSpeedEngine, sharded: Mapping[str, ShardedTensor]) -> None:
         self.engine = engine
         named = dict(engine.module.named_parameters())
+        # By identity: a fragment knows its parameter, and not the name.
         self._sharded = {id(parameter): sharded[name] for name, parameter in named.items()}
         self._fragments = fragments(engine)
         check_links(self._fragments)
@@ -130,6 +134,7 @@ class EngineState:
         found = chunks_of_range(self._sharded[id(parameter)], tuple(parameter.shape), 0, values)
         return (chunk for (chunk,) in found)
 
+    # The optimizer does not know these: they have no master, and no fragment.
     def _frozen(self) -> list[torch.Tensor]:
         return [parameter for parameter in self._not_masters if not parameter.requires_grad]
 
@@ -147,6 +152,7 @@ class EngineState:
         """Yield values and optimizer state of the boxes in `owned`: views of what the next step changes."""
         for fragment in self._fragments:
             name, state = self._name(fragment.parameter), moments_of(self.engine, fragment)
+            # No moments before the first step: then none are saved.
             tensors = {MODEL: fragment.master, **{kind: state[kind] for kind in MOMENTS if kind in state}}
             # Weight and moments are cut alike, and one rank writes all of a box.
             for chunks in self._fragment_chunks(fragment, tensors):
@@ -164,6 +170,7 @@ class EngineState:
     def bytes_to_save(self, owned: set[NamedBox]) -> int:
         """Return the size of all that `to_save` yields when there are moments, but for a few bytes per parameter."""
         element_bytes = {self._name(parameter): parameter.element_size() for parameter in self._frozen()}
+        # Master and two moments.
         optimized = torch.float32.itemsize * (1 + len(MOMENTS))
         return sum(box.size * element_bytes.get(name, optimized) for name, box in owned)
 
@@ -171,6 +178,7 @@ class EngineState:
         """Yield the chunks that parameters and masters are read into."""
         for fragment in self._fragments:
             yield from self._master_chunks(fragment)
+        # Read, and not cast from the masters, of which this rank may have a share alone. Frozen ones too.
         for parameter in self._not_masters:
             yield from self._weight_chunks(parameter)
 
@@ -190,6 +198,7 @@ class EngineState:
             state = moments_of(self.engine, fragment)
             for chunks_of_box in self._fragment_chunks(fragment, {kind: state[kind] for kind in MOMENTS}):
                 chunks += chunks_of_box
+            # Of its own, and not the optimizer's: ZeRO has one for many parameters, which must be compared first.
             counted = torch.zeros((), dtype=torch.float32)
             steps.append((fragment, counted))
             chunks.append(Chunk(f"{STEP}/{self._name(fragment.parameter)}", (), Box((), ()), counted))
@@ -213,6 +222,7 @@ class EngineState:
         # By the state dict, which leaves out non-persistent buffers and has the layers' extra state.
         module = self.engine.module
         names = {name for name, _ in module.named_buffers()}
+        # References: extra state aside, nothing is copied.
         saved = module.state_dict()
         return {name: x.detach() for name, x in saved.items() if name in names or name.endswith("_extra_state")}
 
@@ -228,12 +238,14 @@ class EngineState:
 
     def set_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
         """Put back all or some of what `buffers` returned."""
+        # Not strict, since the parameters are not among them.
         self.engine.module.load_state_dict(dict(values), strict=False)
 
 
 def owned_boxes(boxes: Sequence[NamedBox], group: dist.ProcessGroup) -> set[NamedBox]:
     """Return the boxes, out of those that this rank has, that this rank writes; collective."""
     boxes_by_rank: list[Sequence[NamedBox]] = [[] for _ in range(dist.get_world_size())]
+    # Names and numbers over gloo, once per run.
     dist.all_gather_object(boxes_by_rank, list(boxes), group=group)
     return assign_writers(boxes_by_rank)[dist.get_rank()]
 
@@ -272,6 +284,7 @@ def not_finite(tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device
     Copies nothing, and the host waits for nothing.
     """
     flags = [_has_bad(tensor).to(device, non_blocking=True) for _, tensor in tensors]
+    # One tensor of flags, so that whoever wants to know reads once.
     return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool, device=device)
 
 
@@ -284,6 +297,7 @@ def _has_bad(tensor: torch.Tensor) -> torch.Tensor:
 
 def bad_state(chunks: Iterable[Chunk], device: torch.device) -> str | None:
     """Name what no training leaves in these chunks: a value that is not finite, a negative mean of squares or count."""
+    # Integers, as random states are, are always finite.
     floats = [chunk for chunk in chunks if chunk.values.is_floating_point()]
     infinite = not_finite(((chunk.key, chunk.values) for chunk in floats), device).tolist()
     key = next((chunk.key for chunk, is_bad in zip(floats, infinite, strict=True) if is_bad), None)
@@ -300,6 +314,7 @@ def rng_chunks(states: Mapping[str, torch.Tensor]) -> list[Chunk]:
     """Return the rows of this rank's random states."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     return [
+        # `state[None]` is a view: what is read arrives in `states`.
         Chunk(f"{RNG}/{name}", (world_size, len(state)), Box((rank, 0), (1, len(state))), state[None])
         for name, state in states.items()
     ]

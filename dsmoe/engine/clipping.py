@@ -39,17 +39,21 @@ def clip_gradients(optimizer: torch.optim.Optimizer, groups: Groups, max_norm: f
     split: list[torch.Tensor] = []
     experts: dict[str, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:
+        # Whole: the same on all tensor ranks, so counted once. Split and experts: a part on each rank, so added up.
         kind = experts.setdefault(group["name"], []) if group["moe"] else split if group["split"] else whole
         kind.extend(p.grad for p in group["params"] if p.grad is not None)
     gradients = [*whole, *split, *chain(*experts.values())]
     square = _square_norm(whole, gradients[0].device)
     of_experts = [(parts, deepspeed_registry.expert_group(name)) for name, parts in experts.items()]
+    # Also without parts: a rank that left out a collective would leave the others waiting.
     for parts, handle in ((split, groups.handle("tensor")), *of_experts):
         part = _square_norm(parts, square.device)
         dist.all_reduce(part, group=handle)
         square += part
+    # The same on every rank from here on, so all of them scale, or stop, alike.
     norm = square.sqrt()
     if max_norm > 0:
+        # Always, by 1 where nothing is clipped: a condition would read the norm. 1e-6 as in torch's own clipping.
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
     return norm.float()
 
@@ -58,6 +62,8 @@ def clip_before_each_step(engine: deepspeed.DeepSpeedEngine, groups: Groups, max
     """At ZeRO stage 0, clip when the engine steps, tell it the norm, and stop the step if that is not finite."""
     guard: UpdateGuard = engine.update_guard
 
+    # In the inner optimizer's hook: only now have the masters their gradients, and the engine reads the wrapper's norm
+    # after the step (0.19.8, runtime/engine.py:3518).
     def clip(adam: torch.optim.Optimizer, *_: Any) -> None:
         guard.settle()  # for a loop that does not: the learning rate is read after this
         engine.optimizer._global_grad_norm = norm = clip_gradients(adam, groups, max_norm)
@@ -76,9 +82,12 @@ def take_norms_in_pieces(optimizer: Any) -> None:
     if whole is None:  # another wrapper, which takes norms its own way
         return
 
+    # Replaced on the object: ZeRO calls it by this name, and every other optimizer keeps its own.
     def in_pieces(gradients: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter], *rest: Any) -> torch.Tensor:
+        # As ZeRO pairs them (0.19.8, runtime/zero/stage_1_and_2.py:2677), before cutting: a piece has lost the mark.
         real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         pairs = [(piece, p) for gradient, p in zip(real, parameters, strict=False) for piece in _pieces(gradient)]
+        # Each piece with its parameter, by whose marks ZeRO decides whether to count it on this tensor rank.
         return whole([piece for piece, _ in pairs], [p for _, p in pairs], *rest)
 
     optimizer.get_grad_norm_direct = in_pieces
@@ -97,4 +106,5 @@ def _square_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.T
         norms = [torch.linalg.vector_norm(piece.double()) for gradient in gradients for piece in _pieces(gradient)]
     else:
         norms = [norm.double() for norm in torch._foreach_norm([gradient.float() for gradient in gradients])]
+    # In fp64, where no square overflows, and a large norm does not swallow the small ones.
     return torch.stack(norms).square().sum()

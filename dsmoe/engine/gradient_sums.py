@@ -36,6 +36,7 @@ def sum_in_fp32(engine: DeepSpeedEngine) -> None:
     """
     for parameter in engine.module.parameters():
         if parameter.requires_grad:
+            # torch refuses to change the dtype beside a gradient of another one.
             parameter.grad = None
             parameter.grad_dtype = torch.float32
     optimizer = engine.optimizer
@@ -58,6 +59,7 @@ def _forget_sums_of_skipped_steps(optimizer: Any) -> None:
     def reset_with_sums() -> None:
         """Called when a step has been taken, and then there are none, and when it is skipped."""
         reset()
+        # As ZeRO does with the optimizer on the device (:3060): the keys stay, without sums.
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
     optimizer.reset_cpu_buffers = reset_with_sums

@@ -46,14 +46,17 @@ def make_engine(model: nn.Module, plan: Plan, groups: Groups, settings: dict[str
         UserError: the config or the model are wrong.
     """
     options, steps = plan.config.optimizer, plan.batch.steps
+    # Before DeepSpeed sees the model: making the engine, it asks every MoE layer for its groups.
     _prepare_layers(model, groups, plan.batch.accumulation_steps)
     _copy_first_tensor_rank(model, groups)
     routers = [module.router.weight for module in model.modules() if isinstance(module, MoE)]
+    # Of after that copy: what is put back later is to be the same on all ranks.
     exact = [weight.detach().float().clone() for weight in routers]
 
     def make_optimizer(_: object) -> torch.optim.Optimizer:
         """Called by DeepSpeed when it has cast the model, and before it flattens the parameters."""
         restore_routers(routers, exact)
+        # After that, since groups are by dtype, and routers are fp32 again.
         decayed = parameter_groups(model, options.weight_decay)
         return torch.optim.AdamW(decayed, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
@@ -61,16 +64,21 @@ def make_engine(model: nn.Module, plan: Plan, groups: Groups, settings: dict[str
         args=_device_of_its_own(),
         model=model,
         optimizer=make_optimizer,
+        # LambdaLR multiplies the optimizer's rate, hence the division.
         lr_scheduler=lambda inner: LambdaLR(inner, lambda step: learning_rate(options, steps, step) / options.lr),
         config=settings,
         mpu=groups.mpu,
+        # `Groups` has joined the processes.
         dist_init_required=False,
     )
+    # Before the first backward pass, which would make gradients of the parameters' dtype.
     sum_in_fp32(engine)
     _reduce_over_own_groups(engine, groups)
+    # Now that DeepSpeed has made its groups too, with a timeout of its own.
     set_group_timeouts(timedelta(seconds=plan.config.cluster.collective_timeout_seconds))
     fragments(engine)  # refuses now what a checkpoint could not save
     engine.update_guard = UpdateGuard(engine)
+    # ZeRO clips by the norm over all ranks itself; stage 0 has no such norm (see `clip_gradients`).
     if plan.config.parallel.zero_stage == 0:
         _forget_the_dry_step(engine)
         clip_before_each_step(engine, groups, options.grad_clip)
@@ -101,6 +109,7 @@ def _prepare_layers(model: nn.Module, groups: Groups, accumulation_steps: int) -
     """
     for name, module in model.named_modules():
         if isinstance(module, MoE):
+            # The attached losses do not pass the engine's division of the loss by the number of micro-batches.
             module.loss_scale = 1.0 / accumulation_steps
             if (module.ep_size, module.layout.expert_tensor) == (groups.topology.expert, groups.topology.expert_tensor):
                 module.set_expert_group(groups.expert_group(name))
@@ -118,11 +127,13 @@ def _reduce_over_own_groups(engine: deepspeed.DeepSpeedEngine, groups: Groups) -
     Without ZeRO it does so at every reduction (0.19.8, runtime/engine.py:3883), and would find those of the engine that
     was made last.
     """
+    # Bound now: the engine's own method, under the name that is replaced below.
     reduce = engine.allreduce_gradients
 
     def over_own_groups(bucket_size: int = REDUCE_BUCKET_ELEMENTS) -> None:
         groups.register_with_deepspeed()
         if not engine.zero_optimization():
+            # Not earlier: only now is it known which parameters no micro-batch has used.
             fill_missing_gradients(engine.module)
         reduce(bucket_size)
 
@@ -138,6 +149,7 @@ def _copy_first_tensor_rank(model: nn.Module, groups: Groups) -> None:
         return
     first = groups.topology.group_of("tensor", groups.rank)[0]
     for parameter in model.parameters():
+        # Experts are drawn by global id, and slices differ by design: neither is to become the first rank's.
         if not hasattr(parameter, "group_name") and not getattr(parameter, "tensor_model_parallel", False):
             dist.broadcast(parameter.data, src=first, group=groups.handle("tensor"))
 
@@ -150,6 +162,7 @@ def restore_routers(weights: list[nn.Parameter], exact: list[torch.Tensor]) -> N
     the second: bf16 has too few values to tell experts of near scores apart.
     """
     for weight, value in zip(weights, exact, strict=True):
+        # A new tensor in the same parameter, so that the optimizer, which is made next, keeps an fp32 one.
         weight.data = value.to(weight.device)
         dist.broadcast(weight.data, src=0)
 
@@ -162,8 +175,10 @@ def _forget_the_dry_step(engine: deepspeed.DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "fp32_groups"):
         return
+    # Moments and counts of a step on zero gradients are zeros and 1: the next step makes them anew.
     inner_optimizer(engine).state.clear()
     with torch.no_grad():
         for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
             for master, weight in zip(masters, weights, strict=True):
+                # Weight decay has moved the masters, and the weights have not been overwritten by them yet.
                 master.copy_(weight)

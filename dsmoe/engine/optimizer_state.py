@@ -68,6 +68,7 @@ def check_links(found: list[Fragment]) -> None:
     """
     for fragment in found:
         weight = fragment.parameter.detach().view(-1).narrow(0, fragment.start, fragment.numel)
+        # Before the first step a master is a copy of its weight: rounded back, it is the weight exactly.
         if not torch.equal(fragment.view(fragment.master).to(weight), weight):
             raise RuntimeError(f"DeepSpeed's master of a weight {tuple(fragment.parameter.shape)} is of another one")
 
@@ -81,19 +82,26 @@ def make_moments(engine: DeepSpeedEngine, found: list[Fragment]) -> None:
     """Make the optimizer's state for every master, as its first step would."""
     optimizer = inner_optimizer(engine)
     fused = optimizer.defaults.get("fused")
+    # Each master once: under ZeRO many fragments share one.
     for master in {id(fragment.master): fragment.master for fragment in found}.values():
         state = optimizer.state[master]
         if not state:
+            # Where torch's AdamW keeps it: a fused step adds to it on the device.
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
             state.update({name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS})
 
 
+# A group of a (6 elements) and b (4), flattened to 10, on two ranks:
+#   flat group    a a a a a | a b b b b
+#   rank 0        Fragment(a, start=0, offset=0, numel=5)
+#   rank 1        Fragment(a, start=5, offset=0, numel=1), Fragment(b, start=0, offset=1, numel=4)
 def _linked(groups: list[list[torch.nn.Parameter]], partitions: list[torch.Tensor]) -> list[Fragment]:
     """The range of each parameter that is in this rank's flat partition, as DeepSpeed has noted it there."""
     links = [
         (parameter, flat, link)
         for parameters, flat in zip(groups, partitions, strict=True)
         for parameter in parameters
+        # None: no element of it is in this rank's partition.
         if (link := parameter._hp_mapping) is not None  # type: ignore[attr-defined]
     ]
     return [

@@ -24,6 +24,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             expert_group = getattr(parameter, "group_name", None)
             split = getattr(parameter, "tensor_model_parallel", False)
             groups.setdefault((expert_group, split, parameter.dim() >= 2, parameter.dtype), []).append(parameter)
+    # Stable: groups of one dtype stay in the order of the model, the same on every rank.
     in_order = sorted(groups.items(), key=lambda item: item[0][3].itemsize)
     return [
         {
@@ -31,6 +32,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             "weight_decay": weight_decay if decayed else 0.0,
             "moe": expert_group is not None,
             "split": split,
+            # ZeRO looks up expert groups by this name (0.19.8, runtime/zero/stage_1_and_2.py:880).
             "name": expert_group or ("matrices" if decayed else "vectors"),
         }
         for (expert_group, split, decayed, _), parameters in in_order

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+# The norm of step n is not finite, and the schedule stands at e:
+#   n, update        the device changes no weight and no moment; its flag is on the way to the host
+#   n, afterwards    the engine has not heard of it, and steps the schedule to e + 1
+#   n + 1, settle    the host reads the flag: n counts as skipped, and the schedule is at e again
+#   n + 1, update    with the learning rate of e
 class UpdateGuard:
     """Stops updates of one engine on the device, and tells the engine; `dsmoe.initialize` makes it."""
 
@@ -46,6 +51,7 @@ class UpdateGuard:
         """
         self._stopped = ~torch.isfinite(norm)
         adam.found_inf = self._stopped.float()  # type: ignore[attr-defined]
+        # On a GPU queued and not waited for, into pinned memory; the event tells when it has been done.
         self._on_host.copy_(self._stopped, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -53,6 +59,7 @@ class UpdateGuard:
     def was_applied(self) -> bool | torch.Tensor:
         """Return whether the last update was applied: a bool where the host knows, else one on the device."""
         applied = bool(self._engine.was_step_applied())
+        # Where DeepSpeed has not stopped the step, the device may have: not known on the host before `settle`.
         return ~self._stopped if applied and self._stopped is not None else applied
 
     def settle(self) -> None:
@@ -64,12 +71,14 @@ class UpdateGuard:
             return
         if self._copied is not None:
             self._copied.synchronize()
+        # Cleared first: a second call has nothing to do, and must not count the step twice.
         self._stopped = None
         if not self._on_host:
             return
         self._engine._step_applied = False
         self._engine.skipped_steps += 1
         scheduler = self._engine.lr_scheduler
+        # From e + 1 to e - 1, and a step to e, which also sets the learning rates.
         scheduler.last_epoch -= 2
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch may miss an optimizer step before this one

@@ -59,18 +59,22 @@ def _starts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     The assignments that fill up the last block count as masked ones, so that they stand behind all others.
     """
     num_blocks, block, num_warps = _blocks(experts)
+    # int32: fewer than 2^31 assignments. One entry more, for the 0 that the scan starts with.
     counts = experts.new_empty((num_experts + 1) * num_blocks + 1, dtype=torch.int32)
     bins = triton.next_power_of_2(num_experts + 1)
     sizes = (experts.numel(), num_blocks, num_experts, bins, block)
     _histogram[(num_blocks,)](experts, counts, *sizes, num_warps=num_warps)
+    # By expert first and block second, so that one scan gives every block its begin within every expert.
     return counts.cumsum(0, dtype=torch.int32)
 
 
 def _counts(starts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    # Every `num_blocks`-th start is where an expert begins; the last of them is where the masked ones begin.
     num_blocks = starts.numel() // (num_experts + 1)
     return starts[::num_blocks].diff()[:num_experts].long()
 
 
+# Both numbers follow the number of tokens: specialised, they would compile again whenever it changes.
 @triton.jit(do_not_specialize=["num_assignments", "num_blocks"])
 def _histogram(
     experts,
@@ -83,6 +87,7 @@ def _histogram(
 ):
     block = tl.program_id(0)
     assignment = block * BLOCK + tl.arange(0, BLOCK)
+    # Lanes behind the last assignment count as masked, and so come last.
     expert = tl.load(experts + assignment, mask=assignment < num_assignments, other=NUM_EXPERTS).to(tl.int32)
     bins = tl.arange(0, BINS)
     # One place further, with a 0 in front: the inclusive scan is then the starts.
@@ -108,9 +113,12 @@ def _place(
     assignment = block * BLOCK + within
     mask = assignment < num_assignments
     expert = tl.load(experts + assignment, mask=mask, other=NUM_EXPERTS).to(tl.int32)
+    # Earlier in the block and of the same expert. Stable, and without atomics, whose order varies.
     earlier = (expert[:, None] == expert[None, :]) & (within[None, :] < within[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
+    # Where the block's assignments to the expert begin, plus the rank among them: no two have the same row.
     row = tl.load(starts + expert * num_blocks + block) + rank
     tl.store(orders + row, assignment.to(tl.int64), mask=mask)
     tl.store(sorted_experts + row, expert.to(tl.int64), mask=mask)
+    # From the expert's begin in the first block: earlier blocks count.
     tl.store(places + row, (row - tl.load(starts + expert * num_blocks)).to(tl.int64), mask=mask)

@@ -72,9 +72,11 @@ class _Route(torch.autograd.Function):
         experts_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
         tensors = (logits_TE, bias_E, preference_TE, scores_TE, weights_TK, experts_TK)
         _launch(_forward, tensors, num_tokens, num_experts, top_k, rule)
+        # No logits and no weights: the slope of either score follows from the score itself.
         ctx.save_for_backward(scores_TE, experts_TK)
         ctx.rule = rule
         ctx.mark_non_differentiable(experts_TK)
+        # None for an output that nothing used, instead of zeros: the kernel is compiled without reading it.
         ctx.set_materialize_grads(False)
         return scores_TE, weights_TK, experts_TK
 
@@ -103,6 +105,7 @@ def _launch(
     top_k: int,
     rule: tuple[str, bool, float, float],
 ) -> None:
+    # Triton works on powers of two: the rest of the columns and choices is masked.
     columns, choices = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
     rows = max(SIZES["topk_router"]["tile"] // columns, 1)
     sizes = (num_experts, top_k, rows, columns, choices)
@@ -123,6 +126,9 @@ def _ordered(x):
     return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
+# A program has ROWS tokens, each a row of COLUMNS experts, at 64-bit places, since T * E may exceed 2^31. It goes over
+# its rows K times and does not sort them: K is small. Of all sizes only the number of tokens changes from pass to
+# pass; specialised, it would compile the kernel again.
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
     logits,
@@ -148,6 +154,7 @@ def _forward(
     place, mask = token * NUM_EXPERTS + expert, (token < num_tokens) & exists
     logit = tl.load(logits + place, mask=mask, other=0.0)
     if SCORE == "softmax":
+        # Columns that are no expert have power 0, and change neither maximum nor sum.
         logit = tl.where(exists, logit, float("-inf"))
         power = tl.exp(logit - tl.max(logit, axis=1)[:, None])
         score = power / tl.sum(power, axis=1)[:, None]
@@ -156,6 +163,7 @@ def _forward(
     else:
         tl.static_assert(False, f"this kernel has no branch for the score {SCORE}")
     tl.store(scores + place, score, mask=mask)
+    # The bias moves the choice alone: the weights below are made of `score`.
     preference = score
     if preferences is not None:
         preference = tl.load(preferences + place, mask=mask, other=0.0)
@@ -171,11 +179,13 @@ def _forward(
         best = tl.max(key, axis=1)[:, None]
         first = tl.min(tl.where(key == best, expert, COLUMNS), axis=1)[:, None]
         key = tl.where(expert == first, -0x80000000, key)
+        # One term that is not 0: exact.
         its_score = tl.sum(tl.where(expert == first, score, 0.0), axis=1)[:, None]
         chosen_expert = tl.where(choice == k, first, chosen_expert)
         chosen_score = tl.where(choice == k, its_score, chosen_score)
 
     if NORMALIZE:
+        # Choices from K to CHOICES have score 0.
         chosen_score /= tl.sum(chosen_score, axis=1)[:, None] + TINY
     place, mask = token * TOP_K + choice, (token < num_tokens) & (choice < TOP_K)
     tl.store(weights + place, chosen_score * SCALE, mask=mask)
@@ -200,16 +210,22 @@ def _backward(
     COLUMNS: tl.constexpr,
     CHOICES: tl.constexpr,
 ):
+    # In one row, for the chosen j with weights w_j = SCALE * s_j / t, t = TINY + the sum of the chosen s:
+    #   dL/ds_j = SCALE * (g_j - m) / t      with m = (the sum of g_k s_k over the chosen k) / t
+    # The gradient of the scores as an output is added to that, and the sum goes back through the score.
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     expert = tl.arange(0, COLUMNS)[None, :]
     place, mask = token * NUM_EXPERTS + expert, (token < num_tokens) & (expert < NUM_EXPERTS)
     score = tl.load(scores + place, mask=mask, other=0.0)
     grad = tl.zeros([ROWS, COLUMNS], tl.float32)
     if grad_weights is not None:
+        # Apart from `grad`, since a chosen expert's g may be 0 where m is not.
         chosen = tl.zeros([ROWS, COLUMNS], tl.int1)
         for k in range(TOP_K):
+            # -1 for a row behind the last token: no expert's number.
             its_expert = tl.load(experts + token * TOP_K + k, mask=token < num_tokens, other=-1).to(tl.int32)
             its_grad = tl.load(grad_weights + token * TOP_K + k, mask=token < num_tokens, other=0.0)
+            # An expert is chosen once at most by a token: nothing to add, and no atomics.
             grad = tl.where(expert == its_expert, its_grad, grad)
             chosen = chosen | (expert == its_expert)
         if NORMALIZE:
@@ -220,6 +236,7 @@ def _backward(
     if grad_scores is not None:
         grad += tl.load(grad_scores + place, mask=mask, other=0.0)
     if SCORE == "softmax":
+        # Columns that are no expert have score 0, and so no part in the sum.
         grad = score * (grad - tl.sum(grad * score, axis=1)[:, None])
     elif SCORE == "sigmoid":
         grad *= score * (1.0 - score)

@@ -42,6 +42,7 @@ def weighted_activation(
     inner, code = _inner(z_NZ, activation), _code(activation)
     hidden_NI = z_NZ.new_empty(z_NZ.shape[0], inner)
     rows, columns, num_warps = _tile(inner, SIZES["activation_forward"])
+    # For all N rows: how many of them belong to an expert is known on the device alone.
     grid = (triton.cdiv(z_NZ.shape[0], rows), triton.cdiv(inner, columns))
     tensors = (z_NZ, weight_N, ends_L, hidden_NI)
     _forward[grid](*tensors, ends_L.numel(), inner, code, activation.gated, rows, columns, num_warps=num_warps)
@@ -61,6 +62,7 @@ def weighted_activation_backward(
     hidden_NI, grad_z_NZ, grad_weight_N = torch.empty_like(grad_NI), torch.empty_like(z_NZ), torch.empty_like(weight_N)
     rows, columns, num_warps = _tile(inner, SIZES["activation_backward"])
     tensors = (grad_NI, z_NZ, weight_N, ends_L, hidden_NI, grad_z_NZ, grad_weight_N)
+    # No second dimension: a program has whole rows.
     grid = (triton.cdiv(z_NZ.shape[0], rows),)
     _backward[grid](*tensors, ends_L.numel(), inner, code, activation.gated, rows, columns, num_warps=num_warps)
     return hidden_NI, grad_z_NZ, grad_weight_N
@@ -109,19 +111,23 @@ def _forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # A row of z with a gate has the gate's INNER columns, then those of `up`.
     WIDTH: tl.constexpr = 2 * INNER if GATED else INNER
     end = tl.load(ends + NUM_EXPERTS - 1)
+    # Behind the last expert's end: such programs cost a launch and one load.
     if tl.program_id(0) * ROWS >= end:
         return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (row < end)[:, None] & (column < INNER)
     row_weight = tl.load(weight + row, mask=row < end, other=0.0)[:, None]
+    # 64 bits from here on: N * Z may exceed 2^31.
     row = row.to(tl.int64)[:, None]
     gate = tl.load(z + row * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
     act, _ = _value_and_slope(gate, ACT)
     if GATED:
         act *= tl.load(z + row * WIDTH + INNER + column, mask=mask, other=0.0).to(tl.float32)
+    # fp32 until here: rounded once.
     tl.store(hidden + row * INNER + column, act * row_weight, mask=mask)
 
 
@@ -142,12 +148,16 @@ def _backward(
     COLUMNS: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 * INNER if GATED else INNER
+    # For y = w * act(g) * u and its gradient d:
+    #   dL/dg = d * w * u * act'(g)    dL/du = d * w * act(g)    dL/dw = sum over the columns of d * act(g) * u
+    # and y itself, which the gradient of `down` needs and which the forward pass has not kept.
     end = tl.load(ends + NUM_EXPERTS - 1)
     if tl.program_id(0) * ROWS >= end:
         return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < end
     row_weight = tl.load(weight + row, mask=row_mask, other=0.0)[:, None]
+    # Added up column by column, and across the columns once, at the end.
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     long_row = row.to(tl.int64)[:, None]
     # One program sees a whole row, so that the weight's gradient needs no atomic add.
@@ -164,6 +174,7 @@ def _backward(
             up = tl.load(z + z_place + INNER, mask=mask, other=0.0).to(tl.float32)
             value = act * up
             tl.store(grad_z + z_place + INNER, weighted * act, mask=mask)
+            # Now for the gate, whose slope has `up` as a factor.
             weighted *= up
         tl.store(grad_z + z_place, weighted * slope, mask=mask)
         tl.store(hidden + inner_place, value * row_weight, mask=mask)

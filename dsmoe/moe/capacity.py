@@ -99,6 +99,7 @@ class Assignments:
     @classmethod
     def all_kept(cls, experts_TK: torch.Tensor, num_experts: int, complete: bool = False) -> Assignments:
         """Sort choices that are all kept; E is no expert."""
+        # Choices that were dropped before carry E: they sort last, and count nowhere.
         counts_E = count_experts(experts_TK, num_experts)
         order_A, expert_A, place_A = _by_expert(experts_TK.reshape(-1), counts_E)
         kept_A = expert_A < num_experts
@@ -106,6 +107,7 @@ class Assignments:
 
     def kept_experts(self) -> torch.Tensor:
         """Return the expert of each choice, [T, K]; E where it is dropped or masked."""
+        # For exchanges that sort anew, by chunk or by node: the order by expert is of no use to them.
         expert_A = torch.where(self.kept_A, self.expert_A, self.assigned_E.numel())
         return torch.empty_like(expert_A).scatter_(0, self.order_A, expert_A).view(-1, self.num_choices)
 
@@ -144,6 +146,7 @@ class DropRateController(nn.Module):
         """Move the factor by the share that all ranks dropped in the step that is logged."""
         if not 0 <= dropped_percent <= 100:
             raise ValueError(f"the dropped share must be between 0 and 100 percent, not {dropped_percent}")
+        # 12 % dropped of a wanted 10 %: the factor grows by 2 %, so that less is dropped.
         # Bounded per update, since the rate of one logged step is noisy.
         move = (dropped_percent - self.target_percent) / 100
         self.factor = min(self.factor * (1 + min(max(move, -LARGEST_MOVE), LARGEST_MOVE)), self.max_factor)
@@ -216,6 +219,7 @@ class Capacity(nn.Module):
 
     def weights(self, routing: Routing, assignments: Assignments) -> torch.Tensor:
         """Return the weights [T, K] of the experts' outputs; those of dropped choices have no effect."""
+        # Dropless: every token has all its choices, and nothing to make up for.
         if not self.options.renormalize_dropped or assignments.capacity is None:
             return routing.weights_TK
         return renormalize(routing.weights_TK, assignments)
@@ -286,6 +290,7 @@ def limit(
     flat_A = routing.experts_TK.reshape(-1)
     num_experts = assigned_E.numel()
     rank_A = None
+    # Dropless: nothing to decide, so nothing is drawn.
     if capacity is not None and drop_policy.rank is not None:
         rank_A = drop_policy.rank(routing, key)
     if rank_A is None:
@@ -339,6 +344,7 @@ def spread_over_slices(assignments: Assignments, num_slices: int, num_local_expe
     number_AR = first_A[:, None] + slices * num_local_experts
     num_experts = assignments.assigned_E.numel() * num_slices
 
+    # [ranks * L] to [ranks, slices, L], flat: the order in which the slices are numbered.
     def each(counts_E: torch.Tensor) -> torch.Tensor:
         return counts_E.view(-1, 1, num_local_experts).expand(-1, num_slices, -1).flatten()
 

@@ -144,6 +144,7 @@ class ModuleExperts(nn.Module):
     def forward(self, dispatched: Dispatched) -> torch.Tensor:
         """The weighted sum of the chosen experts' outputs for each source row, [U, D]."""
         row_map = dispatched.row_map
+        # Gathered, since a user's module takes plain rows: unlike in `expert_ffn`, autograd keeps them.
         rows_ND = gather_rows(dispatched.source_UD, row_map)
         ends = dispatched.ends_L.tolist()
         counts = [end - first for first, end in zip([0, *ends], ends, strict=False)]

@@ -74,6 +74,7 @@ class RowMap:
     @classmethod
     def permutation(cls, order_N: torch.Tensor, inverse_N: torch.Tensor) -> RowMap:
         """Make source row `order_N[n]` row n; `inverse_N` is the inverse permutation."""
+        # One choice per source row, and none missing: no bags, no masks.
         return cls(inverse_N[:, None], order_N, True)
 
     @property
@@ -145,6 +146,7 @@ def _bags(row_UK: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tens
     # The place of a present choice among all present ones, plus 1.
     end_A = present_A.cumsum(0)
     place_A = torch.where(present_A, end_A - 1, num_rows)  # choices without a row go behind the end, and are cut off
+    # Rows are distinct, so at most N choices are present: the list always fits.
     rows_N = row_A.new_zeros(num_rows + 1).scatter_(0, place_A, row_A)[:num_rows]
     # A source's bag ends with its last choice, and begins where the one before it ends.
     end_U = end_A.view(row_UK.shape)[:, -1]
