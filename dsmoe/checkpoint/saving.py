@@ -118,7 +118,7 @@ class HostBuffer:
         return copies
 
 
-# Two threads, of which one is in `torch.distributed` of its own group while the other trains:
+# Two threads; the second has a process group of its own, and writes while the first trains:
 #   training    save: wait for the last one, copy, start    steps                       next save: wait, copy, start
 #   save                                                    plan, write, rename, tidy   begins with new copies
 class Saver:

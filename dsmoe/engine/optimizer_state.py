@@ -30,6 +30,7 @@ class Fragment:
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the range in a tensor of the master's shape (its values, a moment): a flat view."""
+        # Shares the memory, so that a load writes into the optimizer's own tensors.
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 

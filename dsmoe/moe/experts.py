@@ -97,6 +97,7 @@ class StackedExperts(nn.Module):
     def initialise(self, seed: int, first_expert: int, std: float, down_std: float, slice_index: int = 0) -> None:
         """Fill each expert from N(0, std^2) (`down`: down_std) by *global* id: the layout does not matter."""
         gate_up, down = self.shards(slice_index)
+        # One expert at a time: of slices the whole expert is drawn, and a part of it kept.
         for local in range(self.num_local_experts):
             normal_from(seed_of(seed, "gate_up", first_expert + local), self.gate_up[local], std, gate_up)
             normal_from(seed_of(seed, "down", first_expert + local), self.down[local], down_std, down)
@@ -170,6 +171,7 @@ class ModuleExperts(nn.Module):
         """
         for local, expert in enumerate(self.deepspeed_experts):
             # In a fork of torch's generators, since `reset_parameters` draws from them.
+            # The CPU's generator is forked in any case.
             devices = {p.device for p in expert.parameters() if p.device.type == "cuda"}
             with torch.random.fork_rng(devices=devices):
                 # A seed of its own for each expert: its numbers do not depend on the experts that the rank drew before.

@@ -208,7 +208,7 @@ def _scratch(like: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
     if type(like) is not torch.Tensor:  # traced: a kept buffer would leak out of the trace
         return like.new_empty(num_rows, width)
     size, buffer = num_rows * width, getattr(_kept, "buffer", None)
-    # It only grows: after the first steps no call asks the system for memory.
+    # Grown and never shrunk while the dtype stays: after the first steps no call asks the system for memory.
     if buffer is None or buffer.dtype != like.dtype or buffer.numel() < size:
         # A tensor of inference mode could not be written to by a later training pass.
         with torch.inference_mode(False):
