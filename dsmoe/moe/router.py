@@ -184,6 +184,7 @@ class Router(nn.Module):
         # A stable sort: the order in which `topk` takes equal scores depends on the device.
         best_CE = preference_TE.argsort(dim=0, descending=True, stable=True)[:capacity]
         valid_TE = torch.zeros_like(preference_TE, dtype=torch.bool).scatter_(0, best_CE, True)
+        # K = E here: how many experts take a token is known on the device alone, so all are choices, most not valid.
         experts_TE = torch.arange(self.num_experts, device=valid_TE.device).expand_as(valid_TE)
         return experts_TE, valid_TE if valid_T1 is None else valid_TE & valid_T1
 
@@ -213,11 +214,13 @@ class Router(nn.Module):
         worth_TG = self.group_score(by_group_TGx)
         best = _largest(worth_TG, self.options.top_k_groups)
         outside_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter_(1, best, False)
+        # Not 0: beside a negative bias, an expert inside could have less.
         return by_group_TGx.masked_fill(outside_TG[..., None], -torch.inf).flatten(1)
 
     def _in_turn(self, scores_TE: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
         """Return preferences that take the experts 0, 1, ..., E - 1, 0, ... in turn; masked tokens take none."""
         device = scores_TE.device
+        # The number of a token among the unmasked ones: the turns have no gaps.
         turn_T = torch.arange(len(scores_TE), device=device) if mask_T is None else (mask_T.cumsum(0) - 1).clamp(min=0)
         expert_E = torch.arange(self.num_experts, device=device)
         # Token t prefers expert t * K mod E, then the next ones: the distance, counted upwards, is the dislike.
@@ -232,20 +235,19 @@ def _largest(x_Tn: torch.Tensor, top_k: int) -> torch.Tensor:
     return _sortable(x_Tn).topk(top_k, dim=-1).indices
 
 
+# One row of n = 3, with the same number in columns 0 and 2:
+#   x       1.0           -2.0           1.0
+#   bits    0x3F800000    0xC0000000     0x3F800000
+#   flipped 1065353216    -1073741825    1065353216
+#   key     3196059648    -3221225476    3196059646    = flipped * 3 - column
 def _sortable(x_Tn: torch.Tensor) -> torch.Tensor:
     """Return int64 keys in the order of the fp32 numbers, those of equals in falling order of their columns.
 
     The bits of positive floats, read as an integer, are in the order of the floats. Those of negative ones are in
     reverse order, so all but the sign are flipped. The column is a last digit, base n.
-
-    Example: one row of n = 3, with the same number in columns 0 and 2.
-
-        x       1.0           -2.0           1.0
-        bits    0x3F800000    0xC0000000     0x3F800000
-        flipped 1065353216    -1073741825    1065353216
-        key     3196059648    -3221225476    3196059646    = flipped * 3 - column
     """
     bits_Tn = (x_Tn + 0.0).view(torch.int32)  # -0 is 0
+    # `>> 31` is all ones for negative numbers, whose 31 lower bits are flipped so. In int64, where * n has room.
     key_Tn = (bits_Tn ^ ((bits_Tn >> 31) & 0x7FFFFFFF)).long().mul_(x_Tn.shape[1])
     return key_Tn.sub_(torch.arange(x_Tn.shape[1], device=x_Tn.device))
 
@@ -255,6 +257,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+        # As they are: cast again in the backward pass, so that an fp32 copy exists only while it is used.
         ctx.save_for_backward(x_TD, weight_ED)
         return F.linear(x_TD.float(), weight_ED.float())
 
