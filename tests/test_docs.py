@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -28,6 +29,19 @@ OPTIONS = [*map(list, (kind.model_fields for kind in SECTIONS)), [field.name for
 def test_the_layers_page_explains_every_key(keys: list[str]) -> None:
     page = (DOCS / "moe_layer.md").read_text(encoding="utf-8")
     assert not [key for key in keys if not re.search(rf"`{key}\b", page)]
+
+
+def test_the_layers_page_names_every_choice() -> None:
+    page = (DOCS / "moe_layer.md").read_text(encoding="utf-8")
+    choices = [
+        (key, value)
+        for kind in SECTIONS
+        for key, field in kind.model_fields.items()
+        for value in get_args(field.annotation)
+        if isinstance(value, str) and value != field.default
+    ]
+    assert choices
+    assert not [choice for choice in choices if not re.search(r"`({}: )?{}`".format(*choice), page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -148,6 +148,7 @@ def total(values: object) -> torch.Tensor:
 def score(index: int, logits: list[torch.Tensor], settings: Settings) -> Token:
     if settings.score == "sigmoid":
         return Token(index, logits, [1 / (1 + (-logit).exp()) for logit in logits])
+    assert settings.score == "softmax", f"no formula of {settings.score}"
     exponentials = [logit.exp() for logit in logits]
     return Token(index, logits, [exponential / total(exponentials) for exponential in exponentials])
 

@@ -13,6 +13,7 @@ import dsmoe
 from dsmoe.moe import read_statistics
 from dsmoe.moe.capacity import DROPS
 from dsmoe.moe.replay import uniform
+from dsmoe.moe.scores import SCORES
 from tests.helpers.layer_options import moe_layer
 from tests.helpers.moe_reference import Expected, Settings, capacity_of, run_reference, swiglu_expert
 
@@ -260,7 +261,7 @@ def test_evaluation_attaches_no_loss() -> None:
     assert not layer.router.weight.grad.any()
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     "groups", [(1, 1, "top2_sum"), (4, 2, "top2_sum"), (4, 2, "max"), (2, 1, "top2_sum"), (8, 3, "max")]
@@ -273,7 +274,7 @@ def test_scores_groups_and_bias(score: str, normalize: bool, groups: tuple[int, 
 
 
 class TestExpertsChoose:
-    @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+    @pytest.mark.parametrize("score", SCORES)
     @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 9.0])
     @pytest.mark.parametrize("masked", [0, 3, 11, 12])
     def test_every_setting(self, score: str, factor: float, masked: int) -> None:
@@ -363,7 +364,7 @@ def test_what_every_token_passes(dense: str, factor: float | None, masked: bool)
     minimum=st.integers(1, 4),
     drop_policy=st.sampled_from(["probability", "position", "random"]),
     normalize=st.booleans(),
-    score=st.sampled_from(["softmax", "sigmoid"]),
+    score=st.sampled_from(list(SCORES)),
     scale=st.sampled_from([1.0, 2.5]),
     flags=st.tuples(st.booleans(), st.booleans(), st.integers(0, 4).map(lambda n: n == 0)),
     scope=st.sampled_from(["micro_batch", "sequence", "global"]),
