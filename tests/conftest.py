@@ -27,8 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def forget_settings() -> None:
     """Test the same in a job of a cluster, behind a proxy or with a cache elsewhere as on a bare machine."""
+    from dsmoe.runtime.launchers import LAUNCHERS  # not above: Triton is told first to interpret
+
+    of_launchers = {
+        name for each in LAUNCHERS for name in (each.rank, *each.size, *each.local_rank, *each.local_size, each.nodes)
+    }
     for name in list(os.environ):
-        if name.startswith((*_LAUNCHERS, *_SETTINGS)) or name.lower() in _PROXIES:
+        if name in of_launchers or name.startswith((*_LAUNCHERS, *_SETTINGS)) or name.lower() in _PROXIES:
             del os.environ[name]
     for name in ("RANK", "WORLD_SIZE", "ROLE_RANK", "CUDA_LAUNCH_BLOCKING", "COLUMNS"):
         os.environ.pop(name, None)

@@ -14,6 +14,7 @@ import pytest
 import dsmoe
 from dsmoe.config import schema
 from dsmoe.data import corpus_files, decompression
+from dsmoe.runtime.launchers import LAUNCHERS
 from tests.helpers.layer_options import moe_layer
 from tests.helpers.sources import REPOSITORY
 
@@ -77,6 +78,11 @@ def test_the_corpora_page_names_every_format_and_compression() -> None:
         decompression.SUFFIXES
     )
     assert not [suffix for suffix in suffixes - {".zstd"} if f"`{suffix}`" not in page]
+
+
+def test_the_clusters_page_names_every_launcher() -> None:
+    page = (DOCS / "clusters.md").read_text(encoding="utf-8")
+    assert not [each.name for each in LAUNCHERS if f"`{each.name.partition(' (')[0]}`" not in page]
 
 
 def test_the_map_names_every_room_in_the_order_that_is_checked() -> None:
