@@ -16,7 +16,7 @@ from dsmoe.checkpoint.headers import BYTES
 from dsmoe.checkpoint.manifest import DamagedError
 from dsmoe.cli import main
 from dsmoe.config.errors import UserError
-from dsmoe.config.schema import Moe, Router
+from dsmoe.config.schema import Config, Model, Moe, Router
 from dsmoe.data.tokenizer import ByteTokenizer
 from dsmoe.interop import export as exporting
 from dsmoe.interop.architectures import ARCHITECTURES, choose
@@ -139,6 +139,22 @@ def test_every_option_of_an_moe_layer_is_written_refused_or_of_training_alone(tm
     training = {"moe.router", "moe.balance", "moe.capacity", "moe.router.noise", "moe.router.leak_future"}
     keys = {f"moe.{key}" for key in Moe.model_fields} | {f"moe.router.{key}" for key in Router.model_fields}
     assert keys == keys & (refused | written | training)
+
+
+@pytest.mark.parametrize("key", Model.model_fields)
+def test_every_option_of_the_transformer_is_written_or_refused(key: str, tmp_path: Path) -> None:
+    def described(config: Config, architecture: Architecture) -> object:
+        return architecture.refusals(config) or architecture.export(config)
+
+    differs = []
+    for name, sections in MODELS.items():
+        config = make_config(tmp_path, sections)
+        value = getattr(config.model, key)
+        other = not value if isinstance(value, bool) else (value or 8) * 2
+        changed = config.model_copy(update={"model": config.model.model_copy(update={key: other})})
+        differs.append(described(config, ARCHITECTURES[name]) != described(changed, ARCHITECTURES[name]))
+    # Keys of dense layers, and of their place among others, mean nothing in models that have one kind of layer.
+    assert any(differs) if key in ("ffn_size", "dense_layers", "moe_every") else all(differs)
 
 
 def test_deepseek_v3_itself_is_refused_and_the_way_out_named(tmp_path: Path) -> None:

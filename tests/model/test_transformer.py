@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsmoe.config.load import load_config
-from dsmoe.config.schema import Config
+from dsmoe.config.schema import Config, Model
 from dsmoe.model import Transformer, build_model
 from dsmoe.nn import loss as loss_module
 from dsmoe.nn.attention import Attention, Rotary, rotate
@@ -370,6 +370,7 @@ def built_weights(expert: int) -> dict[str, torch.Tensor]:
     [
         *(pytest.param(load_config(path, []), id=path.stem) for path in sorted(CONFIGS.glob("*.yaml"))),
         *(small_config(moe) for moe in WITH_DENSE),
+        *(small_config(**{key: True}) for key, field in Model.model_fields.items() if field.annotation is bool),
     ],
 )
 def test_the_planner_counts_every_parameter(config: Config) -> None:
