@@ -19,7 +19,8 @@ from tests.helpers.layer_options import moe_layer
 from tests.helpers.sources import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
-PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
+PAGES = [REPOSITORY / "README.md", CONTRIBUTING, *sorted(DOCS.glob("*.md"))]
 
 
 SECTIONS = (dsmoe.Router, dsmoe.Balance, dsmoe.Capacity, dsmoe.Experts)
@@ -60,7 +61,7 @@ def anchors(page: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_code_runs(page: Path) -> None:
     layer = moe_layer(8, expert_ffn_size=8, num_experts=2, target_drop_percent=1.0, bias_update_rate=0.1)
     for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
@@ -100,10 +101,28 @@ def test_the_map_names_every_room_in_the_order_that_is_checked() -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     """A path from the repository's root, and a module or an attribute of one by its dotted name."""
     text = page.read_text(encoding="utf-8")
-    paths = re.findall(r"`((?:dsmoe|tests|benchmarks|launch|docker|configs)/[\w./-]*)(?::\d+|::\w+)?`", text)
+    paths = re.findall(r"`((?:dsmoe|tests|benchmarks|launch|docker|configs|docs)/[\w./-]*)(?::\d+|::\w+)?`", text)
     assert not [path for path in paths if "NAME" not in path and not (REPOSITORY / path).exists()]
     names = re.findall(r"`(dsmoe(?:\.\w+)+)(?:\(.*?\))?`", text)
     assert not [name for name in names if not is_defined(name)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_of_make_that_are_named_exist(page: Path) -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split()
+    named = re.findall(r"(?:^|`)make ([\w-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert not set(named) - set(targets)
+
+
+def test_the_first_changes_name_what_is_in_the_files() -> None:
+    """In a step that begins with a file, each name in backquotes is in that file."""
+    steps = re.findall(r"^\d\. `([\w/.]+)`: (.*(?:\n   .*)*)", CONTRIBUTING.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(steps) >= 12
+    for file, step in steps:
+        text = (REPOSITORY / file).read_text(encoding="utf-8")
+        names = re.findall(r"`(\w+)`", step)
+        assert not [name for name in names if name not in text], file
 
 
 def is_defined(name: str) -> bool:
