@@ -135,7 +135,6 @@ LOOKED_FOR_BY_NAME = {
     "dsmoe/interop/architectures/deepseek.py": "an architecture",
     "dsmoe/interop/architectures/dense.py": "an architecture",
     "dsmoe/interop/architectures/mixtral.py": "an architecture",
-    "dsmoe/kernels/bag_sum.py": "a kernel",
     "dsmoe/metrics/console.py": "the line that a person watches",
     "dsmoe/model/init.py": "initial weights",
 }
