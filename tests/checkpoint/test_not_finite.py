@@ -189,7 +189,7 @@ from dsmoe.train import run, Trainer
 step = Trainer.step
 def diverging(self):
     norm = step(self)
-    if self.step_index == 6 and self.config.optimizer.lr == 3e-3:
+    if self.step_index == 6 and self.plan.config.optimizer.lr == 3e-3:
         with torch.no_grad():
             list(self.model.parameters())[-1].view(-1)[0] = float("nan")
             for flat in self.engine.optimizer.single_partition_of_fp32_groups:

@@ -161,7 +161,7 @@ def freeze_between_beats(now: Watchdog, reading: threading.Lock, kind: str = "sa
         now._publish = publish  # type: ignore[method-assign]
         with now._publishing, reading:
             os.kill(os.getpid(), signal.SIGSTOP)
-        now.jobs[kind].lost = LostRanksError("the other has given up")  # type: ignore[attr-defined]
+        now.jobs[kind].lost_error = LostRanksError("the other has given up")  # type: ignore[attr-defined]
 
     now._publish = stop  # type: ignore[method-assign]
     until(lambda: now._publish is publish or now._publish == publish)

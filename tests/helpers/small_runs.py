@@ -64,7 +64,7 @@ def small_config(
 
 def train(config: Config, steps: int) -> Training:
     """Train on this rank of an already started world."""
-    return train_few_steps(config, this_rank(), steps)
+    return train_few_steps(Plan.from_config(config), this_rank(), steps)
 
 
 def this_rank() -> Rank:

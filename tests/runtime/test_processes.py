@@ -159,7 +159,7 @@ def raise_it(error: Exception) -> None:
 def test_an_error_of_another_rank_comes_with_its_line_and_its_traceback() -> None:
     for text, printed in run_ranks(2, meet_a_full_disk, FileNotFoundError()):
         assert re.fullmatch(
-            r"/none/such/\S+: No such file or directory \(dsmoe/durable\.py:\d+, on rank 1 \(\S+\)\)", text
+            r"/none/such/\S+: No such file or directory \(dsmoe/runtime/atomic_files\.py:\d+, on rank 1 \(\S+\)\)", text
         )
         assert "in write_whole" in printed
     for text, printed in run_ranks(2, meet_a_full_disk, RuntimeError("a bug")):

@@ -17,13 +17,13 @@ from tests.helpers.small_runs import make_trainer, small_config
 def phases_of_a_step(config: Config) -> list[tuple[int, str]]:
     """The notes of two steps, a log point and an evaluation; those of the MoE layer's exchanges left out."""
     trainer, noted = make_trainer(config), []
-    note = Watchdog.note
+    record = Watchdog.record
 
     def recorded(watch: Watchdog, doing: str, step: int | None = None) -> None:
-        note(watch, doing, step)
+        record(watch, doing, step)
         noted.append((watch.position()[0].step, doing))
 
-    Watchdog.note = recorded  # type: ignore[method-assign]  # this process is the test's own
+    Watchdog.record = recorded  # type: ignore[method-assign]  # this process is the test's own
     trainer.step()
     trainer.log(trainer.step())
     trainer.evaluate()

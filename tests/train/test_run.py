@@ -414,7 +414,7 @@ def test_an_error_of_the_system_before_there_are_reports_says_its_line(capsys: p
         write_whole(Path("/none/such"), "")
     assert report_failure(error.value) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"error: /none/\S+: No such file or directory \(dsmoe/durable\.py:\d+\)\n", said)
+    assert re.fullmatch(r"error: /none/\S+: No such file or directory \(dsmoe/runtime/atomic_files\.py:\d+\)\n", said)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/data"), RuntimeError("a bug")])
