@@ -61,7 +61,7 @@ class Checkpointer:
     Args:
         folder: of the run's checkpoints.
         engine: DeepSpeed's.
-        placements: each parameter as boxes of the whole model, by its name in `engine.module`.
+        sharded: each parameter as boxes of the whole model, by its name in `engine.module`.
         config: the run.
         data: what is recorded of the text: the fields `corpora`, `order` and `held_out` of `Facts`.
     """
@@ -70,13 +70,13 @@ class Checkpointer:
         self,
         folder: Path,
         engine: DeepSpeedEngine,
-        placements: Mapping[str, ShardedTensor],
+        sharded: Mapping[str, ShardedTensor],
         config: Config,
         data: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self._engine, self._config = engine, config
-        self._state = EngineState(engine, placements)
+        self._state = EngineState(engine, sharded)
         # A group of its own: a save must neither wait for training's collectives nor mix with them.
         make_group = partial(dist.new_group, backend="gloo", timeout=PATIENCE, group_desc="checkpoints")
         with Job("sharing", "agreeing which rank saves what", fails_on_lost_rank=True) as job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +74,7 @@ def make_engine(model: nn.Module, plan: Plan, groups: Groups, settings: dict[str
     sum_in_fp32(engine)
     _reduce_over_own_groups(engine, groups)
     # Now that DeepSpeed has made its groups too, with a timeout of its own.
-    set_group_timeouts(timedelta(seconds=plan.config.cluster.collective_timeout_seconds))
+    set_group_timeouts(plan.collective_timeout)
     fragments(engine)  # refuses now what a checkpoint could not save
     engine.update_guard = UpdateGuard(engine)
     # ZeRO clips by the norm over all ranks itself; stage 0 has no such norm (see `clip_gradients`).

@@ -5,7 +5,7 @@ from dsmoe.plan.devices import KNOWN_DEVICES, DeviceFacts, known_device, resolve
 from dsmoe.plan.flops import Flops, flops_per_token
 from dsmoe.plan.layers import head_dim, is_moe_layer, num_kv_heads, num_moe_layers
 from dsmoe.plan.parameters import DeviceParameters, ParameterCounts, count_parameters
-from dsmoe.plan.plan import Plan, headline
+from dsmoe.plan.plan import Plan
 from dsmoe.plan.topology import AXES, Axis, Topology
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "count_parameters",
     "flops_per_token",
     "head_dim",
-    "headline",
     "is_moe_layer",
     "known_device",
     "num_kv_heads",

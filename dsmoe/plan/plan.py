@@ -128,7 +128,11 @@ class Plan:
     @property
     def headline(self) -> str:
         """One line that names the run, its world and its model: `tiny: world size 8 (2 nodes x 4 devices), ...`."""
-        return headline(self.config, self.topology)
+        config, topology = self.config, self.topology
+        layout = f"{quantity(topology.nodes, 'node')} x {quantity(topology.devices_per_node, 'device')}"
+        experts = f"top {config.moe.top_k} of {config.moe.num_experts} experts" if config.moe else "dense"
+        size = f"world size {topology.world_size} ({layout})"
+        return f"{config.name}: {size}, {config.model.num_layers} layers, {experts}"
 
     def introduction(self) -> list[str]:
         """Write the lines with which a run begins: parameters, ranks, batch."""
@@ -241,13 +245,6 @@ class Plan:
             f"{self.flops.forward:,} forward, {self.flops.training:,} forward and backward "
             f"({self.flops.causal_training:,} with causal attention counted half, as Megatron-LM does)"
         )
-
-
-def headline(config: Config, topology: Topology) -> str:
-    """Say in one line what the run is: `tiny: world size 8 (2 nodes x 4 devices), 4 layers, dense`."""
-    layout = f"{quantity(topology.nodes, 'node')} x {quantity(topology.devices_per_node, 'device')}"
-    experts = f"top {config.moe.top_k} of {config.moe.num_experts} experts" if config.moe else "dense"
-    return f"{config.name}: world size {topology.world_size} ({layout}), {config.model.num_layers} layers, {experts}"
 
 
 def _groups(topology: Topology) -> tuple[GroupsOfAxis, ...]:

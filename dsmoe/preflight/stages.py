@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -40,7 +39,7 @@ from dsmoe.preflight.results import SQUARE, Promise, RankReport
 from dsmoe.preflight.workload import Pairs, Product, group_ranks, messages, products, rounds
 from dsmoe.runtime.processes import Rank, set_group_timeouts
 from dsmoe.runtime.watchdog import process_watchdog
-from dsmoe.train.environment import worth_recording
+from dsmoe.train.environment import package_version, worth_recording
 
 _STEERING = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_DEVICE_", "OMP_NUM_THREADS", "UCX_", "FI_")
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -246,7 +245,7 @@ def _bytes(size: int) -> str:
 def versions(config: Config, device: torch.device) -> dict[str, str]:
     """Return what must be the same on all ranks: packages, the device's model and driver, and the config's text."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    found |= {package: _version_of(package) for package in ("deepspeed", "dsmoe")}
+    found |= {package: package_version(package) or "not installed" for package in ("deepspeed", "dsmoe")}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -259,13 +258,6 @@ def versions(config: Config, device: torch.device) -> dict[str, str]:
 def steering(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that change how the ranks talk to each other."""
     return {key: value for key, value in worth_recording(environment).items() if key.startswith(_STEERING)}
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _driver() -> str:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dsmoe.config.dump import flatten
@@ -15,6 +14,7 @@ from dsmoe.config.paths import is_path
 from dsmoe.config.schema import Config
 from dsmoe.data import PreparedSource
 from dsmoe.data.tokenizer import tokenizer_digest
+from dsmoe.train.environment import package_version
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "datasets", "pyarrow")
 """Packages of which another version may compute, read or exchange something else."""
@@ -27,7 +27,7 @@ def run_fingerprint(config: Config) -> dict[str, str]:
     `data_fingerprint`. The run folder is compared by a file in it (`check_shared`), and the checkpoint to begin with is
     the one that rank 0 names.
     """
-    packages = {name: _version(name) for name in PACKAGES}
+    packages = {name: package_version(name) or "not installed" for name in PACKAGES}
     source = {"dsmoe's source": _source_digest()}
     tree = flatten(config.model_dump(mode="json"))
     settings = {key: json.dumps(value) for key, value in tree.items() if not is_path(key, value)}
@@ -53,10 +53,3 @@ def _source_digest() -> str:
         digest.update(f"{path.relative_to(package)}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -86,7 +86,7 @@ def write_environment(folder: Path, ds_config: Mapping[str, Any], ranks: Sequenc
         "platform": platform.platform(),
         "python": platform.python_version(),
         "git_commit": git_commit(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "cuda": _cuda() if torch.cuda.is_initialized() else None,
         "environment": worth_recording(os.environ),
     }
@@ -130,7 +130,8 @@ def _cuda() -> dict[str, str | None]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

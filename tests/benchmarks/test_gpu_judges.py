@@ -213,7 +213,7 @@ def test_limits_are_shares_of_the_median_or_of_a_promise() -> None:
     row = limits._limit("compute", 0.8, [100.0, 90.0, 110.0, 95.0], "TFLOP/s")
     assert (row["median"], row["worst_share"], row["repeats"]) == (100.0, 0.9, 4)
     assert row["margin"] == pytest.approx(0.9 / 0.8)
-    assert limits._limit("peak", 0.5, [300.0, 400.0], "TFLOP/s", of=1000.0)["worst_share"] == 0.3
+    assert limits._limit("peak", 0.5, [300.0, 400.0], "TFLOP/s", whole=1000.0)["worst_share"] == 0.3
 
 
 def test_preflights_table_becomes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
